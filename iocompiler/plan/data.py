@@ -1,0 +1,135 @@
+"""The plan: what a compiled graph does, step by step, as frozen data.
+
+A plan is made by `plan/build.py`, read by `codegen/module.py` (the Python file that runs), `runtime/reference.py`
+(the CPU reference) and `report/` (the ledger). Values have names; a step reads names that stand before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from iocompiler.tile.index import Size
+from iocompiler.tile.program import TileProgram
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and strides in elements (ints or size expressions), dtype and device of one tensor."""
+
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a tile program becomes a kernel (``codegen/triton.py`` has the loops each kind stands for).
+
+    - "pointwise": no reduction; a tile of ``x_block`` points of the inner parallel axis group, or
+      ``y_block`` x ``x_block`` over two groups where accesses disagree on the contiguous axis.
+    - "persistent": a tile of ``x_block`` x ``r_block``, the whole reduced extent in registers.
+    - "looped": ``x_block`` x ``r_block`` at a time, one loop over the reduced extent per dependent reduction.
+    - "rows": like persistent with ``x_block`` rows, but ``programs`` programs walk all rows and accumulate
+      reductions ``over="parallel"``; each writes one partial row (stores with ``fn="partial"``).
+    """
+
+    kind: Literal["pointwise", "persistent", "looped", "rows"]
+    x_block: int = 1
+    y_block: int = 1
+    r_block: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+    programs: int = 0
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A plan value standing as an argument of a step or as an output of the plan."""
+
+    name: str
+
+
+Argument: TypeAlias = Any
+"""Ref, number, bool, str, None, torch.dtype / device / layout / memory_format, a Size, or a tuple / list of these."""
+
+
+@dataclass(frozen=True)
+class KernelStep:
+    """Launch one generated kernel: ``args`` are value names in the order of ``program.buffers``.
+
+    ``outputs`` are allocated just before. ``nodes`` are the names of the FX nodes computed here, ``where`` the user's
+    source lines, ``floor_bytes`` the least bytes these nodes' inputs and outputs allow (for the ledger).
+    """
+
+    name: str
+    program: TileProgram
+    schedule: Schedule
+    args: tuple[str, ...]
+    outputs: tuple[tuple[str, TensorSpec], ...]
+    nodes: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AtenStep:
+    """Call an operator that exists: ``target`` is its qualified name ("aten.mm.default").
+
+    ``outputs`` names its results in order (None for one nobody reads); a single tensor result has one name and
+    ``is_tuple`` false. ``reason`` says why this is a plain call ("contraction: cuBLAS", "no rule for aten.sort").
+    """
+
+    target: str
+    args: tuple[Argument, ...]
+    kwargs: tuple[tuple[str, Argument], ...]
+    outputs: tuple[tuple[str | None, TensorSpec | None], ...]
+    is_tuple: bool
+    node: str = ""
+    where: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ViewStep:
+    """``name`` is ``base``'s storage seen with another shape and strides, ``offset`` elements further: 0 bytes."""
+
+    name: str
+    base: str
+    spec: TensorSpec
+    offset: Size = 0
+
+
+@dataclass(frozen=True)
+class ConstantStep:
+    """A small tensor whose elements are known at compile time (``values`` row-major)."""
+
+    name: str
+    spec: TensorSpec
+    values: tuple[float | int | bool, ...]
+
+
+Step: TypeAlias = KernelStep | AtenStep | ViewStep | ConstantStep
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """An edge that stayed in HBM, with the broken condition or the cost inequality and its numbers."""
+
+    producer: str
+    consumer: str
+    bytes: Size
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``inputs`` are (name, spec) in call order, spec None for a size (its name is the size symbol) or number."""
+
+    inputs: tuple[tuple[str, TensorSpec | None], ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Argument, ...]
+    device: str
+    unfused: tuple[Unfused, ...] = ()
