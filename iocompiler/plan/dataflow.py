@@ -1,0 +1,170 @@
+"""What each node of a flat graph is to the planner, and which tensors in memory it reads.
+
+- a *view* costs nothing;
+- a *virtual* node is recomputed inside every kernel that reads it: reading its operands costs no more than reading it;
+- a *kernel* node is computed by a generated kernel, in the group planning puts it in;
+- an *opaque* node is a call of an operator that exists (cuBLAS, cuDNN, sort ...), with the reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from iocompiler.plan.lower import lower
+from iocompiler.plan.lowering import Unsupported
+from iocompiler.plan.rules import DTYPES, has_rule, is_reduction
+from iocompiler.plan.sizes import size_of, value_at
+from iocompiler.plan.views import SPLITS, is_view, storage_owner
+from iocompiler.tile.index import product
+
+aten = torch.ops.aten
+
+# Beyond this many operations a shared value is stored rather than recomputed by each of its readers.
+_RECOMPUTE_OPS = 40
+
+
+def tensors(node: Node) -> list[torch.Tensor]:
+    """The tensors a node produces."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for t in value if isinstance(t, torch.Tensor)]
+    return []
+
+
+def nbytes(node: Node, hints: dict[str, int]) -> int:
+    """Bytes of the node's result, at the hinted sizes."""
+    return sum(
+        value_at(product([size_of(s) for s in t.shape]), hints) * t.element_size() for t in tensors(node)
+    )
+
+
+@dataclass
+class Dataflow:
+    """The classified graph. ``readers[n]``: kernel and opaque nodes that read n's storage (through views, virtuals)."""
+
+    graph: Graph
+    device: torch.device
+    hints: dict[str, int]
+    order: dict[Node, int] = field(default_factory=dict)
+    kernel: dict[Node, None] = field(default_factory=dict)
+    virtual: dict[Node, None] = field(default_factory=dict)
+    opaque: dict[Node, str] = field(default_factory=dict)
+    leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    readers: dict[Node, set[Node]] = field(default_factory=dict)
+    outputs: set[Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._classify()
+        self._choose_virtual()
+        self._connect()
+
+    # --- which operators are generated
+
+    def _classify(self) -> None:
+        for node in self.graph.nodes:
+            if node.op != "call_function" or is_view(node) or not tensors(node):
+                continue
+            if node.target is operator.getitem or node.target in SPLITS:
+                continue
+            reason = self._why_opaque(node)
+            if reason is None:
+                self.kernel[node] = None
+            else:
+                self.opaque[node] = reason
+
+    def _why_opaque(self, node: Node) -> str | None:
+        if not has_rule(node):
+            return f"no rule for {node.target}"
+        made = tensors(node)
+        if made[0].device != self.device:
+            return f"on {made[0].device}"
+        read = [t for a in node.all_input_nodes for t in tensors(a)]
+        for tensor in made + read:
+            if tensor.dtype not in DTYPES:
+                return f"dtype {tensor.dtype}"
+            if tensor.layout != torch.strided:
+                return f"layout {tensor.layout}"
+        if any(t.device != self.device and t.dim() > 0 for t in read):
+            return "operands on several devices"
+        try:
+            lower(frozenset({node}), (), (node,), self.order)
+        except Unsupported as error:
+            return str(error)
+        return None
+
+    # --- which of those are recomputed by every reader
+
+    def _choose_virtual(self) -> None:
+        stored = self._must_be_stored()
+        weight: dict[Node, int] = {}
+        reads: dict[Node, dict[Node, int]] = {}
+        for node in list(self.kernel):
+            reads[node] = self._bytes_read(node, reads)
+            owners = {storage_owner(a) for a in node.all_input_nodes}
+            weight[node] = 1 + sum(weight[owner] for owner in owners if owner in self.virtual)
+            if node in stored or is_reduction(node) or node.target is aten.copy_.default:
+                continue
+            free = not reads[node]
+            cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
+            if free or (cheap and sum(reads[node].values()) <= nbytes(node, self.hints)):
+                self.virtual[node] = None
+        for node in self.virtual:
+            del self.kernel[node]
+
+    def _must_be_stored(self) -> set[Node]:
+        stored: set[Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "output" or node in self.opaque:
+                stored |= {storage_owner(a) for a in node.all_input_nodes}
+            if node.op == "output":
+                self.outputs = {storage_owner(a) for a in node.all_input_nodes}
+        return stored
+
+    def _bytes_read(self, node: Node, reads: dict[Node, dict[Node, int]]) -> dict[Node, int]:
+        """Bytes of each stored tensor read to compute ``node``, never more than its readers' own elements."""
+        found: dict[Node, int] = {}
+        most = value_at(product([size_of(s) for s in node.meta["val"].shape]), self.hints)
+        for operand in node.all_input_nodes:
+            owner = storage_owner(operand)
+            if not tensors(owner):
+                continue
+            below = reads[owner] if owner in self.virtual else {owner: nbytes(operand, self.hints)}
+            for leaf, count in below.items():
+                limit = most * tensors(leaf)[0].element_size() if not is_reduction(node) else count
+                found[leaf] = max(found.get(leaf, 0), min(count, limit))
+        return found
+
+    # --- who reads what from memory
+
+    def _connect(self) -> None:
+        for node in self.graph.nodes:
+            if node in self.virtual or node in self.kernel or node in self.opaque or node.op == "output":
+                self.leaves[node] = frozenset(self._stored_operands(node))
+        for node in [*self.kernel, *self.opaque]:
+            for leaf in self.leaves[node]:
+                self.readers.setdefault(leaf, set()).add(node)
+
+    def _stored_operands(self, node: Node) -> Iterable[Node]:
+        operands = list(node.all_input_nodes)
+        if node.target is aten.copy_.default:
+            operands = operands[1:]  # the target is written, not read
+        for operand in operands:
+            owner = storage_owner(operand)
+            if owner in self.virtual:
+                yield from self.leaves[owner]
+            elif tensors(owner):
+                yield owner
+
+    def item_source(self, node: Node) -> Node:
+        """The opaque call behind a ``getitem``, or the node itself."""
+        if node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0] in self.opaque:
+            return node.args[0]
+        return node

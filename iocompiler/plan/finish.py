@@ -1,0 +1,68 @@
+"""From a grouped kernel to the kernels launched: split where it lacks parallelism, then give each a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.schedule import choose, split_factor
+from iocompiler.plan.data import KernelStep, TensorSpec
+from iocompiler.plan.sizes import value_at
+from iocompiler.tile.index import product
+from iocompiler.tile.program import TileProgram
+from iocompiler.tile.rows import column_reductions, split_rows
+from iocompiler.tile.split import split_reduction
+
+
+def finish(step: KernelStep, device: Device, hints: Mapping[str, int], place: str) -> list[KernelStep]:
+    """The scheduled kernels that do the work of ``step``; workspaces between them live on ``place``."""
+    program = step.program
+    if column_reductions(program):
+        rows = value_at(product([a.size for a in program.parallel]), hints)
+        programs = min(max(rows, 1), _row_programs(device))
+        return _two(step, split_rows(program, programs), device, hints, place, programs)
+    parts = split_factor(program, device, hints)
+    if parts > 1:
+        halves = split_reduction(program, parts)
+        if halves is not None:
+            return _two(step, halves, device, hints, place)
+    return [replace(step, schedule=choose(program, device, hints))]
+
+
+def _row_programs(device: Device) -> int:
+    # two programs an SM hide each other's latency; more only add partial rows to fold
+    return 2 * device.sm_count
+
+
+def _two(
+    step: KernelStep, halves: tuple[TileProgram, TileProgram], device: Device, hints: Mapping[str, int],
+    place: str, programs: int = 0,
+) -> list[KernelStep]:  # fmt: skip
+    """Two steps passing workspaces named after the step's first result."""
+    first, second = halves
+    stem = (step.outputs[0][0] if step.outputs else step.args[0]) + "_"
+    names = dict(zip([b.name for b in step.program.buffers], step.args, strict=True))
+    workspaces: list[tuple[str, TensorSpec]] = []
+    for buffer in first.buffers:
+        if buffer.name not in names:
+            names[buffer.name] = stem + buffer.name
+            workspaces.append((stem + buffer.name, TensorSpec((buffer.elements,), (1,), buffer.dtype, place)))
+    made = dict(step.outputs)
+    steps: list[KernelStep] = []
+    for program, suffix, extra in ((first, "", workspaces), (second, "_fold", [])):
+        schedule = choose(program, device, hints)
+        if programs and not suffix:
+            schedule = replace(schedule, programs=programs)
+        outputs = [(names[b.name], made[names[b.name]]) for b in program.buffers if names[b.name] in made and b.role == "out"]
+        steps.append(
+            replace(
+                step,
+                name=step.name + suffix,
+                program=program,
+                schedule=schedule,
+                args=tuple(names[b.name] for b in program.buffers),
+                outputs=tuple(outputs + extra),
+            )
+        )
+    return steps

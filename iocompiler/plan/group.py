@@ -1,0 +1,217 @@
+"""Grouping: which kernel nodes are computed together. Greedy by bytes saved, accepted by modeled time.
+
+Every kernel node starts as a kernel of its own. Pairs that share a tensor are tried in the order of the bytes they
+share; a pair is merged when the union has no cycle through other kernels, lowers to one program and is modeled faster
+than the two. What is not merged keeps the reason.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from iocompiler.plan.dataflow import Dataflow, nbytes
+from iocompiler.plan.lower import Lowered, lower
+from iocompiler.plan.lowering import Unsupported
+from iocompiler.tile.program import TileProgram
+from iocompiler.tile.rows import RowsTooLong, check_rows
+
+aten = torch.ops.aten
+
+Price = Callable[[TileProgram], float]
+
+# A kernel this large no longer compiles quickly and spills; two kernels are better.
+_MOST_OPERATIONS = 400
+_MOST_BUFFERS = 60
+
+
+@dataclass
+class Group:
+    """Nodes computed by one kernel, its program and its modeled time in seconds."""
+
+    number: int
+    nodes: frozenset[Node]
+    lowered: Lowered
+    seconds: float
+
+
+@dataclass
+class Grouper:
+    """Merges the kernel nodes of a graph; ``rejected`` keeps why two groups' nodes stayed apart."""
+
+    flow: Dataflow
+    price: Price
+    groups: dict[int, Group] = field(default_factory=dict)
+    home: dict[Node, int] = field(default_factory=dict)
+    rejected: dict[tuple[Node, Node], str] = field(default_factory=dict)
+    _above: dict[int, int] = field(default_factory=dict)
+    _queue: list[tuple[int, int, int]] = field(default_factory=list)
+    _trials: dict[frozenset[Node], Lowered | str] = field(default_factory=dict)
+
+    def run(self) -> list[Group]:
+        """Every group, in a legal order of execution among themselves."""
+        self._start()
+        while self._queue:
+            _, a, b = heapq.heappop(self._queue)
+            if a in self.groups and b in self.groups:
+                self._try_merge(self.groups[a], self.groups[b])
+        return sorted(self.groups.values(), key=lambda g: g.number)
+
+    # --- the first groups and their order
+
+    def _start(self) -> None:
+        """One group a kernel node; an opaque call is a group that never merges, so that cycles through it are seen."""
+        ordered = sorted([*self.flow.kernel, *self.flow.opaque], key=lambda n: self.flow.order[n])
+        for number, node in enumerate(ordered):
+            self.home[node] = number
+        for node in ordered:
+            number = self.home[node]
+            above = 0
+            for leaf in self._before(node):
+                producer = self.home.get(self.flow.item_source(leaf))
+                if producer is not None and producer != number:
+                    above |= self._above[producer] | (1 << producer)
+            self._above[number] = above
+            if node in self.flow.kernel:
+                nodes = frozenset({node})
+                lowered = self._lower(nodes)
+                assert isinstance(lowered, Lowered), lowered
+                self.groups[number] = Group(number, nodes, lowered, self.price(lowered.program))
+        for pair in self._shared():
+            self._propose(*pair)
+
+    def _before(self, node: Node) -> Iterable[Node]:
+        """What must run before ``node``: producers of what it reads; for an overwrite, every other reader too."""
+        yield from self.flow.leaves[node]
+        if node.target is aten.copy_.default:
+            target = node.args[0]
+            yield from (r for r in self.flow.readers.get(target, ()) if r is not node)  # type: ignore[arg-type]
+
+    def _shared(self) -> Iterable[tuple[int, int]]:
+        seen: set[tuple[int, int]] = set()
+        for leaf, readers in self.flow.readers.items():
+            touching = [self.home[n] for n in readers]
+            if leaf in self.home:
+                touching.append(self.home[leaf])
+            touching = sorted(t for t in set(touching) if t in self.groups)
+            if nbytes(leaf, self.flow.hints) < 4096 and len(touching) > 8:
+                continue  # a small tensor read everywhere is no reason to merge
+            for i, a in enumerate(touching):
+                for b in touching[i + 1 :]:
+                    if (a, b) not in seen:
+                        seen.add((a, b))
+                        yield a, b
+
+    def _propose(self, a: int, b: int) -> None:
+        shared = self._touched(self.groups[a]) & self._touched(self.groups[b])
+        saved = sum(nbytes(n, self.flow.hints) for n in shared)
+        heapq.heappush(self._queue, (-saved, min(a, b), max(a, b)))
+
+    def _touched(self, group: Group) -> set[Node]:
+        touched: set[Node] = set(group.nodes)
+        for node in group.nodes:
+            touched |= self.flow.leaves[node]
+        return touched
+
+    # --- merging
+
+    def _try_merge(self, a: Group, b: Group) -> None:
+        reason = self._why_not(a, b)
+        if reason is None:
+            nodes = a.nodes | b.nodes
+            lowered = self._lower(nodes)
+            if isinstance(lowered, str):
+                reason = lowered
+            else:
+                seconds = self.price(lowered.program)
+                if seconds <= a.seconds + b.seconds:
+                    self._merge(a, b, Group(max(a.number, b.number), nodes, lowered, seconds))
+                    return
+                reason = (
+                    f"together {seconds * 1e6:.1f} us, apart {a.seconds * 1e6:.1f} + {b.seconds * 1e6:.1f} us"
+                )
+        for x in a.nodes:
+            for y in self._neighbours(x) & b.nodes:
+                first, second = sorted((x, y), key=lambda n: self.flow.order[n])
+                self.rejected[first, second] = reason
+
+    def above(self, number: int) -> int:
+        """Bit mask of the groups that run before this one."""
+        return self._above[number]
+
+    def _neighbours(self, node: Node) -> set[Node]:
+        return self.flow.readers.get(node, set()) | set(self.flow.leaves[node])
+
+    def _why_not(self, a: Group, b: Group) -> str | None:
+        pair = (1 << a.number) | (1 << b.number)
+        for first, second in ((a, b), (b, a)):
+            # a third kernel between the two, above one of them and below the other
+            between = self._above[second.number] & ~pair
+            while between:
+                low = between & -between
+                number = low.bit_length() - 1
+                if self._above[number] >> first.number & 1:
+                    return "another kernel stands between the two"
+                between ^= low
+        return None
+
+    def _merge(self, a: Group, b: Group, merged: Group) -> None:
+        old = (1 << a.number) | (1 << b.number)
+        kept = 1 << merged.number
+        above = (self._above[a.number] | self._above[b.number]) & ~old
+        del self.groups[a.number], self.groups[b.number]
+        dropped = a.number if merged.number == b.number else b.number
+        del self._above[dropped]
+        self._above[merged.number] = above
+        for number, mask in self._above.items():
+            if number != merged.number and mask & old:
+                self._above[number] = (mask & ~old) | kept | above
+        self.groups[merged.number] = merged
+        for node in merged.nodes:
+            self.home[node] = merged.number
+        for other in self._adjacent(merged):
+            self._propose(merged.number, other)
+
+    def _adjacent(self, group: Group) -> set[int]:
+        found: set[int] = set()
+        for tensor in self._touched(group):
+            if nbytes(tensor, self.flow.hints) < 4096 and len(self.flow.readers.get(tensor, ())) > 8:
+                continue
+            near = self.flow.readers.get(tensor, set()) | {tensor}
+            found |= {self.home[n] for n in near if n in self.home}
+        return {n for n in found if n in self.groups and n != group.number}
+
+    # --- lowering a candidate
+
+    def outputs(self, nodes: frozenset[Node]) -> tuple[Node, ...]:
+        """The nodes of a group that others read, or that leave the graph, in graph order."""
+        kept = [
+            n
+            for n in nodes
+            if n in self.flow.outputs
+            or n.target is aten.copy_.default
+            or any(r not in nodes for r in self.flow.readers.get(n, ()))
+        ]
+        return tuple(sorted(kept, key=lambda n: self.flow.order[n]))
+
+    def _lower(self, nodes: frozenset[Node]) -> Lowered | str:
+        found = self._trials.get(nodes)
+        if found is None:
+            found = self._trials[nodes] = self._lower_fresh(nodes)
+        return found
+
+    def _lower_fresh(self, nodes: frozenset[Node]) -> Lowered | str:
+        try:
+            lowered = lower(nodes, self.flow.virtual, self.outputs(nodes), self.flow.order)
+            check_rows(lowered.program)
+        except (Unsupported, RowsTooLong) as error:
+            return str(error)
+        if len(lowered.program.ops) > _MOST_OPERATIONS:
+            return f"{len(lowered.program.ops)} operations in one kernel"
+        if len(lowered.program.buffers) > _MOST_BUFFERS:
+            return f"{len(lowered.program.buffers)} tensors in one kernel"
+        return lowered

@@ -1,0 +1,208 @@
+"""The state of one lowering: an iteration space, the tile operations so far, and the values already computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from iocompiler.plan.sizes import divide, size_of
+from iocompiler.plan.views import (
+    Index,
+    NotAffine,
+    broadcast_index,
+    input_index,
+    is_view,
+    shape_of,
+    storage_owner,
+)
+from iocompiler.tile.index import Affine, Axis, Size
+from iocompiler.tile.ops import compute_dtype
+from iocompiler.tile.program import Builder, Literal_
+
+
+class Unsupported(Exception):
+    """These nodes cannot be one kernel; the message is the reason a report gives."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Iteration axes in row-major order of the widest tensor; those in ``reduced`` are reduced over."""
+
+    axes: tuple[Axis, ...]
+    reduced: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of_shape(shape: tuple[Size, ...], reduced_dims: Iterable[int] = ()) -> tuple[Space, Index]:
+        """A space with an axis for every dimension above size 1, and the index of that shape's elements in it."""
+        dims = set(reduced_dims)
+        axes: list[Axis] = []
+        index: list[Affine] = []
+        for dim, size in enumerate(shape):
+            if size == 1 and dim not in dims:
+                index.append(Affine())
+                continue
+            axes.append(Axis(f"a{dim}", size))
+            index.append(Affine.of(f"a{dim}"))
+        return Space(tuple(axes), frozenset(f"a{d}" for d in dims)), tuple(index)
+
+    @property
+    def extents(self) -> dict[str, Size]:
+        return {a.name: a.size for a in self.axes}
+
+    def part(self, reduced: bool) -> tuple[Axis, ...]:
+        return tuple(a for a in self.axes if (a.name in self.reduced) == reduced)
+
+    def split(self, name: str, inner: Size) -> tuple[Space, dict[str, Affine]]:
+        """The same space with one axis cut in two, and what the old axis is in the new ones."""
+        axes: list[Axis] = []
+        for axis in self.axes:
+            if axis.name != name:
+                axes.append(axis)
+                continue
+            outer = divide(axis.size, inner)
+            assert outer is not None
+            axes += [Axis(f"{name}o", outer), Axis(f"{name}i", inner)]
+        reduced = self.reduced
+        if name in reduced:
+            reduced = (reduced - {name}) | {f"{name}o", f"{name}i"}
+        return Space(tuple(axes), reduced), {name: Affine.of(f"{name}o") * inner + Affine.of(f"{name}i")}
+
+
+Rule: TypeAlias = "Callable[[Lowering, Node, Index, int | None], int]"
+"""(lowering, node, index in the node's output, mask) -> the value there, in the dtype it is computed in."""
+
+
+@dataclass
+class Lowering:
+    """One attempt over one space. ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded."""
+
+    space: Space
+    home: frozenset[Node]
+    virtual: Container[Node]
+    rule_of: Callable[[Node], Rule]
+    builder: Builder = field(default_factory=Builder)
+    names: dict[Node, str] = field(default_factory=dict)
+    _values: dict[tuple[Node, Index, int | None], int] = field(default_factory=dict)
+    _varies: list[frozenset[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.extents = self.space.extents
+
+    def computes(self, node: Node) -> bool:
+        return node in self.home or node in self.virtual
+
+    # --- values
+
+    def value(self, node: Node, index: Index, mask: int | None = None) -> int:
+        """The value of ``node`` at ``index``, held in its compute dtype; loads obey ``mask``."""
+        key = (node, index, mask)
+        found = self._values.get(key)
+        if found is None:
+            found = self._values[key] = self._evaluate(node, index, mask)
+        return found
+
+    def _evaluate(self, node: Node, index: Index, mask: int | None) -> int:
+        if is_view(node):
+            return self._through_view(node, index, mask)
+        if self.computes(node):
+            value = self.rule_of(node)(self, node, index, mask)
+            return self._narrowed(value, node.meta["val"].dtype)
+        return self._load(node, index, mask)
+
+    def _through_view(self, node: Node, index: Index, mask: int | None) -> int:
+        try:
+            source, inner = input_index(node, index, self.extents)
+        except NotAffine:
+            if self.computes(storage_owner(node)):
+                raise
+            return self._load(node, index, mask)  # the view lies in memory with strides of its own
+        return self.value(source, inner, mask)
+
+    def _narrowed(self, value: int, dtype: torch.dtype) -> int:
+        """Wrap short integers as their own dtype does; leave everything else."""
+        if dtype in (torch.int8, torch.int16, torch.uint8) and self.builder.ops[value].kind == "map":
+            return self.builder.cast(self.builder.cast(value, dtype), compute_dtype(dtype))
+        return value
+
+    def _load(self, node: Node, index: Index, mask: int | None) -> int:
+        tensor = node.meta["val"]
+        if not isinstance(tensor, torch.Tensor):
+            raise Unsupported(f"{node.name} is no tensor")
+        address = Affine()
+        for position, stride in zip(index, tensor.stride(), strict=True):
+            address = address + position * size_of(stride)
+        value = self.builder.load(self.buffer_name(node), address, tensor.dtype, mask)
+        return self.builder.cast(value, compute_dtype(tensor.dtype))
+
+    def buffer_name(self, node: Node) -> str:
+        return self.names.setdefault(node, f"b{len(self.names)}")
+
+    # --- operands
+
+    def operand(
+        self, arg: Any, node: Node, index: Index, mask: int | None, dtype: torch.dtype | None = None
+    ) -> int:
+        """An argument of an elementwise ``node`` (broadcast tensor, number, size) as a value of ``dtype``."""
+        if isinstance(arg, Node) and isinstance(arg.meta["val"], torch.Tensor):
+            inner = broadcast_index(index, shape_of(node), shape_of(arg))
+            value = self.value(arg, inner, mask)
+            return value if dtype is None else self.convert(value, dtype)
+        assert dtype is not None
+        return self.builder.const(literal(arg), dtype)
+
+    def convert(self, value: int, dtype: torch.dtype) -> int:
+        """``value`` as ``dtype``; to bool it is compared with zero, as torch does."""
+        have = self.builder.dtype(value)
+        if dtype == torch.bool and have != torch.bool:
+            return self.builder.map("ne", value, self.builder.const(0, have), dtype=torch.bool)
+        return self.builder.cast(value, dtype)
+
+    def below(self, index: Affine, limit: Size) -> int:
+        """The predicate ``index < limit``."""
+        return self.builder.map(
+            "lt", self.builder.iota(index), self.builder.const(limit, torch.int64), dtype=torch.bool
+        )
+
+    def at_least(self, index: Affine, limit: Size) -> int:
+        """The predicate ``index >= limit``."""
+        return self.builder.map(
+            "ge", self.builder.iota(index), self.builder.const(limit, torch.int64), dtype=torch.bool
+        )
+
+    def both(self, a: int | None, b: int) -> int:
+        return b if a is None else self.builder.map("and", a, b, dtype=torch.bool)
+
+    # --- what an index or a value varies over
+
+    def varies(self, value: int) -> frozenset[str]:
+        while len(self._varies) <= value:
+            op = self.builder.ops[len(self._varies)]
+            names = {n for n in (op.index.names if op.index else ()) if not n.startswith("%")}
+            for read in op.reads:
+                names |= self._varies[read]
+            if op.kind == "reduce":
+                over_reduced = op.over == "reduced"
+                names -= {a.name for a in self.space.part(reduced=over_reduced)}
+            self._varies.append(frozenset(names))
+        return self._varies[value]
+
+    def axes_of(self, index: Iterable[Affine]) -> frozenset[str]:
+        names: set[str] = set()
+        for position in index:
+            for name in position.names:
+                names |= self.varies(int(name[1:])) if name.startswith("%") else {name}
+        return frozenset(names)
+
+
+def literal(arg: Any) -> Literal_:
+    if isinstance(arg, Node):
+        arg = arg.meta["val"]
+    if isinstance(arg, torch.SymInt):
+        return size_of(arg)
+    if isinstance(arg, (bool, int, float)):
+        return arg
+    raise Unsupported(f"argument {arg!r} of type {type(arg).__name__}")

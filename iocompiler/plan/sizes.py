@@ -1,0 +1,86 @@
+"""Sizes as the planner sees them: ints where static, sympy expressions where dynamic, with exact division and proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from iocompiler.tile.index import Affine, Size
+
+
+def size_of(value: Any) -> Size:
+    """An int or SymInt as a `Size`."""
+    if isinstance(value, torch.SymInt):
+        expr = value.node.expr
+        return int(expr) if expr.is_Integer else expr
+    return int(value)
+
+
+def normal(size: Size) -> Size:
+    """Expanded, and a plain int where it is one: equal polynomials compare equal."""
+    if isinstance(size, int):
+        return size
+    expanded = sympy.expand(size)
+    return int(expanded) if expanded.is_Integer else expanded
+
+
+def equal(a: Size, b: Size) -> bool:
+    """Whether a == b for every value of the symbols."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(normal(a - b) == 0)
+
+
+def divide(a: Size, b: Size) -> Size | None:
+    """a / b where it is exact for every value of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b != 0 and a % b == 0 else None
+    if b == 0:
+        return None
+    quotient = normal(sympy.cancel(sympy.sympify(a) / b))
+    if isinstance(quotient, int):
+        return quotient
+    numerator, denominator = quotient.as_numer_denom()
+    if denominator != 1 or any(not c.is_Integer for c in _coefficients(numerator)):
+        return None
+    return quotient
+
+
+def _coefficients(expr: sympy.Expr) -> list[sympy.Expr]:
+    return [term.as_coeff_Mul()[0] for term in sympy.Add.make_args(sympy.expand(expr))]
+
+
+def nonnegative(size: Size) -> bool:
+    """Whether size >= 0 is provable (sizes are taken as at least 1: zero-sized spaces run no point at all)."""
+    if isinstance(size, int):
+        return size >= 0
+    # with every symbol s = t + 1 and t >= 0, a polynomial without negative coefficients is never negative
+    shifted = size.subs({s: s + 1 for s in size.free_symbols})
+    return all(c.is_number and c >= 0 for c in _coefficients(shifted))
+
+
+def value_at(size: Size, hints: Mapping[str, int], default: int = 1024) -> int:
+    """The size at the hinted values of its symbols."""
+    if isinstance(size, int):
+        return size
+    return int(size.subs({s: hints.get(s.name, default) for s in size.free_symbols}))
+
+
+def bounds(index: Affine, extents: Mapping[str, Size]) -> tuple[Size, Size] | None:
+    """Inclusive least and greatest value of an index over the axes' extents; None with an indirect term."""
+    low: Size = index.const
+    high: Size = index.const
+    for name, coefficient in index.terms:
+        if name not in extents:
+            return None
+        reach = coefficient * (extents[name] - 1)
+        if nonnegative(coefficient):
+            high = high + reach
+        elif nonnegative(-coefficient):
+            low = low + reach
+        else:
+            return None
+    return low, high

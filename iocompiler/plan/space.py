@@ -1,0 +1,169 @@
+"""Which iteration space a kernel gets, and where in it each of its outputs lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Node
+
+from iocompiler.plan.lowering import Lowering, Space, Unsupported
+from iocompiler.plan.rules import folded_dims, is_elementwise
+from iocompiler.plan.sizes import equal, value_at
+from iocompiler.plan.views import (
+    Index,
+    NotAffine,
+    flatten,
+    input_index,
+    is_view,
+    reshape_index,
+    shape_of,
+    unflatten,
+)
+from iocompiler.tile.index import Affine, product
+
+aten = torch.ops.aten
+
+
+def root_space(
+    home: frozenset[Node], outputs: tuple[Node, ...], order: Mapping[Node, int]
+) -> tuple[Space, dict[Node, Index]]:
+    """The space of a kernel, and the index of its root tensor there.
+
+    With reductions, the input of the widest one is the root, and the dimensions it reduces are reduced; among equally
+    wide ones that over the innermost dimension, whose rows lie contiguous. Without, the widest output is the root.
+    """
+    reductions = sorted((n for n in home if folded_dims(n) is not None), key=lambda n: order[n])
+    if not reductions:
+        root = max(sorted(outputs, key=lambda n: order[n]), key=_points)
+        space, index = Space.of_shape(shape_of(root))
+        return space, {root: index}
+    best = max(reductions, key=_reduction_rank)
+    source = best.args[0]
+    assert isinstance(source, Node)
+    dims = folded_dims(best)
+    assert dims is not None
+    space, index = Space.of_shape(shape_of(source), dims)
+    return space, {source: index}
+
+
+def _points(node: Node) -> int:
+    return value_at(product(list(shape_of(node))), {})
+
+
+def _reduction_rank(node: Node) -> tuple[int, bool]:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dims = folded_dims(node) or ()
+    return _points(source), len(shape_of(source)) - 1 in dims
+
+
+def stored_into(output: Node) -> Node:
+    """The node whose buffer an output is stored into: its own, or the mutated argument of a ``copy_``."""
+    if output.target is torch.ops.aten.copy_.default:
+        target = output.args[0]
+        assert isinstance(target, Node)
+        return target
+    return output
+
+
+def output_index(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> tuple[Index, int]:
+    """Where ``output`` lies in the space, and its value there. Raises `Unsupported` where it has no place."""
+    reasons: list[str] = []
+    for index in _candidates(lowering, output, seeds):
+        try:
+            value = lowering.value(output, index)
+        except Unsupported as error:
+            reasons.append(str(error))
+            continue
+        extra = lowering.varies(value) - lowering.axes_of(index)
+        if not extra:
+            return index, value
+        reasons.append(f"{output.name} varies over {', '.join(sorted(extra))} beside its own elements")
+    raise Unsupported(reasons[0] if reasons else f"{output.name} {list(shape_of(output))} does not fit the space")
+
+
+def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> list[Index]:
+    space, shape = lowering.space, shape_of(stored_into(output))
+    found = list(filter(None, [propagate(lowering, seeds).get(output)]))
+    total = product(list(shape))
+    spans = [space.axes, space.part(reduced=False)]
+    if space.reduced:
+        spans.append(space.part(reduced=True))
+    for axes in spans:
+        if equal(product([a.size for a in axes]), total):
+            flat = flatten([Affine.of(a.name) for a in axes], [a.size for a in axes])
+            try:
+                index = unflatten(flat, shape, lowering.extents)
+            except NotAffine:
+                continue
+            if index not in found:
+                found.append(index)
+    return found
+
+
+def propagate(lowering: Lowering, seeds: Mapping[Node, Index]) -> dict[Node, Index]:
+    """Carry the seeds' indices to neighbours over elementwise nodes and one-to-one views, both ways."""
+    known = dict(seeds)
+    queue = list(seeds)
+    while queue:
+        node = queue.pop()
+        for neighbour, index in _neighbours(lowering, node, known[node]):
+            if neighbour not in known:
+                known[neighbour] = index
+                queue.append(neighbour)
+    return known
+
+
+def _neighbours(lowering: Lowering, node: Node, index: Index) -> list[tuple[Node, Index]]:
+    found: list[tuple[Node, Index]] = []
+    extents = lowering.extents
+    try:
+        if is_view(node):
+            found.append(input_index(node, index, extents))
+        elif lowering.computes(node):
+            found += [(p, index) for p in node.all_input_nodes if _same_shape(p, node) and is_elementwise(node)]
+        for user in node.users:
+            if is_view(user) and _leads_into(user, lowering):
+                inverse = _inverse(user, node, index, lowering)
+                if inverse is not None:
+                    found.append((user, inverse))
+            elif lowering.computes(user) and _same_shape(user, node) and is_elementwise(user):
+                found.append((user, index))
+    except NotAffine:
+        pass
+    return found
+
+
+def _leads_into(view: Node, lowering: Lowering) -> bool:
+    return any(lowering.computes(user) or is_view(user) for user in view.users)
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    if not isinstance(a.meta.get("val"), torch.Tensor) or not isinstance(b.meta.get("val"), torch.Tensor):
+        return False
+    left, right = shape_of(a), shape_of(b)
+    return len(left) == len(right) and all(equal(x, y) for x, y in zip(left, right, strict=True))
+
+
+def _inverse(view: Node, source: Node, index: Index, lowering: Lowering) -> Index | None:
+    """The index in ``view`` of the element at ``index`` of its input, for one-to-one views."""
+    if view.target in (aten.permute.default,):
+        order = view.args[1]
+        return tuple(index[d] for d in order)  # type: ignore[union-attr,index]
+    if view.target in (aten.transpose.int, aten.t.default, aten.alias.default, aten.detach.default):
+        return input_index(view, index, lowering.extents)[1]  # its own inverse
+    if view.target in _RESHAPES:
+        return reshape_index(index, shape_of(source), shape_of(view), lowering.extents)
+    return None
+
+
+_RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}

@@ -1,0 +1,28 @@
+"""Which tensors still pass through memory between two kernels, and why."""
+
+from __future__ import annotations
+
+from iocompiler.plan.data import Unfused
+from iocompiler.plan.dataflow import Dataflow, nbytes
+from iocompiler.plan.group import Grouper
+
+
+def unfused_edges(flow: Dataflow, grouper: Grouper) -> tuple[Unfused, ...]:
+    """One row for each (tensor, reader) in different kernels, largest tensors first."""
+    edges: list[Unfused] = []
+    for leaf, readers in flow.readers.items():
+        if leaf.op == "placeholder":
+            continue
+        source = flow.item_source(leaf)
+        for reader in sorted(readers, key=lambda n: flow.order[n]):
+            if grouper.home.get(source) == grouper.home[reader]:
+                continue
+            reason = grouper.rejected.get((leaf, reader))
+            if reason is None and source in flow.opaque:
+                reason = f"{leaf.name} comes from a call: {flow.opaque[source]}"
+            if reason is None and reader in flow.opaque:
+                reason = f"{reader.name} is a call: {flow.opaque[reader]}"
+            if reason is None:
+                reason = f"too little shared: {nbytes(leaf, flow.hints)} bytes"
+            edges.append(Unfused(leaf.name, reader.name, nbytes(leaf, flow.hints), reason))
+    return tuple(sorted(edges, key=lambda e: -int(e.bytes)))

@@ -1,0 +1,130 @@
+"""Programs that reduce along rows and down columns at once (the backward pass of a norm).
+
+One pass over the data gives the row results and, for every program, a partial sum of each column; a second, small
+program folds the partials and finishes what was computed from them. `split_rows` makes the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from iocompiler.tile.index import Affine, Axis, Size, product
+from iocompiler.tile.ops import compute_dtype
+from iocompiler.tile.program import Buffer, Op, TileProgram, drop_dead
+
+# A row lives in registers with an accumulator of its length for every column reduction.
+LONGEST_ROW = 16384
+
+
+class RowsTooLong(Exception):
+    """The rows of a program with column reductions do not fit the registers of a multiprocessor."""
+
+
+def column_reductions(program: TileProgram) -> tuple[int, ...]:
+    """Positions of the reductions over the parallel axes."""
+    return tuple(i for i, op in enumerate(program.ops) if op.kind == "reduce" and op.over == "parallel")
+
+
+def check_rows(program: TileProgram) -> None:
+    """Raise `RowsTooLong` where a program with column reductions cannot be scheduled."""
+    if not column_reductions(program):
+        return
+    length = product([a.size for a in program.reduced])
+    if not isinstance(length, int) or length > LONGEST_ROW:
+        raise RowsTooLong(f"rows of {length} elements with column sums exceed {LONGEST_ROW}")
+    if any(op.kind == "scan" for op in program.ops):
+        raise RowsTooLong("a scan beside column sums")
+    if any(program.ops[i].fn not in ("sum", "max", "min", "any", "prod") for i in column_reductions(program)):
+        raise RowsTooLong("an argmax down the columns")
+    _check_order(program)
+
+
+def _check_order(program: TileProgram) -> None:
+    """What a column reduction gives is known only when every row is done: no row may need it."""
+    for position in _dependent_stores(program):
+        if program.varies[position] - {a.name for a in program.reduced}:
+            raise RowsTooLong("a row needs the result of a column sum")
+
+
+def _depends(program: TileProgram) -> list[bool]:
+    found: list[bool] = []
+    columns = set(column_reductions(program))
+    for position, op in enumerate(program.ops):
+        found.append(position in columns or any(found[r] for r in op.reads))
+    return found
+
+
+def _dependent_stores(program: TileProgram) -> list[int]:
+    depends = _depends(program)
+    return [i for i, op in enumerate(program.ops) if op.kind == "store" and depends[i]]
+
+
+def split_rows(program: TileProgram, programs: int) -> tuple[TileProgram, TileProgram]:
+    """(rows program with partial stores, finishing program). ``programs`` is the first one's number of programs.
+
+    Partial buffers are named "partial0", ... with ``programs`` rows of the reduced extent each.
+    """
+    late = set(_dependent_stores(program))
+    columns = [c for c in column_reductions(program) if _feeds(program, c, late)]
+    length = product([a.size for a in program.reduced])
+    row = _row_index(program.reduced)
+    ops = list(op if i not in late else None for i, op in enumerate(program.ops))
+    kept: list[Op] = []
+    buffers: list[Buffer] = []
+    for number, column in enumerate(columns):
+        dtype = compute_dtype(program.ops[column].dtype)
+        name = f"partial{number}"
+        buffers.append(Buffer(name, dtype, "out", length * programs))
+        kept.append(Op("store", dtype, (column,), "partial", name, row))
+    first_ops = [op if op is not None else Op("const", program.ops[i].dtype) for i, op in enumerate(ops)]
+    first = replace(program, buffers=program.buffers + tuple(buffers), ops=tuple(first_ops) + tuple(kept))
+    return drop_dead(first), _finish(program, columns, buffers, length, programs)
+
+
+def _feeds(program: TileProgram, column: int, stores: set[int]) -> bool:
+    reached = {column}
+    for position, op in enumerate(program.ops):
+        if any(r in reached for r in op.reads):
+            reached.add(position)
+    return bool(reached & stores)
+
+
+def _row_index(axes: tuple[Axis, ...]) -> Affine:
+    index, stride = Affine(), 1
+    for axis in reversed(axes):
+        index = index + Affine.of(axis.name) * stride
+        stride = stride * axis.size  # type: ignore[assignment]
+    return index
+
+
+def _finish(
+    program: TileProgram, columns: list[int], partials: list[Buffer], length: Size, programs: int
+) -> TileProgram:
+    """Fold the partials over the new reduced axis "p"; everything after the column reductions as it was."""
+    late = set(_dependent_stores(program))
+    names = {a.name: Affine.of(f"x{i}") for i, a in enumerate(program.reduced)}
+    parallel = tuple(Axis(f"x{i}", a.size) for i, a in enumerate(program.reduced))
+    row = _row_index(parallel)
+    ops: list[Op] = []
+    moved: dict[int, int] = {}
+    for position, op in enumerate(program.ops):
+        if position in columns:
+            buffer = partials[columns.index(position)]
+            ops.append(Op("load", buffer.dtype, buffer=buffer.name, index=row + Affine.of("r0") * length))
+            fold = Op("reduce", op.dtype, (len(ops) - 1,), op.fn)
+        elif op.kind == "store" and position not in late:
+            fold = Op("const", op.dtype)
+        else:
+            fold = _moved(op, moved, names)
+        moved[position] = len(ops)
+        ops.append(fold)
+    ins = tuple(replace(b, role="in") for b in partials)
+    finishing = TileProgram(parallel, (Axis("r0", programs),), program.buffers + ins, tuple(ops))
+    return drop_dead(finishing)
+
+
+def _moved(op: Op, moved: dict[int, int], names: dict[str, Affine]) -> Op:
+    index = op.index
+    if index is not None:
+        index = index.substitute(names | {f"%{v}": Affine.of(f"%{moved[v]}") for v in index.values})
+    return replace(op, inputs=tuple(moved[i] for i in op.inputs), index=index)
