@@ -1,0 +1,68 @@
+"""`compile` with the Dynamo settings the compiler wants, and `explain`, loaded when first called."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from iocompiler.backend import Compiler
+from iocompiler.pipeline import DEFAULT, Pipeline
+
+# what Dynamo needs for fewer graph breaks; in force only inside the calls of what `compile` returns
+_SETTINGS: dict[str, Any] = {
+    "capture_dynamic_output_shape_ops": True,  # an expert loop with torch.where is one graph
+    "capture_scalar_outputs": True,
+}
+_LOGGERS = ("debug", "info", "warning", "warning_once", "error")
+
+
+def compile(
+    model: Callable[..., Any],
+    *,
+    pipeline: Pipeline = DEFAULT,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    **options: Any,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend=Compiler(...))``, with Dynamo set to break fewer graphs during its calls.
+
+    Logger calls are skipped instead of breaking the graph, and operators whose output size depends on data are
+    captured. Other compiled functions keep Dynamo's own settings.
+
+    Args:
+        model: a module or function.
+        pipeline: the passes to run.
+        dynamic, fullgraph: as in torch.compile.
+        options: as in `Compiler`.
+    """
+    compiled = torch.compile(
+        model, backend=Compiler(pipeline, **options), dynamic=dynamic, fullgraph=fullgraph
+    )
+    target = compiled.__call__ if isinstance(compiled, torch.nn.Module) else compiled
+
+    @functools.wraps(model.forward if isinstance(model, torch.nn.Module) else model)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(**_SETTINGS, ignore_logging_functions=_loggers()):
+            return target(*args, **kwargs)
+
+    return call
+
+
+def _loggers() -> set[Any]:
+    found: set[Any] = set(torch._dynamo.config.ignore_logging_functions)
+    for name in _LOGGERS:
+        if hasattr(logging.Logger, name):
+            found.add(getattr(logging.Logger, name))
+    return found
+
+
+def explain(model: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+    """Plan, emit and compile ``model`` with no GPU present; see `iocompiler.report.explain.explain`."""
+    from iocompiler.report.explain import explain as report
+
+    return report(model, *inputs, **settings)

@@ -1,0 +1,82 @@
+"""What runs a graph: Triton for CUDA, Inductor's C++ for the CPU, the reference interpreter for tests, aten last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import GraphModule
+
+from iocompiler.compilation import Compilation
+from iocompiler.cost_model.device import DEVICES, Device
+from iocompiler.options import Options
+from iocompiler.pipeline import Pipeline
+
+Boxed: TypeAlias = Callable[[list[Any]], Any]
+"""Called with one list of inputs, which it empties, so that an input dies as soon as it is dead."""
+
+
+def planned(
+    gm: GraphModule, name: str, options: Options, passes: Pipeline, record: Compilation
+) -> Boxed:
+    """Plan a flat functional graph and make it run on the engine of the options."""
+    from iocompiler.plan.build import build_plan
+
+    passes.run(gm, start=name)
+    record.flat[name] = gm
+    plan = build_plan(gm, device_row(gm, options), name)
+    record.plans[name] = plan
+    if callable(options.engine):
+        return boxed(options.engine(plan, gm))
+    if options.engine == "reference":
+        from iocompiler.runtime.reference import run_plan
+
+        return boxed(lambda args: run_plan(plan, args))
+    from iocompiler.runtime.load import load
+
+    return boxed(load(plan, torch.device(plan.device)))
+
+
+def aten(gm: GraphModule) -> Boxed:
+    """The graph itself, node by node, values freed when dead."""
+    return boxed(lambda args: torch.fx.Interpreter(gm).boxed_run(args))
+
+
+def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor's C++ on a graph before autograd; raises where this machine has no C++ compiler."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()
+    compiled: Callable[..., Any] = compile_fx(gm, example_inputs)
+    return compiled
+
+
+def boxed(function: Callable[[list[Any]], Any]) -> Boxed:
+    """Mark a function of one list as such for AOTAutograd."""
+
+    def run(args: list[Any]) -> Any:
+        return function(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def on_cuda(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """True where any tensor of the graph lives on a CUDA device."""
+    values = [*example_inputs, *(node.meta.get("val") for node in gm.graph.nodes)]
+    return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in values)
+
+
+def device_row(gm: GraphModule, options: Options) -> Device:
+    """The row the graph is priced for: the option's, else that of the CUDA device it runs on, else the H200's."""
+    if options.device:
+        return DEVICES[options.device]
+    for node in gm.graph.nodes:
+        found = node.meta.get("val")
+        if isinstance(found, torch.Tensor) and found.device.type == "cuda" and torch.cuda.is_available():
+            from iocompiler.cost_model.device import current_device
+
+            return current_device(found.device)
+    return DEVICES["h200"]

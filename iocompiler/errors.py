@@ -1,0 +1,100 @@
+"""One class an error. Where the user's own line is known, the message ends with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class IOCompilerError(Exception):
+    """Base of every error of the compiler: ``message`` is the template of the class, ``where`` the user's line.
+
+    Args:
+        where: the user's line as "model.py:88", or "" where it is not known.
+        values: fill the fields of the class's ``message``.
+    """
+
+    message: ClassVar[str] = "{detail}"
+
+    def __init__(self, *, where: str = "", **values: object) -> None:
+        self.where = where
+        self.values = values
+        text = self.message.format(**values)
+        super().__init__(f"{text} (at {where})" if where else text)
+
+
+class UnknownOption(IOCompilerError):
+    """An option's name is not one of those that exist."""
+
+    message = "unknown option {name!r}{hint}; the options are {known}"
+
+
+class InvalidOption(IOCompilerError):
+    """An option's value has the wrong type or is out of range."""
+
+    message = "option {name!r} must be {expected}, not {value!r}"
+
+
+class UnknownPass(IOCompilerError):
+    """A pipeline was asked for a pass it does not have."""
+
+    message = "no pass named {name!r}{hint}; the passes are {known}"
+
+
+class DuplicatePass(IOCompilerError):
+    """Two passes of one pipeline would have the same name."""
+
+    message = "the pipeline has a pass named {name!r} already"
+
+
+class UnknownDevice(IOCompilerError):
+    """A device was asked for that has no row in the table."""
+
+    message = "no device {name!r}{hint}; the device rows are {known}"
+
+
+class CaptureFailed(IOCompilerError):
+    """Dynamo's graph could not be traced again to pre-dispatch ATen."""
+
+    message = "the graph could not be captured: {cause}"
+
+
+class BadPattern(IOCompilerError):
+    """A pattern or replacement given to `rewrite` is not one the matcher can read."""
+
+    message = "rewrite {name!r}: {detail}"
+
+
+class BadReplacement(IOCompilerError):
+    """A replacement computes a tensor of another shape, dtype or device than what it replaces."""
+
+    message = "rewrite {name!r}: the replacement gives {new} where {old} stood"
+
+
+class InvalidGraph(IOCompilerError):
+    """A pass left a graph that is not well formed."""
+
+    message = "pass {name!r} left an invalid graph: {cause}"
+
+
+class VerificationFailed(IOCompilerError):
+    """Under ``verify``, the graph after a pass does not compute what it computed before."""
+
+    message = "pass {name!r} changed the result: {detail}"
+
+
+class StrictFallback(IOCompilerError):
+    """Under ``strict``, a region that would have run on aten."""
+
+    message = "strict: {region} would run on aten: {cause}"
+
+
+class FallbackWarning(UserWarning):
+    """A region runs on aten, or unrewritten, because compiling it failed; the message names the cause."""
+
+
+def close_match(name: str, known: Iterable[str]) -> str:
+    """A hint such as ``" (did you mean 'dump'?)"``, or "" where no known name is close."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,0 +1,140 @@
+"""Dynamo's graph, traced again to pre-dispatch, pre-autograd ATen: where `layer_norm` and `softmax` still stand whole.
+
+The graph stays what the user wrote: in-place operators remain (`normalise` makes the simple ones functional), grad-mode
+and autocast switches are nodes, and higher-order operators (a checkpointed region, a condition) are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback
+import torch.utils._pytree as pytree
+from torch._guards import TracingContext, detect_fake_mode
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, ShapeEnv
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from iocompiler.errors import CaptureFailed
+
+
+def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
+    """Trace ``gm`` to pre-dispatch ATen; ``gm`` itself is left untouched.
+
+    Args:
+        gm: the graph Dynamo hands to a backend.
+        example_inputs: one value a placeholder: tensors (real or fake), sizes (int or SymInt) or numbers.
+
+    Returns:
+        a graph with the same placeholders and outputs, fake tensors in ``meta["val"]`` and stack traces kept.
+
+    Raises:
+        CaptureFailed: the graph takes tensor subclasses, or cannot be traced.
+    """
+    if any(is_traceable_wrapper_subclass(x) for x in example_inputs):
+        raise CaptureFailed(cause="an input is a tensor subclass")
+    mode = _fresh_mode(example_inputs)
+    fakes = fake_inputs(example_inputs, mode)
+    try:
+        with mode, torch.fx.traceback.preserve_node_meta(), torch._C.DisableTorchFunctionSubclass():
+            traced = make_fx(_Retrace(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    except Exception as error:
+        raise CaptureFailed(cause=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    _copy_input_meta(gm, traced)
+    traced.meta.update(gm.meta)
+    return traced
+
+
+def fake_inputs(example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """The inputs as fresh fake tensors of ``mode``, with the sizes Dynamo made symbolic."""
+    context = TracingContext.try_get()
+    return [_fake(x, mode, context) for x in example_inputs]
+
+
+def _fake(x: Any, mode: FakeTensorMode, context: TracingContext | None) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return x
+    if isinstance(x, FakeTensor):
+        # a fresh tensor: tracing may change its metadata in place, and the original must not see that
+        with mode, torch.no_grad():
+            return x.detach()
+    symbolic = context.tensor_to_context.get(x) if context is not None else None
+    return mode.from_tensor(
+        x,
+        static_shapes=symbolic is None,
+        symbolic_context=symbolic,
+        source=symbolic.tensor_source if symbolic is not None else None,  # type: ignore[attr-defined]
+    )
+
+
+def _fresh_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
+    """A fake mode that shares only the symbols with the one AOTAutograd will use."""
+    given = next((x.fake_mode for x in example_inputs if isinstance(x, FakeTensor)), None)
+    if given is not None:
+        return given
+    outer = detect_fake_mode(example_inputs)
+    shape_env = outer.shape_env if outer is not None else ShapeEnv()
+    return FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+
+
+def _copy_input_meta(gm: GraphModule, traced: GraphModule) -> None:
+    # AOTAutograd reads from the placeholders where each input came from (which are parameters, which alias)
+    before, after = (g.graph.find_nodes(op="placeholder") for g in (gm, traced))
+    for old, new in zip(before, after, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+        kept = {key: item for key, item in old.meta.items() if key not in ("val", "example_value")}
+        new.meta = {**kept, **new.meta}
+        new.name = old.name
+        new.target = old.target if isinstance(old.target, str) else old.name
+
+
+class _Retrace(PropagateUnbackedSymInts):
+    """Runs Dynamo's graph node by node while make_fx records what it calls."""
+
+    def run_node(self, n: Node) -> Any:
+        self._node = n
+        return super().run_node(n)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        attribute = super().get_attr(target, args, kwargs)
+        if not isinstance(attribute, torch.Tensor):
+            return attribute
+        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        name = str(target).replace(".", "_")
+        setattr(tracer.root, name, attribute)
+        with disable_proxy_modes_tracing():
+            fake = _like(attribute)
+        return track_tensor_tree(fake, tracer.create_proxy("get_attr", name, (), {}), constant=None, tracer=tracer)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(target, HigherOrderOperator):
+            return super().call_function(target, args, kwargs)
+        return self._left_alone(target, args, kwargs)
+
+    def _left_alone(self, target: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+        """Record a higher-order operator as it stands, its submodules untouched; Dynamo knows what it returns."""
+        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        for read in self._node.all_input_nodes:
+            if read.op == "get_attr" and isinstance(self.env.get(read), torch.nn.Module):
+                tracer.root.register_module(str(read.target).replace(".", "_"), self.env[read])
+        proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
+        proxy = tracer.create_proxy("call_function", target, *proxies)
+        with disable_proxy_modes_tracing():
+            result = pytree.tree_map_only(torch.Tensor, _like, self._node.meta["example_value"])
+        return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """A new tensor of the current fake mode with the shape, strides, dtype and device of ``x``."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)

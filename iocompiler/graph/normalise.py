@@ -1,0 +1,182 @@
+"""One spelling for each meaning, so that recognisers need know only one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from iocompiler.graph import rewrite, view
+from iocompiler.graph.functional import make_functional
+from iocompiler.graph.match import graph_pass
+
+aten = torch.ops.aten
+
+# other names of the same operator
+_NAMES = {
+    "view": "reshape",
+    "_unsafe_view": "reshape",
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "true_divide": "div",
+    "negative": "neg",
+    "absolute": "abs",
+    "clip": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "moveaxis": "movedim",
+    "greater": "gt",
+    "less": "lt",
+    "greater_equal": "ge",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "special_expm1": "expm1",
+    "special_exp2": "exp2",
+    "special_expit": "sigmoid",
+    "special_log1p": "log1p",
+    "special_softmax": "softmax",
+    "special_log_softmax": "log_softmax",
+    "special_logsumexp": "logsumexp",
+}
+
+
+def _synonyms() -> dict[Any, Any]:
+    """Each overload of a synonym to the overload of the one name whose arguments are as many, of the same types."""
+    found: dict[Any, Any] = {}
+    for synonym, name in _NAMES.items():
+        old, new = getattr(aten, synonym), getattr(aten, name)
+        targets = [getattr(new, overload) for overload in new.overloads()]
+        for overload in old.overloads():
+            mine = getattr(old, overload)
+            alike = [target for target in targets if _types(target) == _types(mine)]
+            found |= {mine: target for target in alike[:1]}
+    return found
+
+
+def _types(operator: torch._ops.OpOverload) -> list[tuple[str, bool]]:
+    return [(str(a.type), a.kwarg_only) for a in operator._schema.arguments]
+
+
+_SYNONYMS = _synonyms()
+_CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default)
+
+
+@graph_pass(respells=True)
+def normalise(gm: GraphModule) -> int:
+    """Spell every operator the one way recognisers know; in-place operators on temporaries become functional.
+
+    Before::
+
+        a = aten.view.default(x, [8, 64]); b = aten.t.default(w); c = aten.contiguous.default(a)
+        d = aten.relu_.default(c); e = aten.type_as.default(d, x)
+
+    After::
+
+        a = aten.reshape.default(x, [8, 64]); b = aten.transpose.int(w, 0, 1)
+        d = aten.relu.default(a); e = aten.to.dtype(d, torch.bfloat16)
+    """
+    changed = make_functional(gm)
+    writes = any(view.mutates(node) for node in gm.graph.nodes)
+    for node in view.calls(gm):
+        changed += _respell(gm, node, keep_copies=writes)
+    return changed + rewrite.erase_dead(gm)
+
+
+def _respell(gm: GraphModule, node: Node, keep_copies: bool) -> int:
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(view.value(node), torch.Tensor):
+        return 0
+    before = (node.target, node.args, node.kwargs)
+    if node.target in _SYNONYMS:
+        rewrite.respell(node, _SYNONYMS[node.target], node.args, node.kwargs)
+    _shape(node)
+    _transposition(node)
+    _conversion(node)
+    _defaults(node)
+    if not keep_copies and _does_nothing(node):
+        rewrite.redirect(gm, node, node.args[0])  # type: ignore[arg-type]
+        return 1
+    return int(before != (node.target, node.args, node.kwargs))
+
+
+def _shape(node: Node) -> None:
+    """flatten, unflatten, reshape_as, view_as, expand_as: the shape itself, where it is static."""
+    shape = view.tensors(node)[0].shape
+    if not all(isinstance(size, int) for size in shape):
+        return
+    reshapes = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape_as.default, aten.view_as.default)
+    if node.target in reshapes:
+        rewrite.respell(node, aten.reshape.default, (node.args[0], list(shape)))
+    elif node.target is aten.expand_as.default:
+        rewrite.respell(node, aten.expand.default, (node.args[0], list(shape)))
+
+
+def _transposition(node: Node) -> None:
+    """t, mT, numpy_T: a transposition of two dims, named by numbers."""
+    if node.target not in (aten.t.default, aten.mT.default, aten.numpy_T.default):
+        return
+    rank = view.tensors(node)[0].dim()
+    if rank == 2 or (rank > 2 and node.target is aten.mT.default):
+        rewrite.respell(node, aten.transpose.int, (node.args[0], rank - 2, rank - 1))
+
+
+def _conversion(node: Node) -> None:
+    """Every conversion that changes nothing but the dtype is ``aten.to.dtype(x, dtype)``."""
+    if node.target not in (*_CONVERSIONS, aten._to_copy.default) or not isinstance(node.args[0], Node):
+        return
+    old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]
+    options = node.kwargs.get("memory_format"), node.kwargs.get("copy")
+    copies = node.target is aten._to_copy.default or any(options) or True in node.args[1:]
+    if old.device != new.device or (copies and old.dtype == new.dtype) or any(options):
+        return
+    rewrite.respell(node, aten.to.dtype, (node.args[0], new.dtype))
+
+
+def _defaults(node: Node) -> None:
+    """Positional arguments by position, keyword-only ones by name, defaults at the end left out."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    schema = node.target._schema.arguments
+    values = view.spelled_out(node)
+    positional = [value for argument, value in zip(schema, values, strict=True) if not argument.kwarg_only]
+    while positional and _is_default(schema[len(positional) - 1], positional[-1]):
+        positional.pop()
+    named = {
+        argument.name: value
+        for argument, value in zip(schema, values, strict=True)
+        if argument.kwarg_only and not _is_default(argument, value)
+    }
+    rewrite.respell(node, node.target, tuple(positional), named)
+
+
+def _is_default(argument: torch.Argument, value: Any) -> bool:
+    if not argument.has_default_value() or isinstance(value, Node):
+        return False
+    default = argument.default_value
+    return type(value) is type(default) and bool(value == default)
+
+
+def _does_nothing(node: Node) -> bool:
+    """True where the result is the first argument again: an alias, or a copy that changes no stride."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    old = view.value(node.args[0])
+    new = view.value(node)
+    if not isinstance(old, torch.Tensor):
+        return False
+    if node.args[0].op != "call_function" and any(user.op == "output" for user in node.users):
+        return False  # the caller gets a view of the input, not the input
+    if node.target is aten.contiguous.default:
+        return not node.kwargs and len(node.args) == 1 and view.is_contiguous(old)
+    if node.target is aten.to.dtype:
+        return old.dtype == new.dtype and len(node.args) == 2 and not node.kwargs
+    if node.target in (aten.reshape.default, aten.expand.default):
+        same = old.dim() == new.dim() and all(
+            guard_or_false(a == b) for a, b in zip(old.shape, new.shape, strict=True)
+        )
+        return same
+    return node.target is aten.alias.default

@@ -1,0 +1,130 @@
+"""The one place that edits a graph: every edit keeps the stack traces, the names and the fake-tensor metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.utils._pytree import tree_map_only
+
+from iocompiler.graph import view
+
+_OWN_VALUE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "eager_input_vals")
+
+
+def call(gm: GraphModule, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, near: Node) -> Node:
+    """Insert a call before ``near``: its user's line is that of ``near``, its value is computed here."""
+    with gm.graph.inserting_before(near):
+        node = gm.graph.call_function(target, args, kwargs)
+    _inherit(node, near)
+    compute_value(node)
+    return node
+
+
+def substitute(gm: GraphModule, old: Node, build: Callable[..., Any], *arguments: Any) -> Node:
+    """Replace ``old`` by what ``build`` returns, and erase what nobody reads any more.
+
+    Args:
+        build: a function over aten ops, called with one proxy for each node in ``arguments`` and with every other
+            argument as it is; returns one value.
+
+    Returns:
+        the node now standing where ``old`` stood, with its name.
+    """
+    new = insert(gm, build, *arguments, near=old)
+    return redirect(gm, old, new)
+
+
+def insert(gm: GraphModule, build: Callable[..., Any], *arguments: Any, near: Node) -> Any:
+    """Insert what ``build`` computes before ``near``; returns the node (or tuple of nodes) of its result."""
+    before = {node: None for node in gm.graph.nodes}
+    tracer = GraphAppendingTracer(gm.graph)
+    with gm.graph.inserting_before(near):
+        result = build(*map_arg(arguments, lambda node: Proxy(node, tracer)))
+    added = [node for node in gm.graph.nodes if node not in before]
+    for node in added:
+        _inherit(node, near)
+        compute_value(node)
+    return tree_map_only(Proxy, lambda proxy: proxy.node, result)
+
+
+def redirect(gm: GraphModule, old: Node, new: Node) -> Node:
+    """Let every reader of ``old`` read ``new``; ``new`` takes the name, ``old`` and what only it read is erased."""
+    old.replace_all_uses_with(new)
+    name = old.name
+    erase(gm, old)
+    if new.op == "call_function" and name not in {node.name for node in gm.graph.nodes}:
+        new.name = name
+    return new
+
+
+def set_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Give a call other arguments and compute its value again."""
+    node.args = args
+    node.kwargs = kwargs or {}
+    compute_value(node)
+
+
+def respell(node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Turn a call into another that computes the very same value, in the same shape and strides."""
+    node.target = target
+    node.args = args
+    node.kwargs = kwargs or {}
+
+
+def erase(gm: GraphModule, node: Node) -> None:
+    """Erase a call nobody reads, and then what only it read; what writes, switches or is an input stays."""
+    waiting = [node]
+    while waiting:
+        dead = waiting.pop()
+        if dead._erased or dead.users or dead.op not in ("call_function", "get_attr"):
+            continue
+        if dead is not node and (view.mutates(dead) or view.is_switch(dead) or dead.is_impure()):
+            continue
+        read = dead.all_input_nodes
+        gm.graph.erase_node(dead)
+        waiting += read
+
+
+def erase_dead(gm: GraphModule) -> int:
+    """Erase every call nobody reads that has no other effect; returns how many."""
+    count = len(gm.graph.nodes)
+    for node in reversed(list(gm.graph.nodes)):
+        effect = bool(view.mutates(node)) or view.is_switch(node) or view.is_random(node)
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not effect:
+            if not node.users and not node.is_impure():
+                gm.graph.erase_node(node)
+    return count - len(gm.graph.nodes)
+
+
+def compute_value(node: Node) -> None:
+    """Run the call on the fake values of its arguments and keep the result in ``meta["val"]``."""
+    if node.op != "call_function" or view.is_switch(node):
+        return
+    args, kwargs = map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
+    with _quiet(args, kwargs):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def _quiet(args: Any, kwargs: Any) -> Iterator[None]:
+    """The fake mode of the values, without autograd: metadata is all that is asked for."""
+    mode = detect_fake_mode((args, kwargs))
+    with torch.no_grad(), torch._C._DisableFuncTorch():
+        if mode is None:
+            yield
+        else:
+            with mode:
+                yield
+
+
+def _inherit(node: Node, near: Node) -> None:
+    for key, item in near.meta.items():
+        if key not in _OWN_VALUE:
+            node.meta.setdefault(key, item)

@@ -1,0 +1,151 @@
+"""Reading an FX graph: nodes, their values, the user's lines, grad-mode and autocast regions, mutation."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_SWITCHES = (torch._C._set_grad_enabled, _ENTER, _EXIT)
+# in eval mode these return their input itself, though their schema does not say so
+_MAY_RETURN_INPUT = (
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.feature_alpha_dropout.default,
+)
+
+
+def calls(gm: GraphModule, *targets: Any) -> Iterator[Node]:
+    """The call nodes of the graph in order; with ``targets``, those that call one of them."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and (not targets or node.target in targets):
+            yield node
+
+
+def value(node: Node) -> Any:
+    """What the node computes, as fake tensors and sizes; None where it is not known."""
+    return node.meta.get("val")
+
+
+def tensors(node: Node) -> list[torch.Tensor]:
+    """The (fake) tensors the node computes, in order."""
+    return [leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
+
+
+def where(node: Node) -> str:
+    """The user's line as "model.py:88": the innermost frame outside of torch; "" where it is not known."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    return f"{PurePath(own[-1][0]).name}:{own[-1][1]}" if own else ""
+
+
+def source(node: Node) -> str:
+    """The text of the user's line, stripped; "" where it is not known."""
+    lines = (node.meta.get("stack_trace") or "").rstrip().split("\n")
+    text = ""
+    for number, line in enumerate(lines[:-1]):
+        frame = _FRAME.search(line)
+        if frame and not frame[1].startswith(_TORCH):
+            text = lines[number + 1].strip()
+    return text
+
+
+def is_switch(node: Node) -> bool:
+    """True for the nodes that switch grad mode or autocast on or off."""
+    return node.op == "call_function" and node.target in _SWITCHES
+
+
+def is_view(node: Node) -> bool:
+    """True where an output of the operator may be its input's storage seen differently."""
+    if node.target in _MAY_RETURN_INPUT:
+        return True
+    return any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node))
+
+
+def is_contiguous(tensor: torch.Tensor) -> bool:
+    """True where row-major strides are certain for every value of the sizes; adds no guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def spelled_out(node: Node) -> list[Any]:
+    """The arguments of a call in the order of its schema, defaults filled in."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return [*node.args, *node.kwargs.values()]
+    values: list[Any] = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if position < len(node.args):
+            values.append(node.args[position])
+        else:
+            values.append(node.kwargs.get(argument.name, argument.default_value))
+    return values
+
+
+def mutates(node: Node) -> tuple[Node, ...]:
+    """The nodes whose tensors this call writes into."""
+    written: list[Node] = []
+    for position, argument in enumerate(_arguments(node)):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        written += [leaf for leaf in tree_leaves(given) if isinstance(leaf, Node)]
+    return tuple(written)
+
+
+def is_random(node: Node) -> bool:
+    """True where two calls with equal inputs may differ."""
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+
+
+def regions(gm: GraphModule) -> dict[Node, int]:
+    """For each node, a number equal for two nodes only where grad mode and autocast are the same for both."""
+    numbers: dict[tuple[Any, ...], int] = {}
+    grad: Any = None
+    autocast: list[tuple[Any, ...]] = []
+    found: dict[Node, int] = {}
+    for node in gm.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = node.args[0]
+        elif node.target is _ENTER:
+            autocast.append(tuple(node.args))
+        elif node.target is _EXIT:
+            autocast.pop()
+        found[node] = numbers.setdefault((grad, *autocast), len(numbers))
+    return found
+
+
+def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
+    """For each node, the nodes whose storage its tensors may share: itself where it makes new tensors."""
+    found: dict[Node, frozenset[Node]] = {}
+    for node in gm.graph.nodes:
+        # what is no plain operator (a submodule, a getitem) may return any of its inputs
+        opaque = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+        if opaque or is_view(node) or mutates(node):
+            shared = [found[i] for i in node.all_input_nodes]
+            found[node] = frozenset().union({node} if opaque else (), *shared)
+        else:
+            found[node] = frozenset({node})
+    return found
+
+
+def _arguments(node: Node) -> tuple[torch.Argument, ...]:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ()
+    return tuple(node.target._schema.arguments)

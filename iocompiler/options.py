@@ -1,0 +1,76 @@
+"""Every option of the compiler, typed and validated: an unknown one is an error that names those that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from iocompiler.cost_model.device import DEVICES
+from iocompiler.errors import InvalidOption, UnknownOption, close_match
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+ENGINES = ("auto", "reference", "aten")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compilation may be told. The same names are accepted by ``torch.compile(..., options={...})``.
+
+    Attributes:
+        mode: "default"; "reduce-overhead" replays CUDA graphs; "max-autotune" measures tiles too.
+        dump: a folder to write the graph, the kernels and a summary into; "" writes nothing.
+        strict: what would fall back to aten, or run unrewritten, is an error instead of a warning.
+        verify: run the graph before and after every pass on the example inputs and compare.
+        device: price for this row of the device table instead of the device the graph runs on.
+        engine: what runs a planned graph: "auto" (Triton on CUDA, Inductor's C++ on the CPU), "reference" (the
+            tile interpreter, on the CPU, slow: for tests) or "aten" (no plan); or a function
+            ``(plan, graph) -> callable(list) -> list`` of one's own.
+    """
+
+    mode: str = "default"
+    dump: str = ""
+    strict: bool = False
+    verify: bool = False
+    device: str = ""
+    engine: str | Callable[..., Any] = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, MODES)
+        if not isinstance(self.dump, str):
+            raise InvalidOption(name="dump", expected="a path", value=self.dump)
+        for name in ("strict", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidOption(name=name, expected="True or False", value=getattr(self, name))
+        _one_of("device", self.device, ("", *DEVICES))
+        if not callable(self.engine):
+            _one_of("engine", self.engine, ENGINES)
+
+    @staticmethod
+    def build(given: Mapping[str, Any]) -> Options:
+        """Options from a mapping of names to values.
+
+        Raises:
+            UnknownOption: a name is not an option; the message names those that are.
+            InvalidOption: a value is not one the option takes.
+        """
+        return Options().updated(given)
+
+    def updated(self, given: Mapping[str, Any]) -> Options:
+        """These options with some replaced; raises as `build` does."""
+        known = tuple(field.name for field in fields(Options))
+        for name in given:
+            if name not in known:
+                raise UnknownOption(name=name, hint=close_match(str(name), known), known=", ".join(known))
+        values = dict(given)
+        if isinstance(values.get("dump"), Path):
+            values["dump"] = str(values["dump"])
+        return dataclasses.replace(self, **values)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        shown = ", ".join(repr(a) for a in allowed if a)
+        raise InvalidOption(name=name, expected=f"one of {shown}", value=value)

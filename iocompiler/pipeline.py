@@ -1,0 +1,154 @@
+"""The one list of passes: which run, in what order, and why each stands where it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, overload
+
+from torch.fx import GraphModule
+
+from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, close_match
+from iocompiler.graph.match import Stage
+from iocompiler.graph.normalise import normalise
+
+
+class Pass(Protocol):
+    """Edits a graph; what `iocompiler.rewrite` and `iocompiler.graph_pass` make."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def respells(self) -> bool: ...
+
+    def __call__(self, gm: GraphModule) -> int:
+        """Edit ``gm``; returns the number of sites changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """One pass that has run: its name and place (number 0 is the graph before the first), its sites and seconds."""
+
+    name: str
+    number: int
+    total: int
+    sites: int = 0
+    seconds: float = 0.0
+
+
+Observer: TypeAlias = Callable[[GraphModule, Done], None]
+"""Called with the graph before the first pass and after each one; it reads and must not edit."""
+
+
+class Pipeline:
+    """An immutable sequence of passes; ``before``, ``after`` and ``without`` return another one."""
+
+    def __init__(self, *passes: Pass) -> None:
+        names: set[str] = set()
+        for each in passes:
+            if each.name in names:
+                raise DuplicatePass(name=each.name)
+            names.add(each.name)
+        self._passes = passes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self._passes)
+
+    def before(self, name: str, *passes: Pass) -> Pipeline:
+        """With ``passes`` just before the pass called ``name``; `UnknownPass` where there is none."""
+        position = self._position(name)
+        return Pipeline(*self._passes[:position], *passes, *self._passes[position:])
+
+    def after(self, name: str, *passes: Pass) -> Pipeline:
+        """With ``passes`` just after the pass called ``name``; `UnknownPass` where there is none."""
+        position = self._position(name) + 1
+        return Pipeline(*self._passes[:position], *passes, *self._passes[position:])
+
+    def without(self, *names: str) -> Pipeline:
+        """Without the passes of these names; `UnknownPass` for one that is not here."""
+        dropped = {self._position(name) for name in names}
+        return Pipeline(*(each for position, each in enumerate(self._passes) if position not in dropped))
+
+    def stage(self, stage: Stage) -> Pipeline:
+        """Only the passes of one stage, "graph" or "flat"."""
+        return Pipeline(*(each for each in self._passes if each.stage == stage))
+
+    def run(self, gm: GraphModule, observers: Sequence[Observer] = (), start: str = "capture") -> int:
+        """Run every pass on ``gm``, in order: lint, observe, and name the pass in what it raises.
+
+        Returns:
+            the number of sites changed by passes that do more than respell.
+
+        Raises:
+            InvalidGraph: a pass left a graph that is not well formed.
+        """
+        changed = 0
+        _observe(observers, gm, Done(start, 0, len(self)))
+        for number, each in enumerate(self._passes, 1):
+            begun = time.perf_counter()
+            try:
+                sites = each(gm)
+                _lint(gm, each.name)
+                done = Done(each.name, number, len(self), sites, time.perf_counter() - begun)
+                _observe(observers, gm, done)
+            except Exception as error:
+                error.add_note(f"in pass {each.name!r} ({number} of {len(self)})")
+                raise
+            changed += 0 if each.respells else sites
+        gm.recompile()
+        return changed
+
+    def _position(self, name: str) -> int:
+        if name not in self.names:
+            known = ", ".join(self.names) or "none"
+            raise UnknownPass(name=name, hint=close_match(name, self.names), known=known)
+        return self.names.index(name)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self._passes)
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    @overload
+    def __getitem__(self, index: int) -> Pass: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pipeline: ...
+    def __getitem__(self, index: int | slice) -> Pass | Pipeline:
+        return Pipeline(*self._passes[index]) if isinstance(index, slice) else self._passes[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pipeline) and self._passes == other._passes
+
+    def __hash__(self) -> int:
+        return hash(self._passes)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(self.names)})"
+
+
+def _observe(observers: Sequence[Observer], gm: GraphModule, done: Done) -> None:
+    for observer in observers:
+        observer(gm, done)
+
+
+def _lint(gm: GraphModule, name: str) -> None:
+    try:
+        gm.graph.lint()
+    except Exception as error:
+        raise InvalidGraph(name=name, cause=error) from error
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise InvalidGraph(name=name, cause=f"{node.name} has no fake value")
+
+
+DEFAULT = Pipeline(
+    normalise,  # first: every recogniser sees one spelling
+)
