@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.graph.view import where
+from iocompiler.plan.batch import batch
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.finish import finish
@@ -74,8 +75,9 @@ class _Builder:
                 self._aten(unit)
         (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
         outputs = tuple(self._argument(a) for a in output.args[0])
+        steps = batch(self.steps, self.device, self.hints)
         return Plan(
-            tuple(inputs), tuple(self.steps), outputs, str(self.flow.device), unfused_edges(self.flow, self.grouper)
+            tuple(inputs), tuple(steps), outputs, str(self.flow.device), unfused_edges(self.flow, self.grouper)
         )
 
     # --- values

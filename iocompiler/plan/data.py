@@ -75,6 +75,23 @@ class KernelStep:
 
 
 @dataclass(frozen=True)
+class BatchStep:
+    """Launch one pointwise kernel over many sets of tensors at once (an optimizer step over all parameters).
+
+    ``program`` is over one axis of `tile.flat.LENGTH` points; each member gives the value names in the order of
+    ``program.buffers`` and its own length. ``outputs`` are allocated just before.
+    """
+
+    name: str
+    program: TileProgram
+    schedule: Schedule
+    members: tuple[tuple[tuple[str, ...], Size], ...]
+    outputs: tuple[tuple[str, TensorSpec], ...]
+    nodes: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class AtenStep:
     """Call an operator that exists: ``target`` is its qualified name ("aten.mm.default").
 
@@ -111,7 +128,7 @@ class ConstantStep:
     values: tuple[float | int | bool, ...]
 
 
-Step: TypeAlias = KernelStep | AtenStep | ViewStep | ConstantStep
+Step: TypeAlias = KernelStep | BatchStep | AtenStep | ViewStep | ConstantStep
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from iocompiler.plan.lower import lower
 from iocompiler.plan.lowering import Unsupported
-from iocompiler.plan.rules import DTYPES, has_rule, is_reduction
+from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
 from iocompiler.plan.sizes import size_of, value_at
 from iocompiler.plan.views import SPLITS, is_view, storage_owner
 from iocompiler.tile.index import product
@@ -79,6 +79,9 @@ class Dataflow:
                 self.kernel[node] = None
             else:
                 self.opaque[node] = reason
+        for node in self._host_scalars():
+            self.virtual[node] = None
+            del self.opaque[node]
 
     def _why_opaque(self, node: Node) -> str | None:
         if not has_rule(node):
@@ -100,24 +103,36 @@ class Dataflow:
             return str(error)
         return None
 
+    def _host_scalars(self) -> list[Node]:
+        """0-dim CPU arithmetic read by accelerator kernels alone (bias corrections of an optimizer): done in them."""
+        found: dict[Node, None] = {}
+        for node in reversed(self.graph.nodes):
+            if node not in self.opaque or self.device.type == "cpu" or not is_elementwise(node):
+                continue
+            if any(t.dim() > 0 or t.device.type != "cpu" for a in (node, *node.all_input_nodes) for t in tensors(a)):
+                continue
+            if node.users and all(user in self.kernel or user in found for user in node.users):
+                found[node] = None
+        return list(reversed(found))
+
     # --- which of those are recomputed by every reader
 
     def _choose_virtual(self) -> None:
         stored = self._must_be_stored()
         weight: dict[Node, int] = {}
         reads: dict[Node, dict[Node, int]] = {}
-        for node in list(self.kernel):
+        for node in sorted([*self.kernel, *self.virtual], key=lambda n: self.order[n]):
             reads[node] = self._bytes_read(node, reads)
             owners = {storage_owner(a) for a in node.all_input_nodes}
             weight[node] = 1 + sum(weight[owner] for owner in owners if owner in self.virtual)
-            if node in stored or is_reduction(node) or node.target is aten.copy_.default:
+            if node in self.virtual or node in stored or is_reduction(node) or node.target is aten.copy_.default:
                 continue
             free = not reads[node]
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
             if free or (cheap and sum(reads[node].values()) <= nbytes(node, self.hints)):
                 self.virtual[node] = None
         for node in self.virtual:
-            del self.kernel[node]
+            self.kernel.pop(node, None)
 
     def _must_be_stored(self) -> set[Node]:
         stored: set[Node] = set()

@@ -97,3 +97,13 @@ def product(sizes: tuple[Size, ...] | list[Size]) -> Size:
     for size in sizes:
         result = result * size
     return result
+
+
+def row_major(axes: tuple[Axis, ...]) -> Affine:
+    """The row-major position of a point of the space these axes span."""
+    index = Affine()
+    stride: Size = 1
+    for axis in reversed(axes):
+        index = index + Affine.of(axis.name) * stride
+        stride = stride * axis.size
+    return index

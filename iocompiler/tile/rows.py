@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from iocompiler.tile.index import Affine, Axis, Size, product
+from iocompiler.tile.index import Affine, Axis, Size, product, row_major
 from iocompiler.tile.ops import compute_dtype
 from iocompiler.tile.program import Buffer, Op, TileProgram, drop_dead
 
@@ -67,7 +67,7 @@ def split_rows(program: TileProgram, programs: int) -> tuple[TileProgram, TilePr
     late = set(_dependent_stores(program))
     columns = [c for c in column_reductions(program) if _feeds(program, c, late)]
     length = product([a.size for a in program.reduced])
-    row = _row_index(program.reduced)
+    row = row_major(program.reduced)
     ops = list(op if i not in late else None for i, op in enumerate(program.ops))
     kept: list[Op] = []
     buffers: list[Buffer] = []
@@ -89,14 +89,6 @@ def _feeds(program: TileProgram, column: int, stores: set[int]) -> bool:
     return bool(reached & stores)
 
 
-def _row_index(axes: tuple[Axis, ...]) -> Affine:
-    index, stride = Affine(), 1
-    for axis in reversed(axes):
-        index = index + Affine.of(axis.name) * stride
-        stride = stride * axis.size  # type: ignore[assignment]
-    return index
-
-
 def _finish(
     program: TileProgram, columns: list[int], partials: list[Buffer], length: Size, programs: int
 ) -> TileProgram:
@@ -104,7 +96,7 @@ def _finish(
     late = set(_dependent_stores(program))
     names = {a.name: Affine.of(f"x{i}") for i, a in enumerate(program.reduced)}
     parallel = tuple(Axis(f"x{i}", a.size) for i, a in enumerate(program.reduced))
-    row = _row_index(parallel)
+    row = row_major(parallel)
     ops: list[Op] = []
     moved: dict[int, int] = {}
     for position, op in enumerate(program.ops):

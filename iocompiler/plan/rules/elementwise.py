@@ -254,6 +254,11 @@ def _gelu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     return build.map("mul", build.map("mul", x, half), build.map("add", bend, one))
 
 
+def _fma(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    a, b, c = (low.operand(x, node, index, mask, result_dtype(node)) for x in node.args[:3])
+    return low.builder.map("add", low.builder.map("mul", a, b), c)
+
+
 def _where(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     dtype = result_dtype(node)
     condition = low.operand(node.args[0], node, index, mask, torch.bool)
@@ -324,6 +329,8 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.fmod.Scalar: _fmod,
     aten.pow.Tensor_Scalar: _power,
     aten.pow.Tensor_Tensor: _power,
+    aten.pow.Scalar: _power,
+    prims.fma.default: _fma,
     aten.atan2.default: _arithmetic("atan2", 2),
     aten.copysign.Tensor: _arithmetic("copysign", 2),
     aten.maximum.default: _arithmetic("maximum", 2, "or"),

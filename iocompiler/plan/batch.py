@@ -1,0 +1,103 @@
+"""Equal small kernels over different tensors become one launch.
+
+Each kernel pays a launch; an optimizer step has one for every parameter. Kernels that run one flat program
+(`tile/flat.py`) are moved to the place of the last of them, where nothing in between minds, and launched together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.schedule import choose
+from iocompiler.plan.data import AtenStep, BatchStep, ConstantStep, KernelStep, Ref, Step, ViewStep
+from iocompiler.plan.sizes import value_at
+from iocompiler.tile.flat import LENGTH, flat_program
+from iocompiler.tile.index import Size
+from iocompiler.tile.program import TileProgram
+
+# Above this a launch is no longer what a kernel's time is made of.
+_LARGE_POINTS = 1 << 26
+
+
+def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[Step]:
+    """The same work in fewer launches."""
+    families: dict[TileProgram, list[tuple[int, Size]]] = {}
+    for place, step in enumerate(steps):
+        if not isinstance(step, KernelStep):
+            continue
+        flat = flat_program(step.program)
+        if flat is not None and value_at(flat[1], hints) <= _LARGE_POINTS:
+            families.setdefault(flat[0], []).append((place, flat[1]))
+    result: dict[int, Step] = dict(enumerate(steps))
+    for program, members in families.items():
+        movable = _movable(steps, members)
+        if len(movable) > 1:
+            for place, _ in movable:
+                del result[place]
+            result[movable[-1][0]] = _launch_together(steps, movable, program, device, hints)
+    return [result[place] for place in sorted(result)]
+
+
+def _movable(steps: list[Step], members: list[tuple[int, Size]]) -> list[tuple[int, Size]]:
+    """Those members that may run as late as the last one: nothing in between reads or overwrites what they touch."""
+    last = members[-1][0]
+    kept = []
+    for place, length in members:
+        step = steps[place]
+        assert isinstance(step, KernelStep)
+        made = {name for name, _ in step.outputs} | written(step)
+        used = set(step.args)
+        between = steps[place + 1 : last]
+        if not any(made & names_read(s) or used & written(s) for s in between):
+            kept.append((place, length))
+    return kept
+
+
+def names_read(step: Step) -> set[str]:
+    """The values a step reads (a view reads its base)."""
+    if isinstance(step, KernelStep):
+        return set(step.args) - {name for name, _ in step.outputs}
+    if isinstance(step, BatchStep):
+        return {a for args, _ in step.members for a in args} - {name for name, _ in step.outputs}
+    if isinstance(step, ViewStep):
+        return {step.base}
+    if isinstance(step, ConstantStep):
+        return set()
+    return set(_references([*step.args, *(v for _, v in step.kwargs)]))
+
+
+def _references(values: Iterable[object]) -> Iterable[str]:
+    for value in values:
+        if isinstance(value, Ref):
+            yield value.name
+        elif isinstance(value, (list, tuple)):
+            yield from _references(value)
+
+
+def written(step: Step) -> set[str]:
+    """The values a step overwrites in place."""
+    if isinstance(step, KernelStep):
+        fresh = {name for name, _ in step.outputs}
+        pairs = zip(step.args, step.program.buffers, strict=True)
+        return {a for a, b in pairs if b.role in ("out", "inout") and a not in fresh}
+    if isinstance(step, AtenStep) and step.target == "aten.copy_.default":
+        return set(_references(step.args[:1]))
+    return set()
+
+
+def _launch_together(
+    steps: list[Step], members: list[tuple[int, Size]], program: TileProgram, device: Device, hints: Mapping[str, int]
+) -> BatchStep:
+    kernels = [step for step in (steps[place] for place, _ in members) if isinstance(step, KernelStep)]
+    total = sum(value_at(length, hints) for _, length in members)
+    schedule = choose(program, device, {**hints, LENGTH.name: total})
+    return BatchStep(
+        f"{kernels[0].name}_x{len(kernels)}",
+        program,
+        schedule,
+        tuple((k.args, length) for k, (_, length) in zip(kernels, members, strict=True)),
+        tuple(output for k in kernels for output in k.outputs),
+        tuple(node for k in kernels for node in k.nodes),
+        tuple(dict.fromkeys(line for k in kernels for line in k.where)),
+    )
