@@ -1,0 +1,81 @@
+"""Which library kernel runs an attention, decided once, when the graph is rewritten, and written on the node.
+
+The order is the measured one on Hopper: cuDNN, then FlashAttention, then the memory-efficient kernel (the only one
+with a bias, with float32, and causal with unequal lengths), then blockwise aten, which takes everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+KERNELS = ("cudnn", "flash", "efficient", "cpu", "blockwise")
+_HALF = (torch.float16, torch.bfloat16)
+_NO_GPU = (9, 0)  # what is compiled for where no GPU is present
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``kernel``, one of `KERNELS`; ``layout``: for query, key, value and output in turn, "s" where the memory order
+    is [B, S, H, D] (a transposed view), "h" where it is [B, H, S, D]."""
+
+    kernel: str
+    layout: str
+
+
+def choose(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, causal: bool, dropout_p: float
+) -> Choice:
+    """The kernel for these (fake) tensors, as `iocompiler::attention_forward` takes them."""
+    kernel = _kernel(query, key, value, bias, causal, dropout_p)
+    orders = "".join(_order(x) for x in (query, key, value))
+    if kernel in ("efficient", "blockwise"):
+        return Choice(kernel, "ssss")  # that is how they allocate
+    return Choice(kernel, orders + orders[0])
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout_p: float) -> str:
+    if q.device.type == "cpu":
+        # its kernel takes a mask of the inputs' dtype only
+        plain = q.dtype in (torch.float32, torch.float64, *_HALF) and (bias is None or bias.dtype == q.dtype)
+        return "cpu" if plain and dropout_p == 0.0 and _equal(q.shape[3], v.shape[3]) else "blockwise"
+    if q.device.type != "cuda" or dropout_p >= 1.0:
+        return "blockwise"
+    capability = torch.cuda.get_device_capability(q.device) if torch.cuda.is_available() else _NO_GPU
+    same_head = _equal(q.shape[3], v.shape[3])
+    square = not causal or _equal(q.shape[2], k.shape[2])
+    half = q.dtype in _HALF and capability >= (8, 0)
+    if half and bias is None and same_head and square and q.shape[3] <= 256:
+        if capability >= (9, 0) and _cudnn_takes(q, k, dropout_p):
+            return "cudnn"
+        if torch.backends.cuda.flash_sdp_enabled():
+            return "flash"
+    if q.dtype in (torch.float32, *_HALF) and torch.backends.cuda.mem_efficient_sdp_enabled():
+        return "efficient"
+    return "blockwise"
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, dropout_p: float) -> bool:
+    if not torch.backends.cuda.cudnn_sdp_enabled() or torch.are_deterministic_algorithms_enabled():
+        return False
+    if not _true(q.shape[3] % 8 == 0) or q.shape[3] > 128:
+        return False
+    if not _true(q.shape[2] > 1) or not _true(k.shape[2] > 1):
+        return False
+    # its dropout wants whole tiles
+    return dropout_p == 0.0 or (_true(q.shape[2] % 64 == 0) and _true(k.shape[2] % 64 == 0))
+
+
+def _order(x: Tensor) -> str:
+    return "h" if _true(x.stride(2) < x.stride(1)) and not _true(x.shape[1] == 1) else "s"
+
+
+def _equal(a: int, b: int) -> bool:
+    return _true(a == b)
+
+
+def _true(condition: bool) -> bool:
+    return statically_known_true(condition)

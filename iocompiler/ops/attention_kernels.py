@@ -1,0 +1,199 @@
+"""The library kernels behind `iocompiler::attention_forward` and its backward, one pair of functions a kernel.
+
+Each forward returns (out, logsumexp, seed, offset), each backward (dquery, dkey, dvalue, dbias or None), in whatever
+layout the kernel likes; `ops.attention` arranges them. Seed and offset are the random state a kernel's dropout needs
+in its backward; without dropout they are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iocompiler.ops import attention_blockwise as blockwise
+
+aten = torch.ops.aten
+Forward: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+Backward: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
+LSE_ALIGNMENT = 32  # of the memory-efficient kernel
+_BIAS_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What does not change between forward and backward."""
+
+    scale: float
+    causal: bool
+    dropout_p: float
+
+
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, _spread_bias(q, k, bias), True, s.dropout_p, s.causal, False, scale=s.scale
+    )
+    return out, lse.reshape(q.shape[:3]), *_state(q, s, seed, offset)
+
+
+def cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, _: bool
+) -> Backward:
+    out, lse, seed, offset = _saved(saved)
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse.unsqueeze(-1), seed, offset, _spread_bias(q, k, bias), None, None,
+        q.shape[2], k.shape[2], s.dropout_p, s.causal, scale=s.scale,
+    )  # fmt: skip
+    return dq, dk, dv, None
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, s: Setting) -> Forward:
+    width = q.shape[3]
+    q, k, v = (_pad_head(x) for x in (q, k, v))
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+        q, k, v, s.dropout_p, s.causal, False, scale=s.scale
+    )
+    return out[..., :width], lse, *_state(q, s, seed, offset)
+
+
+def flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, saved: Forward, s: Setting, __: bool
+) -> Backward:
+    width = q.shape[3]
+    out, lse, seed, offset = _saved(saved)
+    grad, q, k, v, out = (_pad_head(x) for x in (grad, q, k, v, out))
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], s.dropout_p, s.causal, seed, offset, scale=s.scale
+    )
+    return dq[..., :width], dk[..., :width], dv[..., :width], None
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
+    width = v.shape[3]
+    q, k, v = _grouped(q, k, v)
+    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+        *(_pad_head(x) for x in (q, k, v)), _spread_bias(q, k, bias), True, s.dropout_p, s.causal, scale=s.scale
+    )
+    return out[..., :width], lse, *_state(q, s, seed, offset)
+
+
+def efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, bias_grad: bool
+) -> Backward:
+    groups, widths = k.shape[1], (q.shape[3], k.shape[3], v.shape[3])
+    out, lse, seed, offset = _saved(saved)
+    q, k, v = _grouped(q, k, v)
+    wants = [True, True, True, bias_grad and bias is not None]
+    dq, dk, dv, db = aten._scaled_dot_product_efficient_attention_backward(
+        *(_pad_head(x) for x in (grad, q, k, v)), _spread_bias(q, k, bias), _pad_head(out), lse, seed, offset,
+        s.dropout_p, wants, s.causal, scale=s.scale,
+    )  # fmt: skip
+    dq, dk, dv = (x[..., :width] for x, width in zip((dq, dk, dv), widths, strict=True))
+    if groups != dk.shape[1]:
+        dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
+    return dq, dk, dv, _sum_bias(db, bias) if wants[3] else None
+
+
+def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
+    q, k, v = _grouped(q, k, v)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, s.causal, attn_mask=bias, scale=s.scale)
+    return out, lse, *_no_state(q)
+
+
+def cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, bias_grad: bool
+) -> Backward:
+    if bias_grad and bias is not None:  # the library's backward has none for its mask
+        return blockwise_backward(grad, q, k, v, bias, saved, s, bias_grad)
+    groups = k.shape[1]
+    q, k, v = _grouped(q, k, v)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, saved[0], saved[1], 0.0, s.causal, attn_mask=bias, scale=s.scale
+    )
+    if groups != dk.shape[1]:
+        dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
+    return dq, dk, dv, None
+
+
+def blockwise_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
+    seed, offset = _no_state(q)
+    if s.dropout_p:
+        seed = torch.randint(2**62, (1,), device=q.device)
+    out, lse = blockwise.forward(q, k, v, bias, seed, scale=s.scale, causal=s.causal, dropout_p=s.dropout_p)
+    return out, lse, seed, offset
+
+
+def blockwise_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, bias_grad: bool
+) -> Backward:
+    out, lse, seed, _ = saved
+    return blockwise.backward(
+        grad, q, k, v, bias, out, lse, seed,
+        scale=s.scale, causal=s.causal, dropout_p=s.dropout_p, bias_grad=bias_grad,
+    )  # fmt: skip
+
+
+FORWARD: dict[str, Callable[..., Forward]] = {
+    "cudnn": cudnn_forward,
+    "flash": flash_forward,
+    "efficient": efficient_forward,
+    "cpu": cpu_forward,
+    "blockwise": blockwise_forward,
+}
+BACKWARD: dict[str, Callable[..., Backward]] = {
+    "cudnn": cudnn_backward,
+    "flash": flash_backward,
+    "efficient": efficient_backward,
+    "cpu": cpu_backward,
+    "blockwise": blockwise_backward,
+}
+
+
+def _pad_head(x: Tensor) -> Tensor:
+    """Head dim up to a multiple of 8, what the kernels load at once; zeros change no dot product."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.shape[-1] % 8 == 0 else F.pad(x, (0, 8 - x.shape[-1] % 8))
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Key and value heads repeated to those of the query, for the kernels that know no groups."""
+    repeat = q.shape[1] // k.shape[1]
+    if repeat == 1:
+        return q, k, v
+    return q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+
+
+def _spread_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The bias seen as [B, H, S, K], rows aligned as the kernels load them."""
+    if bias is None:
+        return None
+    length = k.shape[2]
+    bias = bias.expand(*bias.shape[:-1], length)
+    if length % _BIAS_ALIGNMENT or bias.stride(-1) != 1 or any(x % _BIAS_ALIGNMENT for x in bias.stride()[:-1]):
+        bias = F.pad(bias, (0, -length % _BIAS_ALIGNMENT))[..., :length]
+    return bias.expand(q.shape[0], q.shape[1], q.shape[2], length)
+
+
+def _sum_bias(gradient: Tensor, bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return gradient.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).reshape(bias.shape)
+
+
+def _no_state(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty((0,), dtype=torch.int64), q.new_empty((0,), dtype=torch.int64)
+
+
+def _state(q: Tensor, s: Setting, seed: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    return (seed, offset) if s.dropout_p else _no_state(q)
+
+
+def _saved(saved: Forward) -> Forward:
+    out, lse, seed, offset = saved
+    if seed.numel():
+        return saved
+    none = torch.zeros((), dtype=torch.int64, device=out.device)
+    return out, lse, none, none
