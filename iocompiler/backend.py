@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import RestartAnalysis
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
 from iocompiler import engines
@@ -17,21 +18,23 @@ from iocompiler.compilation import Compilation, Fallback
 from iocompiler.engines import Boxed
 from iocompiler.errors import FallbackWarning, StrictFallback
 from iocompiler.graph.capture import capture
-from iocompiler.graph.findings import Rewrite, findings
+from iocompiler.graph.findings import findings
 from iocompiler.observe import Dump, Summary, Verify
 from iocompiler.options import Options
 from iocompiler.pipeline import DEFAULT, Observer, Pipeline
+from iocompiler.plan.build import build_plan
 
 Compiled = Callable[..., Any]
+Result = TypeVar("Result")
 
 
 class Compiler:
-    """A backend with its own pipeline and options: ``torch.compile(model, backend=Compiler(strict=True))``.
+    """A backend with its own pipeline and options, for ``torch.compile(model, backend=...)``.
 
     Args:
         pipeline: the passes to run.
-        on_compiled: called with the `Compilation` of each graph once its forward is compiled; a backward that
-            AOTAutograd compiles later is added to the same object.
+        on_compiled: called with the `Compilation` of each graph once its forward is compiled; a
+            backward that AOTAutograd compiles later is added to the same object.
         options: the names and values of `Options`.
 
     Raises:
@@ -61,7 +64,9 @@ class Compiler:
     ) -> Compiled:
         given = {**({} if mode is None else {"mode": mode}), **(options or {})}
         compilation = Compilation()
-        run = compile_graph(gm, example_inputs, self.options.updated(given), self.pipeline, compilation)
+        run = compile_graph(
+            gm, example_inputs, self.options.updated(given), self.pipeline, compilation
+        )
         if self.on_compiled is not None:
             self.on_compiled(compilation)
         return run
@@ -85,64 +90,91 @@ def compile_graph(
     pipeline: Pipeline,
     compilation: Compilation,
 ) -> Compiled:
-    """The whole walk: capture, rewrite, then differentiate, plan and load, or hand over to Inductor's C++.
+    """Walk one graph from Dynamo's to what runs.
 
     Args:
         gm: Dynamo's graph; it is not changed.
-        example_inputs: one value a placeholder, real or fake tensors, sizes, numbers.
+        example_inputs: one value a placeholder: real or fake tensors, sizes, numbers.
         compilation: filled in with what was found, planned and lost.
 
     Returns:
-        a function of the graph's inputs. Nothing that fails in here breaks the program: the region then runs on
-        aten, with one `FallbackWarning`, or `StrictFallback` is raised under ``strict``.
+        a function of the graph's inputs. Nothing that fails in here breaks the program: the region
+        then runs on aten, with one `FallbackWarning`; under ``strict``, `StrictFallback` is raised.
     """
-    graph = _attempt("graph", options, compilation, partial(_rewritten, gm, example_inputs, options, pipeline, compilation))
-    graph = gm if graph is None else graph
-    if options.engine == "auto" and not engines.on_cuda(graph, example_inputs):
-        chosen = graph if compilation.changed else gm
-        run = _attempt("graph", options, compilation, partial(engines.inductor, chosen, example_inputs))
-    else:
-        compile_flat = partial(_flat, options=options, pipeline=pipeline, compilation=compilation)
-        run = _attempt("graph", options, compilation, partial(differentiate, graph, example_inputs, compile_flat))
-    return gm.forward if run is None else run
+    return _Walk(options, pipeline, compilation).compile(gm, example_inputs)
 
 
-def _rewritten(
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    options: Options,
-    pipeline: Pipeline,
-    compilation: Compilation,
-) -> GraphModule:
-    graph = capture(gm, example_inputs)
-    summary = Summary()
-    compilation.passes = summary
-    observers: list[Observer] = [Dump(Path(options.dump), summary) if options.dump else summary]
-    if options.verify:
-        observers.append(Verify(example_inputs))
-    changed = pipeline.stage("graph").run(graph, observers)
-    found = findings(graph)
-    compilation.graph, compilation.changed = graph, changed
-    compilation.rewrites += [f for f in found if isinstance(f, Rewrite)]
-    compilation.misses += [f for f in found if not isinstance(f, Rewrite)]
-    return graph
+@dataclass(frozen=True)
+class _Walk:
+    options: Options
+    pipeline: Pipeline
+    compilation: Compilation
 
+    def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        graph = self._try("graph", lambda: self._rewrite(gm, inputs)) or gm
+        if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
+            # where no pass fired, Inductor gets what it would have got without us
+            chosen = graph if self.compilation.changed else gm
+            run = self._try("graph", lambda: engines.inductor(chosen, inputs))
+        else:
+            run = self._try("graph", lambda: self._differentiate(graph, inputs))
+        return run or gm.forward
 
-def differentiate(
-    graph: GraphModule, example_inputs: Sequence[Any], compile_flat: Callable[[GraphModule, str], Boxed]
-) -> Compiled:
-    """AOTAutograd on the rewritten graph; ``compile_flat(graph, name)`` makes each flat functional graph run."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+        graph = capture(gm, inputs)
+        self.compilation.passes = Summary()
+        observers: list[Observer] = [self.compilation.passes]
+        if self.options.dump:
+            observers.append(Dump(Path(self.options.dump), self.compilation.passes))
+        if self.options.verify:
+            observers.append(Verify(inputs))
+        self.compilation.changed = self.pipeline.stage("graph").run(graph, observers)
+        self.compilation.graph = graph
+        self.compilation.add(findings(graph))
+        return graph
 
-    compiled: Compiled = aot_autograd(
-        fw_compiler=lambda flat, _: compile_flat(flat, "forward"),
-        bw_compiler=lambda flat, _: compile_flat(flat, "backward"),
-        inference_compiler=lambda flat, _: compile_flat(flat, "inference"),
-        decompositions=_decompositions(),
-        partition_fn=min_cut_rematerialization_partition,
-    )(graph, example_inputs)
-    return compiled
+    def _differentiate(self, graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        """AOTAutograd, which hands back functional graphs with nothing but tensors in and out."""
+        compiled: Compiled = aot_autograd(
+            fw_compiler=lambda flat, _: self._run_flat(flat, "forward"),
+            bw_compiler=lambda flat, _: self._run_flat(flat, "backward"),
+            inference_compiler=lambda flat, _: self._run_flat(flat, "inference"),
+            decompositions=_decompositions(),
+            partition_fn=min_cut_rematerialization_partition,
+        )(graph, inputs)
+        return compiled
+
+    def _run_flat(self, flat: GraphModule, name: str) -> Boxed:
+        if self.options.engine == "aten":
+            return engines.aten(flat)
+        return self._try(name, lambda: self._plan(flat, name)) or engines.aten(flat)
+
+    def _plan(self, flat: GraphModule, name: str) -> Boxed:
+        self.pipeline.stage("flat").run(flat, start=name)
+        self.compilation.flat[name] = flat
+        self.compilation.add(findings(flat))
+        plan = build_plan(flat, engines.device_row(flat, self.options), name)
+        self.compilation.plans[name] = plan
+        return engines.load(plan, flat, self.options)
+
+    def _try(self, region: str, step: Callable[[], Result]) -> Result | None:
+        """What the step returns; None, one record and one warning where it fails."""
+        try:
+            return step()
+        except RestartAnalysis:
+            raise  # Dynamo's way to start over: not a failure
+        except Exception as error:
+            self._fallback(region, error)
+            return None
+
+    def _fallback(self, region: str, error: Exception) -> None:
+        message = (str(error).strip() or repr(error)).splitlines()[0]
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        cause = f"{type(error).__name__}: {message}{notes}"
+        self.compilation.fallbacks.append(Fallback(region, cause, getattr(error, "where", "")))
+        if self.options.strict:
+            raise StrictFallback(region=region, cause=cause) from error
+        warnings.warn(f"{region} runs on aten: {cause}", FallbackWarning, stacklevel=2)
 
 
 def _decompositions() -> dict[Any, Any]:
@@ -151,29 +183,3 @@ def _decompositions() -> dict[Any, Any]:
     except ModuleNotFoundError:
         return {}
     return table()
-
-
-def _flat(
-    flat: GraphModule, name: str, *, options: Options, pipeline: Pipeline, compilation: Compilation
-) -> Boxed:
-    if options.engine == "aten":
-        return engines.aten(flat)
-    plan = partial(engines.planned, flat, name, options, pipeline.stage("flat"), compilation)
-    run = _attempt(name, options, compilation, plan)
-    return engines.aten(flat) if run is None else run
-
-
-def _attempt(region: str, options: Options, compilation: Compilation, step: Callable[[], Any]) -> Any:
-    """The step's result; None, a record and one warning where it fails (an error under ``strict``)."""
-    try:
-        return step()
-    except RestartAnalysis:
-        raise  # Dynamo's way to start over: not a failure
-    except Exception as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        cause = f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}{notes}"
-        compilation.fallbacks.append(Fallback(region, cause, getattr(error, "where", "")))
-        if options.strict:
-            raise StrictFallback(region=region, cause=cause) from error
-        warnings.warn(f"iocompiler: {region} runs on aten: {cause}", FallbackWarning, stacklevel=2)
-        return None

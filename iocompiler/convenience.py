@@ -1,4 +1,6 @@
-"""`compile` with the Dynamo settings the compiler wants, and `explain`, loaded when first called."""
+"""`compile` with the Dynamo settings the compiler wants, and `explain`, loaded when first
+called.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,11 @@ def compile(
     fullgraph: bool = False,
     **options: Any,
 ) -> Callable[..., Any]:
-    """``torch.compile(model, backend=Compiler(...))``, with Dynamo set to break fewer graphs during its calls.
+    """``torch.compile(model, backend=Compiler(...))``, with Dynamo set to break fewer graphs during
+    its calls.
 
-    Logger calls are skipped instead of breaking the graph, and operators whose output size depends on data are
-    captured. Other compiled functions keep Dynamo's own settings.
+    Logger calls are skipped instead of breaking the graph, and operators whose output size depends
+    on data are captured. Other compiled functions keep Dynamo's own settings.
 
     Args:
         model: a module or function.
@@ -62,7 +65,9 @@ def _loggers() -> set[Any]:
 
 
 def explain(model: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
-    """Plan, emit and compile ``model`` with no GPU present; see `iocompiler.report.explain.explain`."""
+    """Plan, emit and compile ``model`` with no GPU present; see
+    `iocompiler.report.explain.explain`.
+    """
     from iocompiler.report.explain import explain as report
 
     return report(model, *inputs, **settings)

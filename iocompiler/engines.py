@@ -1,4 +1,6 @@
-"""What runs a graph: Triton for CUDA, Inductor's C++ for the CPU, the reference interpreter for tests, aten last."""
+"""What runs a graph: Triton for CUDA, Inductor's C++ for the CPU, the reference interpreter for
+tests, aten last.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +10,25 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule
 
-from iocompiler.compilation import Compilation
 from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.options import Options
-from iocompiler.pipeline import Pipeline
+from iocompiler.plan.data import Plan
 
 Boxed: TypeAlias = Callable[[list[Any]], Any]
 """Called with one list of inputs, which it empties, so that an input dies as soon as it is dead."""
 
 
-def planned(
-    gm: GraphModule, name: str, options: Options, passes: Pipeline, record: Compilation
-) -> Boxed:
-    """Plan a flat functional graph and make it run on the engine of the options."""
-    from iocompiler.plan.build import build_plan
-
-    passes.run(gm, start=name)
-    record.flat[name] = gm
-    plan = build_plan(gm, device_row(gm, options), name)
-    record.plans[name] = plan
+def load(plan: Plan, gm: GraphModule, options: Options) -> Boxed:
+    """Make the plan of the flat graph ``gm`` run on the engine of the options."""
     if callable(options.engine):
         return boxed(options.engine(plan, gm))
     if options.engine == "reference":
         from iocompiler.runtime.reference import run_plan
 
         return boxed(lambda args: run_plan(plan, args))
-    from iocompiler.runtime.load import load
+    from iocompiler.runtime.load import load as load_plan
 
-    return boxed(load(plan, torch.device(plan.device)))
+    return boxed(load_plan(plan, torch.device(plan.device)))
 
 
 def aten(gm: GraphModule) -> Boxed:
@@ -49,7 +42,7 @@ def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., An
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()
-    compiled: Callable[..., Any] = compile_fx(gm, example_inputs)
+    compiled: Any = compile_fx(gm, example_inputs)
     return compiled
 
 
@@ -70,12 +63,18 @@ def on_cuda(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
 
 
 def device_row(gm: GraphModule, options: Options) -> Device:
-    """The row the graph is priced for: the option's, else that of the CUDA device it runs on, else the H200's."""
+    """The row the graph is priced for: the option's, else that of the CUDA device it runs on, else
+    the H200's.
+    """
     if options.device:
         return DEVICES[options.device]
     for node in gm.graph.nodes:
         found = node.meta.get("val")
-        if isinstance(found, torch.Tensor) and found.device.type == "cuda" and torch.cuda.is_available():
+        if (
+            isinstance(found, torch.Tensor)
+            and found.device.type == "cuda"
+            and torch.cuda.is_available()
+        ):
             from iocompiler.cost_model.device import current_device
 
             return current_device(found.device)

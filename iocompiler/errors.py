@@ -8,7 +8,8 @@ from typing import ClassVar
 
 
 class IOCompilerError(Exception):
-    """Base of every error of the compiler: ``message`` is the template of the class, ``where`` the user's line.
+    """Base of every error of the compiler: ``message`` is the template of the class, ``where`` the
+    user's line.
 
     Args:
         where: the user's line as "model.py:88", or "" where it is not known.
@@ -90,8 +91,26 @@ class StrictFallback(IOCompilerError):
     message = "strict: {region} would run on aten: {cause}"
 
 
+class CompileError(IOCompilerError):
+    """Triton, or the process it runs in, could not compile a kernel."""
+
+    message = "kernel {kernel!r} does not compile: {cause}"
+
+
+class LaunchError(IOCompilerError):
+    """The CUDA driver refused to load or launch a kernel."""
+
+    message = "kernel {kernel!r}: {action} failed: {cause}"
+
+
+class CacheWarning(UserWarning):
+    """The disk cache is damaged or cannot be used; the message says what is done instead."""
+
+
 class FallbackWarning(UserWarning):
-    """A region runs on aten, or unrewritten, because compiling it failed; the message names the cause."""
+    """A region runs on aten, or unrewritten, because compiling it failed; the message names the
+    cause.
+    """
 
 
 def close_match(name: str, known: Iterable[str]) -> str:

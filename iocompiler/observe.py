@@ -1,4 +1,6 @@
-"""Observers the runner calls between passes: they write the dump, verify and keep the table of passes."""
+"""Observers the runner calls between passes: they write the dump, verify and keep the table of
+passes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Price = Callable[[Node], Any]
 
 @dataclass
 class Summary:
-    """One row a pass: name, sites, nodes, bytes after it, milliseconds. ``price`` prices a node, None prices none."""
+    """One row a pass: name, sites, nodes, bytes after it, milliseconds. ``price`` prices a node,
+    None prices none.
+    """
 
     price: Price | None = None
     rows: list[tuple[str, int, int, Any, float]] = field(default_factory=list)
@@ -32,19 +36,25 @@ class Summary:
         self.rows.append((done.name, done.sites, len(calls), moved, done.seconds * 1e3))
 
     def __str__(self) -> str:
-        lines = [f"{'pass':<24}{'sites':>8}{'nodes':>8}{'bytes before':>18}{'bytes after':>18}{'ms':>10}"]
+        lines = [
+            f"{'pass':<24}{'sites':>8}{'nodes':>8}{'bytes before':>18}{'bytes after':>18}{'ms':>10}"
+        ]
         before: Any = None
         for name, sites, nodes, moved, milliseconds in self.rows:
             shown = ("-" if bytes_ is None else str(bytes_) for bytes_ in (before, moved))
             first, second = shown
-            lines.append(f"{name:<24}{sites:>8}{nodes:>8}{first:>18}{second:>18}{milliseconds:>10.1f}")
+            lines.append(
+                f"{name:<24}{sites:>8}{nodes:>8}{first:>18}{second:>18}{milliseconds:>10.1f}"
+            )
             before = moved
         return "\n".join(lines) + "\n"
 
 
 @dataclass
 class Dump:
-    """Writes ``00_capture.txt`` and, where a pass changed something, ``03_attention.txt`` into ``folder``."""
+    """Writes ``00_capture.txt`` and, where a pass changed something, ``03_attention.txt`` into
+    ``folder``.
+    """
 
     folder: Path
     summary: Summary = field(default_factory=Summary)
@@ -53,7 +63,9 @@ class Dump:
         self.summary(gm, done)
         self.folder.mkdir(parents=True, exist_ok=True)
         if done.number == 0 or done.sites:
-            (self.folder / f"{done.number:02}_{done.name}.txt").write_text(show(gm, self.summary.price))
+            (self.folder / f"{done.number:02}_{done.name}.txt").write_text(
+                show(gm, self.summary.price)
+            )
         if done.number == done.total:
             (self.folder / "summary.txt").write_text(str(self.summary))
 
@@ -69,7 +81,7 @@ class Verify:
     before: list[Any] | None = None
 
     def __call__(self, gm: GraphModule, done: Done) -> None:
-        if any(isinstance(x, FakeTensor) or isinstance(x, torch.SymInt) for x in self.example_inputs):
+        if any(isinstance(x, (FakeTensor, torch.SymInt)) for x in self.example_inputs):
             return
         if done.number and not done.sites:
             return
@@ -80,7 +92,9 @@ class Verify:
 
     def _run(self, gm: GraphModule) -> list[Any]:
         gm.recompile()
-        inputs = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), list(self.example_inputs))
+        inputs = tree_map_only(
+            torch.Tensor, lambda x: x.detach().clone(), list(self.example_inputs)
+        )
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             result = torch.fx.Interpreter(gm).run(*inputs)

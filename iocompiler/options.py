@@ -1,4 +1,6 @@
-"""Every option of the compiler, typed and validated: an unknown one is an error that names those that exist."""
+"""Every option of the compiler, typed and validated: an unknown one is an error that names those
+that exist.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ ENGINES = ("auto", "reference", "aten")
 
 @dataclass(frozen=True)
 class Options:
-    """What a compilation may be told. The same names are accepted by ``torch.compile(..., options={...})``.
+    """What a compilation may be told. The same names are accepted by ``torch.compile(...,
+    options={...})``.
 
     Attributes:
         mode: "default"; "reduce-overhead" replays CUDA graphs; "max-autotune" measures tiles too.
@@ -25,7 +28,8 @@ class Options:
         strict: what would fall back to aten, or run unrewritten, is an error instead of a warning.
         verify: run the graph before and after every pass on the example inputs and compare.
         device: price for this row of the device table instead of the device the graph runs on.
-        engine: what runs a planned graph: "auto" (Triton on CUDA, Inductor's C++ on the CPU), "reference" (the
+        engine: what runs a planned graph: "auto" (Triton on CUDA, Inductor's C++ on the CPU),
+            "reference" (the
             tile interpreter, on the CPU, slow: for tests) or "aten" (no plan); or a function
             ``(plan, graph) -> callable(list) -> list`` of one's own.
     """
@@ -63,7 +67,9 @@ class Options:
         known = tuple(field.name for field in fields(Options))
         for name in given:
             if name not in known:
-                raise UnknownOption(name=name, hint=close_match(str(name), known), known=", ".join(known))
+                raise UnknownOption(
+                    name=name, hint=close_match(str(name), known), known=", ".join(known)
+                )
         values = dict(given)
         if isinstance(values.get("dump"), Path):
             values["dump"] = str(values["dump"])

@@ -33,7 +33,9 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Done:
-    """One pass that has run: its name and place (number 0 is the graph before the first), its sites and seconds."""
+    """One pass that has run: its name and place (number 0 is the graph before the first), its sites
+    and seconds.
+    """
 
     name: str
     number: int
@@ -62,25 +64,33 @@ class Pipeline:
         return tuple(each.name for each in self._passes)
 
     def before(self, name: str, *passes: Pass) -> Pipeline:
-        """With ``passes`` just before the pass called ``name``; `UnknownPass` where there is none."""
+        """With ``passes`` just before the pass called ``name``; `UnknownPass` where there is
+        none.
+        """
         position = self._position(name)
         return Pipeline(*self._passes[:position], *passes, *self._passes[position:])
 
     def after(self, name: str, *passes: Pass) -> Pipeline:
-        """With ``passes`` just after the pass called ``name``; `UnknownPass` where there is none."""
+        """With ``passes`` just after the pass called ``name``; `UnknownPass` where there is
+        none.
+        """
         position = self._position(name) + 1
         return Pipeline(*self._passes[:position], *passes, *self._passes[position:])
 
     def without(self, *names: str) -> Pipeline:
         """Without the passes of these names; `UnknownPass` for one that is not here."""
         dropped = {self._position(name) for name in names}
-        return Pipeline(*(each for position, each in enumerate(self._passes) if position not in dropped))
+        return Pipeline(
+            *(each for position, each in enumerate(self._passes) if position not in dropped)
+        )
 
     def stage(self, stage: Stage) -> Pipeline:
         """Only the passes of one stage, "graph" or "flat"."""
         return Pipeline(*(each for each in self._passes if each.stage == stage))
 
-    def run(self, gm: GraphModule, observers: Sequence[Observer] = (), start: str = "capture") -> int:
+    def run(
+        self, gm: GraphModule, observers: Sequence[Observer] = (), start: str = "capture"
+    ) -> int:
         """Run every pass on ``gm``, in order: lint, observe, and name the pass in what it raises.
 
         Returns:

@@ -1,7 +1,9 @@
-"""Dynamo's graph, traced again to pre-dispatch, pre-autograd ATen: where `layer_norm` and `softmax` still stand whole.
+"""Dynamo's graph, traced again to pre-dispatch, pre-autograd ATen: where `layer_norm` and `softmax`
+still stand whole.
 
-The graph stays what the user wrote: in-place operators remain (`normalise` makes the simple ones functional), grad-mode
-and autocast switches are nodes, and higher-order operators (a checkpointed region, a condition) are left as they are.
+The graph stays what the user wrote: in-place operators remain (`normalise` makes the simple ones
+    functional), grad-mode and autocast switches are nodes, and higher-order operators (a
+    checkpointed region, a condition) are left as they are.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
 
     Args:
         gm: the graph Dynamo hands to a backend.
-        example_inputs: one value a placeholder: tensors (real or fake), sizes (int or SymInt) or numbers.
+        example_inputs: one value a placeholder: tensors (real or fake), sizes (int or SymInt) or
+            numbers.
 
     Returns:
-        a graph with the same placeholders and outputs, fake tensors in ``meta["val"]`` and stack traces kept.
+        a graph with the same placeholders and outputs, fake tensors in ``meta["val"]`` and stack
+        traces kept.
 
     Raises:
         CaptureFailed: the graph takes tensor subclasses, or cannot be traced.
@@ -47,9 +51,13 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     fakes = fake_inputs(example_inputs, mode)
     try:
         with mode, torch.fx.traceback.preserve_node_meta(), torch._C.DisableTorchFunctionSubclass():
-            traced = make_fx(_Retrace(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+            traced = make_fx(_Retrace(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
+                *fakes
+            )
     except Exception as error:
-        raise CaptureFailed(cause=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise CaptureFailed(
+            cause=f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
     _copy_input_meta(gm, traced)
     traced.meta.update(gm.meta)
     return traced
@@ -65,15 +73,16 @@ def _fake(x: Any, mode: FakeTensorMode, context: TracingContext | None) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
     if isinstance(x, FakeTensor):
-        # a fresh tensor: tracing may change its metadata in place, and the original must not see that
+        # a fresh tensor: tracing may change its metadata in place, and the original must not see
+        # that
         with mode, torch.no_grad():
             return x.detach()
-    symbolic = context.tensor_to_context.get(x) if context is not None else None
+    symbolic: Any = context.tensor_to_context.get(x) if context is not None else None  # type: ignore[no-untyped-call]
     return mode.from_tensor(
         x,
         static_shapes=symbolic is None,
         symbolic_context=symbolic,
-        source=symbolic.tensor_source if symbolic is not None else None,  # type: ignore[attr-defined]
+        source=symbolic.tensor_source if symbolic is not None else None,
     )
 
 
@@ -88,7 +97,8 @@ def _fresh_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
 
 
 def _copy_input_meta(gm: GraphModule, traced: GraphModule) -> None:
-    # AOTAutograd reads from the placeholders where each input came from (which are parameters, which alias)
+    # AOTAutograd reads from the placeholders where each input came from (which are parameters,
+    # which alias)
     before, after = (g.graph.find_nodes(op="placeholder") for g in (gm, traced))
     for old, new in zip(before, after, strict=True):
         if hasattr(old, "_dynamo_source"):
@@ -106,16 +116,23 @@ class _Retrace(PropagateUnbackedSymInts):
         self._node = n
         return super().run_node(n)
 
+    def _tracer(self) -> Any:
+        mode = get_proxy_mode()
+        assert mode is not None, "called outside of make_fx"
+        return mode.tracer
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         attribute = super().get_attr(target, args, kwargs)
         if not isinstance(attribute, torch.Tensor):
             return attribute
-        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        tracer = self._tracer()
         name = str(target).replace(".", "_")
         setattr(tracer.root, name, attribute)
         with disable_proxy_modes_tracing():
             fake = _like(attribute)
-        return track_tensor_tree(fake, tracer.create_proxy("get_attr", name, (), {}), constant=None, tracer=tracer)
+        return track_tensor_tree(
+            fake, tracer.create_proxy("get_attr", name, (), {}), constant=None, tracer=tracer
+        )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(target, HigherOrderOperator):
@@ -123,8 +140,10 @@ class _Retrace(PropagateUnbackedSymInts):
         return self._left_alone(target, args, kwargs)
 
     def _left_alone(self, target: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
-        """Record a higher-order operator as it stands, its submodules untouched; Dynamo knows what it returns."""
-        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        """Record a higher-order operator as it stands, its submodules untouched; Dynamo knows what
+        it returns.
+        """
+        tracer = self._tracer()
         for read in self._node.all_input_nodes:
             if read.op == "get_attr" and isinstance(self.env.get(read), torch.nn.Module):
                 tracer.root.register_module(str(read.target).replace(".", "_"), self.env[read])

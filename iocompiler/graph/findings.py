@@ -1,4 +1,6 @@
-"""What a pass found and what it only nearly found; both travel in the graph module's metadata to the report."""
+"""What a pass found and what it only nearly found; both travel in the graph module's metadata to
+the report.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _KEY = "iocompiler_findings"
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A recognised pattern: its name ("attention"), the user's line ("model.py:88") and the form taken."""
+    """A recognised pattern: its name ("attention"), the user's line ("model.py:88") and the form
+    taken.
+    """
 
     pattern: str
     where: str

@@ -1,4 +1,6 @@
-"""In-place operators on temporaries become functional, so that recognisers may look through them."""
+"""In-place operators on temporaries become functional, so that recognisers may look through
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,12 @@ from iocompiler.graph import rewrite, view
 
 
 def make_functional(gm: GraphModule) -> int:
-    """``aten.relu_(h)`` with ``h`` a temporary nobody else sees --> ``aten.relu(h)``, later readers reading that.
+    """``aten.relu_(h)`` with ``h`` a temporary nobody else sees --> ``aten.relu(h)``, later readers
+    reading that.
 
-    What writes into an input, into a tensor some view of which is read later, or under another grad mode than the
-    tensor was made in, stays as it is: AOTAutograd makes that functional later, with the bookkeeping it needs.
+    What writes into an input, into a tensor some view of which is read later, or under another grad
+        mode than the tensor was made in, stays as it is: AOTAutograd makes that functional later,
+        with the bookkeeping it needs.
 
     Returns:
         the number of operators changed.
@@ -35,14 +39,16 @@ def _functional(node: Node) -> torch._ops.OpOverload | None:
         return None
     packet = getattr(torch.ops.aten, name[:-1], None)
     functional = getattr(packet, target._overloadname, None)
-    if functional is None or torch.Tag.inplace_view in target.tags:
+    if functional is None or view.changes_metadata(node):
         return None
     ours, theirs = ([a.name for a in op._schema.arguments] for op in (target, functional))
     return functional if ours == theirs else None
 
 
 def _only_one_sees(gm: GraphModule, node: Node) -> bool:
-    """True where the tensor written is a temporary and no other name of its storage is read afterwards."""
+    """True where the tensor written is a temporary and no other name of its storage is read
+    afterwards.
+    """
     target = node.args[0]
     assert isinstance(target, Node)
     roots, regions = view.roots(gm), view.regions(gm)
@@ -53,7 +59,12 @@ def _only_one_sees(gm: GraphModule, node: Node) -> bool:
     if any(regions[owner] != regions[node] for owner in owners):
         return False
     names = [each for each in order if roots[each] & owners and each not in (target, node)]
-    return all(order[user] < order[node] for name in names if order[name] < order[node] for user in name.users)
+    return all(
+        order[user] < order[node]
+        for name in names
+        if order[name] < order[node]
+        for user in name.users
+    )
 
 
 def _makes_new(node: Node) -> bool:
@@ -65,7 +76,11 @@ def _replace(gm: GraphModule, node: Node, functional: torch._ops.OpOverload) -> 
     assert isinstance(target, Node)
     new = rewrite.call(gm, functional, node.args, dict(node.kwargs), near=node)
     made, old = view.tensors(new)[0], view.tensors(target)[0]
-    if made.dtype != old.dtype or tuple(made.shape) != tuple(old.shape) or made.stride() != old.stride():
+    if (
+        made.dtype != old.dtype
+        or tuple(made.shape) != tuple(old.shape)
+        or made.stride() != old.stride()
+    ):
         gm.graph.erase_node(new)
         return 0
     order = {each: position for position, each in enumerate(gm.graph.nodes)}

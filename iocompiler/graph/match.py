@@ -1,4 +1,6 @@
-"""Rewrites written as plain Python over aten ops: the decorators `rewrite` and `graph_pass`, and the matcher."""
+"""Rewrites written as plain Python over aten ops: the decorators `rewrite` and `graph_pass`, and
+the matcher.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -48,28 +50,39 @@ _OPERATORS = {
 class GraphPass:
     """A free-form pass: ``function(gm)`` edits the graph and returns how many sites it changed.
 
-    ``stage`` says which graph it sees: "graph", what the user wrote, before autograd; or "flat", each functional
-    graph (forward, backward, inference) after it.
+    ``stage`` says which graph it sees: "graph", what the user wrote, before autograd; or "flat",
+    each functional graph (forward, backward, inference) after it.
     """
 
     name: str
     function: Callable[[GraphModule], int]
     stage: Stage = "graph"
-    respells: bool = False  # only spells the same operators differently: no reason to leave Dynamo's own graph
+    respells: bool = (
+        False  # only spells the same operators differently: no reason to leave Dynamo's own graph
+    )
 
     def __call__(self, gm: GraphModule) -> int:
         return self.function(gm)
 
 
+@overload
+def graph_pass(function: Callable[[GraphModule], int]) -> GraphPass: ...
+@overload
 def graph_pass(
-    function: Callable[[GraphModule], int] | None = None, *, stage: Stage = "graph", respells: bool = False
+    *, stage: Stage = ..., respells: bool = ...
+) -> Callable[[Callable[[GraphModule], int]], GraphPass]: ...
+def graph_pass(
+    function: Callable[[GraphModule], int] | None = None,
+    *,
+    stage: Stage = "graph",
+    respells: bool = False,
 ) -> Any:
     """Make a pass of ``f(gm) -> int``, the number of sites changed; its name is the function's.
 
     Also ``@graph_pass(stage="flat")``; the arguments are those of `GraphPass`.
     """
     if function is None:
-        return lambda f: graph_pass(f, stage=stage, respells=respells)
+        return lambda f: GraphPass(f.__name__, f, stage, respells)
     return GraphPass(function.__name__, function, stage, respells)
 
 
@@ -103,21 +116,28 @@ class RewritePass:
         names = inspect.signature(self.replacement).parameters
         new = edit.insert(gm, self.replacement, *(match[name] for name in names), near=root)
         if not isinstance(new, Node):
-            raise BadReplacement(name=self.name, new=type(new).__name__, old="a tensor", where=view.where(root))
+            raise BadReplacement(
+                name=self.name, new=type(new).__name__, old="a tensor", where=view.where(root)
+            )
         if _shown(new) != _shown(root):
-            raise BadReplacement(name=self.name, new=_shown(new), old=_shown(root), where=view.where(root))
+            raise BadReplacement(
+                name=self.name, new=_shown(new), old=_shown(root), where=view.where(root)
+            )
         record(gm, Rewrite(self.name, view.where(root)))
         edit.redirect(gm, root, new)
 
 
 def rewrite(
-    *patterns: Callable[..., Any], where: Callable[[Match], bool] | None = None, stage: Stage = "graph"
+    *patterns: Callable[..., Any],
+    where: Callable[[Match], bool] | None = None,
+    stage: Stage = "graph",
 ) -> Callable[[Callable[..., Any]], RewritePass]:
     """Replace what a pattern matches by what the decorated function computes.
 
-    A pattern is a function over aten ops. Its parameters match anything, tensor or constant, the same thing
-    wherever the same parameter stands; operands of commutative operators match in either order, and arguments left
-    at their defaults match spelled out. An inner node of a match that something else reads too is no match.
+    A pattern is a function over aten ops. Its parameters match anything, tensor or constant, the
+    same thing wherever the same parameter stands; operands of commutative operators match in either
+    order, and arguments left at their defaults match spelled out. An inner node of a match that
+    something else reads too is no match.
 
     Args:
         patterns: the spellings looked for, each with the same parameter names.
@@ -125,8 +145,8 @@ def rewrite(
         stage: "graph" or "flat", see `GraphPass`.
 
     Returns:
-        a decorator that makes a pass, named as the function, out of the replacement; its parameters are among
-        the patterns'.
+        a decorator that makes a pass, named as the function, out of the replacement; its parameters
+        are among the patterns'.
 
     Raises:
         BadPattern: a pattern cannot be read.
@@ -145,14 +165,18 @@ def rewrite(
         for graph in graphs:
             missing = wanted - {node.name for node in graph.find_nodes(op="placeholder")}
             if missing:
-                raise BadPattern(name=name, detail=f"the pattern binds no {', '.join(sorted(missing))}")
+                raise BadPattern(
+                    name=name, detail=f"the pattern binds no {', '.join(sorted(missing))}"
+                )
         return RewritePass(name, graphs, where, replacement, stage)
 
     return decorate
 
 
 def trace_pattern(pattern: Callable[..., Any], name: str) -> Graph:
-    """The graph of a pattern: a placeholder for each parameter, call nodes of operators, one output."""
+    """The graph of a pattern: a placeholder for each parameter, call nodes of operators, one
+    output.
+    """
     graph = Graph()
     tracer = GraphAppendingTracer(graph)
     parameters = [graph.placeholder(p) for p in inspect.signature(pattern).parameters]
@@ -169,20 +193,28 @@ def trace_pattern(pattern: Callable[..., Any], name: str) -> Graph:
 
 
 class Matcher:
-    """Matches patterns in one graph; knows the regions of grad mode and autocast and what is written in place."""
+    """Matches patterns in one graph; knows the regions of grad mode and autocast and what is
+    written in place.
+    """
 
     def __init__(self, gm: GraphModule) -> None:
         self._regions = view.regions(gm)
         self._writes = [node for node in gm.graph.nodes if view.mutates(node)]
         self._roots = view.roots(gm) if self._writes else {}
-        self._order = {node: position for position, node in enumerate(gm.graph.nodes)} if self._writes else {}
+        self._order = (
+            {node: position for position, node in enumerate(gm.graph.nodes)} if self._writes else {}
+        )
 
     def again(self, gm: GraphModule) -> Matcher:
-        """A matcher for the edited graph: what is written where has to be found again, if anything is."""
+        """A matcher for the edited graph: what is written where has to be found again, if anything
+        is.
+        """
         return Matcher(gm) if self._writes else self
 
     def match(self, pattern: Graph, root: Node) -> Match | None:
-        """What the pattern's parameters stand for where its result is ``root``; None where it does not match."""
+        """What the pattern's parameters stand for where its result is ``root``; None where it does
+        not match.
+        """
         wanted = pattern.output_node().args[0]
         for state in _match(wanted, root, _State({}, {})):
             if self._safe(root, state):
@@ -206,11 +238,9 @@ class Matcher:
         touched = matched | {value for value in state.bound.values() if isinstance(value, Node)}
         storages = set().union(*(self._roots.get(node, {node}) for node in touched))
         first, last = (f(self._order[node] for node in matched) for f in (min, max))
-        for write in self._writes:
-            if first < self._order[write] < last:
-                if any(self._roots[target] & storages for target in view.mutates(write)):
-                    return False
-        return True
+        between = [write for write in self._writes if first < self._order[write] < last]
+        written = [target for write in between for target in view.mutates(write)]
+        return not any(self._roots[target] & storages for target in written)
 
 
 @dataclass(frozen=True)
@@ -257,7 +287,9 @@ def _same(wanted: Any, found: Any) -> bool:
     if isinstance(wanted, Node) or isinstance(found, Node):
         return wanted is found
     if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
-        return len(wanted) == len(found) and all(_same(w, f) for w, f in zip(wanted, found, strict=True))
+        return len(wanted) == len(found) and all(
+            _same(w, f) for w, f in zip(wanted, found, strict=True)
+        )
     if isinstance(wanted, bool) or isinstance(found, bool):
         return wanted is found
     return bool(wanted == found)
@@ -266,4 +298,6 @@ def _same(wanted: Any, found: Any) -> bool:
 def _shown(node: Node) -> str:
     """Shape, dtype and device of the node's value, for comparing and for messages."""
     found = view.tensors(node)
-    return ", ".join(f"{str(t.dtype)[6:]}{list(t.shape)} on {t.device}" for t in found) or str(view.value(node))
+    return ", ".join(f"{str(t.dtype)[6:]}{list(t.shape)} on {t.device}" for t in found) or str(
+        view.value(node)
+    )

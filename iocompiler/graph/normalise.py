@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.functional import make_functional
@@ -46,7 +46,9 @@ _NAMES = {
 
 
 def _synonyms() -> dict[Any, Any]:
-    """Each overload of a synonym to the overload of the one name whose arguments are as many, of the same types."""
+    """Each overload of a synonym to the overload of the one name whose arguments are as many, of
+    the same types.
+    """
     found: dict[Any, Any] = {}
     for synonym, name in _NAMES.items():
         old, new = getattr(aten, synonym), getattr(aten, name)
@@ -54,7 +56,7 @@ def _synonyms() -> dict[Any, Any]:
         for overload in old.overloads():
             mine = getattr(old, overload)
             alike = [target for target in targets if _types(target) == _types(mine)]
-            found |= {mine: target for target in alike[:1]}
+            found.update((mine, target) for target in alike[:1])
     return found
 
 
@@ -63,12 +65,19 @@ def _types(operator: torch._ops.OpOverload) -> list[tuple[str, bool]]:
 
 
 _SYNONYMS = _synonyms()
-_CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default)
+_CONVERSIONS = (
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+)
 
 
 @graph_pass(respells=True)
 def normalise(gm: GraphModule) -> int:
-    """Spell every operator the one way recognisers know; in-place operators on temporaries become functional.
+    """Spell every operator the one way recognisers know; in-place operators on temporaries become
+    functional.
 
     Before::
 
@@ -81,14 +90,15 @@ def normalise(gm: GraphModule) -> int:
         d = aten.relu.default(a); e = aten.to.dtype(d, torch.bfloat16)
     """
     changed = make_functional(gm)
-    writes = any(view.mutates(node) for node in gm.graph.nodes)
     for node in view.calls(gm):
-        changed += _respell(gm, node, keep_copies=writes)
+        changed += _respell(gm, node)
     return changed + rewrite.erase_dead(gm)
 
 
-def _respell(gm: GraphModule, node: Node, keep_copies: bool) -> int:
-    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(view.value(node), torch.Tensor):
+def _respell(gm: GraphModule, node: Node) -> int:
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(
+        view.value(node), torch.Tensor
+    ):
         return 0
     before = (node.target, node.args, node.kwargs)
     if node.target in _SYNONYMS:
@@ -97,8 +107,9 @@ def _respell(gm: GraphModule, node: Node, keep_copies: bool) -> int:
     _transposition(node)
     _conversion(node)
     _defaults(node)
-    if not keep_copies and _does_nothing(node):
-        rewrite.redirect(gm, node, node.args[0])  # type: ignore[arg-type]
+    same = _same_as(gm, node)
+    if same is not None:
+        rewrite.bypass(gm, node, same)
         return 1
     return int(before != (node.target, node.args, node.kwargs))
 
@@ -108,7 +119,12 @@ def _shape(node: Node) -> None:
     shape = view.tensors(node)[0].shape
     if not all(isinstance(size, int) for size in shape):
         return
-    reshapes = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape_as.default, aten.view_as.default)
+    reshapes = (
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.reshape_as.default,
+        aten.view_as.default,
+    )
     if node.target in reshapes:
         rewrite.respell(node, aten.reshape.default, (node.args[0], list(shape)))
     elif node.target is aten.expand_as.default:
@@ -126,7 +142,9 @@ def _transposition(node: Node) -> None:
 
 def _conversion(node: Node) -> None:
     """Every conversion that changes nothing but the dtype is ``aten.to.dtype(x, dtype)``."""
-    if node.target not in (*_CONVERSIONS, aten._to_copy.default) or not isinstance(node.args[0], Node):
+    if node.target not in (*_CONVERSIONS, aten._to_copy.default) or not isinstance(
+        node.args[0], Node
+    ):
         return
     old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]
     options = node.kwargs.get("memory_format"), node.kwargs.get("copy")
@@ -142,7 +160,9 @@ def _defaults(node: Node) -> None:
         return
     schema = node.target._schema.arguments
     values = view.spelled_out(node)
-    positional = [value for argument, value in zip(schema, values, strict=True) if not argument.kwarg_only]
+    positional = [
+        value for argument, value in zip(schema, values, strict=True) if not argument.kwarg_only
+    ]
     while positional and _is_default(schema[len(positional) - 1], positional[-1]):
         positional.pop()
     named = {
@@ -160,23 +180,57 @@ def _is_default(argument: torch.Argument, value: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
-def _does_nothing(node: Node) -> bool:
-    """True where the result is the first argument again: an alias, or a copy that changes no stride."""
-    if not node.args or not isinstance(node.args[0], Node):
-        return False
-    old = view.value(node.args[0])
-    new = view.value(node)
-    if not isinstance(old, torch.Tensor):
-        return False
-    if node.args[0].op != "call_function" and any(user.op == "output" for user in node.users):
-        return False  # the caller gets a view of the input, not the input
+def _same_as(gm: GraphModule, node: Node) -> Node | None:
+    """The node whose value this one is again: of an alias, a copy that changes no stride, a sum
+    with 0 ...
+    """
+    same = _kept_part(node) if node.target is aten.cat.default else (*node.args, None)[0]
+    if not isinstance(same, Node) or not isinstance(view.value(same), torch.Tensor):
+        return None
+    if same.op != "call_function" and any(user.op == "output" for user in node.users):
+        return None  # the caller gets a view of the input, not the input
+    if node.target is aten.detach_.default:
+        return same if same.target is aten.lift_fresh_copy.default else None
+    if any(view.changes_metadata(user) for user in (*node.users, *same.users)):
+        return None  # two names of one storage, one of which gets another shape
+    return same if _does_nothing(gm, node, view.value(same), view.value(node)) else None
+
+
+def _does_nothing(gm: GraphModule, node: Node, old: torch.Tensor, new: torch.Tensor) -> bool:
+    rest: Any = node.args[1:]
     if node.target is aten.contiguous.default:
-        return not node.kwargs and len(node.args) == 1 and view.is_contiguous(old)
+        return not rest and not node.kwargs and view.is_contiguous(old)
     if node.target is aten.to.dtype:
-        return old.dtype == new.dtype and len(node.args) == 2 and not node.kwargs
+        return old.dtype == new.dtype and len(rest) == 1 and not node.kwargs
     if node.target in (aten.reshape.default, aten.expand.default):
-        same = old.dim() == new.dim() and all(
-            guard_or_false(a == b) for a, b in zip(old.shape, new.shape, strict=True)
+        return old.dim() == new.dim() and all(map(_equal, old.shape, new.shape))
+    if node.target is aten.dropout.default:
+        return bool(rest[0] == 0 or rest[1] is False)
+    if node.target in (aten.add.Tensor, aten.cat.default):
+        # these are copies: as good as their input only where neither is ever written
+        nothing = node.target is aten.cat.default or (
+            rest[0] == 0 and old.dtype == new.dtype == torch.int64
         )
-        return same
+        return nothing and not _written(gm, node)
     return node.target is aten.alias.default
+
+
+def _kept_part(node: Node) -> Any:
+    """The one tensor of a concatenation whose others are the empty vectors it ignores."""
+    parts: Any = node.args[0]
+    kept = [part for part in parts if tuple(view.tensors(part)[0].shape) != (0,)]
+    alike = len(kept) == 1 and view.tensors(kept[0])[0].dtype == view.tensors(node)[0].dtype
+    return kept[0] if alike and view.is_contiguous(view.tensors(kept[0])[0]) else None
+
+
+def _written(gm: GraphModule, node: Node) -> bool:
+    roots = view.roots(gm)
+    storages = roots[node].union(*(roots[read] for read in node.all_input_nodes))
+    writes = [target for each in gm.graph.nodes for target in view.mutates(each)]
+    return any(roots[target] & storages for target in writes) or any(
+        user.op == "output" for user in node.users
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return statically_known_true(a == b)

@@ -1,4 +1,6 @@
-"""A graph as text for dumps: one node a line, the user's line above each group, bytes at the end of the line."""
+"""A graph as text for dumps: one node a line, the user's line above each group, bytes at the end of
+the line.
+"""
 
 from __future__ import annotations
 
@@ -56,16 +58,26 @@ def line(node: Node, price: Price | None = None) -> str:
         return f"{head} = self.{node.target}"
     parts = [_text(a) for a in node.args] + [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
     text = f"{head} = {_target(node.target)}({', '.join(parts)})"
-    return f"{text}  # {price(node)} B" if price is not None and node.op == "call_function" else text
+    return (
+        f"{text}  # {price(node)} B" if price is not None and node.op == "call_function" else text
+    )
 
 
 def describe(value: Any) -> str:
-    """A value's dtype and shape: ``f32[8, s0]``; a tuple of them in parentheses; "" where there is none."""
+    """A value's dtype and shape: ``f32[8, s0]``; a tuple of them in parentheses; "" where there is
+    none.
+    """
     if isinstance(value, torch.Tensor):
         return f"{_SHORT.get(value.dtype, str(value.dtype)[6:])}[{', '.join(str(s) for s in value.shape)}]"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(describe(v) for v in value)})"
-    return "" if value is None else f"{type(value).__name__}({value})" if isinstance(value, torch.SymInt) else ""
+    return (
+        ""
+        if value is None
+        else f"{type(value).__name__}({value})"
+        if isinstance(value, torch.SymInt)
+        else ""
+    )
 
 
 def _target(target: Any) -> str:
@@ -81,4 +93,4 @@ def _text(argument: Any) -> str:
     if isinstance(argument, (list, tuple)):
         inner = ", ".join(_text(a) for a in argument)
         return f"[{inner}]" if isinstance(argument, list) else f"({inner})"
-    return repr(argument)
+    return str(argument) if isinstance(argument, torch.device) else repr(argument)

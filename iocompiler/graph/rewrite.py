@@ -1,4 +1,6 @@
-"""The one place that edits a graph: every edit keeps the stack traces, the names and the fake-tensor metadata."""
+"""The one place that edits a graph: every edit keeps the stack traces, the names and the
+fake-tensor metadata.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ from iocompiler.graph import view
 _OWN_VALUE = ("val", "tensor_meta", "example_value", "unbacked_bindings", "eager_input_vals")
 
 
-def call(gm: GraphModule, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, near: Node) -> Node:
-    """Insert a call before ``near``: its user's line is that of ``near``, its value is computed here."""
+def call(
+    gm: GraphModule, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, near: Node
+) -> Node:
+    """Insert a call before ``near``: its user's line is that of ``near``, its value is computed
+    here.
+    """
     with gm.graph.inserting_before(near):
         node = gm.graph.call_function(target, args, kwargs)
     _inherit(node, near)
@@ -31,7 +37,8 @@ def substitute(gm: GraphModule, old: Node, build: Callable[..., Any], *arguments
     """Replace ``old`` by what ``build`` returns, and erase what nobody reads any more.
 
     Args:
-        build: a function over aten ops, called with one proxy for each node in ``arguments`` and with every other
+        build: a function over aten ops, called with one proxy for each node in ``arguments`` and
+            with every other
             argument as it is; returns one value.
 
     Returns:
@@ -42,11 +49,13 @@ def substitute(gm: GraphModule, old: Node, build: Callable[..., Any], *arguments
 
 
 def insert(gm: GraphModule, build: Callable[..., Any], *arguments: Any, near: Node) -> Any:
-    """Insert what ``build`` computes before ``near``; returns the node (or tuple of nodes) of its result."""
-    before = {node: None for node in gm.graph.nodes}
+    """Insert what ``build`` computes before ``near``; returns the node (or tuple of nodes) of its
+    result.
+    """
+    before = dict.fromkeys(gm.graph.nodes)
     tracer = GraphAppendingTracer(gm.graph)
     with gm.graph.inserting_before(near):
-        result = build(*map_arg(arguments, lambda node: Proxy(node, tracer)))
+        result = build(*tree_map_only(Node, lambda node: Proxy(node, tracer), arguments))
     added = [node for node in gm.graph.nodes if node not in before]
     for node in added:
         _inherit(node, near)
@@ -55,13 +64,23 @@ def insert(gm: GraphModule, build: Callable[..., Any], *arguments: Any, near: No
 
 
 def redirect(gm: GraphModule, old: Node, new: Node) -> Node:
-    """Let every reader of ``old`` read ``new``; ``new`` takes the name, ``old`` and what only it read is erased."""
+    """Let every reader of ``old`` read ``new``; ``new`` takes the name, ``old`` and what only it
+    read is erased.
+    """
     old.replace_all_uses_with(new)
     name = old.name
     erase(gm, old)
     if new.op == "call_function" and name not in {node.name for node in gm.graph.nodes}:
         new.name = name
     return new
+
+
+def bypass(gm: GraphModule, node: Node, same: Node) -> None:
+    """Let every reader of ``node`` read ``same`` instead, which keeps its own name; erase what
+    nobody reads then.
+    """
+    node.replace_all_uses_with(same)
+    erase(gm, node)
 
 
 def set_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -71,7 +90,9 @@ def set_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     compute_value(node)
 
 
-def respell(node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+def respell(
+    node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> None:
     """Turn a call into another that computes the very same value, in the same shape and strides."""
     node.target = target
     node.args = args
@@ -79,7 +100,9 @@ def respell(node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def erase(gm: GraphModule, node: Node) -> None:
-    """Erase a call nobody reads, and then what only it read; what writes, switches or is an input stays."""
+    """Erase a call nobody reads, and then what only it read; what writes, switches or is an input
+    stays.
+    """
     waiting = [node]
     while waiting:
         dead = waiting.pop()
@@ -97,9 +120,9 @@ def erase_dead(gm: GraphModule) -> int:
     count = len(gm.graph.nodes)
     for node in reversed(list(gm.graph.nodes)):
         effect = bool(view.mutates(node)) or view.is_switch(node) or view.is_random(node)
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not effect:
-            if not node.users and not node.is_impure():
-                gm.graph.erase_node(node)
+        plain = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        if plain and not effect and not node.users and not node.is_impure():
+            gm.graph.erase_node(node)
     return count - len(gm.graph.nodes)
 
 

@@ -1,4 +1,6 @@
-"""Reading an FX graph: nodes, their values, the user's lines, grad-mode and autocast regions, mutation."""
+"""Reading an FX graph: nodes, their values, the user's lines, grad-mode and autocast regions,
+mutation.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def tensors(node: Node) -> list[torch.Tensor]:
 
 
 def where(node: Node) -> str:
-    """The user's line as "model.py:88": the innermost frame outside of torch; "" where it is not known."""
+    """The user's line as "model.py:88": the innermost frame outside of torch; "" where it is not
+    known.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
     return f"{PurePath(own[-1][0]).name}:{own[-1][1]}" if own else ""
@@ -107,6 +111,14 @@ def mutates(node: Node) -> tuple[Node, ...]:
     return tuple(written)
 
 
+def changes_metadata(node: Node) -> bool:
+    """True for a call that changes its argument's shape, strides or grad history in place."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.inplace_view in node.target.tags
+    )
+
+
 def is_random(node: Node) -> bool:
     """True where two calls with equal inputs may differ."""
     return isinstance(node.target, torch._ops.OpOverload) and (
@@ -115,7 +127,9 @@ def is_random(node: Node) -> bool:
 
 
 def regions(gm: GraphModule) -> dict[Node, int]:
-    """For each node, a number equal for two nodes only where grad mode and autocast are the same for both."""
+    """For each node, a number equal for two nodes only where grad mode and autocast are the same
+    for both.
+    """
     numbers: dict[tuple[Any, ...], int] = {}
     grad: Any = None
     autocast: list[tuple[Any, ...]] = []
@@ -132,7 +146,9 @@ def regions(gm: GraphModule) -> dict[Node, int]:
 
 
 def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
-    """For each node, the nodes whose storage its tensors may share: itself where it makes new tensors."""
+    """For each node, the nodes whose storage its tensors may share: itself where it makes new
+    tensors.
+    """
     found: dict[Node, frozenset[Node]] = {}
     for node in gm.graph.nodes:
         # what is no plain operator (a submodule, a getitem) may return any of its inputs
