@@ -1,0 +1,230 @@
+"""The disk cache: compiled kernels, whole graphs and module files, as text, JSON and cubins only.
+
+One entry is one folder ``<root>/<kind>/<key>/`` with its files and a ``meta.json`` that holds their hashes. It is
+written aside and renamed into place, so readers and other processes see all of it or nothing. What does not match
+its hashes is thrown away and built again. Kinds: "kernels" (source, cubin), "graphs" (module text, JSON), "modules"
+(the generated files that run).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from iocompiler.errors import CacheWarning
+
+DEFAULT_LIMIT = 2 * 2**30
+_META = "meta.json"
+_EVICTION_PERIOD = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry read back: its folder, its files' contents by name, and the JSON stored with them."""
+
+    folder: Path
+    files: Mapping[str, bytes]
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Where the cache is, how many entries of each kind it has, its size and its limit in bytes."""
+
+    root: str
+    entries: Mapping[str, int]
+    bytes: int
+    limit: int
+
+
+class Cache:
+    """A bounded cache below ``root``; the least recently used entries go first. Safe for several processes.
+
+    Raises:
+        PermissionError: the folder belongs to, or can be written by, another user.
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, root: Path, limit: int = DEFAULT_LIMIT):
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_foreign(root)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+        self.root = root
+        self.limit = limit
+        self._puts = 0
+        self._warned = False
+
+    def folder(self, kind: str, key: str) -> Path:
+        return self.root / kind / key
+
+    def get(self, kind: str, key: str) -> Entry | None:
+        """The entry, or None where there is none. A damaged one is removed, with one warning per cache."""
+        folder = self.folder(kind, key)
+        try:
+            meta = json.loads((folder / _META).read_bytes())
+            files = {name: _read_checked(folder / name, digest) for name, digest in meta["files"].items()}
+            os.utime(folder)  # used now: last to be evicted
+            return Entry(folder, files, meta["data"])
+        except FileNotFoundError:
+            if not folder.exists():
+                return None
+            self._drop_damaged(folder, "a file is missing")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._drop_damaged(folder, str(error))
+        return None
+
+    def put(self, kind: str, key: str, files: Mapping[str, bytes], data: Mapping[str, Any]) -> Path:
+        """Store an entry and return its folder; an entry already there stays.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        target = self.folder(kind, key)
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        meta = {"files": {n: _digest(content) for n, content in files.items()}, "data": dict(data)}
+        aside = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+        try:
+            for name, content in files.items():
+                (aside / name).write_bytes(content)
+            (aside / _META).write_text(json.dumps(meta))
+            os.replace(aside, target)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            if not target.exists():
+                raise
+        self._puts += 1
+        if self._puts % _EVICTION_PERIOD == 1:
+            self.evict()
+        return target
+
+    def info(self) -> Info:
+        entries = self._entries()
+        counts: dict[str, int] = {}
+        for folder, _, _ in entries:
+            counts[folder.parent.name] = counts.get(folder.parent.name, 0) + 1
+        return Info(str(self.root), counts, sum(size for _, _, size in entries), self.limit)
+
+    def clear(self) -> int:
+        """Remove every entry; returns how many there were."""
+        entries = self._entries()
+        for folder, _, _ in entries:
+            shutil.rmtree(folder, ignore_errors=True)
+        return len(entries)
+
+    def evict(self) -> int:
+        """Remove the least recently used entries until the cache is within its limit; returns how many went."""
+        entries = sorted(self._entries(), key=lambda entry: entry[1])
+        total = sum(size for _, _, size in entries)
+        removed = 0
+        for folder, _, size in entries:
+            if total <= self.limit:
+                break
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+            removed += 1
+        return removed
+
+    def _entries(self) -> list[tuple[Path, float, int]]:
+        """(folder, time of last use, bytes) of every entry; what vanishes meanwhile is left out."""
+        found = []
+        for folder in self.root.glob("*/*"):
+            try:
+                size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+                found.append((folder, folder.stat().st_mtime, size))
+            except OSError:
+                continue
+        return found
+
+    def _drop_damaged(self, folder: Path, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"damaged cache entry {folder.name}: {reason}; built again", CacheWarning, stacklevel=4)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def key_of(*parts: Any) -> str:
+    """A key for what the JSON-able ``parts`` say, under these versions of torch, Triton and the compiler."""
+    text = json.dumps([versions(), parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Versions of what shapes our output; of the compiler itself, the hash of every source file."""
+    found = {}
+    for package in ("torch", "triton"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = ""
+    found["iocompiler"] = _own_hash()
+    return found
+
+
+def _own_hash() -> str:
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _open(root: str, limit: int) -> Cache | None:
+    try:
+        return Cache(Path(root), limit)
+    except OSError as error:
+        warnings.warn(f"compiling without a disk cache: {error}", CacheWarning, stacklevel=3)
+        return None
+
+
+def default_cache() -> Cache | None:
+    """The cache of this process: IOCOMPILER_CACHE_DIR, or ~/.cache/iocompiler; None, warned once, if unusable.
+
+    IOCOMPILER_CACHE_BYTES bounds its size (2 GiB if unset).
+    """
+    root = os.environ.get("IOCOMPILER_CACHE_DIR") or os.path.expanduser("~/.cache/iocompiler")
+    return _open(root, int(os.environ.get("IOCOMPILER_CACHE_BYTES", DEFAULT_LIMIT)))
+
+
+def info() -> Info | None:
+    """What the default cache holds; None if it cannot be used."""
+    cache = default_cache()
+    return cache.info() if cache else None
+
+
+def clear() -> int:
+    """Empty the default cache; returns the number of entries removed."""
+    cache = default_cache()
+    return cache.clear() if cache else 0
+
+
+def _refuse_foreign(root: Path) -> None:
+    status = root.stat()
+    if status.st_uid != os.getuid():
+        raise PermissionError(f"{root} belongs to user {status.st_uid}, not to {os.getuid()}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{root} can be written by others (mode {stat.S_IMODE(status.st_mode):o})")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read_checked(path: Path, digest: str) -> bytes:
+    content = path.read_bytes()
+    if _digest(content) != digest:
+        raise ValueError(f"{path.name} does not match its hash")
+    return content

@@ -1,0 +1,224 @@
+"""Kernels to cubins, in parallel worker processes that are started once and reused.
+
+`warm` starts the workers while the graph is still being captured; `compile_kernels` sends them the jobs. A worker is
+`runtime/worker.py`: it imports Triton and no torch, so it is ready in about 0.2 s.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import json
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iocompiler.errors import CompileError
+
+MAX_WORKERS = 16
+_WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: ``source`` is the text of a whole file, ``where`` the user's lines it comes from.
+
+    ``signature`` maps each parameter to its Triton type; ``divisible`` are the positions of those known to be
+    multiples of 16 (bytes for pointers); ``capability`` is 90 for compute capability 9.0.
+    """
+
+    source: str
+    path: str
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    divisible: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    capability: int
+    where: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """What the worker needs; "path" and "where" do not change the cubin's code."""
+        return {
+            "source": self.source,
+            "path": self.path,
+            "name": self.name,
+            "signature": dict(self.signature),
+            "divisible": list(self.divisible),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "capability": self.capability,
+        }
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A cubin and its metadata (name, num_warps, shared, registers, spills, scratch sizes)."""
+
+    cubin: bytes
+    metadata: dict[str, Any]
+
+
+class _WorkerDied(Exception):
+    """The worker's socket closed before an answer came."""
+
+
+class Pool:
+    """Worker processes, one socket each. Not shared across a fork: the child starts its own."""
+
+    def __init__(self, workers: int, scratch_root: Path | None):
+        self.pid = os.getpid()
+        self.scratch = tempfile.mkdtemp(prefix="triton-", dir=scratch_root)
+        pairs = [socket.socketpair() for _ in range(workers)]
+        environment = {
+            **os.environ,
+            "TRITON_CACHE_DIR": self.scratch,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        theirs = [their.fileno() for _, their in pairs]
+        with open(os.path.join(self.scratch, "stderr.txt"), "wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(_WORKER), *map(str, theirs)],
+                pass_fds=theirs,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=environment,
+            )
+        for _, their in pairs:
+            their.close()
+        # None stands for "no worker is left": it wakes whoever still waits for one
+        self.idle: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
+        self.size = workers
+        self._lock = threading.Lock()
+        for ours, _ in pairs:
+            self.idle.put(ours)
+
+    @property
+    def usable(self) -> bool:
+        return self.pid == os.getpid() and self.size > 0 and self.process.poll() is None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """The answer to one job; blocks until a worker is free.
+
+        Raises:
+            _WorkerDied: the worker ended before it answered.
+        """
+        connection = self.idle.get()
+        if connection is None:
+            self.idle.put(None)
+            raise _WorkerDied(self._last_words())
+        try:
+            connection.sendall((json.dumps(job.as_json()) + "\n").encode())
+            line = _read_line(connection)
+        except OSError as error:
+            self._lost(connection)
+            raise _WorkerDied(self._last_words()) from error
+        self.idle.put(connection)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _lost(self, connection: socket.socket) -> None:
+        connection.close()
+        with self._lock:
+            self.size -= 1
+            if self.size == 0:
+                self.idle.put(None)
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            return Path(self.scratch, "stderr.txt").read_text(errors="replace")[-2000:].strip()
+        return ""
+
+    def close(self) -> None:
+        """End the workers and remove their scratch folder."""
+        if self.pid != os.getpid():
+            return
+        self.size = 0
+        with contextlib.suppress(queue.Empty):
+            while (connection := self.idle.get_nowait()) is not None:
+                connection.close()
+        self.idle.put(None)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=2)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    parts: list[bytes] = []
+    while not parts or not parts[-1].endswith(b"\n"):
+        part = connection.recv(1 << 20)
+        if not part:
+            raise ConnectionError("the worker closed its socket")
+        parts.append(part)
+    return b"".join(parts)
+
+
+_pool: Pool | None = None
+_pool_lock = threading.Lock()
+
+
+def warm(scratch_root: Path | None = None) -> Pool:
+    """The worker pool, started if it does not run; returns at once. ``scratch_root`` is where Triton may write."""
+    global _pool
+    with _pool_lock:
+        if _pool is None or not _pool.usable:
+            if _pool is not None:
+                _pool.close()
+            _pool = Pool(worker_count(), scratch_root)
+        return _pool
+
+
+def worker_count() -> int:
+    """As many workers as this process may use processors, at most `MAX_WORKERS`."""
+    return max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS))
+
+
+@atexit.register
+def shut_down() -> None:
+    """End the workers; the next compilation starts new ones."""
+    global _pool
+    with _pool_lock:
+        if _pool is not None:
+            _pool.close()
+        _pool = None
+
+
+def compile_kernels(jobs: Sequence[Job], scratch_root: Path | None = None) -> list[Compiled]:
+    """The jobs' cubins, in order.
+
+    Raises:
+        CompileError: a kernel does not compile; the message has its name, Triton's message and the user's line.
+    """
+    if len(jobs) <= 1:
+        return [_compile(job, scratch_root) for job in jobs]
+    with ThreadPoolExecutor(min(len(jobs), worker_count())) as threads:
+        return list(threads.map(lambda job: _compile(job, scratch_root), jobs))
+
+
+def _compile(job: Job, scratch_root: Path | None) -> Compiled:
+    # workers end when idle for long, all at once: the second try has a fresh pool
+    for last_try in (False, True):
+        pool = warm(scratch_root)
+        try:
+            answer = pool.run(job)
+            break
+        except _WorkerDied as died:
+            pool.close()
+            if last_try:
+                cause = f"the compiler process ended. {died}".strip()
+                raise CompileError(kernel=job.name, cause=cause, where=job.where) from died
+    if "error" in answer:
+        raise CompileError(kernel=job.name, cause=answer["error"], where=job.where)
+    return Compiled(base64.b64decode(answer["cubin"]), answer["metadata"])

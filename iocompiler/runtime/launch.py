@@ -1,0 +1,204 @@
+"""Launching a compiled kernel with as little Python as there can be: one pack, one driver call.
+
+`Signature` reads the text a generated module states its kernels' parameters in; `make_launch` writes, for one kernel, a
+Python function whose constants are in its code. It packs launch configuration and parameters into a buffer prepared
+once; buffers are taken from and given back to a list, whose pop and append are atomic, so threads do not meet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from iocompiler.errors import LaunchError
+from iocompiler.runtime.driver import INVALID_CONTEXT, Driver
+
+Launch = Callable[..., None]
+"""``launch(stream, grid_x, grid_y, grid_z, *parameters)``: pointers as ints, numbers as numbers."""
+
+# gridDim xyz, blockDim xyz, sharedMemBytes, pad, hStream, attrs, numAttrs, pad: CUlaunchConfig
+_CONFIG = "IIIIIII4xQQI4x"
+_FORMATS = {
+    "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
+    "fp32": "f", "fp64": "d",
+}  # fmt: skip
+_SCRATCH = 2  # Triton's kernels take two more pointers: global and profile scratch
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One kernel parameter: its Triton type ("*fp32", "i32") and whether it may be taken as a multiple of 16."""
+
+    name: str
+    type: str
+    divisible: bool
+
+    @property
+    def is_pointer(self) -> bool:
+        return self.type.startswith("*")
+
+    @property
+    def format(self) -> str:
+        return "Q" if self.is_pointer else _FORMATS[self.type]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The parameters of a kernel, written ``"x:*fp32:16 n:i32"``; ``:16`` marks the ones that may be divisible."""
+
+    parameters: tuple[Parameter, ...]
+
+    @staticmethod
+    def parse(text: str) -> Signature:
+        rows = (part.split(":") for part in text.split())
+        return Signature(tuple(Parameter(row[0], row[1], row[2:] == ["16"]) for row in rows))
+
+    def __str__(self) -> str:
+        return " ".join(f"{p.name}:{p.type}" + (":16" if p.divisible else "") for p in self.parameters)
+
+    @property
+    def types(self) -> tuple[tuple[str, str], ...]:
+        return tuple((p.name, p.type) for p in self.parameters)
+
+    def divisible(self, pointers: bool, sizes: bool) -> tuple[int, ...]:
+        """Positions that are multiples of 16 where the marked ``pointers`` and / or ``sizes`` are."""
+        return tuple(
+            position
+            for position, p in enumerate(self.parameters)
+            if p.divisible and (pointers if p.is_pointer else sizes)
+        )
+
+
+@dataclass(frozen=True)
+class Image:
+    """A kernel ready to be loaded: cubin and metadata as `compile.Compiled` has them."""
+
+    cubin: bytes
+    metadata: dict[str, Any]
+
+
+class _Slots:
+    """Prepared launch buffers: (buffer, pointer to its configuration, pointer to the parameter addresses)."""
+
+    def __init__(self, layout: struct.Struct, offsets: list[int]):
+        self._layout, self._offsets = layout, offsets
+        self.free: list[tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]] = []
+
+    def new(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
+        buffer = ctypes.create_string_buffer(self._layout.size)
+        start = ctypes.addressof(buffer)
+        addresses = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
+        return buffer, ctypes.c_void_p(start), ctypes.c_void_p(ctypes.addressof(addresses)), addresses
+
+
+_TEMPLATE = """\
+def launch(stream, gx, gy, gz{parameters}):
+{checks}    if not (gx and gy and gz):
+        return
+{scratch}    try:
+        slot = take()
+    except IndexError:
+        slot = new_slot()
+    buffer, config, addresses, _ = slot
+    pack(buffer, 0, gx, gy, gz, {threads}, 1, 1, {shared}, stream, 0, 0{parameters}, {global_scratch}, {profile_scratch})
+    code = call(config, function, addresses, null)
+    give(slot)
+    if code:
+        failed(code, config, addresses)
+"""
+
+
+def make_launch(
+    signature: Signature,
+    image: Image,
+    driver: Driver,
+    device: int,
+    unaligned: Launch | None = None,
+    odd_sizes: Launch | None = None,
+) -> Launch:
+    """The launch function of a kernel loaded on CUDA device ``device``.
+
+    Args:
+        unaligned: called instead where a pointer marked divisible is not 16-byte aligned; None: not checked.
+        odd_sizes: called instead where a size marked divisible is no multiple of 16; None: not checked.
+
+    Raises:
+        LaunchError: the cubin cannot be loaded, or asks for a kind of launch that is not supported.
+    """
+    metadata = image.metadata
+    name = metadata["name"]
+    if metadata["num_ctas"] != 1 or metadata["cooperative"]:
+        raise LaunchError(kernel=name, action="preparing", cause="clusters and cooperative grids are not supported")
+    function = driver.function(image.cubin, name, metadata["shared"], device)
+    layout, offsets = _layout(signature)
+    slots = _Slots(layout, offsets)
+    names = [f"a{i}" for i in range(len(signature.parameters))]
+    parameters = "".join(f", {n}" for n in names)
+    scratch = {key: metadata[f"{key}_size"] for key in ("global_scratch", "profile_scratch") if metadata[f"{key}_size"]}
+    text = _TEMPLATE.format(
+        parameters=parameters,
+        checks=_checks(signature, names, parameters, unaligned, odd_sizes),
+        scratch="".join(f"    {key} = allocate(gx * gy * gz * {size})\n" for key, size in scratch.items()),
+        threads=32 * metadata["num_warps"],
+        shared=metadata["shared"],
+        global_scratch="global_scratch.data_ptr()" if "global_scratch" in scratch else 0,
+        profile_scratch="profile_scratch.data_ptr()" if "profile_scratch" in scratch else 0,
+    )
+    handle, null = ctypes.c_void_p(function), ctypes.c_void_p(0)
+    namespace: dict[str, Any] = {
+        "take": slots.free.pop,
+        "give": slots.free.append,
+        "new_slot": slots.new,
+        "pack": layout.pack_into,
+        "call": driver.launch,
+        "function": handle,
+        "null": null,
+        "unaligned": unaligned,
+        "odd_sizes": odd_sizes,
+        "failed": _failure(driver, name, device, handle),
+        "allocate": lambda size: torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device)),
+    }
+    exec(compile(text, f"<launch of {name}>", "exec"), namespace)
+    launch: Launch = namespace["launch"]
+    return launch
+
+
+def _layout(signature: Signature) -> tuple[struct.Struct, list[int]]:
+    """The struct of configuration and parameters, aligned as in C, and each parameter's offset."""
+    formats = [p.format for p in signature.parameters] + ["Q"] * _SCRATCH
+    offsets = []
+    text = "@" + _CONFIG
+    for code in formats:
+        text += code
+        offsets.append(struct.calcsize(text) - struct.calcsize(code))
+    return struct.Struct(text), offsets
+
+
+def _checks(
+    signature: Signature, names: list[str], parameters: str, unaligned: Launch | None, odd_sizes: Launch | None
+) -> str:
+    pointers = [names[i] for i in signature.divisible(True, False)] if unaligned else []
+    sizes = [names[i] for i in signature.divisible(False, True)] if odd_sizes else []
+    lines = ""
+    for group, instead in ((pointers, "unaligned"), (sizes, "odd_sizes")):
+        if group:
+            lines += f"    if ({' | '.join(group)}) & 15:\n"
+            lines += f"        return {instead}(stream, gx, gy, gz{parameters})\n"
+    return lines
+
+
+def _failure(driver: Driver, name: str, device: int, function: ctypes.c_void_p) -> Callable[..., None]:
+    def failed(code: int, config: ctypes.c_void_p, addresses: ctypes.c_void_p) -> None:
+        if code == INVALID_CONTEXT:
+            # a thread that has not yet touched the device: torch sets the context at its first allocation
+            driver.enter(device)
+            code = driver.launch(config, function, addresses, ctypes.c_void_p(0))
+        if code:
+            raise LaunchError(kernel=name, action="launching", cause=driver.describe(code))
+
+    return failed

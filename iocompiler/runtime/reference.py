@@ -1,0 +1,100 @@
+"""The reference executor: a plan on the CPU, its kernels by the tile interpreter, the rest by aten.
+
+Slow and plain: what a compiled plan computes is compared with this, and this with float64 eager.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Any
+
+import torch
+
+from iocompiler.plan.data import AtenStep, ConstantStep, KernelStep, Plan, ViewStep
+from iocompiler.runtime.values import fresh, input_sizes, laid_out, resolve, size_value, size_values
+from iocompiler.tile.program import Buffer
+
+CPU = torch.device("cpu")
+
+
+def run_plan(plan: Plan, args: list[Any]) -> list[Any]:
+    """The outputs of ``plan`` for ``args`` (CPU tensors, ints for sizes, numbers), in order.
+
+    ``args`` stays as it is; tensors the plan writes into are changed. Fresh outputs are poisoned before a kernel
+    writes them, so an element a kernel forgets shows.
+
+    Raises:
+        ValueError: as many arguments as the plan has inputs are needed.
+        KeyError: a step reads a name nothing before it defines.
+    """
+    if len(args) != len(plan.inputs):
+        raise ValueError(f"the plan takes {len(plan.inputs)} arguments, got {len(args)}")
+    values: dict[str, Any] = {name: value for (name, _), value in zip(plan.inputs, args, strict=True)}
+    sizes = input_sizes(plan, args)
+    for step in plan.steps:
+        match step:
+            case KernelStep():
+                _kernel(step, values, sizes)
+            case AtenStep():
+                _aten(step, values, sizes)
+            case ViewStep():
+                values[step.name] = _view(step, values[step.base], sizes)
+            case ConstantStep():
+                values[step.name] = _constant(step)
+    return [resolve(output, values, sizes, CPU) for output in plan.outputs]
+
+
+def operator_named(target: str) -> Any:
+    """The operator of a qualified name such as "aten.mm.default".
+
+    Raises:
+        AttributeError: there is no such operator.
+    """
+    return reduce(getattr, target.split("."), torch.ops)
+
+
+def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
+    # the interpreter is the tile room's; imported here so that plans without kernels need nothing of it
+    from iocompiler.tile.interpret import run
+
+    for name, spec in step.outputs:
+        values[name] = fresh(spec, sizes, CPU)
+    buffers = {
+        buffer.name: _flat(buffer, values[arg], sizes)
+        for buffer, arg in zip(step.program.buffers, step.args, strict=True)
+    }
+    run(step.program, buffers, sizes, step.schedule)
+
+
+def _flat(buffer: Buffer, value: Any, sizes: dict[str, int]) -> torch.Tensor:
+    """What lies behind the buffer's pointer, as one flat tensor that shares its storage."""
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor([value], dtype=buffer.dtype)
+    room = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
+    elements = min(size_value(buffer.elements, sizes), room)
+    return value.as_strided((elements,), (1,), value.storage_offset())
+
+
+def _aten(step: AtenStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
+    args = [resolve(a, values, sizes, CPU) for a in step.args]
+    kwargs = {key: resolve(a, values, sizes, CPU) for key, a in step.kwargs}
+    result = operator_named(step.target)(*args, **kwargs)
+    results = result if step.is_tuple else (result,)
+    for (name, spec), value in zip(step.outputs, results, strict=False):
+        if name is None:
+            continue
+        if spec is not None and isinstance(value, torch.Tensor):
+            value = laid_out(value, size_values(spec.shape, sizes), size_values(spec.stride, sizes))
+        values[name] = value
+
+
+def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
+    offset = base.storage_offset() + size_value(step.offset, sizes)
+    return base.as_strided(size_values(step.spec.shape, sizes), size_values(step.spec.stride, sizes), offset)
+
+
+def _constant(step: ConstantStep) -> torch.Tensor:
+    shape, stride = size_values(step.spec.shape, {}), size_values(step.spec.stride, {})
+    tensor = torch.empty_strided(shape, stride, dtype=step.spec.dtype)
+    return tensor.copy_(torch.tensor(step.values, dtype=step.spec.dtype).reshape(shape))

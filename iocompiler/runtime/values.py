@@ -1,0 +1,97 @@
+"""The run-time values of a plan's sizes and arguments: symbols become Python ints, references become tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from iocompiler.plan.data import Argument, Plan, Ref, TensorSpec
+from iocompiler.tile.index import Size
+
+
+def size_value(size: Size, sizes: Mapping[str, int]) -> int:
+    """The size with every symbol replaced by its value.
+
+    Raises:
+        KeyError: a symbol has no value.
+    """
+    if isinstance(size, int):
+        return size
+    return int(size.xreplace({s: sympy.Integer(sizes[s.name]) for s in size.free_symbols}))
+
+
+def size_values(sizes: tuple[Size, ...], values: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(size_value(s, values) for s in sizes)
+
+
+def input_sizes(plan: Plan, args: list[Any]) -> dict[str, int]:
+    """Values of the size symbols: the int inputs, and what the shapes of the tensor inputs tell."""
+    found: dict[str, int] = {}
+    for (name, spec), value in zip(plan.inputs, args, strict=True):
+        if spec is None:
+            if isinstance(value, int) and not isinstance(value, bool):
+                found[name] = int(value)
+            continue
+        for declared, actual in zip(spec.shape, value.shape, strict=True):
+            if isinstance(declared, sympy.Symbol):
+                found.setdefault(declared.name, int(actual))
+    return found
+
+
+def storage_elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many elements lie between a tensor's first and last element, both counted; 0 for an empty tensor."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
+def resolve(
+    argument: Argument, values: Mapping[str, Any], sizes: Mapping[str, int], device: torch.device
+) -> Any:
+    """An `AtenStep` argument as the operator takes it; CUDA devices are replaced by ``device``."""
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(resolve(a, values, sizes, device) for a in argument)
+    if isinstance(argument, torch.device):
+        return device if argument.type == "cuda" else argument
+    if isinstance(argument, sympy.Basic):
+        return _number(argument, sizes)
+    return argument
+
+
+def _number(expr: sympy.Basic, sizes: Mapping[str, int]) -> int | float | bool:
+    value = expr.xreplace({s: sympy.Integer(sizes[s.name]) for s in expr.free_symbols})  # type: ignore[attr-defined]
+    if value in (sympy.true, sympy.false):
+        return bool(value)
+    return int(value) if value.is_Integer else float(value)
+
+
+def laid_out(tensor: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """``tensor`` itself where its strides are the planned ones, else a copy that has them.
+
+    The meta function of an operator can predict other strides than its kernel gives; kernels planned for the
+    predicted ones would then read the wrong elements.
+    """
+    if tensor.stride() == stride:
+        return tensor
+    actual = tensor.stride()
+    if all(n <= 1 or a == s for n, a, s in zip(shape, actual, stride, strict=True)) or 0 in shape:
+        return tensor
+    copy = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def fresh(spec: TensorSpec, sizes: Mapping[str, int], device: torch.device) -> torch.Tensor:
+    """A new tensor of ``spec`` full of poison: NaN, the least integer, or True."""
+    shape, stride = size_values(spec.shape, sizes), size_values(spec.stride, sizes)
+    poison: float | int | bool = True
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        poison = float("nan")
+    elif spec.dtype != torch.bool:
+        poison = torch.iinfo(spec.dtype).min
+    storage = torch.empty(storage_elements(shape, stride), dtype=spec.dtype, device=device)
+    return storage.fill_(poison).as_strided(shape, stride)

@@ -1,0 +1,121 @@
+"""A Triton compiler behind a pipe: run as a script, it imports Triton once and forks workers that take jobs.
+
+``python worker.py <fd> <fd> ...`` serves one worker on each inherited socket. A job is one line of JSON, the answer
+another; a worker ends when its socket closes or nothing came for `IDLE_SECONDS`. This file imports Triton and the
+standard library only: not torch, and nothing of the package it lies in, whose import would cost a second.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import linecache
+import os
+import re
+import select
+import socket
+import sys
+from typing import Any
+
+IDLE_SECONDS = 300.0
+
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
+    """Compile one kernel of a source text.
+
+    Args:
+        job: "source" (text), "path" (the file it stands in, for line information), "name", "signature" (parameter
+            name to Triton type, in order), "divisible" (positions of the parameters known to be multiples of 16),
+            "num_warps", "num_stages", "capability" (90 for compute capability 9.0).
+
+    Returns:
+        "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes, scratch sizes).
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    knobs.nvidia.dump_ptxas_log = True  # the only place registers and spills stand without a GPU
+    knobs.compilation.always_compile = True
+    knobs.compilation.store_binary_only = True
+    function = _function(job["source"], job["path"], job["name"])
+    attrs = {(position,): [["tt.divisibility", 16]] for position in job["divisible"]}
+    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"]}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(
+            ASTSource(function, job["signature"], attrs=attrs),
+            target=GPUTarget("cuda", job["capability"], 32),
+            options=options,
+        )
+    cubin = base64.b64encode(compiled.asm["cubin"]).decode()
+    return {"cubin": cubin, "metadata": _metadata(compiled.metadata, log.getvalue())}
+
+
+def _function(source: str, path: str, name: str) -> Any:
+    """The jitted function ``name`` of ``source``; Triton reads its text back by the file's lines."""
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+    namespace: dict[str, Any] = {"__name__": "kernel", "__file__": path}
+    exec(compile(source, path, "exec"), namespace)
+    return namespace[name]
+
+
+def _metadata(metadata: Any, log: str) -> dict[str, Any]:
+    registers, spills = _REGISTERS.search(log), _SPILLS.search(log)
+    fields = ("name", "num_warps", "num_ctas", "shared", "global_scratch_size", "profile_scratch_size")
+    found: dict[str, Any] = {field: getattr(metadata, field) for field in fields}
+    found["cooperative"] = bool(metadata.launch_cooperative_grid or metadata.launch_pdl)
+    found["registers"] = int(registers[1]) if registers else -1
+    found["spills"] = int(spills[1]) + int(spills[2]) if spills else -1
+    return found
+
+
+def answer(line: str) -> str:
+    """The JSON answer to one job: its result, or "error" with Triton's message."""
+    try:
+        return json.dumps(compile_kernel(json.loads(line)))
+    except Exception as error:
+        return json.dumps({"error": f"{type(error).__name__}: {error}"})
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer jobs until the other end closes or is silent for `IDLE_SECONDS`."""
+    reader = connection.makefile("r", encoding="utf-8")
+    while select.select([connection], [], [], IDLE_SECONDS)[0]:
+        line = reader.readline()
+        if not line:
+            return
+        connection.sendall((answer(line) + "\n").encode())
+
+
+def main(descriptors: list[int]) -> None:
+    """Import Triton, fork one worker a socket, and wait for them."""
+    import triton.backends.compiler
+    import triton.compiler  # noqa: F401  # imported before the fork: paid once
+
+    sockets = [socket.socket(fileno=d) for d in descriptors]
+    for connection in sockets:
+        if os.fork() == 0:
+            for other in sockets:
+                if other is not connection:
+                    other.close()
+            with contextlib.suppress(OSError, KeyboardInterrupt):
+                serve(connection)
+            os._exit(0)
+    for connection in sockets:
+        connection.close()
+    with contextlib.suppress(ChildProcessError, KeyboardInterrupt):
+        while True:
+            os.wait()
+
+
+if __name__ == "__main__":
+    # the folder of this script is no place to import from: its files are named like other packages
+    sys.path.pop(0)
+    main([int(argument) for argument in sys.argv[1:]])
