@@ -1,0 +1,164 @@
+"""Costs of matmuls, convolutions and attention: operands and results once, and the contractions inside.
+
+FLOPs count a multiply and an add as two; the addition of a bias, and the softmax of attention, are left out as in
+`torch.utils.flop_counter`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from iocompiler.cost_model.call import Call, Operand
+from iocompiler.cost_model.cost import Contraction, Cost, nbytes
+from iocompiler.plan.data import TensorSpec
+from iocompiler.tile.index import Size, product
+
+VECTOR_BYTES = 16
+"""What the matrix units' loads move at once: a leading stride that is no multiple of it breaks them up."""
+
+
+def is_aligned(spec: TensorSpec) -> bool:
+    """Whether rows of a matrix (its last two dimensions) start on 16-byte boundaries.
+
+    A symbolic stride counts as aligned unless it is known not to be.
+    """
+    if len(spec.shape) < 2 or any(s == 1 for s in spec.shape[-2:]):
+        return True
+    row, column = spec.stride[-2:]
+    leading = row if column == 1 else column if row == 1 else None
+    if leading is None:
+        return True  # a library copies such an operand first
+    remainder = sympy.Mod(leading * spec.dtype.itemsize, VECTOR_BYTES)
+    return not (remainder.is_Integer and remainder != 0)
+
+
+def _contracted(call: Call, pair: tuple[Any, Any], batch: Size, m: Size, n: Size, k: Size) -> Cost:
+    left, right = pair
+    matrices = (left.spec, right.spec, *call.results[:1])
+    inner = Contraction(batch, m, n, k, left.spec.dtype, all(is_aligned(s) for s in matrices))
+    return _moved(call, (inner,))
+
+
+def _moved(call: Call, inner: tuple[Contraction, ...]) -> Cost:
+    return Cost(
+        sum((nbytes(o.spec) for o in call.operands), 0),
+        sum((nbytes(s) for s in call.results), 0),
+        sum((c.flops for c in inner), 0),
+        contractions=inner,
+    )
+
+
+def _product(call: Call, left: Any, right: Any) -> Cost:
+    """left [.., m, k] @ right [.., k, n], the batch being the result's."""
+    m, k = left.spec.shape[-2:]
+    n = right.spec.shape[-1]
+    batch = product(call.results[0].shape[:-2]) if call.results else 1
+    return _contracted(call, (left, right), batch, m, n, k)
+
+
+def mm(call: Call) -> Cost:
+    return _product(call, call.args[0], call.args[1])
+
+
+def bmm(call: Call) -> Cost:
+    return _product(call, call.args[0], call.args[1])
+
+
+def addmm(call: Call) -> Cost:
+    return _product(call, call.args[1], call.args[2])
+
+
+def baddbmm(call: Call) -> Cost:
+    return _product(call, call.args[1], call.args[2])
+
+
+def matrix_vector(call: Call) -> Cost:
+    """mv, addmv, dot: each element of the matrix meets one of the vector."""
+    matrices = [a for a in call.args if isinstance(a, Operand)][-2:]
+    moved = _moved(call, ())
+    flops = 2 * product(matrices[0].spec.shape)
+    return Cost(moved.read_bytes, moved.written_bytes, flops)
+
+
+def linear(call: Call) -> Cost:
+    """input [.., k], weight [n, k]."""
+    data, weight = call.args[0], call.args[1]
+    rows, (n, k) = product(data.spec.shape[:-1]), weight.spec.shape
+    return _contracted(call, (data, weight), 1, rows, n, k)
+
+
+def matmul(call: Call) -> Cost:
+    """Any ranks: a shared right operand makes one tall product of the batch."""
+    left, right = call.args[0], call.args[1]
+    if len(left.spec.shape) < 2 or len(right.spec.shape) < 2:
+        return matrix_vector(call)
+    if len(right.spec.shape) == 2:
+        rows, (k, n) = product(left.spec.shape[:-1]), right.spec.shape
+        return _contracted(call, (left, right), 1, rows, n, k)
+    return _product(call, left, right)
+
+
+def _convolved(points: Size, weight: TensorSpec, groups: Size) -> Contraction:
+    """As an implicit matmul: points x (channels in, taps) by (channels in, taps) x channels out, per group."""
+    n = weight.shape[0] // groups if isinstance(weight.shape[0], int) else weight.shape[0] / groups
+    return Contraction(groups, points, n, product(weight.shape[1:]), weight.dtype, kind="conv")
+
+
+def _points(spec: TensorSpec) -> Size:
+    """Batch times spatial points of an activation."""
+    return spec.shape[0] * product(spec.shape[2:])
+
+
+def convolution(call: Call) -> Cost:
+    """input [b, c, ..], weight [out, c / groups, ..]; transposed: weight [c, out / groups, ..]."""
+    transposed, groups = call.argument("transposed", False), call.argument("groups", 1)
+    sampled = call.args[0].spec if transposed else call.results[0]
+    return _moved(call, (_convolved(_points(sampled), call.args[1].spec, groups),))
+
+
+def convolution_backward(call: Call) -> Cost:
+    """One convolution's work each for the input's and the weight's gradient, as the output mask asks."""
+    gradient, data, weight = (call.args[i].spec for i in range(3))
+    sampled = data if call.argument("transposed", False) else gradient
+    inner = _convolved(_points(sampled), weight, call.argument("groups", 1))
+    mask = call.argument("output_mask", (True, True, True))
+    return _moved(call, (inner,) * sum(bool(m) for m in mask[:2]))
+
+
+def attention(call: Call) -> Cost:
+    """query [.., s, d], key [.., t, d], value [.., t, e]: the scores and their product with the values."""
+    return _moved(call, _scores(call) + _values(call))
+
+
+def attention_backward(call: Call) -> Cost:
+    """The scores again, then the gradients of value, probabilities, query and key: five products of forward's two."""
+    scores, values = _scores(call), _values(call)
+    return _moved(call, scores * 3 + values * 2)
+
+
+def _heads(call: Call) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    query, key, value = (call.argument(name).spec for name in ("query", "key", "value"))
+    return query, key, value
+
+
+def _kind(call: Call) -> Any:
+    return "causal attention" if call.argument("is_causal", False) is True else "attention"
+
+
+def _scores(call: Call) -> tuple[Contraction, ...]:
+    query, key, _ = _heads(call)
+    (s, d), t = query.shape[-2:], key.shape[-2]
+    return (Contraction(product(query.shape[:-2]), s, t, d, query.dtype, kind=_kind(call)),)
+
+
+def _values(call: Call) -> tuple[Contraction, ...]:
+    query, key, value = _heads(call)
+    return (
+        Contraction(
+            product(query.shape[:-2]), query.shape[-2], value.shape[-1], key.shape[-2], query.dtype, kind=_kind(call)
+        ),
+    )
+
+
