@@ -1,0 +1,1 @@
+"""Peers and iocompiler side by side: one command a group, see README.md here."""

@@ -1,0 +1,147 @@
+"""Whole models: a training step and a forward of BERT, GPT-2, Llama and ViT, peers side by side.
+
+A step sets gradients to None, runs forward with labels, and backward; a forward is ``.eval()`` under no_grad, the same
+call. Weights are random bf16, dropout as the config has it (off in the comparison with float64, which comes first).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import timing
+from benchmarks.harness import (
+    Session,
+    add_geometric_mean,
+    add_ratio,
+    columns,
+    note,
+    parser,
+    verdict,
+    wanted,
+)
+from benchmarks.model_zoo import MODELS, Model, without_dropout
+from benchmarks.peers import Peer, chosen
+from benchmarks.table import Row, Table
+from tests.accuracy import compare_with_eager
+
+PHASES = ("train", "forward")
+LOSS_DRIFT = 0.05
+
+
+def main() -> None:
+    args = arguments()
+    peers = chosen(args.peers)
+    shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "GiB")]
+    shown += [*columns(tuple(p for p in peers if p.backend), "first s"), "check", "note"]
+    session = Session(args, Table(f"models, attention {args.attention}, bf16", shown))
+    for model in MODELS.values():
+        for phase in args.phase.split(","):
+            if wanted(f"{model.name} {phase}", args.only):
+                _row(session, model, phase)
+    add_geometric_mean(session.table)
+    session.table.finish(args.json)
+
+
+def arguments() -> argparse.Namespace:
+    found = parser(__doc__)
+    found.add_argument("--attention", default="eager", choices=["eager", "sdpa"], help="eager: written plainly")
+    found.add_argument("--phase", default=",".join(PHASES), help="train, forward or both")
+    return found.parse_args()
+
+
+def _row(session: Session, model: Model, phase: str) -> None:
+    row: Row = {"name": f"{model.name} {phase}"}
+    session.table.rows.append(row)
+    ours = next((p for p in session.peers if p.name == "ours"), None)
+    if session.args.check and ours is not None:
+        with session.attempt(row, "check"):
+            row["check"] = _check(session.args, model, phase == "train", ours)
+    for peer in session.peers:
+        with session.attempt(row, peer.name):
+            _measure(session.args, model, phase == "train", peer, row)
+    losses = [row.get("ours loss"), row.get("eager loss")]
+    if None not in losses and not abs(losses[0] / losses[1] - 1) < LOSS_DRIFT:  # type: ignore[operator]
+        note(row, "ours", f"loss {losses[0]} where eager has {losses[1]}")
+    add_ratio(row)
+
+
+def _measure(args: argparse.Namespace, model: Model, train: bool, peer: Peer, row: Row) -> None:
+    device = "cuda" if timing.on_gpu() else "cpu"
+    module = model.module(args.attention, args.quick, device).to(torch.bfloat16).train(train)
+    inputs = model.inputs(args.quick, device, torch.bfloat16, seed=1)
+    step = training_step(module, peer.compile(module), inputs) if train else forward(peer.compile(module), inputs)
+    loss, row[f"{peer.name} first s"] = timing.first_call(step)
+    row[f"{peer.name} loss"] = float(loss)
+    del loss
+    module.zero_grad(set_to_none=True)
+    with timing.PeakMemory() as peak:
+        step()
+        module.zero_grad(set_to_none=True)
+    row[f"{peer.name} GiB"] = peak.gib
+    time = timing.steps(step, args.steps, args.budget)
+    row[f"{peer.name} ms"], row[f"{peer.name} spread ms"] = time.ms, time.spread_ms
+
+
+def training_step(
+    module: nn.Module, function: Callable[..., Any], inputs: dict[str, Tensor]
+) -> Callable[[], Tensor]:
+    """Gradients to None, forward with labels, backward; returns the loss."""
+
+    def step() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        loss: Tensor = function(**inputs)["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    return step
+
+
+def forward(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """The same call without gradients."""
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        loss: Tensor = function(**inputs)["loss"]
+        return loss
+
+    return step
+
+
+def _check(args: argparse.Namespace, model: Model, train: bool, ours: Peer) -> str:
+    """Loss, logits and every gradient at the timed size against float64, dropout off."""
+    device = "cuda" if timing.on_gpu() else "cpu"
+
+    def build() -> nn.Module:
+        return without_dropout(model.module(args.attention, args.quick, device, seed=2))
+
+    inputs = model.inputs(args.quick, device, torch.float32, seed=3)
+    return verdict(
+        compare_with_eager(
+            build,
+            inputs,
+            ours.compile,
+            dtype=torch.bfloat16,
+            device=device,
+            train=train,
+            widen=_wide_and_checkpointed if train else nn.Module.double,
+        )
+    )
+
+
+def _wide_and_checkpointed(module: nn.Module) -> nn.Module:
+    """float64 attention at full size fits only a layer at a time."""
+    wide = module.double()
+    for part in wide.modules():
+        if hasattr(part, "gradient_checkpointing_enable"):
+            part.gradient_checkpointing_enable()
+            break
+    return wide
+
+
+if __name__ == "__main__":
+    main()

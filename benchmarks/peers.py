@@ -1,0 +1,62 @@
+"""Who is compared: each peer is a way to turn a module or function into the callable that is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``backend`` None is eager; "iocompiler" is resolved by `ours`, with or without the package installed."""
+
+    name: str
+    backend: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def compile(self, function: Function) -> Function:
+        """The function as this peer runs it; nothing is compiled before its first call."""
+        if self.backend is None:
+            return function
+        backend = ours() if self.backend == "iocompiler" else self.backend
+        compiled: Function = torch.compile(function, backend=backend, **self.settings)
+        return compiled
+
+
+def ours() -> str | Function:
+    """The registered backend name, or the function itself where only a copy of the repository is there."""
+    if "iocompiler" in torch._dynamo.list_backends(exclude_tags=()):
+        return "iocompiler"
+    from iocompiler.backend import iocompiler
+
+    return iocompiler
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("eager", None),
+        Peer("inductor", "inductor"),
+        Peer("ours", "iocompiler"),
+        Peer("inductor-graphs", "inductor", {"mode": "reduce-overhead"}),
+        Peer("ours-graphs", "iocompiler", {"mode": "reduce-overhead"}),
+        Peer("inductor-autotune", "inductor", {"mode": "max-autotune-no-cudagraphs"}),
+        Peer("ours-autotune", "iocompiler", {"mode": "max-autotune"}),
+        Peer("ours-aten", "iocompiler", {"options": {"engine": "aten"}}),
+    )
+}
+DEFAULT_PEERS = ("eager", "inductor", "ours")
+
+
+def chosen(names: str) -> tuple[Peer, ...]:
+    """The peers of a comma-separated list; a wrong name exits with those that exist."""
+    wanted = [name for name in names.split(",") if name]
+    for name in wanted:
+        if name not in PEERS:
+            raise SystemExit(f"no peer {name!r}; the peers are {', '.join(PEERS)}")
+    return tuple(PEERS[name] for name in wanted)
