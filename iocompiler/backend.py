@@ -22,7 +22,6 @@ from iocompiler.graph.findings import findings
 from iocompiler.observe import Dump, Summary, Verify
 from iocompiler.options import Options
 from iocompiler.pipeline import DEFAULT, Observer, Pipeline
-from iocompiler.plan.build import build_plan
 
 Compiled = Callable[..., Any]
 Result = TypeVar("Result")
@@ -111,7 +110,7 @@ class _Walk:
     compilation: Compilation
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        graph = self._try("graph", lambda: self._rewrite(gm, inputs)) or gm
+        graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten") or gm
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us
             chosen = graph if self.compilation.changed else gm
@@ -150,6 +149,8 @@ class _Walk:
         return self._try(name, lambda: self._plan(flat, name)) or engines.aten(flat)
 
     def _plan(self, flat: GraphModule, name: str) -> Boxed:
+        from iocompiler.plan.build import build_plan  # a CPU graph never needs the planner
+
         self.pipeline.stage("flat").run(flat, start=name)
         self.compilation.flat[name] = flat
         self.compilation.add(findings(flat))
@@ -157,24 +158,27 @@ class _Walk:
         self.compilation.plans[name] = plan
         return engines.load(plan, flat, self.options)
 
-    def _try(self, region: str, step: Callable[[], Result]) -> Result | None:
+    def _try(
+        self, region: str, step: Callable[[], Result], instead: str = "runs on aten"
+    ) -> Result | None:
         """What the step returns; None, one record and one warning where it fails."""
         try:
             return step()
-        except RestartAnalysis:
-            raise  # Dynamo's way to start over: not a failure
+        except (RestartAnalysis, StrictFallback):
+            raise  # the first is Dynamo's way to start over, the second has been through here
         except Exception as error:
-            self._fallback(region, error)
+            self._fallback(region, error, instead)
             return None
 
-    def _fallback(self, region: str, error: Exception) -> None:
+    def _fallback(self, region: str, error: Exception, instead: str) -> None:
         message = (str(error).strip() or repr(error)).splitlines()[0]
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         cause = f"{type(error).__name__}: {message}{notes}"
         self.compilation.fallbacks.append(Fallback(region, cause, getattr(error, "where", "")))
         if self.options.strict:
             raise StrictFallback(region=region, cause=cause) from error
-        warnings.warn(f"{region} runs on aten: {cause}", FallbackWarning, stacklevel=2)
+        text = f"iocompiler: {region} failed, the graph {instead}: {cause}"
+        warnings.warn(text, FallbackWarning, stacklevel=2)
 
 
 def _decompositions() -> dict[Any, Any]:

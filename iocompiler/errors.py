@@ -55,6 +55,18 @@ class UnknownDevice(IOCompilerError):
     message = "no device {name!r}{hint}; the device rows are {known}"
 
 
+class ReportFormat(IOCompilerError):
+    """A report cannot be written in the format a path's suffix asks for."""
+
+    message = "a report cannot be saved as {path!r}: {cause}"
+
+
+class CannotExplain(IOCompilerError):
+    """A model or its inputs cannot be planned without running them."""
+
+    message = "{model} cannot be explained: {cause}"
+
+
 class CaptureFailed(IOCompilerError):
     """Dynamo's graph could not be traced again to pre-dispatch ATen."""
 
@@ -86,9 +98,9 @@ class VerificationFailed(IOCompilerError):
 
 
 class StrictFallback(IOCompilerError):
-    """Under ``strict``, a region that would have run on aten."""
+    """Under ``strict``, a step that failed, where otherwise its region would run on aten."""
 
-    message = "strict: {region} would run on aten: {cause}"
+    message = "strict: {region} failed: {cause}"
 
 
 class CompileError(IOCompilerError):

@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias, overload
 from torch.fx import GraphModule
 
 from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, close_match
+from iocompiler.graph import rewrite
 from iocompiler.graph.match import Stage
 from iocompiler.graph.normalise import normalise
 
@@ -91,13 +92,14 @@ class Pipeline:
     def run(
         self, gm: GraphModule, observers: Sequence[Observer] = (), start: str = "capture"
     ) -> int:
-        """Run every pass on ``gm``, in order: lint, observe, and name the pass in what it raises.
+        """Run every pass on ``gm``, in order; check the graph, fill in fake values, observe.
 
         Returns:
             the number of sites changed by passes that do more than respell.
 
         Raises:
             InvalidGraph: a pass left a graph that is not well formed.
+            Exception: what a pass raises, with a note that names the pass.
         """
         changed = 0
         _observe(observers, gm, Done(start, 0, len(self)))
@@ -105,7 +107,7 @@ class Pipeline:
             begun = time.perf_counter()
             try:
                 sites = each(gm)
-                _lint(gm, each.name)
+                _complete(gm, each.name)
                 done = Done(each.name, number, len(self), sites, time.perf_counter() - begun)
                 _observe(observers, gm, done)
             except Exception as error:
@@ -149,14 +151,13 @@ def _observe(observers: Sequence[Observer], gm: GraphModule, done: Done) -> None
         observer(gm, done)
 
 
-def _lint(gm: GraphModule, name: str) -> None:
+def _complete(gm: GraphModule, name: str) -> None:
+    """Check the graph a pass left, and compute the fake values it did not."""
     try:
         gm.graph.lint()
+        rewrite.fill_values(gm)
     except Exception as error:
         raise InvalidGraph(name=name, cause=error) from error
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            raise InvalidGraph(name=name, cause=f"{node.name} has no fake value")
 
 
 DEFAULT = Pipeline(

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -112,6 +113,10 @@ def _copy_input_meta(gm: GraphModule, traced: GraphModule) -> None:
 class _Retrace(PropagateUnbackedSymInts):
     """Runs Dynamo's graph node by node while make_fx records what it calls."""
 
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self._autocast: list[torch.autocast] = []
+
     def run_node(self, n: Node) -> Any:
         self._node = n
         return super().run_node(n)
@@ -135,9 +140,21 @@ class _Retrace(PropagateUnbackedSymInts):
         )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (_enter_autocast, _exit_autocast):
+            return self._switch_autocast(target, args)
         if not isinstance(target, HigherOrderOperator):
             return super().call_function(target, args, kwargs)
         return self._left_alone(target, args, kwargs)
+
+    def _switch_autocast(self, target: Any, args: Any) -> None:
+        """Throw the switch, which also records it: called as a function, make_fx only records."""
+        if target is _exit_autocast:
+            self._autocast.pop().__exit__(None, None, None)
+            return
+        device, dtype, enabled, cache = args
+        region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+        region.__enter__()
+        self._autocast.append(region)
 
     def _left_alone(self, target: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
         """Record a higher-order operator as it stands, its submodules untouched; Dynamo knows what

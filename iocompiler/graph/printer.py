@@ -58,26 +58,17 @@ def line(node: Node, price: Price | None = None) -> str:
         return f"{head} = self.{node.target}"
     parts = [_text(a) for a in node.args] + [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
     text = f"{head} = {_target(node.target)}({', '.join(parts)})"
-    return (
-        f"{text}  # {price(node)} B" if price is not None and node.op == "call_function" else text
-    )
+    return f"{text}  # {price(node)} B" if price is not None else text
 
 
 def describe(value: Any) -> str:
-    """A value's dtype and shape: ``f32[8, s0]``; a tuple of them in parentheses; "" where there is
-    none.
-    """
+    """Dtype and shape, ``f32[8, s0]``; a tuple of them in parentheses; "" where there is none."""
     if isinstance(value, torch.Tensor):
-        return f"{_SHORT.get(value.dtype, str(value.dtype)[6:])}[{', '.join(str(s) for s in value.shape)}]"
+        dtype = _SHORT.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        return f"{dtype}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(describe(v) for v in value)})"
-    return (
-        ""
-        if value is None
-        else f"{type(value).__name__}({value})"
-        if isinstance(value, torch.SymInt)
-        else ""
-    )
+        return f"({', '.join(map(describe, value))})"
+    return f"size {value}" if isinstance(value, torch.SymInt) else ""
 
 
 def _target(target: Any) -> str:

@@ -126,6 +126,13 @@ def erase_dead(gm: GraphModule) -> int:
     return count - len(gm.graph.nodes)
 
 
+def fill_values(gm: GraphModule) -> None:
+    """Compute the fake value of every call that has none yet."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            compute_value(node)
+
+
 def compute_value(node: Node) -> None:
     """Run the call on the fake values of its arguments and keep the result in ``meta["val"]``."""
     if node.op != "call_function" or view.is_switch(node):

@@ -131,7 +131,7 @@ def regions(gm: GraphModule) -> dict[Node, int]:
     for both.
     """
     numbers: dict[tuple[Any, ...], int] = {}
-    grad: Any = None
+    grad: Any = torch.is_grad_enabled()  # Dynamo compiles under the mode its graph starts in
     autocast: list[tuple[Any, ...]] = []
     found: dict[Node, int] = {}
     for node in gm.graph.nodes:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from iocompiler.errors import InvalidOption, IOCompilerError, UnknownOption
+from iocompiler.options import Options
+
+
+def test_defaults_are_valid() -> None:
+    assert Options.build({}) == Options()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_modes_of_torch_compile(mode: str) -> None:
+    assert Options.build({"mode": mode}).mode == mode
+
+
+def test_a_path_may_be_a_path(tmp_path: Path) -> None:
+    assert Options.build({"dump": tmp_path}).dump == str(tmp_path)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UnknownOption, match=r"unknown option 'dmp' \(did you mean 'dump'\?\)") as e:
+        Options.build({"dmp": "out"})
+    for name in ("mode", "dump", "strict", "verify", "device", "engine"):
+        assert name in str(e.value)
+    assert isinstance(e.value, IOCompilerError)
+
+
+def test_no_hint_where_nothing_is_close() -> None:
+    with pytest.raises(UnknownOption, match=r"unknown option 'zzzz'; the options are"):
+        Options.build({"zzzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mode", "fast"),
+        ("mode", None),
+        ("dump", 3),
+        ("strict", "yes"),
+        ("strict", 1),
+        ("verify", None),
+        ("device", "h2000"),
+        ("engine", "gpu"),
+    ],
+)
+def test_a_wrong_value_is_named(name: str, value: object) -> None:
+    with pytest.raises(InvalidOption, match=f"option '{name}' must be"):
+        Options.build({name: value})
+
+
+def test_updated_keeps_the_rest() -> None:
+    assert Options(strict=True).updated({"verify": True}) == Options(strict=True, verify=True)
+
+
+def test_an_engine_may_be_a_function() -> None:
+    def engine(plan: object, graph: object) -> object:
+        return plan
+
+    assert Options.build({"engine": engine}).engine is engine
