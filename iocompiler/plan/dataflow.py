@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
-from iocompiler.plan.lower import lower
+from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
-from iocompiler.plan.sizes import size_of, value_at
+from iocompiler.plan.sizes import equal, size_of, value_at
 from iocompiler.plan.views import SPLITS, is_view, storage_owner
 from iocompiler.tile.index import product
 
@@ -59,11 +59,13 @@ class Dataflow:
     leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
     readers: dict[Node, set[Node]] = field(default_factory=dict)
     outputs: set[Node] = field(default_factory=set)
+    singles: dict[Node, Lowered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self._classify()
         self._choose_virtual()
+        self._lower_singles()
         self._connect()
 
     # --- which operators are generated
@@ -95,6 +97,8 @@ class Dataflow:
                 return f"dtype {tensor.dtype}"
             if tensor.layout != torch.strided:
                 return f"layout {tensor.layout}"
+        if any(equal(size_of(s), 0) for t in made + read for s in t.shape):
+            return "an empty tensor"
         if any(t.device != self.device and t.dim() > 0 for t in read):
             return "operands on several devices"
         try:
@@ -156,6 +160,21 @@ class Dataflow:
                 limit = most * tensors(leaf)[0].element_size() if not is_reduction(node) else count
                 found[leaf] = max(found.get(leaf, 0), min(count, limit))
         return found
+
+    def _lower_singles(self) -> None:
+        """Lower every kernel node alone. Where recomputing its operands inside does not work out, store them."""
+        pending = list(self.kernel)
+        while pending:
+            node = pending.pop()
+            try:
+                self.singles[node] = lower(frozenset({node}), self.virtual, (node,), self.order)
+            except Unsupported:
+                stored = [o for o in map(storage_owner, node.all_input_nodes) if o in self.virtual]
+                assert stored, f"{node.name} lowers alone but not in its graph"
+                for operand in stored:
+                    del self.virtual[operand]
+                    self.kernel[operand] = None
+                pending = list(self.kernel)  # others may have recomputed them too
 
     # --- who reads what from memory
 

@@ -77,10 +77,8 @@ class Grouper:
                     above |= self._above[producer] | (1 << producer)
             self._above[number] = above
             if node in self.flow.kernel:
-                nodes = frozenset({node})
-                lowered = self._lower(nodes)
-                assert isinstance(lowered, Lowered), lowered
-                self.groups[number] = Group(number, nodes, lowered, self.price(lowered.program))
+                lowered = self.flow.singles[node]
+                self.groups[number] = Group(number, frozenset({node}), lowered, self.price(lowered.program))
         for pair in self._shared():
             self._propose(*pair)
 

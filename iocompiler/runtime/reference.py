@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from iocompiler.plan.data import AtenStep, ConstantStep, KernelStep, Plan, ViewStep
+from iocompiler.plan.data import AtenStep, BatchStep, ConstantStep, KernelStep, Plan, ViewStep
 from iocompiler.runtime.values import fresh, input_sizes, laid_out, resolve, size_value, size_values
-from iocompiler.tile.program import Buffer
+from iocompiler.tile.flat import LENGTH
+from iocompiler.tile.program import Buffer, TileProgram
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,8 @@ def run_plan(plan: Plan, args: list[Any]) -> list[Any]:
         match step:
             case KernelStep():
                 _kernel(step, values, sizes)
+            case BatchStep():
+                _batch(step, values, sizes)
             case AtenStep():
                 _aten(step, values, sizes)
             case ViewStep():
@@ -60,11 +63,23 @@ def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> 
 
     for name, spec in step.outputs:
         values[name] = fresh(spec, sizes, CPU)
-    buffers = {
-        buffer.name: _flat(buffer, values[arg], sizes)
-        for buffer, arg in zip(step.program.buffers, step.args, strict=True)
-    }
-    run(step.program, buffers, sizes, step.schedule)
+    run(step.program, _buffers(step.program, step.args, values, sizes), sizes, step.schedule)
+
+
+def _batch(step: BatchStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
+    from iocompiler.tile.interpret import run
+
+    for name, spec in step.outputs:
+        values[name] = fresh(spec, sizes, CPU)
+    for args, length in step.members:
+        here = {**sizes, LENGTH.name: size_value(length, sizes)}
+        run(step.program, _buffers(step.program, args, values, here), here, step.schedule)
+
+
+def _buffers(
+    program: TileProgram, args: tuple[str, ...], values: dict[str, Any], sizes: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    return {b.name: _flat(b, values[a], sizes) for b, a in zip(program.buffers, args, strict=True)}
 
 
 def _flat(buffer: Buffer, value: Any, sizes: dict[str, int]) -> torch.Tensor:

@@ -1,0 +1,90 @@
+"""How many kernels a graph becomes, and what passes through memory between them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from iocompiler.plan.data import BatchStep, KernelStep
+from tests.plan.graphs import Planned
+
+
+def kernels_of(fn, *inputs, dynamic: bool = False) -> list[KernelStep]:
+    planned = Planned()
+    planned(fn, dynamic=dynamic)(*inputs)
+    return planned.kernels
+
+
+def test_layer_norm_is_one_kernel() -> None:
+    assert len(kernels_of(lambda x, w, b: F.gelu(F.layer_norm(x, (64,), w, b)), torch.randn(8, 64), torch.randn(64),
+                          torch.randn(64))) == 1  # fmt: skip
+
+
+def test_softmax_with_mask_and_scale_is_one_kernel() -> None:
+    mask = torch.ones(16, 16).tril().bool()
+    fn = lambda s, m: (s * 0.125).masked_fill(~m, float("-inf")).softmax(-1)  # noqa: E731
+    assert len(kernels_of(fn, torch.randn(4, 16, 16), mask)) == 1
+
+
+def test_layer_norm_backward_reads_its_input_once() -> None:
+    planned = Planned()
+    x = torch.randn(64, 32, requires_grad=True)
+    w, b = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
+    planned(lambda x, w, b: F.layer_norm(x, (32,), w, b))(x, w, b).sum().backward()
+    backward = [s for s in planned.plans[1].steps if isinstance(s, KernelStep)]
+    # dx and the partial sums of dw and db in one pass, then one kernel to fold the partials
+    assert [s.schedule.kind == "rows" for s in backward] == [True, False]
+
+
+def test_an_intermediate_used_inside_is_not_stored() -> None:
+    (kernel,) = kernels_of(lambda x: (x.exp() + 1).log().sum(1), torch.randn(8, 32))
+    assert sum(op.kind == "store" for op in kernel.program.ops) == 1
+
+
+def test_a_cheap_value_is_recomputed_rather_than_stored() -> None:
+    fn = lambda x, w: (F.relu(x).sum(1), (F.relu(x) @ w).sum(0))  # noqa: E731
+    planned = Planned()
+    planned(fn)(torch.randn(32, 16), torch.randn(16, 8))
+    stored = [name for s in planned.kernels for name, _ in s.outputs]
+    assert len([n for n in stored if n.startswith("relu")]) == 1
+
+
+def test_no_cycle_through_a_matmul() -> None:
+    def fn(x, w):
+        y = x.relu()
+        return y + (y @ w)
+
+    planned = Planned()
+    planned(fn)(torch.randn(8, 8), torch.randn(8, 8))
+    assert len(planned.kernels) == 2
+    (edge,) = [e for e in planned.plans[0].unfused if e.producer == "mm"]
+    assert "call" in edge.reason
+
+
+def test_equal_layers_give_equal_programs() -> None:
+    layers = torch.nn.Sequential(
+        *[torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.GELU()) for _ in range(3)]
+    )
+    planned = Planned()
+    with torch.no_grad():
+        planned(layers)(torch.randn(4, 16))
+    programs = [s.program for s in planned.kernels]
+    assert len(programs) == 6 and len(set(programs)) == 2
+
+
+def test_optimizer_step_is_few_kernels() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(n, 3)) for n in (5, 8, 13, 21)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    for p, q in zip(parameters, twins, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    optimizer, twin = torch.optim.AdamW(parameters, lr=1e-2), torch.optim.AdamW(twins, lr=1e-2)
+    planned = Planned()
+    step = planned(optimizer.step)
+    for _ in range(3):
+        step()
+        twin.step()
+    for p, q in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(p, q)
+    batches = [s for s in planned.plans[-1].steps if isinstance(s, BatchStep)]
+    assert batches and max(len(b.members) for b in batches) == 4
