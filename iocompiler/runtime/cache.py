@@ -74,7 +74,9 @@ class Cache:
         folder = self.folder(kind, key)
         try:
             meta = json.loads((folder / _META).read_bytes())
-            files = {name: _read_checked(folder / name, digest) for name, digest in meta["files"].items()}
+            files = {
+                name: _read_checked(folder / name, digest) for name, digest in meta["files"].items()
+            }
             os.utime(folder)  # used now: last to be evicted
             return Entry(folder, files, meta["data"])
         except FileNotFoundError:
@@ -108,6 +110,16 @@ class Cache:
         if self._puts % _EVICTION_PERIOD == 1:
             self.evict()
         return target
+
+    def store(
+        self, kind: str, key: str, files: Mapping[str, bytes], data: Mapping[str, Any]
+    ) -> Path | None:
+        """`put`, but a full or unwritable disk is one warning and None: the caller has what it would have stored."""
+        try:
+            return self.put(kind, key, files, data)
+        except OSError as error:
+            self._warn(f"cannot write the cache: {error}")
+            return None
 
     def info(self) -> Info:
         entries = self._entries()
@@ -148,10 +160,13 @@ class Cache:
         return found
 
     def _drop_damaged(self, folder: Path, reason: str) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self._warn(f"damaged cache entry {folder.name}: {reason}; built again")
+
+    def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"damaged cache entry {folder.name}: {reason}; built again", CacheWarning, stacklevel=4)
-        shutil.rmtree(folder, ignore_errors=True)
+            warnings.warn(message, CacheWarning, stacklevel=5)
 
 
 def key_of(*parts: Any) -> str:
@@ -216,7 +231,9 @@ def _refuse_foreign(root: Path) -> None:
     if status.st_uid != os.getuid():
         raise PermissionError(f"{root} belongs to user {status.st_uid}, not to {os.getuid()}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{root} can be written by others (mode {stat.S_IMODE(status.st_mode):o})")
+        raise PermissionError(
+            f"{root} can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+        )
 
 
 def _digest(content: bytes) -> str:

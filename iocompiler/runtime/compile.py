@@ -39,7 +39,6 @@ class Job:
     """
 
     source: str
-    path: str
     name: str
     signature: tuple[tuple[str, str], ...]
     divisible: tuple[int, ...]
@@ -49,10 +48,9 @@ class Job:
     where: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """What the worker needs; "path" and "where" do not change the cubin's code."""
+        """What the cubin depends on; "where" is for messages only."""
         return {
             "source": self.source,
-            "path": self.path,
             "name": self.name,
             "signature": dict(self.signature),
             "divisible": list(self.divisible),
@@ -109,7 +107,7 @@ class Pool:
     def usable(self) -> bool:
         return self.pid == os.getpid() and self.size > 0 and self.process.poll() is None
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job, path: str) -> dict[str, Any]:
         """The answer to one job; blocks until a worker is free.
 
         Raises:
@@ -120,7 +118,7 @@ class Pool:
             self.idle.put(None)
             raise _WorkerDied(self._last_words())
         try:
-            connection.sendall((json.dumps(job.as_json()) + "\n").encode())
+            connection.sendall((json.dumps({**job.as_json(), "path": path}) + "\n").encode())
             line = _read_line(connection)
         except OSError as error:
             self._lost(connection)
@@ -195,24 +193,26 @@ def shut_down() -> None:
         _pool = None
 
 
-def compile_kernels(jobs: Sequence[Job], scratch_root: Path | None = None) -> list[Compiled]:
-    """The jobs' cubins, in order.
+def compile_kernels(
+    jobs: Sequence[tuple[Job, str]], scratch_root: Path | None = None
+) -> list[Compiled]:
+    """The jobs' cubins, in order. With each job goes the path of the file its line information shall name.
 
     Raises:
         CompileError: a kernel does not compile; the message has its name, Triton's message and the user's line.
     """
     if len(jobs) <= 1:
-        return [_compile(job, scratch_root) for job in jobs]
+        return [_compile(job, path, scratch_root) for job, path in jobs]
     with ThreadPoolExecutor(min(len(jobs), worker_count())) as threads:
-        return list(threads.map(lambda job: _compile(job, scratch_root), jobs))
+        return list(threads.map(lambda job: _compile(*job, scratch_root), jobs))
 
 
-def _compile(job: Job, scratch_root: Path | None) -> Compiled:
+def _compile(job: Job, path: str, scratch_root: Path | None) -> Compiled:
     # workers end when idle for long, all at once: the second try has a fresh pool
     for last_try in (False, True):
         pool = warm(scratch_root)
         try:
-            answer = pool.run(job)
+            answer = pool.run(job, path)
             break
         except _WorkerDied as died:
             pool.close()

@@ -43,11 +43,15 @@ class Driver:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         previous = self.enter(device)
         try:
-            self._check(self._library.cuModuleLoadData(ctypes.byref(module), cubin), name, "loading")
+            self._check(
+                self._library.cuModuleLoadData(ctypes.byref(module), cubin), name, "loading"
+            )
             found = self._library.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
             self._check(found, name, "finding the kernel in its cubin")
             if shared > _STATIC_SHARED_LIMIT:
-                code = self._library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
+                code = self._library.cuFuncSetAttribute(
+                    function, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared)
+                )
                 self._check(code, name, f"reserving {shared} bytes of shared memory")
         finally:
             self._library.cuCtxSetCurrent(previous)
@@ -60,11 +64,15 @@ class Driver:
         self._library.cuCtxGetCurrent(ctypes.byref(previous))
         if device not in self._contexts:
             handle, context = ctypes.c_int(), ctypes.c_void_p()
-            self._check(self._library.cuDeviceGet(ctypes.byref(handle), device), f"cuda:{device}", "opening")
+            self._check(
+                self._library.cuDeviceGet(ctypes.byref(handle), device), f"cuda:{device}", "opening"
+            )
             code = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)
             self._check(code, f"cuda:{device}", "opening")
             self._contexts[device] = context
-        self._check(self._library.cuCtxSetCurrent(self._contexts[device]), f"cuda:{device}", "entering")
+        self._check(
+            self._library.cuCtxSetCurrent(self._contexts[device]), f"cuda:{device}", "entering"
+        )
         return previous
 
     def _check(self, code: int, kernel: str, action: str) -> None:

@@ -59,7 +59,9 @@ class Signature:
         return Signature(tuple(Parameter(row[0], row[1], row[2:] == ["16"]) for row in rows))
 
     def __str__(self) -> str:
-        return " ".join(f"{p.name}:{p.type}" + (":16" if p.divisible else "") for p in self.parameters)
+        return " ".join(
+            f"{p.name}:{p.type}" + (":16" if p.divisible else "") for p in self.parameters
+        )
 
     @property
     def types(self) -> tuple[tuple[str, str], ...]:
@@ -93,7 +95,12 @@ class _Slots:
         buffer = ctypes.create_string_buffer(self._layout.size)
         start = ctypes.addressof(buffer)
         addresses = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
-        return buffer, ctypes.c_void_p(start), ctypes.c_void_p(ctypes.addressof(addresses)), addresses
+        return (
+            buffer,
+            ctypes.c_void_p(start),
+            ctypes.c_void_p(ctypes.addressof(addresses)),
+            addresses,
+        )
 
 
 _TEMPLATE = """\
@@ -133,17 +140,27 @@ def make_launch(
     metadata = image.metadata
     name = metadata["name"]
     if metadata["num_ctas"] != 1 or metadata["cooperative"]:
-        raise LaunchError(kernel=name, action="preparing", cause="clusters and cooperative grids are not supported")
+        raise LaunchError(
+            kernel=name,
+            action="preparing",
+            cause="clusters and cooperative grids are not supported",
+        )
     function = driver.function(image.cubin, name, metadata["shared"], device)
     layout, offsets = _layout(signature)
     slots = _Slots(layout, offsets)
     names = [f"a{i}" for i in range(len(signature.parameters))]
     parameters = "".join(f", {n}" for n in names)
-    scratch = {key: metadata[f"{key}_size"] for key in ("global_scratch", "profile_scratch") if metadata[f"{key}_size"]}
+    scratch = {
+        key: metadata[f"{key}_size"]
+        for key in ("global_scratch", "profile_scratch")
+        if metadata[f"{key}_size"]
+    }
     text = _TEMPLATE.format(
         parameters=parameters,
         checks=_checks(signature, names, parameters, unaligned, odd_sizes),
-        scratch="".join(f"    {key} = allocate(gx * gy * gz * {size})\n" for key, size in scratch.items()),
+        scratch="".join(
+            f"    {key} = allocate(gx * gy * gz * {size})\n" for key, size in scratch.items()
+        ),
         threads=32 * metadata["num_warps"],
         shared=metadata["shared"],
         global_scratch="global_scratch.data_ptr()" if "global_scratch" in scratch else 0,
@@ -161,7 +178,9 @@ def make_launch(
         "unaligned": unaligned,
         "odd_sizes": odd_sizes,
         "failed": _failure(driver, name, device, handle),
-        "allocate": lambda size: torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device)),
+        "allocate": lambda size: torch.empty(
+            size, dtype=torch.uint8, device=torch.device("cuda", device)
+        ),
     }
     exec(compile(text, f"<launch of {name}>", "exec"), namespace)
     launch: Launch = namespace["launch"]
@@ -180,7 +199,11 @@ def _layout(signature: Signature) -> tuple[struct.Struct, list[int]]:
 
 
 def _checks(
-    signature: Signature, names: list[str], parameters: str, unaligned: Launch | None, odd_sizes: Launch | None
+    signature: Signature,
+    names: list[str],
+    parameters: str,
+    unaligned: Launch | None,
+    odd_sizes: Launch | None,
 ) -> str:
     pointers = [names[i] for i in signature.divisible(True, False)] if unaligned else []
     sizes = [names[i] for i in signature.divisible(False, True)] if odd_sizes else []
@@ -192,7 +215,9 @@ def _checks(
     return lines
 
 
-def _failure(driver: Driver, name: str, device: int, function: ctypes.c_void_p) -> Callable[..., None]:
+def _failure(
+    driver: Driver, name: str, device: int, function: ctypes.c_void_p
+) -> Callable[..., None]:
     def failed(code: int, config: ctypes.c_void_p, addresses: ctypes.c_void_p) -> None:
         if code == INVALID_CONTEXT:
             # a thread that has not yet touched the device: torch sets the context at its first allocation

@@ -31,7 +31,9 @@ def run_plan(plan: Plan, args: list[Any]) -> list[Any]:
     """
     if len(args) != len(plan.inputs):
         raise ValueError(f"the plan takes {len(plan.inputs)} arguments, got {len(args)}")
-    values: dict[str, Any] = {name: value for (name, _), value in zip(plan.inputs, args, strict=True)}
+    values: dict[str, Any] = {
+        name: value for (name, _), value in zip(plan.inputs, args, strict=True)
+    }
     sizes = input_sizes(plan, args)
     for step in plan.steps:
         match step:
@@ -106,7 +108,9 @@ def _aten(step: AtenStep, values: dict[str, Any], sizes: dict[str, int]) -> None
 
 def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
     offset = base.storage_offset() + size_value(step.offset, sizes)
-    return base.as_strided(size_values(step.spec.shape, sizes), size_values(step.spec.stride, sizes), offset)
+    return base.as_strided(
+        size_values(step.spec.shape, sizes), size_values(step.spec.stride, sizes), offset
+    )
 
 
 def _constant(step: ConstantStep) -> torch.Tensor:

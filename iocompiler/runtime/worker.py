@@ -68,7 +68,14 @@ def _function(source: str, path: str, name: str) -> Any:
 
 def _metadata(metadata: Any, log: str) -> dict[str, Any]:
     registers, spills = _REGISTERS.search(log), _SPILLS.search(log)
-    fields = ("name", "num_warps", "num_ctas", "shared", "global_scratch_size", "profile_scratch_size")
+    fields = (
+        "name",
+        "num_warps",
+        "num_ctas",
+        "shared",
+        "global_scratch_size",
+        "profile_scratch_size",
+    )
     found: dict[str, Any] = {field: getattr(metadata, field) for field in fields}
     found["cooperative"] = bool(metadata.launch_cooperative_grid or metadata.launch_pdl)
     found["registers"] = int(registers[1]) if registers else -1

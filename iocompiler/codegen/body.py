@@ -1,0 +1,256 @@
+"""The ``call`` function of a generated module: allocate, launch, call aten, and drop every buffer after its last use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+
+from iocompiler.codegen.pytext import Names, argument_text, size_text, tuple_text
+from iocompiler.codegen.values import Values, references
+from iocompiler.plan.data import (
+    Argument,
+    AtenStep,
+    ConstantStep,
+    KernelStep,
+    Plan,
+    TensorSpec,
+    ViewStep,
+)
+from iocompiler.tile.index import Size
+from iocompiler.tile.program import Buffer
+
+# torch.mm and its like parse their arguments faster than the operator does, and write the planned strides
+_WITH_OUT = {
+    "aten.mm.default": "torch.mm",
+    "aten.bmm.default": "torch.bmm",
+    "aten.addmm.default": "torch.addmm",
+    "aten.baddbmm.default": "torch.baddbmm",
+}
+
+_POINTER = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.bool: "i1",
+    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
+}  # fmt: skip
+# a half-precision number is passed as the float32 it is computed in
+_SCALAR = {**_POINTER, torch.float16: "fp32", torch.bfloat16: "fp32"}
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A kernel's launch function in the module: its name, the text that registers it, and its grid."""
+
+    name: str
+    registration: str
+    grid: tuple[Size, Size, Size]
+
+
+@dataclass
+class _Statement:
+    """Lines of ``call`` and the variables they read or make."""
+
+    lines: list[str]
+    variables: set[str] = field(default_factory=set)
+
+
+class Body:
+    """The text of ``call`` for a plan: ``text``, the module-level ``globals`` it needs, and how often it calls aten."""
+
+    def __init__(self, plan: Plan, names: Names, launcher: Callable[[KernelStep, str], Launcher]):
+        self.globals: list[str] = []
+        self.aten_calls = 0
+        self._plan = plan
+        self._launcher = launcher
+        self._values = Values(plan)
+        self._names = names
+        self._operators: dict[str, str] = {}
+        self._statements: list[_Statement] = []
+        self._numbers: set[str] = set()  # variables that hold no memory: sizes and numbers
+        self._unpack()
+        for step in plan.steps:
+            match step:
+                case KernelStep():
+                    self._kernel(step)
+                case AtenStep():
+                    self._aten(step)
+                case ViewStep():
+                    self._view(step)
+                case ConstantStep():
+                    self._constant(step)
+        self.text = self._written()
+
+    def _emit(self, lines: list[str], variables: set[str]) -> None:
+        self._statements.append(_Statement(lines, variables - self._numbers))
+
+    def _unpack(self) -> None:
+        plan = self._plan
+        variables = []
+        for name, spec in plan.inputs:
+            if spec is None:
+                self._names.of[name] = name
+                self._numbers.add(name)
+                variables.append(name)
+            else:
+                variables.append(self._names.add(name))
+        lines = (
+            [f"{', '.join(variables)}{',' if len(variables) == 1 else ''} = args"]
+            if variables
+            else []
+        )
+        given = {name for name, spec in plan.inputs if spec is None}
+        for (_, spec), variable in zip(plan.inputs, variables, strict=True):
+            for dim, size in enumerate(spec.shape if spec else ()):
+                if isinstance(size, sympy.Symbol) and size.name not in given:
+                    given.add(size.name)
+                    lines.append(f"{size.name} = {variable}.shape[{dim}]")
+        lines.append("args.clear()")
+        if any(isinstance(step, KernelStep) for step in plan.steps):
+            lines.append("stream = current_stream()")
+        self._emit(lines, set(variables))
+
+    def _kernel(self, step: KernelStep) -> None:
+        lines = [f"# {', '.join(step.where)}"] if step.where else []
+        variables: set[str] = set()
+        for name, spec in step.outputs:
+            lines.append(f"{self._names.add(name)} = {self._empty(spec)}")
+        launcher = self._launcher(step, self._signature(step))
+        arguments = ["stream", *map(size_text, launcher.grid)]
+        for buffer, name in zip(step.program.buffers, step.args, strict=True):
+            text, variable = self._kernel_argument(buffer, name)
+            arguments.append(text)
+            variables.add(variable)
+        arguments += step.program.size_symbols
+        if 0 not in launcher.grid:
+            lines.append(f"{launcher.name}({', '.join(arguments)})")
+        self._emit(lines, variables | {self._names.of[name] for name, _ in step.outputs})
+
+    def _signature(self, step: KernelStep) -> str:
+        parts = []
+        for buffer, name in zip(step.program.buffers, step.args, strict=True):
+            if buffer.role == "scalar":
+                parts.append(f"{buffer.name}:{_SCALAR[buffer.dtype]}")
+            else:
+                hint = ":16" if self._values.aligned(name) else ""
+                parts.append(f"{buffer.name}:*{_POINTER[buffer.dtype]}{hint}")
+        return " ".join(parts + [f"{symbol}:i32:16" for symbol in step.program.size_symbols])
+
+    def _kernel_argument(self, buffer: Buffer, name: str) -> tuple[str, str]:
+        """The text of a kernel's argument and the variable it reads."""
+        if buffer.role == "scalar":
+            variable = self._names.of[name]
+            return (
+                variable if self._values.specs[name] is None else f"{variable}.item()"
+            ), variable
+        if name in self._names.of:
+            return f"{self._names.of[name]}.data_ptr()", self._names.of[name]
+        place = self._values.place(name)
+        variable = self._names.of[place.root]
+        offset = place.offset * buffer.dtype.itemsize
+        return f"{variable}.data_ptr()" + (
+            f" + {size_text(offset)}" if offset != 0 else ""
+        ), variable
+
+    def _view(self, step: ViewStep) -> None:
+        place = self._values.place(step.name)
+        if self._values.is_root(step.name):
+            self._names.alias(step.name, place.root)
+        elif self._values.needs_tensor(step.name):
+            root = self._names.of[place.root]
+            shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)
+            name = self._names.add(step.name)
+            line = f"{name} = reinterpret({root}, {shape}, {stride}, {size_text(place.offset)})"
+            self._emit([line], {root, name})
+
+    def _constant(self, step: ConstantStep) -> None:
+        shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)
+        values = argument_text(list(step.values), {})
+        constant = self._names.claim(f"constant_{step.name}")
+        self.globals.append(
+            f'{constant} = module.constant({values}, {shape}, {stride}, {step.spec.dtype}, "{step.spec.device}")'
+        )
+        if self._values.changes(step.name):
+            name = self._names.add(step.name)
+            self._emit([f"{name} = {constant}.clone()"], {name})
+        else:
+            self._names.of[step.name] = constant
+
+    def _aten(self, step: AtenStep) -> None:
+        self.aten_calls += 1
+        lines = [f"# {step.where}"] if step.where else []
+        arguments = [argument_text(a, self._names.of) for a in step.args]
+        arguments += [f"{key}={argument_text(a, self._names.of)}" for key, a in step.kwargs]
+        read = {
+            self._names.of[r.name] for r in references((step.args, [a for _, a in step.kwargs]))
+        }
+        spec = step.outputs[0][1] if len(step.outputs) == 1 else None
+        if step.target in _WITH_OUT and spec is not None and not step.is_tuple:
+            name = self._names.add(step.outputs[0][0] or "_unread")
+            arguments.append(f"out={self._empty(spec)}")
+            lines.append(f"{name} = {_WITH_OUT[step.target]}({', '.join(arguments)})")
+            self._emit(lines, read | {name})
+            return
+        call = f"{self._operator(step.target)}({', '.join(arguments)})"
+        made = self._results(step, call, lines)
+        self._emit(lines, read | made)
+
+    def _results(self, step: AtenStep, call: str, lines: list[str]) -> set[str]:
+        """Lines that call and name the results; returns the variables made."""
+        wanted = [(i, n, s) for i, (n, s) in enumerate(step.outputs) if n is not None]
+        names = [self._names.add(n) for _, n, _ in wanted]
+        if not wanted:
+            lines.append(call)
+        elif not step.is_tuple:
+            lines.append(f"{names[0]} = {call}")
+        elif len(wanted) == 1:
+            lines.append(f"{names[0]} = {call}[{wanted[0][0]}]")
+        else:
+            lines.append(f"results = {call}")
+            lines += [
+                f"{name} = results[{i}]" for name, (i, _, _) in zip(names, wanted, strict=True)
+            ]
+            lines.append("del results")
+        for name, (_, _, spec) in zip(names, wanted, strict=True):
+            if spec is None:
+                self._numbers.add(name)
+            else:
+                lines.append(
+                    f"{name} = laid_out({name}, {tuple_text(spec.shape)}, {tuple_text(spec.stride)})"
+                )
+        return set(names)
+
+    def _operator(self, target: str) -> str:
+        if target not in self._operators:
+            name = self._names.claim(target.removesuffix(".default").replace(".", "_"))
+            self._operators[target] = name
+            self.globals.append(f"{name} = torch.ops.{target}")
+        return self._operators[target]
+
+    def _empty(self, spec: TensorSpec) -> str:
+        return f"empty({tuple_text(spec.shape)}, {tuple_text(spec.stride)}, {spec.dtype})"
+
+    def _written(self) -> str:
+        outputs = [self._output(output) for output in self._plan.outputs]
+        kept = {self._names.of[r.name] for r in references(self._plan.outputs)}
+        last: dict[str, int] = {}
+        for position, statement in enumerate(self._statements):
+            last.update(dict.fromkeys(statement.variables, position))
+        module_level = {line.split(" = ")[0] for line in self.globals}
+        lines = ["def call(args):"]
+        for position, statement in enumerate(self._statements):
+            lines += [f"    {line}" for line in statement.lines]
+            dead = sorted(
+                v
+                for v in statement.variables
+                if last[v] == position and v not in kept | module_level
+            )
+            if dead:
+                lines.append(f"    del {', '.join(dead)}")
+        lines.append(f"    return [{', '.join(outputs)}]")
+        return "\n".join(lines)
+
+    def _output(self, output: Argument) -> str:
+        return argument_text(output, self._names.of)

@@ -1,0 +1,116 @@
+"""The values of a plan as a generated module holds them: which are variables, which views cost nothing at all.
+
+A view that only kernels read is no tensor: its kernels get the base's pointer and an offset. A view equal to its base
+is the base's variable. Only what aten or the caller sees is made with `reinterpret`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sympy
+
+from iocompiler.plan.data import (
+    Argument,
+    AtenStep,
+    ConstantStep,
+    KernelStep,
+    Plan,
+    Ref,
+    Step,
+    TensorSpec,
+    ViewStep,
+)
+from iocompiler.tile.index import Size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies: ``offset`` elements into the storage of ``root``, a value that is no view."""
+
+    root: str
+    offset: Size = 0
+
+
+class Values:
+    """Specs, places and uses of every value of a plan."""
+
+    def __init__(self, plan: Plan):
+        self.specs: dict[str, TensorSpec | None] = dict(plan.inputs)
+        self.places: dict[str, Place] = {}
+        self.tensors: set[str] = {r.name for r in references(plan.outputs)}
+        self.written: set[str] = set()
+        for step in plan.steps:
+            self._add(step)
+
+    def _add(self, step: Step) -> None:
+        match step:
+            case KernelStep():
+                self.specs.update(step.outputs)
+                for buffer, name in zip(step.program.buffers, step.args, strict=True):
+                    if buffer.role in ("out", "inout"):
+                        self.written.add(name)
+            case AtenStep():
+                self.specs.update({name: spec for name, spec in step.outputs if name is not None})
+                for ref in references((step.args, [value for _, value in step.kwargs])):
+                    self.tensors.add(ref.name)
+            case ViewStep():
+                self.specs[step.name] = step.spec
+                base = self.place(step.base)
+                self.places[step.name] = Place(base.root, base.offset + step.offset)
+            case ConstantStep():
+                self.specs[step.name] = step.spec
+
+    def place(self, name: str) -> Place:
+        return self.places.get(name, Place(name))
+
+    def is_root(self, name: str) -> bool:
+        """Whether the value, a view, has the shape, strides and start of its root: one variable serves both."""
+        place, spec = self.place(name), self.specs[name]
+        root = self.specs[place.root]
+        assert spec is not None and root is not None
+        return place.offset == 0 and (spec.shape, spec.stride) == (root.shape, root.stride)
+
+    def needs_tensor(self, name: str) -> bool:
+        """Whether a view is read by something that is no kernel."""
+        return name in self.tensors
+
+    def changes(self, name: str) -> bool:
+        """Whether the value's storage may be written here or handed to the caller."""
+        return any(self.place(other).root == name for other in self.written | self.tensors)
+
+    def aligned(self, name: str) -> bool:
+        """Whether the value starts at a multiple of 16 bytes wherever its root does."""
+        spec = self.specs[name]
+        assert spec is not None
+        return _multiple_of_16(self.place(name).offset, spec.dtype.itemsize)
+
+
+def _multiple_of_16(offset: Size, itemsize: int) -> bool:
+    if isinstance(offset, int):
+        return offset * itemsize % 16 == 0
+    terms = sympy.Add.make_args(sympy.expand(offset))
+    return all(term.is_integer and term.as_coeff_Mul()[0] * itemsize % 16 == 0 for term in terms)
+
+
+def references(argument: Argument) -> Iterator[Ref]:
+    """Every `Ref` inside an argument."""
+    if isinstance(argument, Ref):
+        yield argument
+    elif isinstance(argument, (list, tuple)):
+        for item in argument:
+            yield from references(item)
+
+
+def symbols(plan: Plan) -> list[str]:
+    """Names of the size symbols of the inputs' shapes and strides, sorted."""
+    found: set[str] = set()
+    for name, spec in plan.inputs:
+        if spec is None:
+            found.add(name)
+            continue
+        for size in (*spec.shape, *spec.stride):
+            if not isinstance(size, int):
+                found |= {s.name for s in size.free_symbols}
+    return sorted(found)

@@ -1,0 +1,107 @@
+"""A plan to a function: emit its file, compile its kernels, import it, bind them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iocompiler.codegen.module import emit_module
+from iocompiler.cost_model.device import Device
+from iocompiler.plan.data import Plan
+from iocompiler.runtime.cache import default_cache
+from iocompiler.runtime.launch import Launch
+from iocompiler.runtime.module import KernelSpec, Module
+
+Call = Callable[[list[Any]], list[Any]]
+
+
+def load(plan: Plan, device: torch.device | None = None, name: str = "graph") -> Call:
+    """The function that runs ``plan``: it takes a list, which it empties, and returns a list.
+
+    It has the attributes ``source`` (text of the file), ``path``, ``resources`` (kernel name to registers, spills,
+    shared bytes) and ``module``. It runs on ``device``, or where that is None on the device of the plan; kernels are
+    compiled for the GPU that is there.
+
+    Raises:
+        CompileError: a kernel does not compile.
+        LaunchError: the driver refuses a kernel.
+    """
+    return load_text(emit_module(plan, name), name, str(device or plan.device))
+
+
+def load_text(
+    text: str, name: str, device: str = "", binder: Callable[[KernelSpec], Launch] | None = None
+) -> Call:
+    """As `load`, from the text of a module (of the graph cache, say); ``binder`` as in `Module`."""
+    module = Module(module_file(text, name), device, binder)
+    namespace = module.execute()
+    module.bind()
+    call: Any = _on_its_device(namespace["call"], module.device)
+    call.source, call.path, call.module = text, module.path, module
+    call.resources = module.resources
+    call._boxed_call = True  # the way AOTAutograd knows that the list of arguments may be emptied
+    return call  # type: ignore[no-any-return]
+
+
+def prepare(plan: Plan, device: Device, name: str = "graph") -> Module:
+    """Everything `load` does short of the GPU: the file is emitted and its kernels compiled for ``device``.
+
+    The module returned has ``source``, ``path``, ``resources`` and the cubins (``images``).
+
+    Raises:
+        ValueError: ``device`` is not a GPU.
+        CompileError: a kernel does not compile.
+    """
+    if device.capability is None:
+        raise ValueError(f"{device.name} is not a GPU: there is nothing to compile for it")
+    module = Module(module_file(emit_module(plan, name), name), plan.device, allocate=False)
+    module.execute()
+    major, minor = device.capability
+    module.compile(10 * major + minor)
+    return module
+
+
+def module_file(text: str, name: str) -> str:
+    """The path of a real file with this text, in the cache, or in a folder of this process's own without one."""
+    key = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    content = {f"{name}.py": text.encode()}
+    cache = default_cache()
+    if cache is not None:
+        entry = cache.get("modules", key)
+        folder = entry.folder if entry else cache.store("modules", key, content, {})
+        if folder is not None:
+            return str(folder / f"{name}.py")
+    own = Path(_own_folder(), key)
+    own.mkdir(exist_ok=True)
+    (own / f"{name}.py").write_text(text)
+    return str(own / f"{name}.py")
+
+
+@functools.lru_cache(maxsize=1)
+def _own_folder() -> str:
+    # kept in a global: the folder goes when the process ends
+    global _temporary
+    _temporary = tempfile.TemporaryDirectory(prefix="iocompiler-")
+    return _temporary.name
+
+
+_temporary: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _on_its_device(call: Call, device: torch.device) -> Call:
+    """``call`` with its GPU current. Where there is only one GPU, that is ``call`` itself."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return call
+    index = torch.cuda.current_device() if device.index is None else device.index
+
+    def guarded(args: list[Any]) -> list[Any]:
+        with torch.cuda._DeviceGuard(index):  # type: ignore[no-untyped-call]
+            return call(args)
+
+    return guarded

@@ -1,0 +1,313 @@
+"""What a generated module file needs to run: its kernels, compiled and bound, and the fastest ways to make tensors.
+
+A file is taken apart at its ``# %%`` cells. Only the call cell is run; a kernel's text goes, with the prelude, to the
+compiler, or is found in the cache under that text. A file edited by hand therefore runs as edited.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iocompiler.runtime.cache import Cache, default_cache, key_of
+from iocompiler.runtime.compile import Compiled, Job, compile_kernels
+from iocompiler.runtime.launch import Image, Launch, Signature, make_launch
+from iocompiler.runtime.values import laid_out, storage_elements
+
+_CELL = re.compile(r"^# %% (prelude|kernel|call) ?(.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel of the module under one signature; ``launcher`` tells it from the same kernel under another."""
+
+    name: str
+    launcher: str
+    signature: Signature
+    num_warps: int
+    num_stages: int
+    where: str
+
+    def variants(self) -> tuple[tuple[bool, bool], ...]:
+        """(pointers aligned, sizes divisible) of the versions made in advance: the first is the hinted one."""
+        if self.signature.divisible(False, True):
+            return ((True, True), (True, False))
+        return ((True, False),)
+
+
+class Module:
+    """A generated module: text cut into cells, kernels registered by its call cell, cubins, bound launchers.
+
+    Args:
+        path: the file; it must exist.
+        device: replaces the torch device the file names.
+        binder: makes the launch function of a kernel, in place of compiling it and loading it on the GPU.
+        allocate: False where no tensor can be made on the device: constants are then left out.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: str = "",
+        binder: Callable[[KernelSpec], Launch] | None = None,
+        allocate: bool = True,
+    ):
+        self.path = path
+        self.source = Path(path).read_text()
+        self.device = torch.device(device or "cpu")
+        self.kernels: dict[str, KernelSpec] = {}
+        self.images: dict[tuple[str, bool, bool], Image] = {}
+        self.bound: dict[str, Launch] = {}
+        self.namespace: dict[str, Any] = {}
+        self._binder, self._allocate = binder, allocate
+        self._override = bool(device)
+        self._prelude, self._texts, self.call_cell = _cells(self.source)
+
+    def adopt(self, namespace: dict[str, Any], device: str) -> None:
+        """Take the globals of the file's call cell and, unless one was given, its device."""
+        self.namespace = namespace
+        if not self._override:
+            self.device = torch.device(device)
+
+    def execute(self) -> dict[str, Any]:
+        """Run the call cell, at its true lines; returns its globals."""
+        start = self.source.count("\n", 0, self.source.index(self.call_cell))
+        code = compile("\n" * start + self.call_cell, self.path, "exec")
+        namespace: dict[str, Any] = {"__name__": Path(self.path).stem, "__file__": self.path}
+        _opening[self.path] = self
+        try:
+            exec(code, namespace)
+        finally:
+            _opening.pop(self.path, None)
+        return namespace
+
+    # what the call cell uses
+
+    def tools(self) -> tuple[Callable[..., Any], ...]:
+        """``empty(size, stride, dtype)``, ``reinterpret(base, size, stride, offset)``, ``laid_out``, ``current_stream()``."""
+        guards = torch._C._dynamo.guards
+        if self.device.type == "cuda":
+            empty = guards._empty_strided_cuda
+            stream = functools.partial(torch._C._cuda_getCurrentRawStream, self.device_index)
+        else:
+            empty = guards._empty_strided_cpu
+            stream = int
+        return empty, guards._reinterpret_tensor, laid_out, stream
+
+    def kernel(
+        self, name: str, signature: str, *, num_warps: int, num_stages: int, where: str = ""
+    ) -> Launch:
+        """Register a kernel; the launch function returned compiles and binds the whole module when first called."""
+        launcher = f"{name}({signature})"
+        spec = KernelSpec(name, launcher, Signature.parse(signature), num_warps, num_stages, where)
+        self.kernels[launcher] = spec
+
+        def first(*arguments: Any) -> None:
+            self.bind()
+            self.bound[launcher](*arguments)
+
+        first.kernel = spec  # type: ignore[attr-defined]  # how `bind` finds the globals to replace
+        return first
+
+    def constant(
+        self,
+        values: list[Any],
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
+    ) -> torch.Tensor | None:
+        """A tensor of known elements (row-major), made once."""
+        if not self._allocate:
+            return None
+        where = self.device if torch.device(device).type == "cuda" else torch.device(device)
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device=where)
+        return tensor.copy_(torch.tensor(values, dtype=dtype).reshape(shape))
+
+    def random(
+        self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: str
+    ) -> torch.Tensor:
+        """A random input: normal floats, integers and bools of 0 and 1."""
+        where = self.device if torch.device(device).type == "cuda" else torch.device(device)
+        elements = storage_elements(shape, stride)
+        if dtype.is_floating_point or dtype.is_complex:
+            flat = torch.randn(elements, dtype=torch.float32).to(dtype)
+        else:
+            flat = torch.randint(0, 2, (elements,)).to(dtype)
+        return flat.to(where).as_strided(shape, stride)
+
+    def check(
+        self, call: Callable[[list[Any]], list[Any]], example_inputs: Callable[[], list[Any]]
+    ) -> None:
+        """Run twice on the same random inputs, compare the two, and print the time of a call."""
+        from iocompiler.runtime.standalone import check
+
+        check(call, example_inputs, self.device)
+
+    # compiling and binding
+
+    @property
+    def device_index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    def compile(self, capability: int) -> None:
+        """Cubins of every kernel's hinted versions, from the cache or from the worker processes.
+
+        Raises:
+            CompileError: a kernel does not compile.
+        """
+        wanted = [(spec, *variant) for spec in self.kernels.values() for variant in spec.variants()]
+        self._compile(wanted, capability)
+
+    def _compile(self, wanted: Iterable[tuple[KernelSpec, bool, bool]], capability: int) -> None:
+        cache = default_cache()
+        jobs: dict[str, Job] = {}
+        keys: dict[tuple[str, bool, bool], str] = {}
+        for spec, aligned, sizes in wanted:
+            job = self._job(spec, aligned, sizes, capability)
+            key = key_of("kernel", job.as_json())
+            keys[spec.launcher, aligned, sizes] = key
+            jobs.setdefault(key, job)
+        images = compiled_images(jobs, cache)
+        self.images.update({place: images[key] for place, key in keys.items()})
+
+    def _job(self, spec: KernelSpec, aligned: bool, sizes: bool, capability: int) -> Job:
+        source = f"{self._prelude}\n\n{self._texts[spec.name]}"
+        return Job(
+            source=source,
+            name=spec.name,
+            signature=spec.signature.types,
+            divisible=spec.signature.divisible(aligned, sizes),
+            num_warps=spec.num_warps,
+            num_stages=spec.num_stages,
+            capability=capability,
+            where=spec.where,
+        )
+
+    def bind(self) -> None:
+        """Load what is compiled on the device (compiling it first if need be) and put the launchers in place."""
+        if self._binder is not None:
+            self.bound = {name: self._binder(spec) for name, spec in self.kernels.items()}
+        else:
+            if not self.images:
+                self.compile(self._capability)
+            self.bound = {name: self._launch(spec) for name, spec in self.kernels.items()}
+        for name, value in list(self.namespace.items()):
+            spec = getattr(value, "kernel", None)
+            if isinstance(spec, KernelSpec):
+                self.namespace[name] = self.bound[spec.launcher]
+
+    @property
+    def _capability(self) -> int:
+        major, minor = torch.cuda.get_device_capability(self.device_index)
+        return 10 * major + minor
+
+    def _launch(self, spec: KernelSpec) -> Launch:
+        from iocompiler.runtime.driver import driver
+
+        load = functools.partial(
+            make_launch, spec.signature, driver=driver(), device=self.device_index
+        )
+        unaligned = self._unaligned(spec)
+        hinted, *rest = (self.images[(spec.launcher, *variant)] for variant in spec.variants())
+        odd_sizes = load(image=rest[0]) if rest else None
+        return load(image=hinted, unaligned=unaligned, odd_sizes=odd_sizes)
+
+    def _unaligned(self, spec: KernelSpec) -> Launch:
+        """The launch for pointers without the usual alignment, which few programs have: compiled at its first use."""
+        made: list[Launch] = []
+
+        def launch(*arguments: Any) -> None:
+            if not made:
+                from iocompiler.runtime.driver import driver
+
+                self._compile([(spec, False, False)], self._capability)
+                image = self.images[spec.launcher, False, False]
+                made.append(make_launch(spec.signature, image, driver(), self.device_index))
+            made[0](*arguments)
+
+        return launch
+
+    @property
+    def resources(self) -> dict[str, dict[str, int]]:
+        """Registers, spills and shared memory (bytes) of each kernel's hinted version."""
+        fields = ("registers", "spills", "shared")
+        found = {}
+        for place, spec in self.kernels.items():
+            image = self.images.get((place, *spec.variants()[0]))
+            if image is not None:
+                found[spec.name] = {f: int(image.metadata[f]) for f in fields}
+        return found
+
+
+_opening: dict[str, Module] = {}
+
+
+def open_module(path: str, namespace: dict[str, Any], device: str) -> Module:
+    """The `Module` of a generated file, called by the file itself."""
+    module = _opening.get(path) or Module(path)
+    module.adopt(namespace, device)
+    return module
+
+
+def compiled_images(jobs: dict[str, Job], cache: Cache | None) -> dict[str, Image]:
+    """The jobs' cubins by key: from the cache where it has them, the rest compiled together and stored."""
+    found: dict[str, Image] = {}
+    for key in jobs:
+        entry = cache.get("kernels", key) if cache else None
+        if entry is not None:
+            found[key] = Image(entry.files["kernel.cubin"], dict(entry.meta))
+    missing = [key for key in jobs if key not in found]
+    paths = {key: _source_path(cache, key) for key in missing}
+    compiled = compile_kernels([(jobs[key], paths[key]) for key in missing], _scratch(cache))
+    for key, result in zip(missing, compiled, strict=True):
+        found[key] = Image(result.cubin, result.metadata)
+        if cache is not None:
+            _store(cache, key, jobs[key], result)
+    return found
+
+
+def _source_path(cache: Cache | None, key: str) -> str:
+    folder = (
+        cache.folder("kernels", key) if cache else Path(tempfile.gettempdir(), "iocompiler", key)
+    )
+    return str(folder / "kernel.py")
+
+
+def _scratch(cache: Cache | None) -> Path | None:
+    if cache is None:
+        return None
+    folder = cache.root / "triton"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _store(cache: Cache, key: str, job: Job, result: Compiled) -> None:
+    files = {"kernel.py": job.source.encode(), "kernel.cubin": result.cubin}
+    cache.store("kernels", key, files, result.metadata)
+
+
+def _cells(source: str) -> tuple[str, dict[str, str], str]:
+    """(prelude, kernel texts by name, call cell) of a module's text."""
+    prelude, kernels, call = "", {}, ""
+    marks = list(_CELL.finditer(source))
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        text = (
+            source[mark.end() + 1 : following.start() if following else len(source)].strip("\n")
+            + "\n"
+        )
+        if mark[1] == "prelude":
+            prelude = text
+        elif mark[1] == "kernel":
+            # the comment above a kernel says where it comes from: equal kernels of other models differ there only
+            kernels[mark[2].strip()] = text[text.index("@triton.jit") :]
+        else:
+            call = text
+    return prelude, kernels, call
