@@ -13,7 +13,6 @@ import torch
 import torch._dynamo
 
 from iocompiler.backend import Compiler
-from iocompiler.pipeline import DEFAULT, Pipeline
 
 # what Dynamo needs for fewer graph breaks; in force only inside the calls of what `compile` returns
 _SETTINGS: dict[str, Any] = {
@@ -26,32 +25,35 @@ _LOGGERS = ("debug", "info", "warning", "warning_once", "error")
 def compile(
     model: Callable[..., Any],
     *,
-    pipeline: Pipeline = DEFAULT,
     dynamic: bool | None = None,
     fullgraph: bool = False,
-    **options: Any,
+    **settings: Any,
 ) -> Callable[..., Any]:
-    """``torch.compile(model, backend=Compiler(...))``, with Dynamo set to break fewer graphs during
-    its calls.
+    """``torch.compile(model, backend=Compiler(...))``, with fewer graph breaks.
 
     Logger calls are skipped instead of breaking the graph, and operators whose output size depends
-    on data are captured. Other compiled functions keep Dynamo's own settings.
+    on data are captured. The settings hold during the calls of what is returned: other compiled
+    functions keep Dynamo's own.
 
     Args:
-        model: a module or function.
-        pipeline: the passes to run.
+        model: a module (a module is returned, sharing its parameters) or a function.
         dynamic, fullgraph: as in torch.compile.
-        options: as in `Compiler`.
+        settings: as in `Compiler`.
     """
-    compiled = torch.compile(
-        model, backend=Compiler(pipeline, **options), dynamic=dynamic, fullgraph=fullgraph
+    compiled: Any = torch.compile(
+        model, backend=Compiler(**settings), dynamic=dynamic, fullgraph=fullgraph
     )
-    target = compiled.__call__ if isinstance(compiled, torch.nn.Module) else compiled
+    if isinstance(compiled, torch.nn.Module):
+        compiled.forward = _with_settings(compiled.forward)
+        return compiled
+    return _with_settings(compiled)
 
-    @functools.wraps(model.forward if isinstance(model, torch.nn.Module) else model)
+
+def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(**_SETTINGS, ignore_logging_functions=_loggers()):
-            return target(*args, **kwargs)
+            return function(*args, **kwargs)
 
     return call
 

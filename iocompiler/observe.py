@@ -52,15 +52,15 @@ class Summary:
 
 @dataclass
 class Dump:
-    """Writes ``00_capture.txt`` and, where a pass changed something, ``03_attention.txt`` into
-    ``folder``.
+    """Writes ``00_capture.txt``, and ``03_attention.txt`` where a pass changed something.
+
+    ``summary`` is an observer called before this one; its table goes into ``summary.txt``.
     """
 
     folder: Path
-    summary: Summary = field(default_factory=Summary)
+    summary: Summary
 
     def __call__(self, gm: GraphModule, done: Done) -> None:
-        self.summary(gm, done)
         self.folder.mkdir(parents=True, exist_ok=True)
         if done.number == 0 or done.sites:
             (self.folder / f"{done.number:02}_{done.name}.txt").write_text(

@@ -36,6 +36,8 @@ _COMMUTES = {
     aten.eq.Tensor,
     aten.ne.Tensor,
 }
+_DIMS = ("dim", "dim0", "dim1", "dims", "start_dim", "end_dim")
+_ADDS_A_DIM = (aten.unsqueeze.default, aten.stack.default)
 _OPERATORS = {
     operator.add: aten.add.Tensor,
     operator.sub: aten.sub.Tensor,
@@ -267,7 +269,7 @@ def _match(wanted: Any, found: Any, state: _State) -> Iterator[_State]:
             yield state
     elif isinstance(found, Node) and found.op == "call_function" and found.target == wanted.target:
         inside = replace(state, nodes={**state.nodes, wanted: found})
-        theirs, ours = view.spelled_out(wanted), view.spelled_out(found)
+        theirs, ours = _arguments(wanted, found), _arguments(found, found)
         yield from _match_all(theirs, ours, inside)
         if found.target in _COMMUTES:
             yield from _match_all(theirs, [ours[1], ours[0], *ours[2:]], inside)
@@ -281,6 +283,28 @@ def _match_all(wanted: list[Any], found: list[Any], state: _State) -> Iterator[_
         return
     for next_state in _match(wanted[0], found[0], state):
         yield from _match_all(wanted[1:], found[1:], next_state)
+
+
+def _arguments(node: Node, found: Node) -> list[Any]:
+    """The arguments of ``node``, dims counted from the front as for ``found``'s tensor."""
+    values = view.spelled_out(node)
+    if not isinstance(found.target, torch._ops.OpOverload):
+        return values
+    tensors = [t for read in found.all_input_nodes[:1] for t in view.tensors(read)]
+    if not tensors:
+        return values
+    rank = tensors[0].dim() + (found.target in _ADDS_A_DIM)
+    names = [argument.name for argument in found.target._schema.arguments]
+    return [
+        _from_the_front(value, rank) if name in _DIMS else value
+        for name, value in zip(names, values, strict=True)
+    ]
+
+
+def _from_the_front(dims: Any, rank: int) -> Any:
+    if isinstance(dims, (list, tuple)):
+        return [_from_the_front(dim, rank) for dim in dims]
+    return dims + rank if isinstance(dims, int) and dims < 0 else dims
 
 
 def _same(wanted: Any, found: Any) -> bool:
