@@ -1,0 +1,1 @@
+"""The semantic operators and what every operator decomposes to."""

@@ -1,0 +1,124 @@
+"""Scatters of one element a line as comparisons with an iota; rolls, triangles and conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from iocompiler.ops.decomposed.arithmetic import cast
+
+aten = torch.ops.aten
+
+
+def _line_of(base: Tensor, dim: int, index: Tensor) -> Tensor | None:
+    """Where ``index`` points in ``base``, as a mask, if it names one element of every line along ``dim``."""
+    if base.dim() == 0 or index.dim() != base.dim():
+        return None
+    dim = dim % base.dim()
+    wanted = [1 if d == dim else size for d, size in enumerate(base.shape)]
+    if not all(statically_known_true(a == b) for a, b in zip(index.shape, wanted, strict=True)):
+        return None
+    positions = torch.arange(base.shape[dim], device=base.device)
+    return positions.reshape([-1] + [1] * (base.dim() - dim - 1)) == index
+
+
+def scatter_value(base: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    """One place a line gets ``value``: ``where(iota == index, value, base)``."""
+    here = _line_of(base, dim, index)
+    if here is None:
+        return NotImplemented
+    return torch.where(here, aten.scalar_tensor.default(value, dtype=base.dtype, device=base.device), base)
+
+
+def scatter_src(base: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    """As `scatter_value`, the value of each line read from ``src``."""
+    here = _line_of(base, dim, index)
+    if here is None or src.shape != index.shape:
+        return NotImplemented
+    return torch.where(here, src, base)
+
+
+def scatter_add(base: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    """One place a line is added to (the gradient of a gather of one element a line)."""
+    here = _line_of(base, dim, index)
+    if here is None or src.shape != index.shape:
+        return NotImplemented
+    return base + torch.where(here, src, 0)
+
+
+def roll(x: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    """Two slices and a concatenation for each dimension; without dims, of the flat tensor."""
+    shifts = [shifts] if isinstance(shifts, int) else list(shifts)
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if not dims and len(shifts) == 1:
+        return roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        if not isinstance(size, int):
+            return NotImplemented
+        cut = size - shift % size if size else 0
+        if cut % max(size, 1):
+            x = torch.cat([aten.slice.Tensor(x, dim, cut, size), aten.slice.Tensor(x, dim, 0, cut)], dim)
+    return x.clone() if x._is_view() else x
+
+
+def split(x: Tensor, size: Any, dim: int = 0) -> tuple[Tensor, ...]:
+    """aten.split and unsafe_split: slices."""
+    from torch.fx.experimental.symbolic_shapes import guard_int
+
+    total = x.shape[dim]
+    pieces = 1 if isinstance(size, int) and size == 0 else max(1, guard_int((total + size - 1) // size))
+    return split_with_sizes(x, [*[size] * (pieces - 1), total - size * (pieces - 1)], dim)
+
+
+def split_with_sizes(x: Tensor, sizes: Sequence[Any], dim: int = 0) -> tuple[Tensor, ...]:
+    """aten.split_with_sizes: slices."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(aten.slice.Tensor(x, dim, start, start + size))
+        start = start + size
+    return tuple(found)
+
+
+def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    """aten.unbind: selections."""
+    return tuple(aten.select.int(x, dim, i) for i in range(x.shape[dim]))
+
+
+def to_copy(
+    x: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """A change of dtype is a cast, one of device stays a copy, aten's own."""
+    moved = device is not None and torch.device(device) != x.device
+    if moved or layout not in (None, x.layout) or x.is_complex() or (dtype is not None and dtype.is_complex):
+        return NotImplemented
+    kept = memory_format in (None, torch.preserve_format)
+    if dtype is None or dtype == x.dtype:
+        return x.clone() if kept else x.clone(memory_format=memory_format)
+    converted = cast(x, dtype)
+    return converted if kept else converted.contiguous(memory_format=memory_format)
+
+
+DECOMPOSITIONS = {
+    aten.scatter.value: scatter_value,
+    aten.scatter.src: scatter_src,
+    aten.scatter_add.default: scatter_add,
+    aten.roll.default: roll,
+    aten._to_copy.default: to_copy,
+    aten.split.Tensor: split,
+    aten.unsafe_split.Tensor: split,
+    aten.split_with_sizes.default: split_with_sizes,
+    aten.unsafe_split_with_sizes.default: split_with_sizes,
+    aten.unbind.int: unbind,
+}
