@@ -1,16 +1,18 @@
 """The least a graph can move and the least time it can take, whatever the fusion.
 
-Bytes: every input and every output crosses to or from device memory once. A contraction of m x k by k x n on a machine
-with room for S operands on the chip moves at least ``2 m n k / sqrt(S)`` of them (J.-W. Hong, H. T. Kung, "I/O
-complexity: the red-blue pebble game", STOC 1981, in the sharp form of T. M. Smith, B. Lowery, J. Langou, R. A. van de
-Geijn, "A tight I/O lower bound for matrix multiplication", 2017, arXiv 1702.02017, less the S operands that are there
-at the start and the end). Where that is more than its operands and its result together, the excess is forced
-traffic, and is added.
+Bytes: every input and every output crosses to or from device memory once. A contraction of m x k by
+k x n on a machine with room for S operands on the chip moves at least ``2 m n k / sqrt(S)`` of them
+(J.-W. Hong, H. T. Kung, "I/O complexity: the red-blue pebble game", STOC 1981, in the sharp form of
+T. M. Smith, B. Lowery, J. Langou, R. A. van de Geijn, "A tight I/O lower bound for matrix
+multiplication", 2017, arXiv 1702.02017, less the S operands that are there at the start and the
+end). Where that is more than its operands and its result together, the excess is forced traffic,
+and is added.
 
-S is everything on the chip: the registers and shared memory of all SMs *and* L2. Bytes here are those of device memory,
-and a hit in L2 is not one; leaving L2 out would give a "bound" that a kernel with good L2 locality beats. The price
-is that the bound is rarely reached. Convolutions and attention add no excess: the first reuse their input
-beyond a matmul's, the second can make its middle operand again instead of moving it.
+S is everything on the chip: the registers and shared memory of all SMs *and* L2. Bytes here are
+those of device memory, and a hit in L2 is not one; leaving L2 out would give a "bound" that a
+kernel with good L2 locality beats. The price is that the bound is rarely reached. Convolutions and
+attention add no excess: the first reuse their input beyond a matmul's, the second can make its
+middle operand again instead of moving it.
 """
 
 from __future__ import annotations
@@ -37,16 +39,27 @@ class Bound:
     bytes: Size
     work: Cost
 
-    def time(self, device: Device, hints: Mapping[str, int] | None = None, tf32: bool = False) -> float:
-        """Seconds: the longest of the bytes at full bandwidth and each kind of arithmetic at its full rate."""
-        contracting = sum(value_of(c.flops, hints) / device.matmul_rate(c.dtype, tf32) for c in self.work.contractions)
+    def time(
+        self, device: Device, hints: Mapping[str, int] | None = None, tf32: bool = False
+    ) -> float:
+        """Seconds: the longest of the bytes at full bandwidth and each kind of arithmetic at its
+        full rate."""
+        contracting = sum(
+            value_of(c.flops, hints) / device.matmul_rate(c.dtype, tf32)
+            for c in self.work.contractions
+        )
         vector = value_of(self.work.vector_flops, hints)
         vector += TRANSCENDENTAL_FLOPS * value_of(self.work.transcendentals, hints)
-        return max(value_of(self.bytes, hints) / device.memory_rate, contracting, vector / device.vector_flops)
+        return max(
+            value_of(self.bytes, hints) / device.memory_rate,
+            contracting,
+            vector / device.vector_flops,
+        )
 
 
 def contraction_excess(contraction: Contraction, device: Device) -> Size:
-    """Bytes a contraction is forced to move beyond its operands and result; 0 for nearly all that fit a GPU's L2."""
+    """Bytes a contraction is forced to move beyond its operands and result; 0 for nearly all that
+    fit a GPU's L2."""
     if contraction.kind != "matmul":
         return 0
     itemsize = contraction.dtype.itemsize
@@ -62,9 +75,13 @@ def _whole(size: Size | float) -> Size:
 
 
 def lower_bound(
-    inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], costs: Iterable[Cost], device: Device
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    costs: Iterable[Cost],
+    device: Device,
 ) -> Bound:
-    """The bound of a graph from its inputs' and outputs' specs and what each of its operations costs."""
+    """The bound of a graph from its inputs' and outputs' specs and what each of its operations
+    costs."""
     work = sum((Cost(0, 0, c.flops, c.transcendentals, c.contractions) for c in costs), Cost())
     crossing: Size = sum((nbytes(s) for s in (*inputs, *outputs)), 0)
     excess: Size = sum((contraction_excess(c, device) for c in work.contractions), 0)
@@ -74,12 +91,12 @@ def lower_bound(
 def bound(gm: GraphModule, device: Device) -> Bound:
     """The bound of a flat FX graph whose nodes carry fake tensors in ``meta["val"]``.
 
-    Inputs nobody reads do not count, an output that is an input counts once, equal outputs count once.
+    Inputs nobody computes with and inputs handed on do not count, an output handed out twice counts
+    once.
     """
     nodes = list(gm.graph.nodes)
-    inputs = [n for n in nodes if n.op == "placeholder" and n.users]
-    read = [n for n in inputs if any(u.op != "output" for u in n.users)]
-    outputs = [n for n in nodes[-1].all_input_nodes if n not in read]
+    read = [n for n in nodes if n.op == "placeholder" and any(u.op != "output" for u in n.users)]
+    outputs = [n for n in nodes[-1].all_input_nodes if n.op != "placeholder"]
     return lower_bound(_specs(read), _specs(outputs), (cost(n) for n in nodes), device)
 
 

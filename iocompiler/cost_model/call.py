@@ -24,8 +24,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Call:
-    """``target`` is the operator's qualified name ("aten.mm.default"), `Operand`s stand for tensors in the
-    arguments, ``outputs`` are the specs of its results (None for one nobody reads)."""
+    """``target`` is the operator's qualified name ("aten.mm.default"), `Operand`s stand for tensors
+    in the arguments, ``outputs`` are the specs of its results (None for one nobody reads)."""
 
     target: str
     args: tuple[Any, ...]
@@ -51,14 +51,19 @@ class Call:
     def mutated(self) -> tuple[Operand, ...]:
         """The tensors the call writes into, as the operator's schema declares."""
         found: dict[str, Operand] = {}
-        for position, argument in enumerate(getattr(getattr(resolve(self.target), "_schema", None), "arguments", ())):
+        for position, argument in enumerate(
+            getattr(getattr(resolve(self.target), "_schema", None), "arguments", ())
+        ):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                given = self.kwargs.get(argument.name, self.args[position] if position < len(self.args) else None)
+                given = self.kwargs.get(
+                    argument.name, self.args[position] if position < len(self.args) else None
+                )
                 found |= {o.name: o for o in _operands(given)}
         return tuple(found.values())
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """The argument the operator's schema calls ``name``, or its default there, or ``default``."""
+        """The argument the operator's schema calls ``name``, or its default there, or
+        ``default``."""
         if name in self.kwargs:
             return self.kwargs[name]
         for position, (known, fallback) in enumerate(_schema(self.target)):
@@ -92,7 +97,9 @@ def _schema(target: str) -> tuple[tuple[str, Any], ...]:
     schema = getattr(operator, "_schema", None)
     if schema is None:
         return ()
-    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments)
+    return tuple(
+        (a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments
+    )
 
 
 def is_pointwise(target: str) -> bool:
@@ -111,7 +118,11 @@ def call_of_node(node: Node) -> Call:
 
 
 def _target(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    return (
+        str(target)
+        if isinstance(target, torch._ops.OpOverload)
+        else getattr(target, "__name__", str(target))
+    )
 
 
 def _from_fx(value: Any) -> Any:
@@ -123,7 +134,9 @@ def _from_fx(value: Any) -> Any:
     if isinstance(known, torch.Tensor):
         return Operand(value.name, spec_of(known))
     if isinstance(known, (tuple, list)):
-        return tuple(Operand(f"{value.name}.{i}", spec_of(t)) for i, t in enumerate(known) if _is_tensor(t))
+        return tuple(
+            Operand(f"{value.name}.{i}", spec_of(t)) for i, t in enumerate(known) if _is_tensor(t)
+        )
     return known
 
 

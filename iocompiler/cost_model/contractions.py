@@ -1,7 +1,8 @@
-"""Costs of matmuls, convolutions and attention: operands and results once, and the contractions inside.
+"""Costs of matmuls, convolutions and attention: operands and results once, and the contractions
+inside.
 
-FLOPs count a multiply and an add as two; the addition of a bias, and the softmax of attention, are left out as in
-`torch.utils.flop_counter`.
+FLOPs count a multiply and an add as two; the addition of a bias, and the softmax of attention, are
+left out as in `torch.utils.flop_counter`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from iocompiler.plan.data import TensorSpec
 from iocompiler.tile.index import Size, product
 
 VECTOR_BYTES = 16
-"""What the matrix units' loads move at once: a leading stride that is no multiple of it breaks them up."""
+"""What the matrix units' loads move at once: a leading stride that is no multiple of it breaks them
+up."""
 
 
 def is_aligned(spec: TensorSpec) -> bool:
@@ -101,7 +103,8 @@ def matmul(call: Call) -> Cost:
 
 
 def _convolved(points: Size, weight: TensorSpec, groups: Size) -> Contraction:
-    """As an implicit matmul: points x (channels in, taps) by (channels in, taps) x channels out, per group."""
+    """As an implicit matmul: points x (channels in, taps) by (channels in, taps) x channels out,
+    per group."""
     n = weight.shape[0] // groups if isinstance(weight.shape[0], int) else weight.shape[0] / groups
     return Contraction(groups, points, n, product(weight.shape[1:]), weight.dtype, kind="conv")
 
@@ -119,7 +122,8 @@ def convolution(call: Call) -> Cost:
 
 
 def convolution_backward(call: Call) -> Cost:
-    """One convolution's work each for the input's and the weight's gradient, as the output mask asks."""
+    """One convolution's work each for the input's and the weight's gradient, as the output mask
+    asks."""
     gradient, data, weight = (call.args[i].spec for i in range(3))
     sampled = data if call.argument("transposed", False) else gradient
     inner = _convolved(_points(sampled), weight, call.argument("groups", 1))
@@ -128,12 +132,14 @@ def convolution_backward(call: Call) -> Cost:
 
 
 def attention(call: Call) -> Cost:
-    """query [.., s, d], key [.., t, d], value [.., t, e]: the scores and their product with the values."""
+    """query [.., s, d], key [.., t, d], value [.., t, e]: the scores and their product with the
+    values."""
     return _moved(call, _scores(call) + _values(call))
 
 
 def attention_backward(call: Call) -> Cost:
-    """The scores again, then the gradients of value, probabilities, query and key: five products of forward's two."""
+    """The scores again, then the gradients of value, probabilities, query and key: five products of
+    forward's two."""
     scores, values = _scores(call), _values(call)
     return _moved(call, scores * 3 + values * 2)
 
@@ -144,7 +150,8 @@ def _heads(call: Call) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
 
 
 def _kind(call: Call) -> Any:
-    return "causal attention" if call.argument("is_causal", False) is True else "attention"
+    causal = call.argument("is_causal", call.argument("causal", False))
+    return "causal attention" if causal is True else "attention"
 
 
 def _scores(call: Call) -> tuple[Contraction, ...]:
@@ -157,8 +164,11 @@ def _values(call: Call) -> tuple[Contraction, ...]:
     query, key, value = _heads(call)
     return (
         Contraction(
-            product(query.shape[:-2]), query.shape[-2], value.shape[-1], key.shape[-2], query.dtype, kind=_kind(call)
+            product(query.shape[:-2]),
+            query.shape[-2],
+            value.shape[-1],
+            key.shape[-2],
+            query.dtype,
+            kind=_kind(call),
         ),
     )
-
-

@@ -1,4 +1,5 @@
-"""What an operation costs: bytes read and written in device memory, arithmetic, and the contractions inside.
+"""What an operation costs: bytes read and written in device memory, arithmetic, and the
+contractions inside.
 
 Every quantity is a `Size`: an int where shapes are static, a sympy expression where they are not.
 """
@@ -21,11 +22,13 @@ DEFAULT_SIZE = 1024
 
 @dataclass(frozen=True)
 class Contraction:
-    """``batch`` products of an m x k by a k x n matrix, operands of ``dtype``, in 2*batch*m*n*k FLOPs.
+    """``batch`` products of an m x k by a k x n matrix, operands of ``dtype``, in 2*batch*m*n*k
+    FLOPs.
 
-    ``aligned``: every operand's and the result's leading stride is a multiple of 16 bytes, as the matrix units'
-    loads need. ``kind`` tells what the model of its speed and its lower bound must know: a convolution reuses
-    its input beyond the matmul, an attention keeps its scores on the chip and may skip the upper triangle.
+    ``aligned``: every operand's and the result's leading stride is a multiple of 16 bytes, as the
+    matrix units' loads need. ``kind`` tells what the model of its speed and its lower bound must
+    know: a convolution reuses its input beyond the matmul, an attention keeps its scores on the
+    chip and may skip the upper triangle.
     """
 
     batch: Size
@@ -44,8 +47,8 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes to and from device memory, FLOPs (multiply and add are two), and how many of them are transcendental
-    functions. ``flops`` counts the contractions' too."""
+    """Bytes to and from device memory, FLOPs (multiply and add are two), and how many of them are
+    transcendental functions. ``flops`` counts the contractions' too."""
 
     read_bytes: Size = 0
     written_bytes: Size = 0
@@ -99,7 +102,8 @@ def value_of(size: Size, hints: Mapping[str, int] | None = None) -> float:
 
 
 def elements(spec: TensorSpec) -> Size:
-    """How many distinct elements a tensor reads: expanded dimensions (stride 0) lie in memory once."""
+    """How many distinct elements a tensor reads: expanded dimensions (stride 0) lie in memory
+    once."""
     sizes = zip(spec.shape, spec.stride, strict=True)
     if any(s == 0 for s in spec.shape):
         return 0

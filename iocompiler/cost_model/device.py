@@ -1,8 +1,8 @@
 """Devices as rows of data: what each can move and compute, with the source of every figure.
 
-Rates are dense (never counting structured sparsity) and per operand dtype. The H200 row holds rates measured by this
-project; the others hold datasheet peaks, of which `Device.memory_rate` and `Device.matmul_rate` take the share that
-was reached on the H200.
+Rates are dense (never counting structured sparsity) and per operand dtype. The H200 row holds rates
+measured by this project; the others hold datasheet peaks, of which `Device.memory_rate` and
+`Device.matmul_rate` take the share that was reached on the H200.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from iocompiler.errors import UnknownDevice, close_match
 KIB = 1024
 MIB = 1024**2
 
-# what the H200 reached of its own datasheet: 4.3 of 4.8 TB/s in a copy, 790 of 989.5 TFLOP/s in a bf16 matmul
+# what the H200 reached of its own datasheet: 4.3 of 4.8 TB/s in a copy, 790 of 989.5 TFLOP/s in a
+# bf16 matmul
 REACHED_MEMORY = 4.3 / 4.8
 REACHED_MATMUL = 790 / 989.5
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device. Rates are bytes/s and dense FLOP/s (multiply and add counted as two), times in seconds."""
+    """One device. Rates are bytes/s and dense FLOP/s (multiply and add counted as two), times in
+    seconds."""
 
     name: str
     capability: tuple[int, int] | None  # CUDA compute capability; None for a CPU
@@ -38,12 +40,18 @@ class Device:
     shared_bytes_per_sm: int
     registers_per_sm: int  # 32-bit
     memory_bytes: int
-    matmul_flops: Mapping[torch.dtype, float]  # through the matrix units, by operand dtype; float32 is not TF32
+    matmul_flops: Mapping[
+        torch.dtype, float
+    ]  # through the matrix units, by operand dtype; float32 is not TF32
     vector_flops: float  # float32 outside the matrix units
     launch_s: float  # from one small kernel's start to the next one's in a stream
     source: str
-    tf32_flops: float = 0.0  # float32 operands rounded to TF32 in the matrix units; 0 where there is none
-    measured: bool = False  # whether the memory and matmul rates are measured; else they are datasheet peaks
+    tf32_flops: float = (
+        0.0  # float32 operands rounded to TF32 in the matrix units; 0 where there is none
+    )
+    measured: bool = (
+        False  # whether the memory and matmul rates are measured; else they are datasheet peaks
+    )
     pattern: str = ""  # regular expression found in the name the CUDA driver gives
 
     @property
@@ -52,7 +60,8 @@ class Device:
         return self.hbm_bytes_per_s * (1.0 if self.measured else REACHED_MEMORY)
 
     def matmul_rate(self, dtype: torch.dtype, tf32: bool = False) -> float:
-        """FLOP/s a large aligned matmul of this operand dtype reaches; a dtype without a row runs at vector rate."""
+        """FLOP/s a large aligned matmul of this operand dtype reaches; a dtype without a row runs
+        at vector rate."""
         peak = self.matmul_flops.get(dtype, self.vector_flops)
         if tf32 and dtype == torch.float32 and self.tf32_flops:
             peak = self.tf32_flops
@@ -60,12 +69,23 @@ class Device:
 
     @property
     def on_chip_bytes(self) -> int:
-        """Everything on the chip that can hold an operand: registers and shared memory of all SMs, and L2."""
-        return self.sm_count * (self.shared_bytes_per_sm + 4 * self.registers_per_sm) + self.l2_bytes
+        """Everything on the chip that can hold an operand: registers and shared memory of all SMs,
+        and L2."""
+        return (
+            self.sm_count * (self.shared_bytes_per_sm + 4 * self.registers_per_sm) + self.l2_bytes
+        )
 
 
-def _rates(half: float, fp8: float, int8: float, fp32: float, fp64: float) -> Mapping[torch.dtype, float]:
-    rates = {torch.bfloat16: half, torch.float16: half, torch.float32: fp32, torch.float64: fp64, torch.int8: int8}
+def _rates(
+    half: float, fp8: float, int8: float, fp32: float, fp64: float
+) -> Mapping[torch.dtype, float]:
+    rates = {
+        torch.bfloat16: half,
+        torch.float16: half,
+        torch.float32: fp32,
+        torch.float64: fp64,
+        torch.int8: int8,
+    }
     if fp8:
         rates |= {torch.float8_e4m3fn: fp8, torch.float8_e5m2: fp8}
     return rates
@@ -88,8 +108,9 @@ DEVICES: dict[str, Device] = {
         launch_s=2.5e-6,
         measured=True,
         pattern=r"\bH200\b",
-        source="copy and bf16 8192^3 matmul measured on an H200 SXM (torch 2.11, 2026-11-22); tf32, fp8, int8 and fp64: "
-        "NVIDIA H200 datasheet (dense) times the share bf16 reached; sizes: datasheet; L2 rate: estimate",
+        source="copy and bf16 8192^3 matmul measured on an H200 SXM (torch 2.11, 2026-11-22); "
+        "tf32, fp8, int8 and fp64: NVIDIA H200 datasheet (dense) times the share bf16 "
+        "reached; sizes: datasheet; L2 rate: estimate",
     ),
     "h100": Device(
         name="h100",
@@ -106,7 +127,8 @@ DEVICES: dict[str, Device] = {
         vector_flops=67e12,
         launch_s=2.5e-6,
         pattern=r"\bH100\b.*HBM3",
-        source="NVIDIA H100 datasheet, SXM5 80 GB, figures halved where printed with sparsity; L2 rate: estimate",
+        source="NVIDIA H100 datasheet, SXM5 80 GB, figures halved where printed with sparsity; L2 "
+        "rate: estimate",
     ),
     "a100": Device(
         name="a100",
@@ -123,7 +145,8 @@ DEVICES: dict[str, Device] = {
         vector_flops=19.5e12,
         launch_s=3e-6,
         pattern=r"\bA100-SXM4-80GB\b",
-        source="NVIDIA A100 datasheet, SXM4 80 GB, dense; L2: 5120 bytes a clock (NVIDIA A100 whitepaper) at 1.41 GHz",
+        source="NVIDIA A100 datasheet, SXM4 80 GB, dense; L2: 5120 bytes a clock (NVIDIA A100 "
+        "whitepaper) at 1.41 GHz",
     ),
     "l40s": Device(
         name="l40s",
@@ -140,7 +163,8 @@ DEVICES: dict[str, Device] = {
         vector_flops=91.6e12,
         launch_s=2.5e-6,
         pattern=r"\bL40S\b",
-        source="NVIDIA L40S datasheet, the dense figures; float64 at 1/64 of float32; L2 rate: estimate",
+        source="NVIDIA L40S datasheet, the dense figures; float64 at 1/64 of float32; L2 rate: "
+        "estimate",
     ),
     "rtx4090": Device(
         name="rtx4090",
@@ -157,8 +181,8 @@ DEVICES: dict[str, Device] = {
         vector_flops=82.6e12,
         launch_s=2.5e-6,
         pattern=r"\bRTX 4090$",
-        source="NVIDIA Ada GPU architecture whitepaper, dense with float32 accumulation (half the rate of float16 "
-        "accumulation on GeForce); L2 rate: estimate",
+        source="NVIDIA Ada GPU architecture whitepaper, dense with float32 accumulation (half the "
+        "rate of float16 accumulation on GeForce); L2 rate: estimate",
     ),
     "b200": Device(
         name="b200",
@@ -175,7 +199,8 @@ DEVICES: dict[str, Device] = {
         vector_flops=80e12,
         launch_s=2.5e-6,
         pattern=r"\bB200\b",
-        source="NVIDIA HGX B200 datasheet (1000 W), one GPU, dense; L2 size as the driver reports it; L2 rate: estimate",
+        source="NVIDIA HGX B200 datasheet (1000 W), one GPU, dense; L2 size as the driver reports "
+        "it; L2 rate: estimate",
     ),
     "cpu": Device(
         name="cpu",
@@ -191,11 +216,12 @@ DEVICES: dict[str, Device] = {
         vector_flops=1.5e12,
         launch_s=1e-6,
         measured=True,
-        source="nominal server of 16 cores at 3 GHz with two 256-bit FMA units each and 100 GB/s of memory; "
-        "no particular machine",
+        source="nominal server of 16 cores at 3 GHz with two 256-bit FMA units each and 100 GB/s "
+        "of memory; no particular machine",
     ),
 }
-"""The rows; ``shared_bytes_per_sm`` is what one block may use (CUDA C++ Programming Guide, technical specifications)."""
+"""The rows; ``shared_bytes_per_sm`` is what one block may use (CUDA C++ Programming Guide,
+technical specifications)."""
 
 
 def device(name: str) -> Device:
@@ -211,24 +237,31 @@ def device(name: str) -> Device:
 
 
 def current_device(torch_device: torch.device) -> Device:
-    """The row of the GPU behind ``torch_device``; for a GPU without one, its kin scaled by the driver's figures.
+    """The row of the GPU behind ``torch_device``; for a GPU without one, its kin scaled by the
+    driver's figures.
 
     Raises:
-        UnknownDevice: a CUDA device on a machine without one, or a device that is neither CUDA nor CPU.
+        UnknownDevice: a CUDA device on a machine without one, or a device that is neither CUDA nor
+        CPU.
     """
     if torch_device.type == "cpu":
         return DEVICES["cpu"]
     if torch_device.type != "cuda" or not torch.cuda.is_available():
-        raise UnknownDevice(name=str(torch_device), hint=" on this machine", known=", ".join(DEVICES))
+        raise UnknownDevice(
+            name=str(torch_device), hint=" on this machine", known=", ".join(DEVICES)
+        )
     return row_for(torch.cuda.get_device_properties(torch_device))
 
 
 def row_for(properties: Any) -> Device:
-    """The row for the properties of a CUDA device: the named row, or the nearest one of the same generation, scaled.
+    """The row for the properties of a CUDA device: the named row, or the nearest one of the same
+    generation, scaled.
 
     A part of a GPU (MIG) has its own SM count and is scaled too.
     """
-    named = [row for row in DEVICES.values() if row.pattern and re.search(row.pattern, properties.name)]
+    named = [
+        row for row in DEVICES.values() if row.pattern and re.search(row.pattern, properties.name)
+    ]
     if named and named[0].sm_count == properties.multi_processor_count:
         return named[0]
     return _scaled(named[0] if named else _kin((properties.major, properties.minor)), properties)
@@ -248,9 +281,13 @@ def _kin(capability: tuple[int, int]) -> Device:
 
 def _scaled(row: Device, properties: Any) -> Device:
     share = properties.multi_processor_count / row.sm_count
-    clock_khz, bus_bits = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
+    clock_khz, bus_bits = (
+        getattr(properties, "memory_clock_rate", 0),
+        getattr(properties, "memory_bus_width", 0),
+    )
     whole = bool(clock_khz and bus_bits) and not re.search(r"\bMIG\b", properties.name)
-    # twice the clock: two transfers a cycle; a measured row's rates are reached ones, so the driver's peak becomes one
+    # twice the clock: two transfers a cycle; a measured row's rates are reached ones, so the
+    # driver's peak becomes one
     driver = 2 * clock_khz * 1e3 * bus_bits / 8 * (REACHED_MEMORY if row.measured else 1.0)
     return dataclasses.replace(
         row,

@@ -1,9 +1,10 @@
 """Modeled time: the longest of moving the bytes and of each kind of arithmetic, after one launch.
 
-Matmuls are slower than the peak in ways their shape tells: the last wave of tiles is not full, short inner
-dimensions pay for filling and draining the pipeline, and rows that do not start on 16-byte boundaries go through slow
-loads. On an H200 in bf16 (torch 2.11, cuBLAS): 790 TFLOP/s at 8192^3; 650 over Llama's matmuls (8192 rows, k 2048);
-227 where the vocabulary is 50257 or 30522 columns.
+Matmuls are slower than the peak in ways their shape tells: the last wave of tiles is not full,
+short inner dimensions pay for filling and draining the pipeline, and rows that do not start on
+16-byte boundaries go through slow loads. On an H200 in bf16 (torch 2.11, cuBLAS): 790 TFLOP/s at
+8192^3; 650 over Llama's matmuls (8192 rows, k 2048); 227 where the vocabulary is 50257 or 30522
+columns.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ TRANSCENDENTAL_FLOPS = 8
 """A special-function result takes the time of about this many additions."""
 
 UNALIGNED = 0.35
-"""The share of its speed a matmul keeps when a leading stride is no multiple of 16 bytes (measured, see above)."""
+"""The share of its speed a matmul keeps when a leading stride is no multiple of 16 bytes (measured,
+see above)."""
 
 FILL_K = 192
 """A tile's prologue and epilogue take as long as this much of its inner dimension."""
@@ -36,12 +38,19 @@ class Tile:
     speed: float
 
 
-TILES = (Tile(256, 128, 1.0), Tile(128, 256, 1.0), Tile(128, 128, 0.88), Tile(128, 64, 0.7), Tile(64, 64, 0.5))
+TILES = (
+    Tile(256, 128, 1.0),
+    Tile(128, 256, 1.0),
+    Tile(128, 128, 0.88),
+    Tile(128, 64, 0.7),
+    Tile(64, 64, 0.5),
+)
 SPLITS = (1, 2, 4, 8, 16)
 """Into how many parts the inner dimension may be cut where tiles alone do not fill the SMs."""
 
 ATTENTION_SPEED = {64: 0.56, 128: 0.75}
-"""Share of the matmul peak fused attention reaches, by head size (cuDNN 9.19 on an H200: 443 and 594 TFLOP/s)."""
+"""Share of the matmul peak fused attention reaches, by head size (cuDNN 9.19 on an H200: 443 and
+594 TFLOP/s)."""
 CAUSAL_SPEED = 0.77
 """What of that remains with a causal mask (460 of 594 TFLOP/s)."""
 
@@ -56,26 +65,35 @@ def time(
     """Seconds one launch of this cost takes.
 
     Args:
-        dtype: in which the arithmetic outside contractions is done; float64 runs at the device's float64 rate.
+        dtype: in which the arithmetic outside contractions is done; float64 runs at the device's
+        float64 rate.
         hints: values of the size symbols.
         tf32: float32 matmuls may be rounded to TF32 (``torch.backends.cuda.matmul.allow_tf32``).
     """
     moving = value_of(cost.bytes, hints) / device.memory_rate
-    work = value_of(cost.vector_flops, hints) + TRANSCENDENTAL_FLOPS * value_of(cost.transcendentals, hints)
+    work = value_of(cost.vector_flops, hints) + TRANSCENDENTAL_FLOPS * value_of(
+        cost.transcendentals, hints
+    )
     computing = work / vector_rate(device, dtype)
     contracting = sum(contraction_time(c, device, hints, tf32) for c in cost.contractions)
     return device.launch_s + max(moving, computing, contracting)
 
 
 def vector_rate(device: Device, dtype: torch.dtype) -> float:
-    """FLOP/s outside the matrix units: halves are computed as float32, float64 at most at half its rate."""
+    """FLOP/s outside the matrix units: halves are computed as float32, float64 at most at half its
+    rate."""
     if dtype != torch.float64:
         return device.vector_flops
-    return min(device.vector_flops / 2, device.matmul_flops.get(torch.float64, device.vector_flops / 2))
+    return min(
+        device.vector_flops / 2, device.matmul_flops.get(torch.float64, device.vector_flops / 2)
+    )
 
 
 def contraction_time(
-    contraction: Contraction, device: Device, hints: Mapping[str, int] | None = None, tf32: bool = False
+    contraction: Contraction,
+    device: Device,
+    hints: Mapping[str, int] | None = None,
+    tf32: bool = False,
 ) -> float:
     """Seconds of arithmetic of one contraction."""
     flops = value_of(contraction.flops, hints)
@@ -85,18 +103,30 @@ def contraction_time(
     return flops / (rate * efficiency(contraction, device, hints))
 
 
-def efficiency(contraction: Contraction, device: Device, hints: Mapping[str, int] | None = None) -> float:
+def efficiency(
+    contraction: Contraction, device: Device, hints: Mapping[str, int] | None = None
+) -> float:
     """The share of the device's matmul rate this shape reaches, in (0, 1]."""
-    m, n, k, batch = (value_of(s, hints) for s in (contraction.m, contraction.n, contraction.k, contraction.batch))
+    m, n, k, batch = (
+        value_of(s, hints) for s in (contraction.m, contraction.n, contraction.k, contraction.batch)
+    )
     if contraction.kind.endswith("attention"):
         head = min(n, k)
-        speed = ATTENTION_SPEED[128] if head >= 128 else ATTENTION_SPEED[64] * min(1.0, max(head, 16) / 64)
+        speed = (
+            ATTENTION_SPEED[128]
+            if head >= 128
+            else ATTENTION_SPEED[64] * min(1.0, max(head, 16) / 64)
+        )
         return speed * (CAUSAL_SPEED if contraction.kind.startswith("causal") else 1.0)
-    shape = max(_filled(tile, split, batch, m, n, k, device.sm_count) for tile in TILES for split in SPLITS)
+    shape = max(
+        _filled(tile, split, batch, m, n, k, device.sm_count) for tile in TILES for split in SPLITS
+    )
     return shape * (1.0 if contraction.aligned or contraction.dtype.itemsize > 2 else UNALIGNED)
 
 
-def _filled(tile: Tile, split: int, batch: float, m: float, n: float, k: float, sm_count: int) -> float:
+def _filled(
+    tile: Tile, split: int, batch: float, m: float, n: float, k: float, sm_count: int
+) -> float:
     """Useful work over the work of all SMs for as many waves as the tiles take."""
     tiles = batch * math.ceil(m / tile.m) * math.ceil(n / tile.n) * split
     waves = math.ceil(tiles / sm_count)

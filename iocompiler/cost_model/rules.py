@@ -1,39 +1,56 @@
-"""What each operator of a flat ATen graph moves and computes: a table of frozen rows, one rule a family.
+"""What each operator of a flat ATen graph moves and computes: a table of frozen rows, one rule a
+family.
 
-A rule maps a `Call` to a `Cost`. Bytes are the compulsory ones of the call alone: every distinct element read once,
-every result written once. An operator without a row moves its inputs and outputs once.
+A rule maps a `Call` to a `Cost`. Bytes are the compulsory ones of the call alone: every distinct
+element read once, every result written once. An operator without a row moves its inputs and outputs
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from iocompiler.cost_model import contractions
-from iocompiler.cost_model.call import Call, Operand, call_of_node, is_pointwise
-from iocompiler.cost_model.cost import Cost, elements, least, nbytes
-from iocompiler.tile.index import Size, product
+from iocompiler.cost_model.call import Call, call_of_node, is_pointwise
+from iocompiler.cost_model.cost import Cost
+from iocompiler.cost_model.families import (
+    Rule,
+    copied,
+    embedding_backward,
+    free,
+    gathered,
+    once,
+    overwritten,
+    pointwise,
+    random,
+    reduction,
+    scattered,
+    sliced_in,
+    sort,
+    written,
+)
 from iocompiler.tile.ops import MAPS
 
-Rule = Callable[[Call], Cost]
-
-_TRANSCENDENTAL = (
-    "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh erf erfc sigmoid pow atan2"
-)
+_TRANSCENDENTAL = """
+    exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh erf
+    erfc sigmoid pow atan2
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """``ops`` (names without overloads, blank-separated, "aten." understood) are priced by ``rule``."""
+    """``ops`` (names without overloads, blank-separated, "aten." understood) are priced by
+    ``rule``."""
 
     ops: str
     rule: Rule
 
 
 def cost(node: Node) -> Cost:
-    """What an FX node with fake tensors in its metadata costs; nothing for placeholders, outputs and views."""
+    """What an FX node with fake tensors in its metadata costs; nothing for placeholders, outputs
+    and views."""
     return price(call_of_node(node)) if node.op == "call_function" else Cost()
 
 
@@ -43,7 +60,8 @@ def price(call: Call) -> Cost:
 
 
 def rule_for(target: str, name: str) -> Rule:
-    """The rule of an operator: by its name, by the name of its out-of-place form, by PyTorch's pointwise tag."""
+    """The rule of an operator: by its name, by the name of its out-of-place form, by PyTorch's
+    pointwise tag."""
     for candidate in (target, name, name.removesuffix("_")):
         if candidate in RULES:
             return RULES[candidate]
@@ -55,161 +73,57 @@ def has_rule(target: str) -> bool:
     return rule_for(target, target.rpartition(".")[0]) is not once
 
 
-def free(call: Call) -> Cost:
-    """Views, sizes and what only names a value."""
-    return Cost()
-
-
-def once(call: Call) -> Cost:
-    """Inputs read and outputs written once, one FLOP an output element."""
-    return _moved(call, flops=sum((product(s.shape) for s in call.results), 0))
-
-
-def copied(call: Call) -> Cost:
-    """Inputs read and outputs written once, no arithmetic."""
-    return _moved(call)
-
-
-def written(call: Call) -> Cost:
-    """Tensors made from nothing."""
-    return Cost(written_bytes=_written(call))
-
-
-def pointwise(flops: int, transcendentals: int = 0) -> Rule:
-    """Work an element of the (largest) output."""
-
-    def rule(call: Call) -> Cost:
-        count = _widest(call)
-        return _moved(call, flops * count, transcendentals * count)
-
-    return rule
-
-
-def reduction(flops: int, transcendentals: int = 0) -> Rule:
-    """Work an element of the first input."""
-
-    def rule(call: Call) -> Cost:
-        count = product(call.operands[0].spec.shape) if call.operands else 0
-        return _moved(call, flops * count, transcendentals * count)
-
-    return rule
-
-
-def random(flops: int) -> Rule:
-    """A random number an output element; of a ``like`` argument only the shape counts."""
-
-    def rule(call: Call) -> Cost:
-        return Cost(written_bytes=_written(call), flops=flops * sum((product(s.shape) for s in call.results), 0))
-
-    return rule
-
-
-def gathered(data: str) -> Rule:
-    """Rows picked from ``data`` by the other inputs: of it at most what the result holds is read."""
-
-    def rule(call: Call) -> Cost:
-        source = call.argument(data)
-        picked = sum((nbytes(s) for s in call.results), 0)
-        others: Size = sum((nbytes(o.spec) for o in call.operands if o != source), 0)
-        table = nbytes(source.spec) if isinstance(source, Operand) else 0
-        return Cost(others + least(table, picked), _written(call))
-
-    return rule
-
-
-def scattered(destination: str, flops: int = 0) -> Rule:
-    """Elements put into ``destination``. In place, only what is put moves; else the whole result is written."""
-
-    def rule(call: Call) -> Cost:
-        target = call.argument(destination)
-        put = [o for o in call.operands if o != target]
-        values = greatest_operand(put)
-        if call.name.endswith("_"):
-            moved: Size = sum((nbytes(o.spec) for o in put), 0)
-            count = elements(values.spec) if values else 0
-            size = count * target.spec.dtype.itemsize
-            return Cost(moved + (size if flops else 0), size, flops * count)
-        return _moved(call, flops * (elements(values.spec) if values else 0))
-
-    return rule
-
-
-def overwritten(call: Call) -> Cost:
-    """``copy_`` and ``copy``: the destination is written, not read."""
-    source = call.argument("src")
-    read = nbytes(source.spec) if isinstance(source, Operand) else 0
-    return Cost(read, _written(call))
-
-
-def sliced_in(call: Call) -> Cost:
-    """A slice replaced in a copy: of the old tensor only what stays is read, which with the slice is the result."""
-    return Cost(_written(call), _written(call))
-
-
-def sort(call: Call) -> Cost:
-    """Radix sort, 8 bits a pass: keys and positions are read and written in each."""
-    keys = call.operands[0].spec
-    passes = keys.dtype.itemsize
-    return Cost(passes * nbytes(keys) + (passes - 1) * _indices(call), passes * _written(call), passes * elements(keys))
-
-
-def _indices(call: Call) -> Size:
-    return nbytes(call.results[-1]) if len(call.results) > 1 else 0
-
-
-def embedding_backward(call: Call) -> Cost:
-    """The gradient's rows added into a zeroed table: gradient and positions read, the table written once."""
-    return _moved(call, elements(call.operands[0].spec) if call.operands else 0)
-
-
-def _moved(call: Call, flops: Size = 0, transcendentals: Size = 0) -> Cost:
-    read: Size = sum((nbytes(o.spec) for o in call.operands), 0)
-    return Cost(read, _written(call), flops, transcendentals)
-
-
-def _written(call: Call) -> Size:
-    """The results; of a call without any, what it writes into."""
-    specs = call.results or tuple(o.spec for o in call.mutated)
-    return sum((nbytes(s) for s in specs), 0)
-
-
-def _widest(call: Call) -> Size:
-    """Elements an elementwise call works on: the first result's, or (``_foreach_``) all of them."""
-    if "._foreach_" in call.name or "._fused_" in call.name:
-        lists = call.results or tuple(o.spec for o in call.mutated)
-        return sum((product(s.shape) for s in lists), 0)
-    return product(call.results[0].shape) if call.results else 0
-
-
-def greatest_operand(operands: list[Operand]) -> Operand | None:
-    """The operand that holds the values put: the last floating-point one, or the last."""
-    floating = [o for o in operands if o.spec.dtype.is_floating_point]
-    found = floating or operands
-    return found[-1] if found else None
-
-
 def _map_row(name: str) -> Rule:
     return pointwise(MAPS[name].flops, int(name in _TRANSCENDENTAL.split()))
 
 
 ROWS: tuple[Row, ...] = (
     Row(
-        "view _unsafe_view reshape _reshape_alias expand expand_as permute transpose t mT unsqueeze squeeze slice select "
-        "alias detach as_strided split split_with_sizes chunk unbind diagonal view_as view_as_real view_as_complex real "
-        "imag unfold narrow movedim swapaxes lift lift_fresh sym_size sym_stride sym_numel sym_storage_offset "
-        "empty empty_like empty_strided new_empty new_empty_strided empty_permuted _assert_scalar "
-        "_assert_tensor_metadata getitem",
+        """
+        view _unsafe_view reshape _reshape_alias expand expand_as permute transpose t mT unsqueeze
+        squeeze slice select alias detach as_strided split split_with_sizes chunk unbind diagonal
+        view_as view_as_real view_as_complex real imag unfold narrow movedim swapaxes lift
+        lift_fresh sym_size sym_stride sym_numel sym_storage_offset empty empty_like empty_strided
+        new_empty new_empty_strided empty_permuted _assert_scalar _assert_tensor_metadata getitem
+        """,
         free,
     ),
-    Row("full full_like zeros zeros_like ones ones_like new_full new_zeros new_ones arange eye scalar_tensor fill zero "
-        "linspace", written),
-    Row("clone contiguous _to_copy to copy_to cat stack constant_pad_nd repeat roll flip index_copy pixel_shuffle "
-        "lift_fresh_copy tril triu view_copy expand_copy slice_copy reflection_pad2d replication_pad2d", copied),
+    Row(
+        """
+        full full_like zeros zeros_like ones ones_like new_full new_zeros new_ones arange eye
+        scalar_tensor fill zero linspace
+        """,
+        written,
+    ),
+    Row(
+        """
+        clone contiguous _to_copy to copy_to cat stack constant_pad_nd repeat roll flip index_copy
+        pixel_shuffle lift_fresh_copy tril triu view_copy expand_copy slice_copy reflection_pad2d
+        replication_pad2d
+        """,
+        copied,
+    ),
     Row("copy", overwritten),
     Row("slice_scatter select_scatter diagonal_scatter as_strided_scatter", sliced_in),
-    Row("rand rand_like randn randn_like randint randint_like randperm bernoulli normal uniform", random(20)),
-    Row("relu threshold_backward leaky_relu hardtanh clamp clamp_min clamp_max neg abs masked_fill lerp", pointwise(1)),
-    Row("gelu silu elu mish softplus tanh_backward sigmoid_backward logit hardswish hardsigmoid", pointwise(16, 1)),
+    Row(
+        """
+        rand rand_like randn randn_like randint randint_like randperm bernoulli normal uniform
+        """,
+        random(20),
+    ),
+    Row(
+        """
+        relu threshold_backward leaky_relu hardtanh clamp clamp_min clamp_max neg abs masked_fill
+        lerp
+        """,
+        pointwise(1),
+    ),
+    Row(
+        """
+        gelu silu elu mish softplus tanh_backward sigmoid_backward logit hardswish hardsigmoid
+        """,
+        pointwise(16, 1),
+    ),
     Row("gelu_backward silu_backward elu_backward softplus_backward", pointwise(24, 2)),
     Row("native_dropout dropout", pointwise(24)),
     Row("addcmul addcdiv _foreach_addcmul _foreach_addcdiv _foreach_lerp", pointwise(3)),
@@ -219,12 +133,24 @@ ROWS: tuple[Row, ...] = (
     Row("logsumexp", reduction(4, 1)),
     Row("_softmax _log_softmax softmax log_softmax _safe_softmax", reduction(5, 1)),
     Row("_softmax_backward_data _log_softmax_backward_data", reduction(4, 1)),
-    Row("native_layer_norm layer_norm native_group_norm group_norm rms_norm _fused_rms_norm native_batch_norm "
-        "_native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training cudnn_batch_norm "
-        "batch_norm_with_update", reduction(8)),
-    Row("native_layer_norm_backward native_group_norm_backward native_batch_norm_backward _fused_rms_norm_backward "
-        "cudnn_batch_norm_backward batch_norm_backward", reduction(14)),
-    Row("max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d", reduction(1)),
+    Row(
+        """
+        native_layer_norm layer_norm native_group_norm group_norm rms_norm _fused_rms_norm
+        native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
+        _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm_with_update
+        """,
+        reduction(8),
+    ),
+    Row(
+        """
+        native_layer_norm_backward native_group_norm_backward native_batch_norm_backward
+        _fused_rms_norm_backward cudnn_batch_norm_backward batch_norm_backward
+        """,
+        reduction(14),
+    ),
+    Row(
+        "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d", reduction(1)
+    ),
     Row("nll_loss_forward nll_loss_backward mse_loss", reduction(2)),
     Row("cumsum cumprod cummax cummin logcumsumexp", reduction(2)),
     Row("sort topk argsort msort", sort),
@@ -242,21 +168,53 @@ ROWS: tuple[Row, ...] = (
     Row("matmul", contractions.matmul),
     Row("convolution conv1d conv2d conv3d", contractions.convolution),
     Row("convolution_backward", contractions.convolution_backward),
-    Row("scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-        "_scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math", contractions.attention),
-    Row("_scaled_dot_product_flash_attention_backward _scaled_dot_product_efficient_attention_backward "
-        "_scaled_dot_product_cudnn_attention_backward _scaled_dot_product_flash_attention_for_cpu_backward "
-        "_scaled_dot_product_fused_attention_overrideable_backward", contractions.attention_backward),
+    Row(
+        """
+        scaled_dot_product_attention _scaled_dot_product_flash_attention
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+        _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable
+        _scaled_dot_product_attention_math iocompiler.attention_forward
+        """,
+        contractions.attention,
+    ),
+    Row(
+        """
+        _scaled_dot_product_flash_attention_backward
+        _scaled_dot_product_efficient_attention_backward
+        _scaled_dot_product_cudnn_attention_backward
+        _scaled_dot_product_flash_attention_for_cpu_backward
+        _scaled_dot_product_fused_attention_overrideable_backward iocompiler.attention_backward
+        """,
+        contractions.attention_backward,
+    ),
 )
 
-_ALIASES = {"remainder": "fmod", "reciprocal": "div", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"}
+
+def _qualified(name: str) -> str:
+    return name if "." in name else f"aten.{name}"
+
+
+_ALIASES = {
+    "remainder": "fmod",
+    "reciprocal": "div",
+    "bitwise_and": "and",
+    "bitwise_or": "or",
+    "bitwise_xor": "xor",
+}
 
 RULES: dict[str, Rule] = {f"aten.{name}": _map_row(name) for name in MAPS}
 RULES |= {f"aten.{name}": _map_row(row) for name, row in _ALIASES.items()}
 RULES |= {f"aten._foreach_{name}": _map_row(name) for name in MAPS}
-RULES |= {f"aten.{name}": row.rule for row in ROWS for name in row.ops.split()}
-RULES |= {"getitem": free, "sym_size": free, "sym_min": free, "sym_max": free, "mul": free, "add": free, "sub": free}
+RULES |= {_qualified(name): row.rule for row in ROWS for name in row.ops.split()}
+RULES |= {
+    "getitem": free,
+    "sym_size": free,
+    "sym_min": free,
+    "sym_max": free,
+    "mul": free,
+    "add": free,
+    "sub": free,
+}
 RULES |= {"floordiv": free, "aten.sym_size": free}
 
 __all__ = ["RULES", "Row", "Rule", "cost", "has_rule", "price", "rule_for"]

@@ -1,0 +1,178 @@
+"""`explain`: the walk of the backend over a model's double, for a device that need not be here."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from iocompiler.compilation import Compilation
+from iocompiler.convenience import compile as compiled
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.device import device as device_named
+from iocompiler.errors import CannotExplain, FallbackWarning, IOCompilerError
+from iocompiler.pipeline import DEFAULT, Pipeline
+from iocompiler.plan.build import size_hints
+from iocompiler.plan.data import Plan
+from iocompiler.report.build import Part, build_report
+from iocompiler.report.fakes import Retarget, double, double_inputs
+from iocompiler.report.ledger import Lost, Report
+
+_ORDER = ("inference", "forward", "backward")
+_RECOMPILES = 256
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    device: str = "h200",
+    training: bool = False,
+    compile_kernels: bool = True,
+    pipeline: Pipeline = DEFAULT,
+    **kwargs: Any,
+) -> Report:
+    """Plan, emit and compile a program for a device, which need not be present; nothing is run.
+
+    The model and its inputs are doubled by fake tensors: neither is changed, moved or read.
+
+    Args:
+        model: a module or function on tensors; its own mode (train or eval) is kept.
+        inputs, kwargs: what it is called with; real or fake tensors of any size, on any device.
+        device: the name of a row of the device table.
+        training: also the backward, from the output's ``.loss``, else from the first scalar output,
+            else from the sum of all outputs. Without it, the model is called under
+            ``torch.no_grad()``.
+        compile_kernels: compile the generated kernels to cubins, for registers, spills and shared
+        memory.
+        pipeline: the passes to run.
+
+    Raises:
+        UnknownDevice: no such row.
+        CannotExplain: the program fails on fake tensors, or nothing of its output needs a gradient.
+    """
+    row = device_named(device)
+    records: list[Compilation] = []
+    options = {"engine": _unplanned_engine, "device": row.name, "on_compiled": records.append}
+    breaks = Counter(torch._dynamo.utils.counters["graph_break"])
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        double_model = double(model, mode)
+        arguments, keywords = double_inputs((inputs, kwargs), mode)
+        run = compiled(double_model, pipeline=_retargeted(pipeline), **options)
+        with mode, _quiet(), torch.set_grad_enabled(training):
+            result = run(*arguments, **keywords)
+            if training:
+                loss_of(result).backward()
+    except IOCompilerError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {_first_line(str(error))}"
+        raise CannotExplain(model=_name(model), cause=cause) from error
+    lost = torch._dynamo.utils.counters["graph_break"] - breaks
+    return report_of(records, row, compile_kernels, lost)
+
+
+def report_of(
+    records: Iterable[Compilation],
+    row: Device,
+    compile_kernels: bool,
+    breaks: Counter[str] | None = None,
+) -> Report:
+    """The report of what the backend recorded, one `Compilation` a Dynamo graph."""
+    total = Report(row.name)
+    for record in records:
+        plans = {name: record.plans[name] for name in _ORDER if name in record.plans}
+        parts = [Part(name, plan, size_hints(record.flat[name])) for name, plan in plans.items()]
+        ledger = build_report(parts, row, _describer(plans.values(), row, compile_kernels))
+        total += replace(
+            ledger,
+            rewrites=tuple(record.rewrites),
+            misses=tuple(record.misses),
+            fallbacks=tuple(Lost(f.region, f.cause, f.where) for f in record.fallbacks),
+            graphs=dict(record.flat),
+        )
+    broken = tuple(
+        Lost("graph break", _first_line(reason)) for reason in (breaks or Counter()).elements()
+    )
+    return replace(total, fallbacks=total.fallbacks + broken)
+
+
+def _describer(plans: Iterable[Plan], row: Device, compile_kernels: bool) -> Any:
+    from iocompiler.report.kernels import describer
+
+    return describer(plans, row, compile_kernels)
+
+
+def _retargeted(pipeline: Pipeline) -> Pipeline:
+    """Retargeting stands first among the flat passes: they and the planner see the device that is
+    asked for."""
+    return Pipeline(*pipeline.stage("graph"), Retarget(), *pipeline.stage("flat"))
+
+
+def _unplanned_engine(plan: Plan, gm: GraphModule) -> Callable[[list[Any]], Any]:
+    """Runs a planned graph on fake tensors, node by node, for the shapes of what follows it."""
+    return lambda args: torch.fx.Interpreter(gm).boxed_run(args)
+
+
+def loss_of(result: Any) -> torch.Tensor:
+    """What to differentiate of a model's output: its ``loss``, else the first scalar, else the sum
+    of all.
+
+    Raises:
+        ValueError: no floating-point tensor in the output needs a gradient.
+    """
+    named = getattr(result, "loss", None)
+    if isinstance(named, torch.Tensor):
+        return named
+    leaves = [x for x in _tensors(result) if x.requires_grad and x.is_floating_point()]
+    if not leaves:
+        raise ValueError("nothing in the output needs a gradient")
+    scalars = [x for x in leaves if x.numel() == 1]
+    return (
+        scalars[0].reshape(()) if scalars else sum((x.sum() for x in leaves[1:]), leaves[0].sum())
+    )
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    # a mapping that is no registered pytree (an output class of a library) still holds its values
+    values = (
+        list(result.values())
+        if hasattr(result, "values") and not isinstance(result, torch.Tensor)
+        else result
+    )
+    return (x for x in tree_leaves(values) if isinstance(x, torch.Tensor))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What is lost stands in the report; copies of one module class are not recompilations to warn
+    of."""
+    names = [
+        n
+        for n in ("recompile_limit", "accumulated_recompile_limit")
+        if hasattr(torch._dynamo.config, n)
+    ]
+    limits: dict[str, Any] = dict.fromkeys(names, _RECOMPILES)
+    with (
+        warnings.catch_warnings(),
+        torch._dynamo.config.patch(**limits, automatic_dynamic_shapes=False),
+    ):
+        warnings.simplefilter("ignore", FallbackWarning)
+        yield
+
+
+def _name(model: Any) -> str:
+    return getattr(model, "__name__", type(model).__name__)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "unknown"

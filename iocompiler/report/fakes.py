@@ -1,0 +1,121 @@
+"""A model's double without data: fake tensors for real ones, so that explaining touches nothing of
+the user's.
+
+The double keeps the devices of the original. Where that is the CPU, the planned graphs are moved to
+"cuda" afterwards (`Retarget`): a build of torch without CUDA cannot run autograd over tensors that
+claim to be there.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves, tree_map
+
+from iocompiler.graph.match import Stage
+
+Memo = dict[int, Any]
+
+
+def double(model: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any]:
+    """A copy of a module, bound method or function whose tensors are fake; the original is not
+    changed.
+
+    Of a function, what it closes over, its defaults and the modules and tensors among its globals
+    are doubled.
+    """
+    memo: Memo = {}
+    original = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    with FakeCopyMode(mode):
+        return (
+            _doubled_function(original, memo)
+            if _is_function(original)
+            else _doubled(original, memo)
+        )
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, types.FunctionType)
+
+
+def _doubled(value: Any, memo: Memo) -> Any:
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, _doubled(value.__self__, memo))
+    return copy.deepcopy(value, memo)
+
+
+def _doubled_function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
+    names = set(function.__code__.co_names)
+    replaced = {
+        name: _doubled(value, memo)
+        for name, value in function.__globals__.items()
+        if name in names and isinstance(value, (torch.nn.Module, torch.Tensor))
+    }
+    closure = tuple(
+        types.CellType(_doubled_cell(cell.cell_contents, memo))
+        for cell in function.__closure__ or ()
+    )
+    result = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **replaced} if replaced else function.__globals__,
+        function.__name__,
+        _doubled(function.__defaults__, memo),
+        closure or None,
+    )
+    result.__kwdefaults__ = _doubled(function.__kwdefaults__, memo)
+    return result
+
+
+def _doubled_cell(value: Any, memo: Memo) -> Any:
+    if _is_function(value):
+        return _doubled_function(value, memo)
+    held = isinstance(value, torch.nn.Module) or any(
+        isinstance(x, torch.Tensor) for x in tree_leaves(value)
+    )
+    return _doubled(value, memo) if held else value
+
+
+def double_inputs(values: Any, mode: FakeTensorMode) -> Any:
+    """A structure of inputs with fake tensors for real ones; everything else is handed through."""
+    return tree_map(
+        lambda x: mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x,
+        values,
+    )
+
+
+@dataclass(frozen=True)
+class Retarget:
+    """Tensors on the CPU --> the same on ``device``, in what is known of a flat graph's values.
+
+    Only the values' metadata changes, which is what planning reads: the graph itself still runs on
+    fakes of the CPU. A graph with tensors on an accelerator is left alone.
+    """
+
+    device: str = "cuda"
+    name: str = "retarget"
+    stage: Stage = "flat"
+    respells: bool = True
+
+    def __call__(self, gm: GraphModule) -> int:
+        values = [node.meta.get("val") for node in gm.graph.nodes]
+        if any(x.device.type != "cpu" for x in tree_leaves(values) if isinstance(x, torch.Tensor)):
+            return 0
+        for node in gm.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(self._moved, node.meta["val"])
+        return 0
+
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return value
+        with value.fake_mode, torch.no_grad():
+            moved = value.detach()  # same shape, strides, offset and storage
+        moved.fake_device = torch.device(self.device, 0)
+        return moved

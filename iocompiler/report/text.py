@@ -1,0 +1,223 @@
+"""The report for people: totals, then kernels, what was recognised, near misses, and what was not
+fused and why."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from iocompiler.report.ledger import Edge, Kernel, Report
+
+WIDTH = 120
+MOST_KERNELS = 40
+MOST_EDGES = 15
+
+
+def as_text(report: Report, width: int = WIDTH) -> str:
+    """The report as plain text, ``width`` columns wide."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    console.print(report)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def as_svg(report: Report, width: int = WIDTH) -> str:
+    """The same as a picture."""
+    console = Console(file=io.StringIO(), width=width, record=True)
+    console.print(report)
+    return console.export_svg(title=f"iocompiler on {report.device}")
+
+
+def parts(report: Report) -> Iterator[RenderableType]:
+    """What is printed, in order; sections with nothing to say are left out."""
+    yield _totals(report)
+    if report.kernels:
+        yield _kernels(report)
+    if report.rewrites:
+        yield _findings(
+            "recognised", [(r.pattern, r.where, r.variant) for r in report.rewrites], "as"
+        )
+    if report.misses:
+        yield _findings(
+            "near misses", [(m.pattern, m.where, m.reason) for m in report.misses], "why not"
+        )
+    if report.unfused:
+        yield _unfused(report)
+    if report.fallbacks:
+        yield _findings(
+            "not compiled", [(f.region, f.where, f.cause) for f in report.fallbacks], "why"
+        )
+
+
+def _totals(report: Report) -> Table:
+    table = Table(
+        title=f"iocompiler on {report.device}", title_justify="left", box=None, show_header=False
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    least, moved = report.bytes_bound, report.bytes_moved
+    table.add_row(
+        "bytes moved",
+        show_bytes(moved),
+        f"{moved / least:.2f} x the least possible" if least else "",
+    )
+    table.add_row(
+        "least possible", show_bytes(least), "inputs and outputs once, and what contractions force"
+    )
+    bound_us = report.time_bound_us
+    over = (
+        f"{report.time_us / bound_us:.2f} x the bound of {show_time(bound_us)}" if bound_us else ""
+    )
+    table.add_row("modeled time", show_time(report.time_us), over)
+    ours = sum(k.generated for k in report.kernels)
+    table.add_row(
+        "kernels", str(len(report.kernels)), f"{ours} generated, {len(report.kernels) - ours} calls"
+    )
+    if report.sizes:
+        sizes = ", ".join(f"{name} = {value}" for name, value in report.sizes)
+        table.add_row("sizes", str(len(report.sizes)), f"priced at {sizes}")
+    return table
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal kernels, shown as one line."""
+
+    first: Kernel
+    members: tuple[Kernel, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(k.bytes for k in self.members)
+
+    @property
+    def time_us(self) -> float:
+        return sum(k.time_us for k in self.members)
+
+
+def grouped(kernels: tuple[Kernel, ...]) -> list[Group]:
+    """Kernels that differ only in their place in the model, most time first."""
+    groups: dict[tuple[object, ...], list[Kernel]] = {}
+    for kernel in kernels:
+        # the same program over the same sizes: the text names neither tensors nor lines
+        key = (kernel.name, kernel.graph, kernel.bytes, kernel.flops, kernel.tile, kernel.layout)
+        groups.setdefault(key, []).append(kernel)
+    found = [Group(members[0], tuple(members)) for members in groups.values()]
+    return sorted(found, key=lambda g: -g.time_us)
+
+
+def _kernels(report: Report) -> Table:
+    groups = grouped(report.kernels)
+    compiled = any(k.resources for k in report.kernels)
+    table = _table("kernels, most time first")
+    table.add_column("n", justify="right")
+    table.add_column("kernel", ratio=5, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("x bound", justify="right", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("tile, or why a call", ratio=4)
+    if compiled:
+        table.add_column("regs/spill/smem", no_wrap=True)
+    table.add_column("where", ratio=2)
+    for group in groups[:MOST_KERNELS]:
+        table.add_row(*_kernel_cells(group, compiled))
+    _remainder(
+        table, len(groups) - MOST_KERNELS, "kernels", sum(g.bytes for g in groups[MOST_KERNELS:])
+    )
+    return table
+
+
+def _kernel_cells(group: Group, compiled: bool) -> list[str]:
+    first = group.first
+    ratio = f"{first.bytes / first.bound:.2f}" if first.bound else ""
+    lines = sorted({line for k in group.members for line in k.where})
+    cells = [
+        f"{len(group.members)}",
+        f"{first.name} ({first.graph})" if not first.name.startswith(first.graph) else first.name,
+        show_bytes(group.bytes),
+        ratio,
+        show_time(group.time_us),
+        first.tile,
+    ]
+    if compiled:
+        r = first.resources
+        cells.append(f"{r.registers}/{r.spills}/{r.shared}" if r else "")
+    return [*cells, ", ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")]
+
+
+def _unfused(report: Report) -> Table:
+    table = _table("not fused, most bytes first")
+    table.add_column("n", justify="right")
+    table.add_column("from", ratio=2, overflow="fold")
+    table.add_column("to", ratio=2, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("why", ratio=5)
+    groups: dict[tuple[str, int], list[Edge]] = {}
+    for edge in report.unfused:
+        groups.setdefault((_without_name(edge), edge.bytes), []).append(edge)
+    ordered = sorted(groups.values(), key=lambda edges: -sum(e.bytes for e in edges))
+    for edges in ordered[:MOST_EDGES]:
+        first = edges[0]
+        total = show_bytes(sum(e.bytes for e in edges))
+        table.add_row(str(len(edges)), first.producer, first.consumer, total, first.reason)
+    rest = sum(e.bytes for edges in ordered[MOST_EDGES:] for e in edges)
+    _remainder(table, len(ordered) - MOST_EDGES, "edges", rest, column=3)
+    return table
+
+
+def _without_name(edge: Edge) -> str:
+    """The reason with the names of this edge's ends taken out: equal ones are one line."""
+    return edge.reason.replace(edge.producer, "").replace(edge.consumer, "")
+
+
+def _findings(title: str, rows: list[tuple[str, str, str]], last: str) -> Table:
+    table = _table(title)
+    table.add_column("n", justify="right")
+    table.add_column("what", no_wrap=True)
+    table.add_column("where", ratio=2)
+    table.add_column(last, ratio=5)
+    counts: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        counts[row] = counts.get(row, 0) + 1
+    for row, count in counts.items():
+        table.add_row(str(count), *row)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, expand=True, pad_edge=False
+    )
+
+
+def _remainder(table: Table, left: int, what: str, size: int, column: int = 2) -> None:
+    if left > 0:
+        cells: list[RenderableType] = ["" for _ in table.columns]
+        cells[1] = Text(f"and {left} more {what}", style="dim")
+        cells[column] = show_bytes(size)
+        table.add_row(*cells)
+
+
+def show_bytes(count: float) -> str:
+    """With three digits, in powers of 1000: "1.23 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def show_time(microseconds: float) -> str:
+    """With three digits: "12.3 us"."""
+    for unit in ("us", "ms"):
+        if microseconds < 999.5:
+            return f"{microseconds:.3g} {unit}"
+        microseconds /= 1000
+    return f"{microseconds:.3g} s"
