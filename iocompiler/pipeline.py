@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, overload
 
+from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, close_match
-from iocompiler.graph import rewrite
+from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import Stage
 from iocompiler.graph.normalise import normalise
 
@@ -101,6 +102,10 @@ class Pipeline:
             InvalidGraph: a pass left a graph that is not well formed.
             Exception: what a pass raises, with a note that names the pass.
         """
+        with tracing(TracingContext(view.fake_mode(gm.graph))):
+            return self._run(gm, observers, start)
+
+    def _run(self, gm: GraphModule, observers: Sequence[Observer], start: str) -> int:
         changed = 0
         _observe(observers, gm, Done(start, 0, len(self)))
         for number, each in enumerate(self._passes, 1):

@@ -79,9 +79,14 @@ def _target(target: Any) -> str:
 
 
 def _text(argument: Any) -> str:
-    if isinstance(argument, Node):
-        return argument.name
-    if isinstance(argument, (list, tuple)):
-        inner = ", ".join(_text(a) for a in argument)
-        return f"[{inner}]" if isinstance(argument, list) else f"({inner})"
-    return str(argument) if isinstance(argument, torch.device) else repr(argument)
+    match argument:
+        case Node():
+            return argument.name
+        case list():
+            return f"[{', '.join(map(_text, argument))}]"
+        case tuple():
+            return f"({', '.join(map(_text, argument))}{',' * (len(argument) == 1)})"
+        case torch.device():
+            return str(argument)
+        case _:
+            return repr(argument)

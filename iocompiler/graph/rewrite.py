@@ -4,12 +4,11 @@ fake-tensor metadata.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer, Proxy
@@ -138,20 +137,9 @@ def compute_value(node: Node) -> None:
     if node.op != "call_function" or view.is_switch(node):
         return
     args, kwargs = map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
-    with _quiet(args, kwargs):
+    mode = view.fake_mode(node.graph) or nullcontext()
+    with mode, torch.no_grad(), torch._C._DisableFuncTorch():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-@contextmanager
-def _quiet(args: Any, kwargs: Any) -> Iterator[None]:
-    """The fake mode of the values, without autograd: metadata is all that is asked for."""
-    mode = detect_fake_mode((args, kwargs))
-    with torch.no_grad(), torch._C._DisableFuncTorch():
-        if mode is None:
-            yield
-        else:
-            with mode:
-                yield
 
 
 def _inherit(node: Node, near: Node) -> None:

@@ -11,7 +11,8 @@ from pathlib import PurePath
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
@@ -43,6 +44,12 @@ def value(node: Node) -> Any:
 def tensors(node: Node) -> list[torch.Tensor]:
     """The (fake) tensors the node computes, in order."""
     return [leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode | None:
+    """The mode of the graph's fake values; None where it has none."""
+    fakes = (t for node in graph.nodes for t in tensors(node) if isinstance(t, FakeTensor))
+    return next((fake.fake_mode for fake in fakes), None)
 
 
 def where(node: Node) -> str:
