@@ -8,6 +8,7 @@ its hashes is thrown away and built again. Kinds: "kernels" (source, cubin), "gr
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from iocompiler.errors import CacheWarning
 DEFAULT_LIMIT = 2 * 2**30
 _META = "meta.json"
 _EVICTION_PERIOD = 64
+_MOVES = 20
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,9 @@ class Cache:
             for name, content in files.items():
                 (aside / name).write_bytes(content)
             (aside / _META).write_text(json.dumps(meta))
-            os.replace(aside, target)
-        except OSError:
+            _move(aside, target)
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            if not target.exists():
-                raise
         self._puts += 1
         if self._puts % _EVICTION_PERIOD == 1:
             self.evict()
@@ -224,6 +225,22 @@ def clear() -> int:
     """Empty the default cache; returns the number of entries removed."""
     cache = default_cache()
     return cache.clear() if cache else 0
+
+
+def _move(aside: Path, target: Path) -> None:
+    """Rename a finished entry into its place, unless another process put one there first."""
+    for attempt in range(_MOVES):
+        try:
+            os.replace(aside, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if (target / _META).exists():
+                return
+            # another process is removing it at this moment
+            time.sleep(0.001 * attempt)
+    raise OSError(errno.EEXIST, "remains of an entry are in the way", str(target))
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -112,7 +112,7 @@ def test_file_compiles_and_is_cut_at_its_cells() -> None:
 def test_tracebacks_name_the_files_own_lines() -> None:
     graph = chain()
     call = call_of(graph)
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(ValueError, match="str") as error:
         call([torch.randn(4, 4), torch.randn(4, 4), "no number"])
     frame = [entry for entry in error.traceback if str(entry.path) == call.path]
     line = Path(call.path).read_text().splitlines()[frame[0].lineno]
