@@ -1,0 +1,96 @@
+"""The bytes a tile program moves between memory and the chip, and the arithmetic it does: what the cost model prices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iocompiler.tile.index import Size, product
+from iocompiler.tile.ops import MAPS
+from iocompiler.tile.program import Op, TileProgram
+
+# Rows of the op table at or above this cost go through the special function unit or a polynomial.
+_TRANSCENDENTAL = 8
+# Philox4x32-10 and its conversion, in integer operations
+_RAND_FLOPS = 60
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and written once, arithmetic operations, and transcendental functions, each a `Size`."""
+
+    read_bytes: Size
+    written_bytes: Size
+    flops: Size
+    transcendentals: Size
+
+    @property
+    def bytes(self) -> Size:
+        return self.read_bytes + self.written_bytes
+
+
+def traffic(program: TileProgram) -> Traffic:
+    """What one run of the program must move: every element it touches, once.
+
+    A load counts the points of the axes it varies over; loads of one buffer at one index count once, and all loads of
+    a buffer together never more than the buffer has.
+    """
+    read: Size = 0
+    written: Size = 0
+    for buffer in program.buffers:
+        if buffer.role == "scalar":
+            continue
+        loads = _distinct(program, buffer.name, "load")
+        stores = _distinct(program, buffer.name, "store")
+        read = read + _capped(loads, buffer.elements) * buffer.dtype.itemsize
+        written = written + _capped(stores, buffer.elements) * buffer.dtype.itemsize
+    flops, special = _arithmetic(program)
+    return Traffic(read, written, flops, special)
+
+
+def _points(program: TileProgram, position: int) -> Size:
+    varies = program.varies[position]
+    return product([a.size for a in program.axes if a.name in varies])
+
+
+def _distinct(program: TileProgram, buffer: str, kind: str) -> list[Size]:
+    """Elements of each different access to the buffer; a partial store fills it whole."""
+    seen: dict[object, Size] = {}
+    for position, op in enumerate(program.ops):
+        if op.kind == kind and op.buffer == buffer:
+            whole = op.fn == "partial"
+            seen[op.index] = program.buffer(buffer).elements if whole else _access(program, position, op)
+    return list(seen.values())
+
+
+def _access(program: TileProgram, position: int, op: Op) -> Size:
+    names = {n for n in op.index.names if not n.startswith("%")} if op.index is not None else set()
+    for value in op.index.values if op.index is not None else ():
+        names |= program.varies[value]
+    return product([a.size for a in program.axes if a.name in names])
+
+
+def _capped(counts: list[Size], most: Size) -> Size:
+    total: Size = 0
+    for count in counts:
+        total = total + count
+    if isinstance(total, int) and isinstance(most, int):
+        return min(total, most)
+    # several accesses of a buffer of symbolic size: one whole read is the better estimate than their sum
+    return most if len(counts) > 1 else total
+
+
+def _arithmetic(program: TileProgram) -> tuple[Size, Size]:
+    flops: Size = 0
+    special: Size = 0
+    for position, op in enumerate(program.ops):
+        if op.kind == "map":
+            points, cost = _points(program, position), MAPS[op.fn].flops
+            if cost >= _TRANSCENDENTAL:
+                special = special + points
+            else:
+                flops = flops + points * cost
+        elif op.kind in ("reduce", "scan"):
+            flops = flops + _points(program, op.inputs[0])
+        elif op.kind == "rand":
+            flops = flops + _points(program, position) * _RAND_FLOPS
+    return flops, special
