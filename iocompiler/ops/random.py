@@ -1,0 +1,53 @@
+"""Random numbers that can be made again: a few seeds are drawn, the numbers themselves are a pure function of them.
+
+    iocompiler::seeds(int n, Device device) -> Tensor
+    iocompiler::uniform(Tensor seeds, int which, SymInt[] shape) -> Tensor
+
+A backward pass reads the seeds and makes the same numbers again, so that no mask is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from iocompiler.tile import philox
+
+_LIBRARY = torch.library.Library("iocompiler", "FRAGMENT")
+_LIBRARY.define(
+    "seeds(int n, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+)
+_LIBRARY.define(
+    "uniform(Tensor seeds, int which, SymInt[] shape) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+SEEDS = torch.ops.iocompiler.seeds.default
+UNIFORM = torch.ops.iocompiler.uniform.default
+
+
+def _seeds(n: int, device: torch.device) -> Tensor:
+    """int64 [n], from the device's default generator: ``torch.manual_seed`` makes them repeatable."""
+    return torch.randint(2**63 - 1, (n,), dtype=torch.int64, device=device)
+
+
+def _uniform(seeds: Tensor, which: int, shape: Sequence[int]) -> Tensor:
+    """float32 in [0, 1) of ``shape``: Philox under ``seeds[which]``, counter = the row-major position."""
+    count = 1
+    for size in shape:
+        count *= size
+    return philox.uniform(seeds[which], torch.arange(count, device=seeds.device)).reshape(shape)
+
+
+def _seeds_fake(n: int, device: torch.device) -> Tensor:
+    return torch.empty((n,), dtype=torch.int64, device=device)
+
+
+def _uniform_fake(seeds: Tensor, which: int, shape: Sequence[int]) -> Tensor:
+    return seeds.new_empty(shape, dtype=torch.float32)
+
+
+_LIBRARY.impl("seeds", _seeds, "CompositeExplicitAutograd")
+_LIBRARY.impl("uniform", _uniform, "CompositeExplicitAutograd")
+torch.library.register_fake("iocompiler::seeds", _seeds_fake, lib=_LIBRARY)
+torch.library.register_fake("iocompiler::uniform", _uniform_fake, lib=_LIBRARY)
