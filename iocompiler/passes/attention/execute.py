@@ -1,0 +1,195 @@
+"""The execution of a recognised attention: by `iocompiler::attention_forward` where its kernels express it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph import rewrite as edit
+from iocompiler.graph import view
+from iocompiler.ops.attention import FORWARD
+from iocompiler.ops.attention_choice import choose
+from iocompiler.passes.attention import masks, views
+from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
+from iocompiler.passes.attention.description import Attention, Bias, Cast, Causal, Declined, Fill, Operand, Pointwise, Scale
+from iocompiler.passes.attention.evaluate import Evaluator
+from iocompiler.passes.attention.masks import Mask, Masking
+from iocompiler.passes.attention.scores import Inverse, constant
+
+aten = torch.ops.aten
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_NEGATIVE = -1e30
+"""Instead of the most negative number: times log2(e) it does not overflow, and a score added to it is lost all the same."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the semantic op, before its operands are brought to its layout."""
+
+    found: Attention
+    masking: Masking
+    scale: float
+    factors: tuple[Any, ...]  # nodes the query is multiplied by, or `Inverse` of one
+
+    @property
+    def variant(self) -> str:
+        frame = Frame(self.found)
+        names = (
+            ("gqa", frame.heads != frame.groups),
+            ("causal", self.masking.causal),
+            ("mask", bool(self.masking.masks)),
+            ("bias", bool(self.masking.terms)),
+            ("dropout", self.found.dropout_p > 0.0),
+        )
+        return "+".join(name for name, there in names if there) or "full"
+
+
+def plan(found: Attention, evaluator: Evaluator) -> Call:
+    """How the attention is run.
+
+    Raises:
+        Declined: no kernel expresses it.
+    """
+    if found.dtype not in _DTYPES:
+        raise Declined(f"the output is {found.dtype}")
+    for operand in (found.query, found.key, found.value):
+        if not views.dtype(operand.node).is_floating_point:
+            raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
+    masking = masks.read(found, evaluator)
+    for mask in masking.masks:
+        if isinstance(mask.step, Fill) and math.isfinite(mask.value) and found.dtype == torch.float16:
+            raise Declined("a row may be masked altogether, and float16 cannot tell such a row by a bias")
+    for term in masking.terms:
+        _precise(views.dtype(term.node), found.dtype)
+    for mask in masking.masks:
+        if isinstance(mask.step, Bias) and not views.dtype(mask.step.node).is_floating_point:
+            raise Declined("an integer mask is added to the scores")
+    scale, factors = _scale(found)
+    return Call(found, masking, scale, factors)
+
+
+def _precise(bias: torch.dtype, kernel: torch.dtype) -> None:
+    if not bias.is_floating_point or torch.promote_types(bias, kernel) != kernel:
+        raise Declined(f"a bias in {bias} would lose precision in the kernels, which take it in {kernel}")
+
+
+def _scale(found: Attention) -> tuple[float, tuple[Any, ...]]:
+    """The product of all scales by numbers, and the factors that are known only at run time."""
+    scale, factors, shifted = 1.0, [], False
+    for step in found.steps:
+        if isinstance(step, Pointwise):
+            raise Declined(f"{step.target} on the scores: no library kernel applies it")
+        if isinstance(step, Cast) and not step.dtype.is_floating_point:
+            raise Declined(f"the scores are rounded to {step.dtype}")
+        if isinstance(step, (Bias, Fill, Causal)):
+            shifted = True
+        if isinstance(step, Scale):
+            if shifted and step.factor != 1.0:
+                raise Declined("masked or biased scores are scaled")
+            number = _number(step.factor)
+            if number is None:
+                factors.append(step.factor)
+            else:
+                scale *= number
+    return scale, tuple(factors)
+
+
+def _number(factor: Any) -> float | None:
+    if isinstance(factor, Inverse):
+        number = _number(factor.of)
+        return None if number is None or number == 0.0 else 1.0 / number
+    if isinstance(factor, Node) and isinstance(view.value(factor), (torch.SymFloat, float, int)):
+        try:
+            return float(view.value(factor))  # a guard: the scale of a module is as good as constant
+        except Exception:
+            return None
+    return constant(factor)
+
+
+def apply(gm: GraphModule, call: Call) -> None:
+    """Put the call where the attention's output was computed, and erase what nobody reads any more."""
+    found, frame = call.found, Frame(call.found)
+    anchor, dims = forward_views(found)
+    arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
+    query, key, value = (
+        arranger.operand(_narrowed(operand, found.dtype), target)
+        for operand, target in ((found.query, frame.query), (found.key, frame.key), (found.value, frame.value))
+    )
+    query, key, value = (_cast(arranger, each, found.dtype) for each in (query, key, value))
+    for factor in call.factors:
+        inverse = isinstance(factor, Inverse)
+        by = factor.of if inverse else factor
+        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, _single(arranger, by))
+        query = _cast(arranger, query, found.dtype)
+    bias = _bias(arranger, call, frame)
+    values = [view.value(each) if each is not None else None for each in (query, key, value, bias)]
+    causal, dropout_p = call.masking.causal, found.dropout_p
+    choice = choose(*values, causal=causal, dropout_p=dropout_p)  # type: ignore[arg-type]
+    results = arranger.call(
+        FORWARD, query, key, value, bias, call.scale, causal, dropout_p, choice.kernel, choice.layout
+    )
+    out = arranger.arranged(arranger.call(operator.getitem, results, 0), frame.out, dims)
+    edit.redirect(gm, anchor, _cast(arranger, out, views.dtype(anchor)))
+
+
+def _narrowed(operand: Operand, dtype: torch.dtype) -> Operand:
+    """Without a widening cast of what already has the output's dtype: the kernels accumulate in float32 anyway."""
+    node, dims = operand.stages[-1]
+    if views.dtype(node) == dtype or node.target is not aten.to.dtype:
+        return operand
+    source: Any = node.args[0]
+    if views.dtype(source) != dtype or dtype not in (torch.float16, torch.bfloat16):
+        return operand
+    return Operand((*operand.stages, *views.stages(source, dims)))
+
+
+def _cast(arranger: Arranger, node: Node, dtype: torch.dtype) -> Node:
+    return node if views.dtype(node) == dtype else arranger.call(aten.to.dtype, node, dtype)
+
+
+def _single(arranger: Arranger, factor: Any) -> Any:
+    """A tensor of one element without dims, so that it widens nothing."""
+    if isinstance(factor, Node) and isinstance(view.value(factor), torch.Tensor) and len(views.shape(factor)):
+        return arranger.call(aten.reshape.default, factor, [])
+    return factor
+
+
+def _bias(arranger: Arranger, call: Call, frame: Frame) -> Node | None:
+    """The sum of all masks and biases, in the kernels' dtype, broadcastable to [B, H, S, K]."""
+    parts = [_term(arranger, call, term, frame) for term in call.masking.terms]
+    parts += [_mask(arranger, call, mask, frame) for mask in call.masking.masks]
+    total = None
+    for part in parts:
+        total = part if total is None else arranger.call(aten.add.Tensor, total, part)
+    return total
+
+
+def _term(arranger: Arranger, call: Call, term: Bias, frame: Frame) -> Node:
+    node = _cast(arranger, term.node, call.found.dtype)
+    if term.factor != 1.0:
+        node = arranger.call(aten.mul.Tensor, node, term.factor)
+    return arranger.arranged(node, term.dims, frame.scores, widen=False)
+
+
+def _mask(arranger: Arranger, call: Call, mask: Mask, frame: Frame) -> Node:
+    value = max(mask.value, _MOST_NEGATIVE) if math.isfinite(mask.value) else mask.value
+    step, dtype = mask.step, call.found.dtype
+    if isinstance(step, Fill):
+        pair = (0.0, value) if step.keep else (value, 0.0)
+        node = arranger.call(aten.where.Scalar, step.condition, *pair)
+        return arranger.arranged(_cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
+    if isinstance(step, Causal):
+        raise AssertionError("a causal call is structure")
+    node = step.node
+    if step.factor != 1.0:
+        node = arranger.call(aten.mul.Tensor, node, step.factor)
+    if math.isfinite(mask.value) and mask.value < _MOST_NEGATIVE:
+        node = arranger.call(aten.clamp_min.default, node, _MOST_NEGATIVE)
+    return arranger.arranged(_cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
+
+

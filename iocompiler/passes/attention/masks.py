@@ -1,0 +1,126 @@
+"""What the masks and biases of a score program come to: structure that is proved, and tensors that are left."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import sympy
+
+from iocompiler.passes.attention.axes import Dims, expression, index
+from iocompiler.passes.attention.description import Attention, Bias, Causal, Declined, Fill
+from iocompiler.passes.attention.evaluate import Evaluator
+from iocompiler.passes.attention.values import (
+    FORMULAS,
+    AtLeast,
+    Bounds,
+    Formula,
+    Number,
+    Opaque,
+    Select,
+    Value,
+    conjuncts,
+    is_mild,
+    negate,
+)
+
+MASKS = -1e4
+"""A score set to this or less, or that has this added, is out: what scores themselves never come near."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where ``keeps`` does not hold the score becomes ``value``, or has it added; ``step`` is where it comes from."""
+
+    keeps: Formula
+    value: float
+    step: Bias | Fill | Causal
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Causal or not, and what has to be added to the scores as tensors."""
+
+    causal: bool
+    masks: tuple[Mask, ...]
+    terms: tuple[Bias, ...]
+
+
+def read(found: Attention, evaluator: Evaluator) -> Masking:
+    """The masks of an attention.
+
+    A causal mask is taken as structure where that changes no row: where it sets scores to -inf, or where nothing else
+    masks, so that every row keeps its first key.
+
+    Raises:
+        Declined: a number written over scores does not mask them.
+    """
+    bounds = {axis.index: expression(axis.size) for axis in (*found.rows, found.column)}
+    masks: list[Mask] = []
+    terms: list[Bias] = []
+    mild = True
+    for step in found.steps:
+        if isinstance(step, Causal):
+            masks.append(Mask(_lower(found), -math.inf, step))
+        elif isinstance(step, Fill):
+            masks += _fill(step, evaluator, bounds)
+        elif isinstance(step, Bias):
+            value = evaluator.element(step.node, _places(step.dims), bounds)
+            mask = _added(value, step, bounds)
+            if mask is not None:
+                masks += [mask] if mask.keeps is not True else []
+            elif value != Number(0.0):
+                terms.append(step)
+                mild = mild and is_mild(value)
+    return _combined(found, masks, terms, mild)
+
+
+def _combined(found: Attention, masks: list[Mask], terms: list[Bias], mild: bool) -> Masking:
+    lower = _lower(found)
+    pure = [mask for mask in masks if conjuncts(mask.keeps) and all(c == lower for c in conjuncts(mask.keeps))]
+    rest = [mask for mask in masks if mask not in pure]
+    exact = [mask for mask in pure if mask.value == -math.inf or (not rest and mild)]
+    if found.row is None:
+        exact = []
+    partly = any(lower in conjuncts(mask.keeps) and mask.value == -math.inf for mask in rest)
+    left = [mask for mask in masks if mask not in exact]
+    return Masking(bool(exact) or (partly and found.row is not None), tuple(left), tuple(terms))
+
+
+def _lower(found: Attention) -> AtLeast:
+    i = found.row.index if found.row is not None else sympy.Integer(0)
+    return AtLeast(sympy.expand(i - found.column.index))
+
+
+def _fill(step: Fill, evaluator: Evaluator, bounds: Bounds) -> list[Mask]:
+    places = _places(step.dims)
+    value = evaluator.element(step.condition, places, bounds)
+    formula = value if isinstance(value, FORMULAS) else Opaque((step.condition, places))
+    keeps = formula if step.keep else negate(formula, bounds)
+    if keeps is True:
+        return []
+    if not step.value <= MASKS:
+        raise Declined(f"masked scores become {step.value:g}, which does not mask them")
+    return [Mask(keeps, step.value, step)]
+
+
+def _added(value: Value, step: Bias, bounds: Bounds) -> Mask | None:
+    """The mask that adding this is: 0 where it keeps, a large negative number elsewhere."""
+    if isinstance(value, Number) and value.value <= MASKS and step.factor == 1.0:
+        return Mask(False, value.value, step)
+    if not isinstance(value, Select) or step.factor <= 0.0:
+        return None
+    then, other = value.then, value.other
+    if not isinstance(then, Number) or not isinstance(other, Number):
+        return None
+    if then.value == 0.0 and other.value * step.factor <= MASKS:
+        return Mask(value.condition, other.value * step.factor, step)
+    if other.value == 0.0 and then.value * step.factor <= MASKS:
+        return Mask(negate(value.condition, bounds), then.value * step.factor, step)
+    return None
+
+
+def _places(dims: Dims) -> tuple[sympy.Expr, ...]:
+    return tuple(index(group) for group in dims)
+
+

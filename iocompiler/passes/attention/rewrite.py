@@ -1,0 +1,74 @@
+"""The pass: recognise, choose an execution, put it in place; and say what was nearly an attention."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph import view
+from iocompiler.graph.findings import Miss, Rewrite, record
+from iocompiler.graph.match import graph_pass
+from iocompiler.passes.attention import contraction, execute
+from iocompiler.passes.attention.description import Attention, Declined
+from iocompiler.passes.attention.evaluate import Evaluator
+from iocompiler.passes.attention.recognise import SDPA, interior_is_private, recognise
+
+_PATTERN = "attention"
+
+
+@graph_pass
+def attention(gm: GraphModule) -> int:
+    """Run attention by a kernel that keeps no S x S matrix, forward and backward.
+
+    Before::
+
+        s = aten.matmul.default(q, aten.transpose.int(k, -2, -1)); s = aten.mul.Tensor(s, 0.125)
+        s = aten.masked_fill.Scalar(s, above_the_diagonal, -inf)
+        o = aten.matmul.default(aten.softmax.int(s, -1), v)
+
+    After::
+
+        o = iocompiler.attention_forward(q, k, v, None, 0.125, True, 0.0, "cudnn", "ssss")[0]
+    """
+    changed = 0
+    for node in list(view.calls(gm, SDPA, *contraction.TARGETS)):
+        if node.graph is gm.graph and not getattr(node, "_erased", False):
+            changed += _rewrite(gm, node)
+    return changed
+
+
+def _rewrite(gm: GraphModule, node: Node) -> int:
+    try:
+        found = recognise(node)
+        if found is None:
+            return 0
+        where = view.where(node)
+        _check_alone(gm, found)
+        call = execute.plan(found, Evaluator(gm))
+    except Declined as reason:
+        record(gm, Miss(_PATTERN, view.where(node), str(reason)))
+        return 0
+    execute.apply(gm, call)
+    record(gm, Rewrite(_PATTERN, where, call.variant))
+    return 1
+
+
+def _check_alone(gm: GraphModule, found: Attention) -> None:
+    """Raise `Declined` where something in between is needed by others, switched, or written in place."""
+    strangers = interior_is_private(found)
+    if strangers:
+        raise Declined(strangers)
+    regions = view.regions(gm)
+    if len({regions.get(node) for node in found.interior}) > 1:
+        raise Declined("grad mode or autocast changes in between")
+    writes = [node for node in gm.graph.nodes if view.mutates(node)]
+    if not writes:
+        return
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    roots = view.roots(gm)
+    read = [node for operand in (found.query, found.key, found.value) for node, _ in operand.stages]
+    read += [step_node for step in found.steps for step_node in vars(step).values() if isinstance(step_node, Node)]
+    storages = frozenset().union(*(roots[node] for node in read))
+    start, end = min(order[node] for node in (*read, *found.interior)), order[found.anchor]
+    for node in writes:
+        if start <= order[node] <= end and any(roots[target] & storages for target in view.mutates(node)):
+            raise Declined(f"{view.where(node) or node.name} writes what the attention reads")
