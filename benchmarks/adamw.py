@@ -10,7 +10,8 @@ from torch import Tensor
 from benchmarks.peers import Peer
 from tests.accuracy import Comparison, Results, compare
 
-# at these widths the state is larger than five L2: a step finds nothing of the one before in the cache
+# at these widths the state is larger than five L2: a step finds nothing of the one before in the
+# cache
 WIDTHS = (4096, 16384)
 _ROWS = 82  # about 8192 rows over 100 tensors
 _SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "foreach": True}
@@ -60,4 +61,6 @@ class AdamW:
             return Results(values, {})
 
         bf16 = torch.bfloat16
-        return compare(stepped(bf16, True), stepped(bf16, False), stepped(torch.float64, False), bf16)
+        return compare(
+            stepped(bf16, True), stepped(bf16, False), stepped(torch.float64, False), bf16
+        )

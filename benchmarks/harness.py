@@ -1,4 +1,5 @@
-"""What the groups share: their command line, a fresh start for each peer, and failures that become notes."""
+"""What the groups share: their command line, a fresh start for each peer, and failures that become
+notes."""
 
 from __future__ import annotations
 
@@ -14,23 +15,40 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks import peers
+from benchmarks.caches import fresh_caches
 from benchmarks.peers import Peer
 from benchmarks.table import Row, Table, geometric_mean, ratio
 from benchmarks.timing import on_gpu
 from tests.accuracy import Comparison
 
 
-def parser(description: str | None, default_peers: str = ",".join(peers.DEFAULT_PEERS)) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, default_peers: str = ",".join(peers.DEFAULT_PEERS)
+) -> argparse.ArgumentParser:
     """The options every group has."""
     found = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     add = found.add_argument
     add("--peers", default=default_peers, help=f"of {', '.join(peers.PEERS)}")
     add("--only", default="", help="comma-separated: rows whose name contains one of these")
-    add("--quick", action="store_true", help="small sizes, for a CPU")
+    add(
+        "--quick",
+        action="store_true",
+        help="small sizes, for a CPU; first calls may find caches filled",
+    )
     add("--steps", type=int, default=30, help="repetitions of a timing at most (default 30)")
     add("--budget", type=float, default=3.0, help="seconds of one timing at most (default 3)")
-    add("--limit", type=float, default=460.0, help="seconds after which rows are skipped (default 460)")
-    add("--no-check", dest="check", action="store_false", help="time without comparing to float64 first")
+    add(
+        "--limit",
+        type=float,
+        default=460.0,
+        help="seconds after which rows are skipped (default 460)",
+    )
+    add(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="time without comparing to float64 first",
+    )
     add("--json", metavar="PATH", help="write every number there")
     return found
 
@@ -55,21 +73,28 @@ class Session:
 
     @contextlib.contextmanager
     def attempt(self, row: Row, label: str) -> Iterator[None]:
-        """Run a peer's part of a row from a fresh start; what it raises or warns of becomes the row's note.
+        """Run a peer's part of a row from a fresh start, caches empty; what it raises or warns of
+        becomes the row's note.
 
-        Entered with the device broken by an earlier failure, or past the time limit, it raises `Skipped` at once.
+        Entered with the device broken by an earlier failure, or past the time limit, it raises
+        `Skipped` at once.
         """
         fresh()
         started = time.perf_counter()
         try:
             self._raise_if_over()
-            with warnings.catch_warnings(record=True) as caught:
+            # small sizes share one cache: on a CPU the C++ compiler is what takes long
+            caches = contextlib.nullcontext() if self.args.quick else fresh_caches()
+            with caches, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 yield
             for warning in caught:
-                if "iocompiler" in str(warning.message) or "FallbackWarning" in warning.category.__name__:
+                if (
+                    "iocompiler" in str(warning.message)
+                    or "FallbackWarning" in warning.category.__name__
+                ):
                     note(row, label, str(warning.message))
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+        except Exception as error:  # whatever a peer raises is its result
             note(row, label, f"{type(error).__name__}: {first_line(error)}")
             self.broken = self.broken or device_error()
         fresh()
@@ -121,12 +146,17 @@ def device_error() -> str:
 
 
 def verdict(comparisons: tuple[Comparison, ...]) -> str:
-    """"ok 0.31" (the largest error, in units of what is allowed), or the tensor that broke the rule."""
+    """ "ok 0.31" (the largest error, in units of what is allowed), or the tensor that broke the
+    rule."""
     if not comparisons:
         return "FAIL: nothing compared"
     worst = max(comparisons, key=lambda c: c.compiled / c.allowed)
     bad = sum(not c.ok for c in comparisons)
-    return f"FAIL {bad} of {len(comparisons)}: {worst}" if bad else f"ok {worst.compiled / worst.allowed:.2f}"
+    return (
+        f"FAIL {bad} of {len(comparisons)}: {worst}"
+        if bad
+        else f"ok {worst.compiled / worst.allowed:.2f}"
+    )
 
 
 def add_ratio(row: Row, unit: str = "ms") -> None:
@@ -142,7 +172,5 @@ def add_geometric_mean(table: Table) -> None:
 
 
 def columns(names: tuple[Peer, ...], *units: str) -> list[str]:
-    """"eager ms", "inductor ms", ..., unit by unit."""
+    """ "eager ms", "inductor ms", ..., unit by unit."""
     return [f"{peer.name} {unit}" for unit in units for peer in names]
-
-

@@ -1,4 +1,5 @@
-"""The memory-bound kernels, each written as a user writes it, on ``rows`` x ``width`` activations."""
+"""The memory-bound kernels, each written as a user writes it, on ``rows`` x ``width``
+activations."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ Tensors = Mapping[str, Tensor]
 class Kernel:
     """A function of named tensors; ``backward`` times its gradient instead.
 
-    ``shapes(rows, width)`` are its inputs; those named in ``fixed`` need no gradient. ``replay``, for what is random, computes
-    the expected outputs from wide inputs and the outputs observed (the dropout mask is read off them).
+    ``shapes(rows, width)`` are its inputs; those named in ``fixed`` need no gradient. ``replay``,
+    for what is random, computes the expected outputs from wide inputs and the outputs observed (the
+    dropout mask is read off them).
     """
 
     name: str
@@ -30,7 +32,9 @@ class Kernel:
     fixed: tuple[str, ...] = ()
     replay: Callable[[Tensors, Tensors], dict[str, Tensor]] | None = None
 
-    def inputs(self, rows: int, width: int, device: str, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    def inputs(
+        self, rows: int, width: int, device: str, dtype: torch.dtype, seed: int
+    ) -> dict[str, Tensor]:
         """Random inputs; weights around one, everything else around zero."""
         generator = torch.Generator(device).manual_seed(seed)
         found = {}
@@ -63,14 +67,18 @@ def bias_gelu_dropout(x: Tensor, bias: Tensor) -> Tensor:
     return F.dropout(F.gelu(x + bias), DROPOUT, True)
 
 
-def residual_dropout_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The block of a pre-norm transformer: the new residual stream, and its norm for the next layer."""
+def residual_dropout_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The block of a pre-norm transformer: the new residual stream, and its norm for the next
+    layer."""
     stream = residual + F.dropout(x, DROPOUT, True)
     return stream, F.layer_norm(stream, stream.shape[-1:], weight, bias)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of (batch, length, heads, 128) queries and keys, laid out as attention wants them."""
+    """Rotary embedding of (batch, length, heads, 128) queries and keys, laid out as attention wants
+    them."""
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     return q * cos + _rotated(q) * sin, k * cos + _rotated(k) * sin
 
@@ -96,7 +104,8 @@ def _replay_residual_dropout_norm(inputs: Tensors, seen: Tensors) -> dict[str, T
 
 
 def _require_rate(keep: Tensor) -> None:
-    """The share kept must be 1 - p within five standard deviations, and 0.02 for elements too small to tell."""
+    """The share kept must be 1 - p within five standard deviations, and 0.02 for elements too small
+    to tell."""
     rate = keep.double().mean().item()
     allowed = 0.02 + 5 * (DROPOUT * (1 - DROPOUT) / keep.numel()) ** 0.5
     if abs(rate - (1 - DROPOUT)) > allowed:
@@ -141,6 +150,11 @@ KERNELS = (
     Kernel("log_softmax", log_softmax, _plain),
     Kernel("log_softmax backward", log_softmax, _plain, backward=True),
     Kernel("bias_gelu_dropout", bias_gelu_dropout, _biased, replay=_replay_bias_gelu_dropout),
-    Kernel("residual_dropout_norm", residual_dropout_norm, _residual, replay=_replay_residual_dropout_norm),
+    Kernel(
+        "residual_dropout_norm",
+        residual_dropout_norm,
+        _residual,
+        replay=_replay_residual_dropout_norm,
+    ),
     Kernel("rope", rope, _rope_shapes, fixed=("cos", "sin")),
 )

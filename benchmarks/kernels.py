@@ -1,8 +1,10 @@
-"""Memory-bound kernels at 8192 x width, bf16: time, bytes/s of the compulsory bytes, share of the copy bandwidth.
+"""Memory-bound kernels at 8192 x width, bf16: time, bytes/s of the compulsory bytes, share of the
+copy bandwidth.
 
-Compulsory bytes: every input read once, every output written once. The copy is that of 1 GiB on this device in this run;
-"% same" compares with a copy moving as many bytes as the row does. Caches are cold: a batch of calls walks over input
-sets larger than five times the L2, each call writes memory of its own, and host time does not count.
+Compulsory bytes: every input read once, every output written once. The copy is that of 1 GiB on
+this device in this run; "% same" compares with a copy moving as many bytes as the row does. Caches
+are cold: a batch of calls walks over input sets larger than five times the L2, each call writes
+memory of its own, and host time does not count.
 """
 
 from __future__ import annotations
@@ -41,8 +43,15 @@ Calls = Callable[[], Sequence[Callable[[], Any]]]
 def main() -> None:
     args = arguments()
     peers = chosen(args.peers)
-    shown = ["name", *columns(peers, "ms"), "ours/inductor", "ours GB/s", "ours % copy", "ours % same"]
-    shown += [*(["inductor % copy"] if "inductor" in args.peers else []), "check", "note"]
+    shown = [
+        "name",
+        *columns(peers, "ms"),
+        "ours/inductor",
+        "ours GB/s",
+        "ours % copy",
+        "ours % same",
+    ]
+    shown += [*(["inductor % copy"] if "inductor" in args.peers else []), "check"]
     session = Session(args, Table("kernels, bf16", shown))
     copy = timing.copy_bandwidth(2**24 if args.quick else 2**30, args.quick)
     session.table.facts["copy GB/s"] = copy / 1e9
@@ -95,7 +104,8 @@ def _copy_of(moved: int, quick: bool) -> float:
 
 
 def _compulsory_bytes(kernel: Kernel, rows: int, width: int, device: str) -> int:
-    """Forward: inputs and outputs. Backward: inputs, the outputs' gradients, and the inputs' gradients."""
+    """Forward: inputs and outputs. Backward: inputs, the outputs' gradients, and the inputs'
+    gradients."""
     inputs = kernel.inputs(rows, width, device, torch.bfloat16, seed=0)
     outputs = named_outputs(kernel.function(**inputs)).values()
     differentiated = [t for t in inputs.values() if t.requires_grad]
@@ -125,7 +135,8 @@ def _gradient(output: Tensor, inputs: list[Tensor]) -> Callable[[], Any]:
 def _check(
     kernel: Kernel, compiled: Callable[..., Any], rows: int, width: int, device: str
 ) -> tuple[Comparison, ...]:
-    """On fresh inputs at the timed size; for what is random, the expected output under the mask seen."""
+    """On fresh inputs at the timed size; for what is random, the expected output under the mask
+    seen."""
     inputs = kernel.inputs(rows, width, device, torch.bfloat16, seed=99)
     wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in inputs.items()}
     reference = run(kernel.function, nn.Module(), wide, kernel.backward)
@@ -136,7 +147,8 @@ def _check(
     by_eager = compare(eager, eager, expected[0], torch.bfloat16)
     by_ours = compare(ours, ours, expected[1], torch.bfloat16)
     return tuple(
-        Comparison(e.name, e.eager, o.compiled, e.allowed) for e, o in zip(by_eager, by_ours, strict=True)
+        Comparison(e.name, e.eager, o.compiled, e.allowed)
+        for e, o in zip(by_eager, by_ours, strict=True)
     )
 
 

@@ -14,7 +14,8 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Model:
-    """``build(attention, quick)`` gives the module; ``sizes`` and ``quick_sizes`` say what a batch is."""
+    """``build(attention, quick)`` gives the module; ``sizes`` and ``quick_sizes`` say what a batch
+    is."""
 
     name: str
     build: Callable[[str, bool], nn.Module]
@@ -61,7 +62,12 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
 
 
-_QUICK = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_QUICK = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 
 
 def _bert(attention: str, quick: bool) -> nn.Module:
@@ -73,7 +79,9 @@ def _bert(attention: str, quick: bool) -> nn.Module:
         "num_attention_heads": 16,
         "intermediate_size": 4096,
     }
-    config = BertConfig(**(_QUICK | {"vocab_size": 128} if quick else large), attn_implementation=attention)
+    config = BertConfig(
+        **(_QUICK | {"vocab_size": 128} if quick else large), attn_implementation=attention
+    )
     return BertForMaskedLM(config)
 
 
@@ -101,7 +109,9 @@ def _llama(attention: str, quick: bool) -> nn.Module:
         "max_position_embeddings": 8192,
     }
     small = _QUICK | {"num_key_value_heads": 2, "vocab_size": 128}
-    config = LlamaConfig(**(small if quick else large), use_cache=False, attn_implementation=attention)
+    config = LlamaConfig(
+        **(small if quick else large), use_cache=False, attn_implementation=attention
+    )
     return LlamaForCausalLM(config)
 
 
@@ -131,9 +141,16 @@ MODELS = {
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
-    """The same module with every dropout probability zero, functional attention dropout included."""
+    """The same module with every dropout probability zero, functional attention dropout
+    included."""
     for part in module.modules():
-        for name in ("p", "dropout", "dropout_prob", "attention_dropout", "attention_probs_dropout_prob"):
+        for name in (
+            "p",
+            "dropout",
+            "dropout_prob",
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+        ):
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
     return module

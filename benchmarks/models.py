@@ -1,7 +1,8 @@
 """Whole models: a training step and a forward of BERT, GPT-2, Llama and ViT, peers side by side.
 
-A step sets gradients to None, runs forward with labels, and backward; a forward is ``.eval()`` under no_grad, the same
-call. Weights are random bf16, dropout as the config has it (off in the comparison with float64, which comes first).
+A step sets gradients to None, runs forward with labels, and backward; a forward is ``.eval()``
+under no_grad, the same call. Weights are random bf16, dropout as the config has it (off in the
+comparison with float64, which comes first).
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def main() -> None:
     args = arguments()
     peers = chosen(args.peers)
     shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "GiB")]
-    shown += [*columns(tuple(p for p in peers if p.backend), "first s"), "check", "note"]
+    shown += [*columns(tuple(p for p in peers if p.backend), "first s"), "check"]
     session = Session(args, Table(f"models, attention {args.attention}, bf16", shown))
     for model in MODELS.values():
-        for phase in args.phase.split(","):
+        for phase in phases(args):
             if wanted(f"{model.name} {phase}", args.only):
                 _row(session, model, phase)
     add_geometric_mean(session.table)
@@ -49,9 +50,16 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     found = parser(__doc__)
-    found.add_argument("--attention", default="eager", choices=["eager", "sdpa"], help="eager: written plainly")
-    found.add_argument("--phase", default=",".join(PHASES), help="train, forward or both")
+    found.add_argument(
+        "--attention", default="eager", choices=["eager", "sdpa"], help="eager: written plainly"
+    )
+    found.add_argument("--phase", default="", help="train, forward or both")
     return found.parse_args()
+
+
+def phases(args: argparse.Namespace) -> tuple[str, ...]:
+    """Both, unless told; small sizes only the one with gradients."""
+    return tuple(args.phase.split(",")) if args.phase else ("train",) if args.quick else PHASES
 
 
 def _row(session: Session, model: Model, phase: str) -> None:
@@ -74,7 +82,11 @@ def _measure(args: argparse.Namespace, model: Model, train: bool, peer: Peer, ro
     device = "cuda" if timing.on_gpu() else "cpu"
     module = model.module(args.attention, args.quick, device).to(torch.bfloat16).train(train)
     inputs = model.inputs(args.quick, device, torch.bfloat16, seed=1)
-    step = training_step(module, peer.compile(module), inputs) if train else forward(peer.compile(module), inputs)
+    step = (
+        training_step(module, peer.compile(module), inputs)
+        if train
+        else forward(peer.compile(module), inputs)
+    )
     loss, row[f"{peer.name} first s"] = timing.first_call(step)
     row[f"{peer.name} loss"] = float(loss)
     del loss

@@ -1,4 +1,5 @@
-"""Who is compared: each peer is a way to turn a module or function into the callable that is timed."""
+"""Who is compared: each peer is a way to turn a module or function into the callable that is
+timed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Peer:
-    """``backend`` None is eager; "iocompiler" is resolved by `ours`, with or without the package installed."""
+    """``backend`` None is eager; "iocompiler" is resolved by `ours`, with or without the package
+    installed."""
 
     name: str
     backend: str | None
@@ -29,7 +31,8 @@ class Peer:
 
 
 def ours() -> str | Function:
-    """The registered backend name, or the function itself where only a copy of the repository is there."""
+    """The registered backend name, or the function itself where only a copy of the repository is
+    there."""
     if "iocompiler" in torch._dynamo.list_backends(exclude_tags=()):
         return "iocompiler"
     from iocompiler.backend import iocompiler

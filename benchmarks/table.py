@@ -24,7 +24,8 @@ Row: TypeAlias = "dict[str, Cell]"
 
 @dataclass
 class Table:
-    """What one group found. ``columns`` chooses and orders what is printed; JSON keeps every key of every row."""
+    """What one group found. ``columns`` chooses and orders what is printed; JSON keeps every key of
+    every row."""
 
     title: str
     columns: Sequence[str]
@@ -45,11 +46,17 @@ class Table:
         return markdown(self.columns, self.rows)
 
     def finish(self, path: str | None) -> None:
-        """Write the JSON, then print the table last."""
+        """Write the JSON, then print notes and, last, the table."""
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(json.dumps(self.as_json(), indent=1) + "\n")
-        print(f"\n{self.title}: {', '.join(f'{k} {v}' for k, v in self.facts.items() if k != 'command')}")
+        for row in self.rows:
+            if row.get("note"):
+                print(f"note: {row.get('name')}: {row['note']}")
+        facts = [
+            f"{name} {shown(value)}" for name, value in self.facts.items() if name != "command"
+        ]
+        print(f"\n{self.title}: {', '.join(facts)}")
         print(self.markdown())
         for name, value in self.summary.items():
             print(f"{name}: {shown(value)}")
@@ -86,7 +93,10 @@ def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Cell]]) -> str:
     """A Markdown table, padded so that it reads well as plain text too."""
     cells = [list(columns), *([shown(row.get(c)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 

@@ -55,8 +55,9 @@ def steps(
 ) -> Time:
     """Time whole steps one by one, gaps between their kernels included.
 
-    At most ``repetitions``, at least three, about ``budget_s`` in all. ``flush`` writes a buffer of five times the L2
-    before each step, so that it starts with its inputs in HBM; a whole model's working set does that itself.
+    At most ``repetitions``, at least three, about ``budget_s`` in all. ``flush`` writes a buffer of
+    five times the L2 before each step, so that it starts with its inputs in HBM; a whole model's
+    working set does that itself.
     """
     for _ in range(warm_up):
         call()
@@ -80,11 +81,13 @@ def _event() -> torch.cuda.Event:
 
 
 def batches(prepare: Callable[[], Sequence[Call]], repetitions: int, budget_s: float) -> Time:
-    """Time one short call: a batch of them runs back to back on the GPU, and the batch's time is divided.
+    """Time one short call: a batch of them runs back to back on the GPU, and the batch's time is
+    divided.
 
-    ``prepare`` returns the calls of one batch, each on its own inputs (so that the batch is larger than L2) and does
-    what is not timed (a forward before a timed backward). The device sleeps while the host queues the batch, so host time
-    does not count; results are kept until its end, so that every call writes memory of its own.
+    ``prepare`` returns the calls of one batch, each on its own inputs (so that the batch is larger
+    than L2) and does what is not timed (a forward before a timed backward). The device sleeps while
+    the host queues the batch, so host time does not count; results are kept until its end, so that
+    every call writes memory of its own.
     """
     queue_s = 0.0
     for _ in range(3):
@@ -92,7 +95,9 @@ def batches(prepare: Callable[[], Sequence[Call]], repetitions: int, budget_s: f
     synchronize()
     start = time.perf_counter()
     samples: list[float] = []
-    while len(samples) < 3 or (len(samples) < repetitions and time.perf_counter() - start < budget_s):
+    while len(samples) < 3 or (
+        len(samples) < repetitions and time.perf_counter() - start < budget_s
+    ):
         samples.append(_batch(prepare(), queue_s))
     return summary(samples)
 
@@ -121,7 +126,8 @@ def _batch(calls: Sequence[Call], queue_s: float) -> float:
 
 
 def copy_bandwidth(bytes_each: int, quick: bool = False) -> float:
-    """Bytes/s of a device-to-device copy of ``bytes_each`` (read plus written), timed as `batches` times kernels."""
+    """Bytes/s of a device-to-device copy of ``bytes_each`` (read plus written), timed as `batches`
+    times kernels."""
     device = "cuda" if on_gpu() else "cpu"
     count = max(2, -(-l2_bytes() * 5 // (2 * bytes_each)))
     pairs = [
@@ -140,7 +146,8 @@ def l2_bytes() -> int:
 
 
 class PeakMemory:
-    """``with PeakMemory() as peak: ...`` then ``peak.gib``: GiB allocated at most above what was there before."""
+    """``with PeakMemory() as peak: ...`` then ``peak.gib``: GiB allocated at most above what was
+    there before."""
 
     gib: float | None = None
 

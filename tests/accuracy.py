@@ -1,13 +1,15 @@
-"""The accuracy rule: compiled code may err against float64 at most 2x (values) or 3x (gradients) what eager errs.
+"""The accuracy rule: compiled code errs at most 2x (values) or 3x (gradients) what eager errs.
 
-Errors are relative norms, ``|out - ref| / max(|ref|, floor)``, taken per tensor: float64 eager is the reference, eager
-in the model's own dtype (on the same weights and inputs) sets what is allowed, and 1e-5 is added. Two
-cases in which the ratio alone says nothing:
+Errors are relative norms, ``|out - ref| / max(|ref|, floor)``, taken per tensor: float64 eager is
+the reference, eager in the model's own dtype (on the same weights and inputs) sets what is allowed,
+and 1e-5 is added. Two cases in which the ratio alone says nothing:
 
-- a gradient that is zero in exact arithmetic (a key bias under softmax) is pure rounding noise: ``floor`` is 1e-4 of the
-  root-mean-square gradient of the whole model times the square root of the tensor's size, so noise is not divided by zero;
-- a tensor of fewer than 16 elements (a loss, the bias of a small head) may be nearly exact in eager by luck: eager's error
-  counts as at least one rounding (half the dtype's eps) and, for a gradient, the median over all gradients of the run.
+- a gradient that is zero in exact arithmetic (a key bias under softmax) is pure rounding noise:
+  ``floor`` is 1e-4 of the root-mean-square gradient of the whole model times the square root of the
+  tensor's size, so noise is not divided by zero;
+- a tensor of fewer than 16 elements (a loss, the bias of a small head) may be nearly exact in eager
+  by luck: eager's error counts as at least one rounding (half the dtype's eps) and, for a gradient,
+  the median over all gradients of the run.
 """
 
 from __future__ import annotations
@@ -43,19 +45,22 @@ class Comparison:
         return self.compiled <= self.allowed  # False for NaN
 
     def __str__(self) -> str:
-        return f"{self.name}: compiled {self.compiled:.3g}, eager {self.eager:.3g}, allowed {self.allowed:.3g}"
+        errors = f"compiled {self.compiled:.3g}, eager {self.eager:.3g}"
+        return f"{self.name}: {errors}, allowed {self.allowed:.3g}"
 
 
 @dataclass(frozen=True)
 class Results:
-    """What one run gave: outputs and, after the run, buffers (running statistics); gradients; by name."""
+    """What one run gave: outputs and, after the run, buffers (running statistics); gradients; by
+    name."""
 
     values: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor | None]
 
 
 def relative_error(out: Tensor, ref: Tensor, floor: float = 0.0) -> float:
-    """``|out - ref| / max(|ref|, floor)`` in float64; 0 for two empty tensors, inf where only one is NaN or inf."""
+    """``|out - ref| / max(|ref|, floor)`` in float64; 0 for two empty tensors, inf where only one
+    is NaN or inf."""
     if out.shape != ref.shape:
         raise AssertionError(f"shape {tuple(out.shape)} is not the reference's {tuple(ref.shape)}")
     if out.numel() == 0:
@@ -78,7 +83,8 @@ def _same_specials(out: Tensor, ref: Tensor, finite: Tensor) -> bool:
 def compare(
     compiled: Results, eager: Results, reference: Results, dtype: torch.dtype
 ) -> tuple[Comparison, ...]:
-    """One comparison per output, buffer and gradient. A gradient present in one run only is an AssertionError."""
+    """One comparison per output, buffer and gradient. A gradient present in one run only is an
+    AssertionError."""
     rounding = torch.finfo(dtype).eps / 2
     values = [
         _Errors.of(name, compiled.values[name], eager.values[name], ref)
@@ -134,10 +140,11 @@ def run(
     train: bool,
     cotangent_seed: int = 1,
 ) -> Results:
-    """Call ``function(**inputs)`` (``module`` or its compiled form) and, if ``train``, differentiate.
+    """Call ``function(**inputs)`` (``module`` or its compiled form) and, if ``train``,
+    differentiate.
 
-    A scalar first output is taken as the loss. Otherwise every floating output gets a random cotangent. Gradients are those
-    of the parameters and of the inputs that require them.
+    A scalar first output is taken as the loss. Otherwise every floating output gets a random
+    cotangent. Gradients are those of the parameters and of the inputs that require them.
     """
     leaves = dict(module.named_parameters()) | {
         f"input {n}": t for n, t in inputs.items() if t.requires_grad
@@ -155,7 +162,8 @@ def run(
 
 
 def named_outputs(output: object) -> dict[str, Tensor]:
-    """The tensors of a tensor, a (possibly nested) tuple or list, or a mapping, each under its place's name."""
+    """The tensors of a tensor, a (possibly nested) tuple or list, or a mapping, each under its
+    place's name."""
     if isinstance(output, Tensor):
         return {"out": output}
     if isinstance(output, Mapping):
@@ -194,12 +202,14 @@ def compare_with_eager(
     autocast: torch.dtype | None = None,
     widen: Callable[[nn.Module], nn.Module] = nn.Module.double,
 ) -> tuple[Comparison, ...]:
-    """Run float64 eager, eager and compiled on equal weights and inputs; ``model_fn`` gives equal weights every call.
+    """Run float64 eager, eager and compiled on equal weights and inputs; ``model_fn`` gives equal
+    weights every call.
 
-    Weights and floating inputs are rounded to ``dtype`` first and only then widened, so that the reference computes on
-    exactly what the others do. ``train`` chooses between a step (``.train()``, gradients) and ``.eval()`` without gradients.
-    Under ``autocast`` weights stay in ``dtype`` and the rounding unit is that of the autocast dtype. ``widen`` makes the
-    float64 module (a large model may need gradient checkpointing there).
+    Weights and floating inputs are rounded to ``dtype`` first and only then widened, so that the
+    reference computes on exactly what the others do. ``train`` chooses between a step
+    (``.train()``, gradients) and ``.eval()`` without gradients. Under ``autocast`` weights stay in
+    ``dtype`` and the rounding unit is that of the autocast dtype. ``widen`` makes the float64
+    module (a large model may need gradient checkpointing there).
     """
 
     def once(wide: bool, compiled: bool) -> Results:

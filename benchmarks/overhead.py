@@ -1,0 +1,97 @@
+"""Launch overhead on a model too small to fill a GPU: host time a step, kernels a step, and how
+long the GPU is idle.
+
+"host us" is the host time to queue one step, the device not waited for; "step us" the device time
+from step to step; "busy us" the sum of its kernels' times as the profiler has them; "idle %" what
+is left of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.harness import Session, add_geometric_mean, add_ratio, columns, parser, wanted
+from benchmarks.model_zoo import MODELS, Model
+from benchmarks.models import forward, training_step
+from benchmarks.peers import Peer, chosen
+from benchmarks.table import Row, Table
+
+_PEERS = "eager,inductor,ours,inductor-graphs,ours-graphs"
+
+
+def main() -> None:
+    args = arguments()
+    if args.quick:
+        args.only, args.phase = "gpt2", "forward"
+    peers = chosen(args.peers)
+    shown = ["name", *columns(peers, "host us"), "ours/inductor"]
+    shown += [f"{p.name} {unit}" for p in peers for unit in ("kernels", "idle %")]
+    session = Session(args, Table("overhead, small models (hidden 64, 2 layers), bf16", shown))
+    for model in MODELS.values():
+        for phase in args.phase.split(","):
+            if wanted(f"{model.name} {phase}", args.only):
+                row: Row = {"name": f"{model.name} {phase}"}
+                session.table.rows.append(row)
+                for peer in peers:
+                    with session.attempt(row, peer.name):
+                        _measure(args, model, phase == "train", peer, row)
+                add_ratio(row, "host us")
+    add_geometric_mean(session.table)
+    session.table.finish(args.json)
+
+
+def arguments() -> argparse.Namespace:
+    found = parser(__doc__, default_peers=_PEERS)
+    found.add_argument("--phase", default="forward,train")
+    found.set_defaults(steps=200, only="gpt2,llama")
+    return found.parse_args()
+
+
+def _measure(args: argparse.Namespace, model: Model, train: bool, peer: Peer, row: Row) -> None:
+    device = "cuda" if timing.on_gpu() else "cpu"
+    module = model.module("eager", True, device).to(torch.bfloat16).train(train)
+    inputs = model.inputs(True, device, torch.bfloat16, seed=1)
+    function = peer.compile(module)
+    call = training_step(module, function, inputs) if train else forward(function, inputs)
+    row[f"{peer.name} step us"] = 1e3 * timing.steps(call, args.steps, args.budget, warm_up=10).ms
+    row[f"{peer.name} host us"] = _host_us(call, min(args.steps, 50))
+    if timing.on_gpu():
+        kernels, busy_us = _profile(call, 10)
+        row[f"{peer.name} kernels"], row[f"{peer.name} busy us"] = kernels, busy_us
+        row[f"{peer.name} idle %"] = 100 * max(
+            0.0, 1 - busy_us / float(row[f"{peer.name} step us"])
+        )  # type: ignore[arg-type]
+
+
+def _host_us(call: Callable[[], Any], repetitions: int) -> float:
+    """Median host time of a call on an idle device: it returns before the device is done."""
+    samples = []
+    for _ in range(repetitions):
+        timing.synchronize()
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(samples)
+
+
+def _profile(call: Callable[[], Any], repetitions: int) -> tuple[float, float]:
+    """Kernels a step and the microseconds they take together."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(repetitions):
+            call()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy_us = sum(e.device_time for e in on_device)
+    return len(on_device) / repetitions, busy_us / repetitions
+
+
+if __name__ == "__main__":
+    main()
