@@ -30,6 +30,8 @@ DEFAULT_LIMIT = 2 * 2**30
 _META = "meta.json"
 _EVICTION_PERIOD = 64
 _MOVES = 20
+_ASIDE = ".new-"
+_STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Cache:
         target = self.folder(kind, key)
         target.parent.mkdir(mode=0o700, exist_ok=True)
         meta = {"files": {n: _digest(content) for n, content in files.items()}, "data": dict(data)}
-        aside = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
         try:
             for name, content in files.items():
                 (aside / name).write_bytes(content)
@@ -154,6 +156,11 @@ class Cache:
         found = []
         for folder in self.root.glob("*/*"):
             try:
+                if (
+                    folder.name.startswith(_ASIDE)
+                    and time.time() - folder.stat().st_mtime < _STALE_SECONDS
+                ):
+                    continue  # another process is writing it
                 size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
                 found.append((folder, folder.stat().st_mtime, size))
             except OSError:

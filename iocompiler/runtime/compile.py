@@ -123,7 +123,10 @@ class Pool:
         except OSError as error:
             self._lost(connection)
             raise _WorkerDied(self._last_words()) from error
-        self.idle.put(connection)
+        if self.size:
+            self.idle.put(connection)
+        else:  # closed meanwhile
+            connection.close()
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -148,8 +151,12 @@ class Pool:
             while (connection := self.idle.get_nowait()) is not None:
                 connection.close()
         self.idle.put(None)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            # a worker is in the middle of a job; it ends after it, when it finds its socket closed
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 

@@ -113,7 +113,9 @@ def record(
 
     def replay(args: list[Any]) -> list[Any]:
         if not recorded:
-            graphed = cudagraph_trees.cudagraphify_impl(call, args, tuple(static_inputs), **settings)
+            graphed = cudagraph_trees.cudagraphify_impl(
+                call, args, tuple(static_inputs), **settings
+            )
             recorded.append(graphed)
         return recorded[0](args)
 

@@ -42,7 +42,9 @@ def test_an_entry_there_stays(cache: Cache) -> None:
     assert list((cache.root / "kernels").iterdir()) == [cache.folder("kernels", "k")]
 
 
-@pytest.mark.parametrize("damage", ["content", "missing", "no meta", "not json", "list", "truncated"])
+@pytest.mark.parametrize(
+    "damage", ["content", "missing", "no meta", "not json", "list", "truncated"]
+)
 def test_damage_is_rebuilt_with_one_warning(cache: Cache, damage: str) -> None:
     for key in ("a", "b"):
         folder = cache.put("kernels", key, FILES, {})
@@ -96,7 +98,9 @@ def test_a_folder_others_can_write_is_refused(cache_root: Path) -> None:
         assert default_cache() is None  # warned once
 
 
-def test_a_folder_of_another_user_is_refused(cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_another_user_is_refused(
+    cache_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache_root.mkdir(mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: cache_root.stat().st_uid + 1)
     with pytest.warns(CacheWarning, match="belongs to user"):
@@ -112,7 +116,9 @@ def test_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert module.clear() == 0
 
 
-def test_a_disk_that_takes_no_more_is_one_warning(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_no_more_is_one_warning(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

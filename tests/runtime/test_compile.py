@@ -28,7 +28,9 @@ def double(x, out, n):
 """
 
 
-def job(source: str = SOURCE, dtype: str = "fp32", divisible: tuple[int, ...] = (0, 1), where: str = "") -> Job:
+def job(
+    source: str = SOURCE, dtype: str = "fp32", divisible: tuple[int, ...] = (0, 1), where: str = ""
+) -> Job:
     signature = (("x", f"*{dtype}"), ("out", f"*{dtype}"), ("n", "i32"))
     return Job(source, "double", signature, divisible, 4, 2, 90, where)
 
@@ -54,7 +56,9 @@ def test_hints_change_the_code() -> None:
 
 def test_an_error_names_kernel_and_line() -> None:
     with pytest.raises(CompileError, match=r"(?s)'double'.*no_such.*\(at model.py:88\)$"):
-        compile_kernels([(job(SOURCE.replace("tl.load(", "tl.no_such("), where="model.py:88"), "k.py")])
+        compile_kernels(
+            [(job(SOURCE.replace("tl.load(", "tl.no_such("), where="model.py:88"), "k.py")]
+        )
     assert compile_kernels([(job(), "k.py")])  # the worker lives on
 
 
