@@ -1,4 +1,6 @@
-"""The ``call`` function of a generated module: allocate, launch, call aten, and drop every buffer after its last use."""
+"""The ``call`` function of a generated module: allocate, launch, call aten, and drop every buffer
+after its last use.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class _Statement:
 
 
 class Body:
-    """The text of ``call`` for a plan: ``text``, the module-level ``globals`` it needs, and how often it calls aten."""
+    """The text of ``call`` for a plan: ``text``, the module-level ``globals`` it needs, and how
+    often it calls aten.
+    """
 
     def __init__(self, plan: Plan, names: Names, launcher: Callable[[KernelStep, str], Launcher]):
         self.globals: list[str] = []

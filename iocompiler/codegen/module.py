@@ -1,8 +1,8 @@
 """A plan as one readable Python file: its Triton kernels, then ``call(args)``.
 
-The file has three kinds of cells, marked as editors know them: ``# %% prelude`` (imports and helpers of the kernels),
-``# %% kernel <name>`` and ``# %% call``. `runtime/module.py` compiles each kernel with the prelude and runs the call
-cell alone, so loading a file runs no Triton.
+The file has three kinds of cells, marked as editors know them: ``# %% prelude`` (imports and
+helpers of the kernels), ``# %% kernel <name>`` and ``# %% call``. `runtime/module.py` compiles each
+kernel with the prelude and runs the call cell alone, so loading a file runs no Triton.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class _Kernel:
 
 
 def emit_module(plan: Plan, name: str) -> str:
-    """The Python file of a plan. Programs with equal schedules are emitted once, under their first step's name.
+    """The Python file of a plan. Programs with equal schedules are emitted once, under their first
+    step's name.
 
     Raises:
         TypeError: an aten call has an argument that cannot be written as text.

@@ -42,7 +42,9 @@ _PRINTER = _SizePrinter()
 
 
 def size_text(size: Size | sympy.Basic) -> str:
-    """A size as a Python expression over its symbols, in parentheses unless it is a name or a number."""
+    """A size as a Python expression over its symbols, in parentheses unless it is a name or a
+    number.
+    """
     if isinstance(size, int):
         return str(int(size))
     text = str(_PRINTER.doprint(size))
@@ -89,7 +91,9 @@ def _symbolic(expr: sympy.Basic) -> str:
 
 
 class Names:
-    """Python names of plan values: as they are where they can be, apart from each other and from the module's own."""
+    """Python names of plan values: as they are where they can be, apart from each other and from
+    the module's own.
+    """
 
     def __init__(self, taken: Iterable[str] = ()):
         self.of: dict[str, str] = {}

@@ -1,7 +1,9 @@
-"""The values of a plan as a generated module holds them: which are variables, which views cost nothing at all.
+"""The values of a plan as a generated module holds them: which are variables, which views cost
+nothing at all.
 
-A view that only kernels read is no tensor: its kernels get the base's pointer and an offset. A view equal to its base
-is the base's variable. Only what aten or the caller sees is made with `reinterpret`.
+A view that only kernels read is no tensor: its kernels get the base's pointer and an offset. A view
+equal to its base is the base's variable. Only what aten or the caller sees is made with
+`reinterpret`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from iocompiler.tile.index import Size
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value lies: ``offset`` elements into the storage of ``root``, a value that is no view."""
+    """Where a value lies: ``offset`` elements into the storage of ``root``, a value that is no
+    view.
+    """
 
     root: str
     offset: Size = 0
@@ -66,7 +70,9 @@ class Values:
         return self.places.get(name, Place(name))
 
     def is_root(self, name: str) -> bool:
-        """Whether the value, a view, has the shape, strides and start of its root: one variable serves both."""
+        """Whether the value, a view, has the shape, strides and start of its root: one variable
+        serves both.
+        """
         place, spec = self.place(name), self.specs[name]
         root = self.specs[place.root]
         assert spec is not None and root is not None

@@ -107,3 +107,10 @@ def row_major(axes: tuple[Axis, ...]) -> Affine:
         index = index + Affine.of(axis.name) * stride
         stride = stride * axis.size
     return index
+
+
+def ceil_div(size: Size, block: int) -> Size:
+    """How many blocks cover a size."""
+    if isinstance(size, int):
+        return -(-size // block)
+    return size if block == 1 else sympy.floor((size + block - 1) / block)

@@ -1,0 +1,106 @@
+"""Triton text of single operations: addresses, constants, casts, rows of the op table."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+from sympy.printing.str import StrPrinter
+
+from iocompiler.tile.index import Affine, Size
+from iocompiler.tile.ops import MAPS
+
+TYPES = {
+    torch.float64: "tl.float64", torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16", torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16",
+    torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.bool: "tl.int1",
+}  # fmt: skip
+
+_INT32 = 2**31 - 1
+
+
+class _SizePrinter(StrPrinter):
+    """Sizes as Triton reads them: floor division by ``//``."""
+
+    def _print_floor(self, expr: sympy.Expr) -> str:
+        numerator, denominator = expr.args[0].as_numer_denom()
+        return f"(({self._print(numerator)}) // ({self._print(denominator)}))"
+
+    def _print_ceiling(self, expr: sympy.Expr) -> str:
+        numerator, denominator = expr.args[0].as_numer_denom()
+        return f"tl.cdiv({self._print(numerator)}, {self._print(denominator)})"
+
+    def _print_FloorDiv(self, expr: sympy.Expr) -> str:  # noqa: N802  # sympy names the method after the class
+        return f"(({self._print(expr.args[0])}) // ({self._print(expr.args[1])}))"
+
+    def _print_Pow(self, expr: sympy.Expr, rational: bool = False) -> str:  # noqa: N802
+        base, exponent = expr.args
+        if not (exponent.is_Integer and exponent > 0):
+            raise TypeError(f"no size: {expr}")
+        return "(" + " * ".join([f"({self._print(base)})"] * int(exponent)) + ")"
+
+
+def size(value: Size) -> str:
+    """A size as text over its symbols."""
+    return str(value) if isinstance(value, int) else str(_SizePrinter().doprint(value))
+
+
+def affine(index: Affine, names: dict[str, str], wide: bool = False) -> str:
+    """An index as text; ``names`` gives the text of axes and values, ``wide`` multiplies in 64 bits."""
+    parts = []
+    for name, coefficient in index.terms:
+        text = names[name]
+        if wide and not name.startswith("%"):
+            text = f"{text}.to(tl.int64)"
+        if coefficient == 1:
+            parts.append(text)
+        elif coefficient == -1:
+            parts.append(f"-{text}")
+        else:
+            factor = size(coefficient)
+            parts.append(f"{text} * {factor}" if isinstance(coefficient, int) else f"{text} * ({factor})")
+    if index.const != 0 or not parts:
+        parts.append(size(index.const) if isinstance(index.const, int) else f"({size(index.const)})")
+    return " + ".join(parts).replace("+ -", "- ")
+
+
+def needs_wide(index: Affine, elements: Size) -> bool:
+    """Whether an address may pass 2**31 - 1: always possible where the extent is not known."""
+    del index
+    return not isinstance(elements, int) or elements > _INT32
+
+
+def constant(value: object, dtype: torch.dtype) -> str:
+    """A literal of ``dtype`` as a scalar text."""
+    if isinstance(value, (int, float)):
+        if dtype == torch.bool:
+            return "True" if value else "False"
+        if dtype.is_floating_point:
+            return _float(float(value), dtype)
+        if abs(int(value)) > _INT32:
+            return f"tl.full([], {int(value)}, tl.int64)"
+        return str(int(value))
+    text = f"({size(value)})"  # type: ignore[arg-type]
+    return f"{text}.to({TYPES[dtype]})" if dtype.is_floating_point else text
+
+
+def _float(value: float, dtype: torch.dtype) -> str:
+    if math.isnan(value):
+        return "float('nan')"
+    if math.isinf(value):
+        return "float('inf')" if value > 0 else "float('-inf')"
+    if dtype == torch.float64:
+        return f"tl.full([], {value!r}, tl.float64)"
+    return repr(value)
+
+
+# What the table's text cannot be for float64: these exist for float32 only.
+_DOUBLE = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))"}
+
+
+def mapped(fn: str, operands: list[str], dtype: torch.dtype) -> str:
+    """One row of the op table applied to operand texts, in parentheses where it is an operator."""
+    row = MAPS[fn]
+    template = _DOUBLE[fn] if dtype == torch.float64 and fn in _DOUBLE else row.triton
+    return template.format(*operands)

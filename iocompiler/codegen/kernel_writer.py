@@ -1,0 +1,215 @@
+"""The text of one kernel in the making: lines, names of values, masks, and how one operation is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from iocompiler.codegen import expressions
+from iocompiler.plan.data import Schedule
+from iocompiler.tile.index import Affine, Axis, Size, product
+from iocompiler.tile.interpret import identity
+from iocompiler.tile.program import Op, TileProgram
+
+_REDUCERS = {"max": "_maximum", "min": "_minimum", "prod": "_multiply", "any": "_either"}
+
+
+class KernelWriter:
+    """Writes a merged program. ``masks`` maps each tile direction to the name of its bounds mask, where it has one."""
+
+    def __init__(self, program: TileProgram, schedule: Schedule):
+        self.program, self.schedule = program, schedule
+        self.lines: list[str] = []
+        self.depth = 1
+        self.names: dict[str, str] = {}  # text of axes ("x0") and of values ("%3")
+        self.masks: dict[str, str] = {}
+        self.direction: dict[str, str] = {}  # axis -> "x", "y" or "r"
+        self.extent: dict[str, Size] = {a.name: a.size for a in program.axes}
+        self.doc: list[str] = []
+
+    # --- text
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
+
+    def text(self, name: str, original: TileProgram) -> str:
+        parameters = [
+            b.name if b.role == "scalar" else f"{b.name}_ptr" for b in original.buffers
+        ] + list(original.size_symbols)
+        space = " x ".join(f"{a.name}<{a.size}" for a in self.program.axes) or "one point"
+        head = [
+            "@triton.jit",
+            f"def {name}({', '.join(parameters)}):",
+            f'    """{self.schedule.kind} over {space}"""',
+        ]
+        return "\n".join(head + self.lines) + "\n"
+
+    # --- axes
+
+    def flat_axes(self, axes: tuple[Axis, ...], flat: str, direction: str) -> None:
+        """Name each axis of a tile direction in terms of its flat position."""
+        rest = flat
+        for place, axis in enumerate(reversed(axes)):
+            self.direction[axis.name] = direction
+            last = place == len(axes) - 1
+            if last and len(axes) == 1:
+                self.names[axis.name] = flat
+                continue
+            extent = expressions.size(axis.size)
+            name = f"{axis.name}_of_{direction}"
+            self.line(f"{name} = {rest}" if last else f"{name} = {rest} % ({extent})")
+            if not last:
+                following = f"{direction}_over_{place}"
+                self.line(f"{following} = {rest} // ({extent})")
+                rest = following
+            self.names[axis.name] = name
+
+    def bounded(self, direction: str, position: str, total: Size, block: int) -> None:
+        """Write the bounds mask of a direction, unless the blocks cover it exactly."""
+        if block == 1 or (isinstance(total, int) and total % block == 0):
+            self.masks.pop(direction, None)
+            return
+        self.line(f"{direction}_mask = {position} < {expressions.size(total)}")
+        self.masks[direction] = f"{direction}_mask"
+
+    # --- which directions a value varies over
+
+    def directions(self, names: Iterable[str]) -> set[str]:
+        return {self.direction[n] for n in names if n in self.direction}
+
+    def spans(self, value: int) -> set[str]:
+        return self.directions(self.program.varies[value])
+
+    def address_spans(self, index: Affine) -> set[str]:
+        found = self.directions(n for n in index.names if not n.startswith("%"))
+        for value in index.values:
+            found |= self.spans(value)
+        return found
+
+    # --- one operation
+
+    def value(self, position: int) -> str:
+        return self.names[f"%{position}"]
+
+    def write(self, position: int) -> None:
+        """Write one operation that is no reduction and no scan."""
+        op = self.program.ops[position]
+        text = getattr(self, f"_{op.kind}")(op)
+        if op.kind == "store":
+            self.line(text)
+        elif op.kind == "const":
+            self.names[f"%{position}"] = text  # literals stand where they are used
+        else:
+            name = f"{op.fn or op.kind}_{position}"
+            self.line(f"{name} = {text}")
+            self.names[f"%{position}"] = name
+
+    def _mask(self, spans: set[str], op_mask: str | None) -> str:
+        parts = [self.masks[d] for d in ("y", "x", "r") if d in spans and d in self.masks]
+        return " & ".join(parts + ([op_mask] if op_mask else []))
+
+    def _load(self, op: Op) -> str:
+        buffer = self.program.buffer(op.buffer)
+        if buffer.role == "scalar":
+            return f"{op.buffer}"
+        assert op.index is not None
+        spans = self.address_spans(op.index)
+        mask_value = op.inputs[0] if op.inputs else None
+        if mask_value is not None:
+            spans |= self.spans(mask_value)
+        mask = self._mask(spans, self.value(mask_value) if mask_value is not None else None)
+        address = self._address(op)
+        if not mask:
+            return f"tl.load({op.buffer}_ptr + {address})"
+        other = expressions.constant(op.value if mask_value is not None else 0, op.dtype)
+        return f"tl.load({op.buffer}_ptr + {address}, {mask}, other={other})"
+
+    def _address(self, op: Op) -> str:
+        assert op.index is not None
+        wide = expressions.needs_wide(op.index, self.program.buffer(op.buffer).elements)
+        return f"({expressions.affine(op.index, self.names, wide)})"
+
+    def _store(self, op: Op) -> str:
+        assert op.index is not None
+        spans = self.address_spans(op.index)
+        extra = self.value(op.inputs[1]) if len(op.inputs) > 1 else None
+        mask = self._mask(spans, extra)
+        value = self.value(op.inputs[0])
+        address = self._address(op)
+        tail = f", {mask}" if mask else ""
+        call = "tl.atomic_add" if op.fn == "atomic_add" else "tl.store"
+        sem = ", sem='relaxed'" if op.fn == "atomic_add" else ""
+        return f"{call}({op.buffer}_ptr + {address}, {value}{tail}{sem})"
+
+    def _const(self, op: Op) -> str:
+        return expressions.constant(op.value, op.dtype)
+
+    def _iota(self, op: Op) -> str:
+        assert op.index is not None
+        return f"({expressions.affine(op.index, self.names)})"
+
+    def _map(self, op: Op) -> str:
+        inputs = op.inputs
+        operands = [self.value(i) for i in inputs]
+        if all(self.program.ops[i].kind == "const" for i in inputs[:1]) and op.fn not in ("where",):
+            # functions of tl need a tensor: a literal alone is made one
+            operands[0] = self._tensor(inputs[0])
+        if op.fn == "where":
+            operands[1:] = [self._tensor(i) for i in inputs[1:]]
+        operands = [o if _atomic(o) else f"({o})" for o in operands]
+        return expressions.mapped(op.fn, operands, self.program.ops[inputs[-1]].dtype)
+
+    def _tensor(self, position: int) -> str:
+        op = self.program.ops[position]
+        if op.kind != "const" or not isinstance(op.value, (bool, int, float)):
+            return self.value(position)
+        return f"tl.full([1], {expressions.constant(op.value, op.dtype)}, {expressions.TYPES[op.dtype]})"
+
+    def _cast(self, op: Op) -> str:
+        return f"{self._tensor(op.inputs[0])}.to({expressions.TYPES[op.dtype]})"
+
+    def _rand(self, op: Op) -> str:
+        assert op.index is not None
+        return f"tl.rand({self.value(op.inputs[0])}, {expressions.affine(op.index, self.names)})"
+
+    # --- reductions
+
+    def neutral(self, fn: str, dtype: torch.dtype) -> str:
+        from iocompiler.tile.ops import REDUCES
+
+        return expressions.constant(identity(REDUCES[fn].identity, dtype), dtype)
+
+    def full(self, value: str, shape: str) -> str:
+        return f"tl.broadcast_to({value}, {shape})"
+
+    def guarded(self, value: str, fn: str, dtype: torch.dtype, directions: tuple[str, ...]) -> str:
+        """``value`` with the points outside the space replaced by the neutral element."""
+        masks = [self.masks[d] for d in directions if d in self.masks]
+        if not masks:
+            return value
+        return f"tl.where({' & '.join(masks)}, {value}, {self.neutral(fn, dtype)})"
+
+    def folded(self, fn: str, tile: str, axis: int, dtype: torch.dtype) -> str:
+        """The reduction of a whole tile along one of its dimensions, that dimension kept."""
+        if fn == "sum":
+            return f"tl.sum({tile}, axis={axis}, keep_dims=True)"
+        if fn == "any":
+            return f"tl.reduce(({tile}).to(tl.int32), {axis}, _either, keep_dims=True) != 0"
+        del dtype
+        return f"tl.reduce({tile}, {axis}, {_REDUCERS[fn]}, keep_dims=True)"
+
+    def combined(self, fn: str, a: str, b: str) -> str:
+        if fn == "sum":
+            return f"{a} + {b}"
+        if fn == "any":
+            return f"{a} | {b}"
+        return f"{_REDUCERS[fn]}({a}, {b})"
+
+    def points(self, axes: tuple[Axis, ...]) -> Size:
+        return product([a.size for a in axes])
+
+
+def _atomic(text: str) -> bool:
+    """Whether a text needs no parentheses as an operand."""
+    return text.replace("_", "").replace(".", "").isalnum() or (text.startswith("(") and text.endswith(")") and text.count("(") == 1) or text.startswith("tl.full")

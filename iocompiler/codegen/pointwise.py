@@ -1,0 +1,59 @@
+"""Kernels without reductions: a row of points, or a square tile where accesses run along two axes."""
+
+from __future__ import annotations
+
+from iocompiler.codegen import expressions
+from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.plan.data import Schedule
+from iocompiler.tile.arrange import pointwise_tiling
+from iocompiler.tile.index import Size, ceil_div, product
+from iocompiler.tile.program import TileProgram
+
+
+def pointwise_grid(program: TileProgram, schedule: Schedule) -> tuple[Size, Size, Size]:
+    """Launch grid of a merged program: x blocks, y blocks, remaining axes."""
+    tiling = pointwise_tiling(program)
+    columns = ceil_div(product([a.size for a in tiling.x]), schedule.x_block)
+    if tiling.y is None:
+        return columns, 1, 1
+    # the first grid dimension is the only one without a limit of 65535
+    rest = product([a.size for a in tiling.grid])
+    return columns * ceil_div(tiling.y.size, schedule.y_block) * rest, 1, 1
+
+
+def write_pointwise(writer: KernelWriter) -> None:
+    tiling = pointwise_tiling(writer.program)
+    if tiling.y is None:
+        _one_dimension(writer)
+    else:
+        _two_dimensions(writer)
+    for position in range(len(writer.program.ops)):
+        writer.write(position)
+
+
+def _one_dimension(writer: KernelWriter) -> None:
+    axes, block = writer.program.parallel, writer.schedule.x_block
+    total = product([a.size for a in axes])
+    wide = ".to(tl.int64)" if isinstance(total, int) and total > 2**31 - 1 else ""
+    writer.line(f"x = tl.program_id(0){wide} * {block} + tl.arange(0, {block})")
+    writer.bounded("x", "x", total, block)
+    writer.flat_axes(axes, "x", "x")
+
+
+def _two_dimensions(writer: KernelWriter) -> None:
+    tiling = pointwise_tiling(writer.program)
+    assert tiling.y is not None
+    x_block, y_block = writer.schedule.x_block, writer.schedule.y_block
+    (x_axis,) = tiling.x
+    columns = expressions.size(ceil_div(x_axis.size, x_block))
+    rows = expressions.size(ceil_div(tiling.y.size, y_block))
+    writer.line(f"tile = tl.program_id(0) // ({columns})")
+    writer.line(f"x = (tl.program_id(0) % ({columns})) * {x_block} + tl.arange(0, {x_block})[None, :]")
+    writer.line(f"y = (tile % ({rows})) * {y_block} + tl.arange(0, {y_block})[:, None]")
+    writer.bounded("x", "x", x_axis.size, x_block)
+    writer.bounded("y", "y", tiling.y.size, y_block)
+    writer.names[x_axis.name], writer.direction[x_axis.name] = "x", "x"
+    writer.names[tiling.y.name], writer.direction[tiling.y.name] = "y", "y"
+    if tiling.grid:
+        writer.line(f"rest = tile // ({rows})")
+        writer.flat_axes(tiling.grid, "rest", "z")
