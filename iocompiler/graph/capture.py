@@ -9,6 +9,7 @@ The graph stays what the user wrote: in-place operators remain (`normalise` make
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, Shap
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from iocompiler.errors import CaptureFailed
+from iocompiler.graph.autocast import autocast
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
@@ -115,7 +117,7 @@ class _Retrace(PropagateUnbackedSymInts):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self._autocast: list[torch.autocast] = []
+        self._outer: list[ExitStack] = []
 
     def run_node(self, n: Node) -> Any:
         self._node = n
@@ -146,15 +148,14 @@ class _Retrace(PropagateUnbackedSymInts):
             return super().call_function(target, args, kwargs)
         return self._left_alone(target, args, kwargs)
 
-    def _switch_autocast(self, target: Any, args: Any) -> None:
-        """Throw the switch, which also records it: called as a function, make_fx only records."""
+    def _switch_autocast(self, target: Any, args: Any) -> Any:
+        """Record the switch, and throw it: make_fx only records, and would trace wrong dtypes."""
         if target is _exit_autocast:
-            self._autocast.pop().__exit__(None, None, None)
-            return
-        device, dtype, enabled, cache = args
-        region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
-        region.__enter__()
-        self._autocast.append(region)
+            self._outer.pop().close()
+        else:
+            self._outer.append(ExitStack())
+            self._outer[-1].enter_context(autocast({args[0]: args[1] if args[2] else None}))
+        return super().call_function(target, args, {})
 
     def _left_alone(self, target: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
         """Record a higher-order operator as it stands, its submodules untouched; Dynamo knows what

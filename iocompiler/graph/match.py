@@ -228,9 +228,9 @@ class Matcher:
         matched = inner | {root}
         if any(set(node.users) - matched for node in inner):
             return False
-        default = self._regions.get(root)
-        if any(self._regions.get(node, default) != default for node in inner):
-            return False
+        default = self._regions.get(root, view.ambient())
+        if default.autocast or any(self._regions.get(node, default) != default for node in inner):
+            return False  # under autocast an operator does not compute what it says
         return not self._writes or self._unwritten(matched, state)
 
     def _unwritten(self, matched: set[Node], state: _State) -> bool:

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import rewrite, view
+from iocompiler.graph.autocast import spell_out_autocast
 from iocompiler.graph.functional import make_functional
 from iocompiler.graph.match import graph_pass
 
@@ -89,7 +90,7 @@ def normalise(gm: GraphModule) -> int:
         a = aten.reshape.default(x, [8, 64]); b = aten.transpose.int(w, 0, 1)
         d = aten.relu.default(a); e = aten.to.dtype(d, torch.bfloat16)
     """
-    changed = make_functional(gm)
+    changed = spell_out_autocast(gm) + make_functional(gm)
     for node in view.calls(gm):
         changed += _respell(gm, node)
     return changed + rewrite.erase_dead(gm)

@@ -138,7 +138,7 @@ def compute_value(node: Node) -> None:
         return
     args, kwargs = map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
     mode = view.fake_mode(node.graph) or nullcontext()
-    with mode, torch.no_grad(), torch._C._DisableFuncTorch():
+    with mode, torch.no_grad(), torch._C._DisableFuncTorch(), torch._C._DisableAutocast():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 

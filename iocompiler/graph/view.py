@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+AUTOCAST_DEVICES = ("cpu", "cuda")
 _SWITCHES = (torch._C._set_grad_enabled, _ENTER, _EXIT)
 # in eval mode these return their input itself, though their schema does not say so
 _MAY_RETURN_INPUT = (
@@ -133,29 +134,46 @@ def is_random(node: Node) -> bool:
     )
 
 
-def regions(gm: GraphModule) -> dict[Node, int]:
-    """For each node, a number equal for two nodes only where grad mode and autocast are the same
-    for both.
-    """
-    numbers: dict[tuple[Any, ...], int] = {}
-    grad: Any = torch.is_grad_enabled()  # Dynamo compiles under the mode its graph starts in
-    autocast: list[tuple[Any, ...]] = []
-    found: dict[Node, int] = {}
+class Region(NamedTuple):
+    """What a node runs under: grad mode, and the dtype of each device type autocast is on for."""
+
+    grad: bool
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+
+
+def ambient() -> Region:
+    """The region a graph starts in: Dynamo compiles it under the modes it was called in."""
+    on = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+    return Region(torch.is_grad_enabled(), tuple((d, torch.get_autocast_dtype(d)) for d in on))
+
+
+def regions(gm: GraphModule) -> dict[Node, Region]:
+    """What each node runs under, by the switches that stand before it."""
+    now = ambient()
+    outer: list[Region] = []
+    found: dict[Node, Region] = {}
     for node in gm.graph.nodes:
         if node.target is torch._C._set_grad_enabled:
-            grad = node.args[0]
+            now = now._replace(grad=bool(node.args[0]))
         elif node.target is _ENTER:
-            autocast.append(tuple(node.args))
+            outer.append(now)
+            now = now._replace(autocast=_entered(now.autocast, *node.args[:3]))
         elif node.target is _EXIT:
-            autocast.pop()
-        found[node] = numbers.setdefault((grad, *autocast), len(numbers))
+            now = now._replace(autocast=outer.pop().autocast)
+        found[node] = now
     return found
 
 
+def _entered(
+    before: tuple[tuple[str, torch.dtype], ...], device: Any, dtype: Any, enabled: Any
+) -> tuple[tuple[str, torch.dtype], ...]:
+    others = [pair for pair in before if pair[0] != device]
+    mine = [(device, dtype or torch.get_autocast_dtype(device))] if enabled else []
+    return tuple(sorted(others + mine, key=lambda pair: pair[0]))
+
+
 def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
-    """For each node, the nodes whose storage its tensors may share: itself where it makes new
-    tensors.
-    """
+    """For each node, those whose storage its tensors may share: itself where it makes new ones."""
     found: dict[Node, frozenset[Node]] = {}
     for node in gm.graph.nodes:
         # what is no plain operator (a submodule, a getitem) may return any of its inputs
