@@ -67,6 +67,12 @@ class CannotExplain(IOCompilerError):
     message = "{model} cannot be explained: {cause}"
 
 
+class BadArgument(IOCompilerError):
+    """An argument of the command line cannot be used."""
+
+    message = "{argument}: {cause}"
+
+
 class CaptureFailed(IOCompilerError):
     """Dynamo's graph could not be traced again to pre-dispatch ATen."""
 

@@ -47,8 +47,9 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes to and from device memory, FLOPs (multiply and add are two), and how many of them are
-    transcendental functions. ``flops`` counts the contractions' too."""
+    """Bytes to and from device memory, FLOPs (multiply and add are two), and transcendental
+    functions, which ``flops`` leaves out. ``flops`` counts the contractions' too.
+    """
 
     read_bytes: Size = 0
     written_bytes: Size = 0

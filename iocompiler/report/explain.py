@@ -61,7 +61,11 @@ def explain(
     """
     row = device_named(device)
     records: list[Compilation] = []
-    options = {"engine": _unplanned_engine, "device": row.name, "on_compiled": records.append}
+    options: dict[str, Any] = {
+        "engine": _unplanned_engine,
+        "device": row.name,
+        "on_compiled": records.append,
+    }
     breaks = Counter(torch._dynamo.utils.counters["graph_break"])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
@@ -71,7 +75,7 @@ def explain(
         with mode, _quiet(), torch.set_grad_enabled(training):
             result = run(*arguments, **keywords)
             if training:
-                loss_of(result).backward()
+                loss_of(result).backward()  # type: ignore[no-untyped-call]
     except IOCompilerError:
         raise
     except Exception as error:

@@ -12,7 +12,7 @@ import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
@@ -41,7 +41,7 @@ def double(model: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any
         )
 
 
-def _is_function(value: Any) -> bool:
+def _is_function(value: Any) -> TypeGuard[types.FunctionType]:
     return isinstance(value, types.FunctionType)
 
 
@@ -84,10 +84,18 @@ def _doubled_cell(value: Any, memo: Memo) -> Any:
 
 def double_inputs(values: Any, mode: FakeTensorMode) -> Any:
     """A structure of inputs with fake tensors for real ones; everything else is handed through."""
-    return tree_map(
-        lambda x: mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x,
-        values,
-    )
+
+    def faked(value: Any) -> Any:
+        if isinstance(value, FakeTensor):  # of a mode of the user's
+            with mode:
+                return torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device=value.device
+                )
+        if isinstance(value, torch.Tensor):
+            return mode.from_tensor(value, static_shapes=True)
+        return value
+
+    return tree_map(faked, values)
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class Retarget:
 
     def __call__(self, gm: GraphModule) -> int:
         values = [node.meta.get("val") for node in gm.graph.nodes]
-        if any(x.device.type != "cpu" for x in tree_leaves(values) if isinstance(x, torch.Tensor)):
+        if any(x.device.type == "cuda" for x in tree_leaves(values) if isinstance(x, torch.Tensor)):
             return 0
         for node in gm.graph.nodes:
             if "val" in node.meta:
@@ -117,5 +125,5 @@ class Retarget:
             return value
         with value.fake_mode, torch.no_grad():
             moved = value.detach()  # same shape, strides, offset and storage
-        moved.fake_device = torch.device(self.device, 0)
+        moved.fake_device = torch.device(self.device, 0)  # type: ignore[attr-defined]
         return moved

@@ -64,7 +64,9 @@ def from_json(text: str) -> Report:
     data = json.loads(text)
     if data.get("schema") != _SCHEMA:
         raise ReportFormat(path="json", cause=f"schema {data.get('schema')!r}, not {_SCHEMA}")
-    lists = {name: tuple(row(**item) for item in data[name]) for name, row in _LISTS.items()}
+    lists: dict[str, Any] = {
+        name: tuple(row(**item) for item in data[name]) for name, row in _LISTS.items()
+    }
     return Report(
         device=data["device"],
         kernels=tuple(_kernel(item) for item in data["kernels"]),

@@ -63,26 +63,33 @@ def _totals(report: Report) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
     least, moved = report.bytes_bound, report.bytes_moved
-    table.add_row(
+    _row(
+        table,
         "bytes moved",
         show_bytes(moved),
         f"{moved / least:.2f} x the least possible" if least else "",
     )
-    table.add_row(
-        "least possible", show_bytes(least), "inputs and outputs once, and what contractions force"
+    _row(
+        table,
+        "least possible",
+        show_bytes(least),
+        "inputs and outputs once, and what contractions force",
     )
     bound_us = report.time_bound_us
     over = (
         f"{report.time_us / bound_us:.2f} x the bound of {show_time(bound_us)}" if bound_us else ""
     )
-    table.add_row("modeled time", show_time(report.time_us), over)
+    _row(table, "modeled time", show_time(report.time_us), over)
     ours = sum(k.generated for k in report.kernels)
-    table.add_row(
-        "kernels", str(len(report.kernels)), f"{ours} generated, {len(report.kernels) - ours} calls"
+    _row(
+        table,
+        "kernels",
+        str(len(report.kernels)),
+        f"{ours} generated, {len(report.kernels) - ours} calls",
     )
     if report.sizes:
         sizes = ", ".join(f"{name} = {value}" for name, value in report.sizes)
-        table.add_row("sizes", str(len(report.sizes)), f"priced at {sizes}")
+        _row(table, "sizes", str(len(report.sizes)), f"priced at {sizes}")
     return table
 
 
@@ -127,7 +134,7 @@ def _kernels(report: Report) -> Table:
         table.add_column("regs/spill/smem", no_wrap=True)
     table.add_column("where", ratio=2)
     for group in groups[:MOST_KERNELS]:
-        table.add_row(*_kernel_cells(group, compiled))
+        _row(table, *_kernel_cells(group, compiled))
     _remainder(
         table, len(groups) - MOST_KERNELS, "kernels", sum(g.bytes for g in groups[MOST_KERNELS:])
     )
@@ -166,7 +173,7 @@ def _unfused(report: Report) -> Table:
     for edges in ordered[:MOST_EDGES]:
         first = edges[0]
         total = show_bytes(sum(e.bytes for e in edges))
-        table.add_row(str(len(edges)), first.producer, first.consumer, total, first.reason)
+        _row(table, str(len(edges)), first.producer, first.consumer, total, first.reason)
     rest = sum(e.bytes for edges in ordered[MOST_EDGES:] for e in edges)
     _remainder(table, len(ordered) - MOST_EDGES, "edges", rest, column=3)
     return table
@@ -187,7 +194,7 @@ def _findings(title: str, rows: list[tuple[str, str, str]], last: str) -> Table:
     for row in rows:
         counts[row] = counts.get(row, 0) + 1
     for row, count in counts.items():
-        table.add_row(str(count), *row)
+        _row(table, str(count), *row)
     return table
 
 
@@ -197,12 +204,17 @@ def _table(title: str) -> Table:
     )
 
 
+def _row(table: Table, *cells: str) -> None:
+    """Cells as they are: brackets in a shape are no markup."""
+    table.add_row(*map(Text, cells))
+
+
 def _remainder(table: Table, left: int, what: str, size: int, column: int = 2) -> None:
     if left > 0:
-        cells: list[RenderableType] = ["" for _ in table.columns]
-        cells[1] = Text(f"and {left} more {what}", style="dim")
+        cells = ["" for _ in table.columns]
+        cells[1] = f"and {left} more {what}"
         cells[column] = show_bytes(size)
-        table.add_row(*cells)
+        _row(table, *cells)
 
 
 def show_bytes(count: float) -> str:
