@@ -1,5 +1,8 @@
-"""Shared by every test: one thread, no Dynamo state from the test before, GPU tests skipped where
-there is none.
+"""Shared by every test: one thread, a seed, no Dynamo state from the test before, a cache of its
+own.
+
+GPU tests are skipped where there is none; slow tests unless ``--slow`` or an ``-m`` that names them
+asks for them.
 """
 
 from __future__ import annotations
@@ -15,12 +18,25 @@ from torch.fx import GraphModule
 from iocompiler.graph.capture import capture
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = config.getoption("--slow") or "slow" in config.getoption("-m")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and not slow:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither reads nor fills the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IOCOMPILER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,115 @@
+"""Every model of the zoo through capture, rewriting, AOTAutograd and the GPU planner, run by the
+tile interpreter.
+
+The plan is the one a GPU would get; the interpreter stands for its kernels, so this needs no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from iocompiler.backend import Compiler
+from iocompiler.compilation import Compilation
+from iocompiler.plan.data import KernelStep
+from tests.accuracy import assert_as_accurate_as_eager, compare
+from tests.models.stepping import adamw_steps
+from tests.models.zoo import CASES, LAYERS, PLAIN, SDPA, TINY, Case, Size
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+SLOW = pytest.mark.slow
+
+
+def _planned(records: list[Compilation] | None = None) -> Callable[[Any], Any]:
+    note = None if records is None else records.append
+    return lambda f: torch.compile(f, backend=Compiler(engine="reference", on_compiled=note))
+
+
+def _cases() -> list[object]:
+    """Plain models and layers: a training step in each dtype. The rest is slow."""
+    found = []
+    for case in (*PLAIN, *SDPA, *LAYERS):
+        for train in (True, False):
+            for dtype in (FLOAT32, BFLOAT16):
+                marks = () if train and case not in SDPA else (SLOW,)
+                label = f"{case}-{'train' if train else 'forward'}-{str(dtype)[6:]}"
+                found.append(pytest.param(case, train, dtype, id=label, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("case", "train", "dtype"), _cases())
+def test_is_as_accurate_as_eager(case: Case, train: bool, dtype: torch.dtype) -> None:
+    records: list[Compilation] = []
+    assert_as_accurate_as_eager(
+        case.module, case.inputs(), _planned(records), dtype=dtype, train=train
+    )
+    assert not [fallback for record in records for fallback in record.fallbacks]
+    graphs = {name for record in records for name in record.plans}
+    assert graphs == ({"forward", "backward"} if train else {"inference"})
+    steps = [step for record in records for plan in record.plans.values() for step in plan.steps]
+    assert any(isinstance(step, KernelStep) for step in steps)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_a_compiled_optimizer_steps_like_eager(dtype: torch.dtype) -> None:
+    compiled = adamw_steps(dtype, TINY, "cpu", _planned())
+    eager, wide = (adamw_steps(d, TINY, "cpu", None) for d in (dtype, torch.float64))
+    bad = [str(c) for c in compare(compiled, eager, wide, dtype) if not c.ok]
+    assert not bad
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder-layer", *(pytest.param(n, marks=SLOW) for n in ("bert-eager", "gpt2-sdpa"))]
+)
+def test_autocast(name: str) -> None:
+    case = CASES[name]
+    assert_as_accurate_as_eager(
+        case.module, case.inputs(), _planned(), dtype=FLOAT32, autocast=BFLOAT16
+    )
+
+
+def test_a_graph_break_gives_two_graphs() -> None:
+    records: list[Compilation] = []
+    case = CASES["graph-break"]
+    assert_as_accurate_as_eager(case.module, case.inputs(), _planned(records), dtype=FLOAT32)
+    assert len(records) == 2
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder-layer", "gpt2-eager", "llama-eager"])
+def test_one_compilation_serves_every_size(name: str) -> None:
+    case, records = CASES[name], list[Compilation]()
+    module = case.module().eval()
+    compiled = torch.compile(
+        module, backend=Compiler(engine="reference", on_compiled=records.append), dynamic=True
+    )
+    for seed, (batch, length) in enumerate([(2, 9), (3, 14), (5, 9), (4, 31)]):
+        size = Size(TINY.hidden, TINY.layers, TINY.vocabulary, batch, length)
+        inputs = case.inputs(size, seed)
+        with torch.no_grad():
+            ours, theirs = compiled(**inputs), module(**inputs)
+        ours, theirs = (r if torch.is_tensor(r) else r["logits"] for r in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(records) == 1
+
+
+def test_dropout_repeats_with_the_seed_and_its_backward_sees_the_same_mask() -> None:
+    @_planned()
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x.exp(), 0.4, True)
+
+    x = torch.rand(33, 65, requires_grad=True)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        x.grad = None
+        out = dropped(x)
+        out.sum().backward()
+        assert torch.equal(out == 0, x.grad == 0)
+        torch.testing.assert_close(out, x.grad)  # d exp = exp
+        outs.append(out.detach())
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert abs((outs[0] != 0).double().mean() - 0.6) < 0.06
