@@ -1,0 +1,148 @@
+"""Which schedule a tile program gets on a device, from its shape and its accesses alone.
+
+The rules say what a memory-bound kernel needs: enough bytes in flight on every multiprocessor, neighbouring threads on
+neighbouring addresses, and a row that fits the registers where its reductions are read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from iocompiler.cost_model.device import Device
+from iocompiler.plan.data import Schedule
+from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
+from iocompiler.tile.index import Size, product
+from iocompiler.tile.program import TileProgram
+
+LONGEST_PERSISTENT_ROW = 16384
+_DEFAULT_HINT = 1024
+
+
+def choose(program: TileProgram, device: Device, hints: Mapping[str, int] | None = None) -> Schedule:
+    """The schedule expected to be fastest. Legal for every value of symbolic sizes, ``hints`` only steer it."""
+    hints = hints or {}
+    merged = merge_axes(program)
+    if any(op.kind == "reduce" and op.over == "parallel" for op in program.ops):
+        return _rows(merged, device, hints)
+    if not program.reduced:
+        return _pointwise(merged, device, hints)
+    if any(op.kind == "scan" for op in program.ops):
+        return _row_reduction(merged, hints)
+    return _row_reduction(merged, hints) if rows_contiguous(merged) else _column_reduction(merged, device, hints)
+
+
+def at_hint(size: Size, hints: Mapping[str, int]) -> int:
+    """A size at the hinted values of its symbols."""
+    if isinstance(size, int):
+        return size
+    return int(size.subs({s: hints.get(s.name, _DEFAULT_HINT) for s in size.free_symbols}))
+
+
+def points(axes: tuple[object, ...], hints: Mapping[str, int]) -> int:
+    return at_hint(product([a.size for a in axes]), hints)  # type: ignore[attr-defined]
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two not below a size."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _warps(elements: int, each: int) -> int:
+    """Warps for a tile of ``elements`` with about ``each`` elements a thread."""
+    return max(1, min(16, power_of_two(max(1, elements // (32 * each)))))
+
+
+# --- pointwise
+
+
+def _pointwise(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
+    tiling = pointwise_tiling(program)
+    if tiling.y is not None:
+        x = min(64, power_of_two(at_hint(tiling.x[0].size, hints)))
+        y = min(64, power_of_two(at_hint(tiling.y.size, hints)))
+        return Schedule("pointwise", x_block=max(x, 1), y_block=max(y, 1), num_warps=_warps(x * y, 16))
+    total = points(program.parallel, hints)
+    block = 1024
+    while block > 128 and total < block * device.sm_count * 2:
+        block //= 2
+    return Schedule("pointwise", x_block=block, num_warps=_warps(block, 8))
+
+
+# --- rows
+
+
+def _row_reduction(program: TileProgram, hints: Mapping[str, int]) -> Schedule:
+    width = product([a.size for a in program.reduced])
+    rows = points(program.parallel, hints)
+    if isinstance(width, int) and width <= LONGEST_PERSISTENT_ROW:
+        block = power_of_two(width)
+        x = max(1, min(2048 // block, power_of_two(rows), 64))
+        return Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, 16))
+    block = min(4096, max(64, power_of_two(at_hint(width, hints))))
+    x = max(1, min(2048 // block, power_of_two(rows)))
+    return Schedule("looped", x_block=x, r_block=block, num_warps=_warps(x * block, 8))
+
+
+# --- columns
+
+
+def _column_reduction(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
+    width = points(program.parallel, hints)
+    height = product([a.size for a in program.reduced])
+    x = min(128, power_of_two(width))
+    r = max(1, min(4096 // x, power_of_two(at_hint(height, hints))))
+    schedule = Schedule("looped", x_block=x, r_block=r, num_warps=_warps(x * r, 16))
+    if isinstance(height, int) and power_of_two(height) <= r:
+        return replace(schedule, kind="persistent", r_block=power_of_two(height))
+    return schedule
+
+
+# --- rows with column sums
+
+
+def _rows(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
+    width = product([a.size for a in program.reduced])
+    assert isinstance(width, int), "a row with column sums has a static length"
+    block = power_of_two(width)
+    x = max(1, min(2048 // block, 16))
+    return Schedule(
+        "rows", x_block=x, r_block=block, num_warps=_warps(x * block, 16), programs=2 * device.sm_count
+    )
+
+
+# --- reductions with few results
+
+
+def split_factor(program: TileProgram, device: Device, hints: Mapping[str, int] | None = None) -> int:
+    """How many parts a reduction with few results should be cut into; 1 where it fills the device as it is."""
+    hints = hints or {}
+    merged = merge_axes(program)
+    if not merged.reduced:
+        return 1
+    schedule = choose(program, device, hints)
+    programs = -(-points(merged.parallel, hints) // schedule.x_block)
+    depth = points(merged.reduced, hints)
+    wanted = 4 * device.sm_count
+    if programs >= device.sm_count or depth * points(merged.parallel, hints) < 1 << 16:
+        return 1
+    deepest = at_hint(merged.reduced[0].size, hints)
+    least = max(1, 4096 * deepest // max(depth * min(points(merged.parallel, hints), schedule.x_block), 1))
+    return max(1, min(wanted // max(programs, 1), deepest // max(least, 1)))
+
+
+def candidates(program: TileProgram, device: Device, hints: Mapping[str, int] | None = None) -> list[Schedule]:
+    """Schedules worth measuring, the chosen one first: the neighbours in block sizes and warps."""
+    first = choose(program, device, hints)
+    found = [first]
+    for warps in (1, 2, 4, 8, 16):
+        for scale in (0.25, 0.5, 1, 2, 4):
+            x = int(first.x_block * scale)
+            if x < 1 or x * first.r_block * first.y_block > 32768:
+                continue
+            other = replace(first, x_block=x, num_warps=warps)
+            if other not in found:
+                found.append(other)
+    if first.kind == "looped":
+        found += [replace(first, r_block=r) for r in (512, 1024, 2048, 8192) if r != first.r_block]
+    return found
