@@ -156,7 +156,16 @@ class _Walk:
         self.compilation.add(findings(flat))
         plan = build_plan(flat, engines.device_row(flat, self.options), name)
         self.compilation.plans[name] = plan
-        return engines.load(plan, flat, self.options)
+        run = engines.load(plan, flat, self.options, name)
+        if self.options.mode != "reduce-overhead" or self.options.engine != "auto":
+            return run
+        recorded = "forward" in self.compilation.recorded
+        run, reason = engines.replayed(run, plan, flat, name, recorded)
+        if reason:
+            self.compilation.fallbacks.append(Fallback(name, f"no CUDA graph: {reason}"))
+        else:
+            self.compilation.recorded.add(name)
+        return run
 
     def _try(
         self, region: str, step: Callable[[], Result], instead: str = "runs on aten"

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fallback:
-    """A region that runs on aten, or unrewritten, and why: ``region`` is "graph", "forward",
-    "backward" ...
+    """A region that runs on aten, unrewritten or unrecorded, and why.
+
+    ``region`` is "rewriting", "graph", or the name of a flat graph.
     """
 
     region: str
@@ -28,16 +29,20 @@ class Fallback:
 
 @dataclass
 class Compilation:
-    """Filled in as the walk goes; "forward" and "backward" or "inference" name the flat graphs and
-    their plans.
+    """Filled in as the walk goes.
+
+    Flat graphs and their plans are named "forward" and "backward", or "inference". A backward may
+    be added long after the forward.
 
     Attributes:
-        graph: the captured and rewritten graph; None where capture failed.
+        graph: the captured and rewritten graph; None where that failed.
         rewrites, misses: what the passes found.
-        plans: the plan of each flat graph that was planned. A backward may come later than the
-            forward. flat: the flat graphs themselves, under the same names. fallbacks: what runs on
-            aten, and why. changed: sites changed by passes that do more than respell. passes: the
-            table of passes, with sites and milliseconds.
+        plans: the plan of each flat graph that was planned.
+        flat: the flat graphs themselves, under the same names.
+        fallbacks: what runs on aten, or unrecorded, and why.
+        recorded: names of the flat graphs that are replayed as CUDA graphs.
+        changed: sites changed by passes that do more than respell.
+        passes: the table of passes, with sites and milliseconds.
     """
 
     graph: GraphModule | None = None
@@ -46,6 +51,7 @@ class Compilation:
     plans: dict[str, Plan] = field(default_factory=dict)
     flat: dict[str, GraphModule] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
+    recorded: set[str] = field(default_factory=set)
     changed: int = 0
     passes: Summary | None = None
 

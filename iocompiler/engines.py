@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch._guards import TracingContext
 from torch.fx import GraphModule
 
 from iocompiler.cost_model.device import DEVICES, Device
@@ -18,7 +19,7 @@ Boxed: TypeAlias = Callable[[list[Any]], Any]
 """Called with one list of inputs, which it empties, so that an input dies as soon as it is dead."""
 
 
-def load(plan: Plan, gm: GraphModule, options: Options) -> Boxed:
+def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
     """Make the plan of the flat graph ``gm`` run on the engine of the options."""
     if callable(options.engine):
         return boxed(options.engine(plan, gm))
@@ -28,7 +29,51 @@ def load(plan: Plan, gm: GraphModule, options: Options) -> Boxed:
         return boxed(lambda args: run_plan(plan, args))
     from iocompiler.runtime.load import load as load_plan
 
-    return boxed(load_plan(plan, torch.device(plan.device)))
+    return boxed(load_plan(plan, torch.device(plan.device), name))
+
+
+def replayed(
+    run: Boxed, plan: Plan, gm: GraphModule, name: str, forward: bool
+) -> tuple[Boxed, str]:
+    """``run`` recorded as a CUDA graph, and "" or why that cannot be.
+
+    Args:
+        name: "forward", "backward" or "inference".
+        forward: for a backward, whether its forward was recorded, in whose pool the saved tensors
+            lie.
+    """
+    from iocompiler.runtime import graphs
+
+    backward = name == "backward"
+    static = _saved_inputs(gm) if backward else _fixed_inputs()
+    reason = graphs.obstacle(plan, static)
+    device = torch.device(plan.device).index or 0
+    if backward and not forward:
+        return run, reason or "the forward is none"
+    if reason:
+        return (boxed(graphs.plain_backward(run, device)) if backward else run), reason
+    recorded = graphs.record(
+        run,
+        plan,
+        device,
+        static_inputs=static,
+        is_backward=backward,
+        is_inference=name == "inference",
+    )
+    return boxed(recorded), ""
+
+
+def _fixed_inputs() -> list[int]:
+    """Positions of parameters and buffers, which stay where they are from call to call."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return list(metadata.static_input_indices or ()) if metadata is not None else []
+
+
+def _saved_inputs(gm: GraphModule) -> list[int]:
+    """Positions of what the forward saved, AOTAutograd putting the tangents last."""
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    return [position for position, name in enumerate(names) if "tangents" not in name]
 
 
 def aten(gm: GraphModule) -> Boxed:

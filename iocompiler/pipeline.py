@@ -14,6 +14,7 @@ from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, close_ma
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import Stage
 from iocompiler.graph.normalise import normalise
+from iocompiler.passes.attention import attention
 
 
 class Pass(Protocol):
@@ -167,4 +168,5 @@ def _complete(gm: GraphModule, name: str) -> None:
 
 DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
+    attention,  # while its dropout and its masks still stand as they were written
 )

@@ -1,4 +1,4 @@
-"""The walk end to end, on the CPU: with plain aten, with Inductor's C++, and what happens when something fails."""
+"""The walk on the CPU: with plain aten, with Inductor's C++, and when something fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def raises(gm: GraphModule) -> int:
 def _compiled(
     f: Callable[..., Any], pipeline: ioc.Pipeline = ioc.DEFAULT, **options: Any
 ) -> tuple[Callable[..., Any], list[Compilation]]:
-    """``f`` compiled on plain aten, strictly unless told otherwise, and the record of its graphs."""
+    """``f`` compiled strictly on plain aten, unless told otherwise; the record of its graphs."""
     records: list[Compilation] = []
     dynamic = options.pop("dynamic", None)
     options = {"engine": "aten", "strict": True, **options}
@@ -70,7 +70,8 @@ def _grad(*shape: int) -> torch.Tensor:
 def test_the_entry_point_needs_no_import() -> None:
     code = (
         "import sys, torch\n"
-        "f = torch.compile(lambda x: x.sin() + 1, backend='iocompiler', options={'engine': 'aten'})\n"
+        "f = torch.compile(lambda x: x.sin() + 1,"
+        " backend='iocompiler', options={'engine': 'aten'})\n"
         "x = torch.randn(3)\n"
         "assert torch.allclose(f(x), x.sin() + 1)\n"
         "assert 'iocompiler' in sys.modules\n"
@@ -240,7 +241,10 @@ def test_rewrites_are_recorded() -> None:
 def test_the_callback_gets_the_table_of_passes() -> None:
     records = _check(lambda x: x.sin(), torch.randn(3))
     assert records[0].passes is not None
-    assert [row[0] for row in records[0].passes.rows] == ["capture", *ioc.DEFAULT.stage("graph").names]
+    assert [row[0] for row in records[0].passes.rows] == [
+        "capture",
+        *ioc.DEFAULT.stage("graph").names,
+    ]
 
 
 def test_dump(tmp_path: Path) -> None:
@@ -257,7 +261,9 @@ def test_options_of_torch_compile_override() -> None:
 
 def test_a_pass_that_raises_does_not_break_the_program() -> None:
     pipeline = ioc.DEFAULT.after("normalise", raises)
-    with pytest.warns(ioc.FallbackWarning, match=r"ZeroDivisionError: of course \(in pass 'raises'"):
+    with pytest.warns(
+        ioc.FallbackWarning, match=r"ZeroDivisionError: of course \(in pass 'raises'"
+    ):
         records = _check(lambda x: x.sin().sum(), _grad(3), pipeline=pipeline, strict=False)
     assert records[0].fallbacks[0].region == "rewriting"
     assert records[0].graph is None
@@ -274,7 +280,9 @@ def test_an_engine_that_fails_runs_on_aten_with_one_warning_each() -> None:
         raise RuntimeError("no such engine")
 
     pytest.importorskip("iocompiler.plan.build")
-    with pytest.warns(ioc.FallbackWarning, match="forward failed, the graph runs on aten") as caught:
+    with pytest.warns(
+        ioc.FallbackWarning, match="forward failed, the graph runs on aten"
+    ) as caught:
         records = _check(lambda x: x.sin().sum(), _grad(3), engine=engine, strict=False)
     assert [f.region for f in records[0].fallbacks] == ["forward", "backward"]
     assert len([w for w in caught if issubclass(w.category, ioc.FallbackWarning)]) == 2

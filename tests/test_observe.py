@@ -41,7 +41,9 @@ def test_dump_writes_what_changed(captured: Captured, tmp_path: Path) -> None:
     Pipeline(idle, relu_of_relu).run(gm, [summary, Dump(tmp_path / "out", summary)])
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["00_capture.txt", "02_relu_of_relu.txt", "summary.txt"]
-    rows = [line.split() for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()[1:]]
+    rows = [
+        line.split() for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()[1:]
+    ]
     assert [row[:5] for row in rows] == [
         ["capture", "0", "2", "-", "16"],
         ["idle", "0", "2", "16", "16"],

@@ -149,7 +149,7 @@ def _find_casts(target: Any, args: Any, kwargs: Any, dtypes: Mapping[str, Any]) 
     casts = _Casts(tuple(under.casts.get(id(x)) for x in tensors))
     to = {id(x): x.to(d) for x, d in zip(tensors, casts.inputs, strict=True) if d is not None}
     cast = tree_map_only(torch.Tensor, lambda x: to.get(id(x), x), (args, kwargs))
-    again = _watch(target, *cast, off)
+    again = _watch(target, cast[0], cast[1], off)
     if again.same(under) and not again.casts:
         return casts
     if not any(a.name == "dtype" for a in target._schema.arguments) or kwargs.get("dtype"):
@@ -158,11 +158,11 @@ def _find_casts(target: Any, args: Any, kwargs: Any, dtypes: Mapping[str, Any]) 
     return unchanged._replace(dtype=torch.float32) if wide.same(under) else None
 
 
-class _Watched(TorchDispatchMode):
+class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What a call dispatches, the casts of its own inputs kept apart, and what it returns."""
 
     def __init__(self, inputs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._inputs = {id(x) for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)}
         self.casts: dict[int, torch.dtype] = {}
         self.called: list[Any] = []
@@ -185,7 +185,8 @@ class _Watched(TorchDispatchMode):
 
 
 def _watch(target: Any, args: Any, kwargs: Any, dtypes: Mapping[str, Any]) -> _Watched:
-    with autocast(dtypes), _Watched((args, kwargs)) as watched:
+    watched = _Watched((args, kwargs))
+    with autocast(dtypes), watched:
         result = target(*args, **kwargs)
     watched.result = [
         (x.dtype, x.device) for x in tree_leaves(result) if isinstance(x, torch.Tensor)

@@ -32,8 +32,15 @@ def test_casts_become_nodes_and_switches_go(captured: Captured) -> None:
         return h.float() + x
 
     gm = captured(f, torch.randn(3, 4))
-    assert _normal(gm) == [*[aten.to.dtype] * 3, aten.linear.default, aten.to.dtype, aten.add.Tensor]
-    assert [view.value(n).dtype for n in view.calls(gm)] == [torch.bfloat16] * 4 + [torch.float32] * 2
+    assert _normal(gm) == [
+        *[aten.to.dtype] * 3,
+        aten.linear.default,
+        aten.to.dtype,
+        aten.add.Tensor,
+    ]
+    assert [view.value(n).dtype for n in view.calls(gm)] == [torch.bfloat16] * 4 + [
+        torch.float32
+    ] * 2
 
 
 def test_a_weight_is_cast_once(captured: Captured) -> None:
@@ -95,7 +102,9 @@ def test_what_casts_inside_keeps_its_switches(captured: Captured) -> None:
     targets = _normal(gm)
     torch.testing.assert_close(gm(x)[0], f(x))
     if torch.amp.autocast_mode._enter_autocast in targets:
-        assert targets.index(torch.amp.autocast_mode._enter_autocast) > targets.index(aten.exp.default)
+        assert targets.index(torch.amp.autocast_mode._enter_autocast) > targets.index(
+            aten.exp.default
+        )
 
 
 def test_the_cuda_lists_without_cuda() -> None:
@@ -113,11 +122,16 @@ def test_the_cuda_lists_without_cuda() -> None:
     assert exp.args[0].target is aten.to.dtype
 
 
+def _fails_inside() -> None:
+    with autocast({"cpu": torch.bfloat16, "cuda": None}):
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        raise KeyError
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_setting_is_put_back(enabled: bool) -> None:
     with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
-        with pytest.raises(KeyError), autocast({"cpu": torch.bfloat16, "cuda": None}):
-            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-            raise KeyError
+        with pytest.raises(KeyError):
+            _fails_inside()
         assert torch.is_autocast_enabled("cpu") is enabled
         assert torch.is_autocast_cache_enabled()

@@ -119,8 +119,12 @@ def test_default_arguments_are_left_out(captured: Captured) -> None:
 
 
 def test_an_empty_vector_in_a_cat_is_left_out(captured: Captured) -> None:
-    assert _normal(captured, lambda x: torch.cat([torch.tensor([]), x]) * 2, X)[-1] == aten.mul.Tensor
-    assert aten.cat.default not in _normal(captured, lambda x: torch.cat([torch.tensor([]), x]) * 2, X)
+    assert (
+        _normal(captured, lambda x: torch.cat([torch.tensor([]), x]) * 2, X)[-1] == aten.mul.Tensor
+    )
+    assert aten.cat.default not in _normal(
+        captured, lambda x: torch.cat([torch.tensor([]), x]) * 2, X
+    )
 
 
 def test_a_cat_written_into_stays(captured: Captured) -> None:
