@@ -24,11 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from iocompiler.cost_model.call import call_of_node
 from iocompiler.cost_model.cost import Contraction, Cost, greatest, nbytes, spec_of, value_of
 from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.families import elements_read, free
 from iocompiler.cost_model.roofline import TRANSCENDENTAL_FLOPS
-from iocompiler.cost_model.rules import cost
-from iocompiler.plan.data import TensorSpec
+from iocompiler.cost_model.rules import cost, rule_for
 from iocompiler.tile.index import Size, product
 
 
@@ -74,31 +75,42 @@ def _whole(size: Size | float) -> Size:
     return int(size) if isinstance(size, (int, float)) else size
 
 
-def lower_bound(
-    inputs: Iterable[TensorSpec],
-    outputs: Iterable[TensorSpec],
-    costs: Iterable[Cost],
-    device: Device,
-) -> Bound:
-    """The bound of a graph from its inputs' and outputs' specs and what each of its operations
-    costs."""
+def lower_bound(crossing: Iterable[Size], costs: Iterable[Cost], device: Device) -> Bound:
+    """The bound of a graph from the bytes of each input and output, and what its operations
+    cost."""
     work = sum((Cost(0, 0, c.flops, c.transcendentals, c.contractions) for c in costs), Cost())
-    crossing: Size = sum((nbytes(s) for s in (*inputs, *outputs)), 0)
     excess: Size = sum((contraction_excess(c, device) for c in work.contractions), 0)
-    return Bound(crossing + excess, work)
+    return Bound(sum(crossing, 0) + excess, work)
 
 
 def bound(gm: GraphModule, device: Device) -> Bound:
     """The bound of a flat FX graph whose nodes carry fake tensors in ``meta["val"]``.
 
     Inputs nobody computes with and inputs handed on do not count, an output handed out twice counts
-    once.
+    once, and of a table only rows are picked from, at most what is picked counts.
     """
     nodes = list(gm.graph.nodes)
-    read = [n for n in nodes if n.op == "placeholder" and any(u.op != "output" for u in n.users)]
-    outputs = [n for n in nodes[-1].all_input_nodes if n.op != "placeholder"]
-    return lower_bound(_specs(read), _specs(outputs), (cost(n) for n in nodes), device)
+    read = [_bytes_read(n) for n in nodes if n.op == "placeholder"]
+    written = [_bytes_of(n) for n in nodes[-1].all_input_nodes if n.op != "placeholder"]
+    return lower_bound(read + written, (cost(n) for n in nodes), device)
 
 
-def _specs(nodes: Iterable[Node]) -> list[TensorSpec]:
-    return [spec_of(n.meta["val"]) for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+def _bytes_of(node: Node) -> Size:
+    value = node.meta.get("val")
+    return nbytes(spec_of(value)) if isinstance(value, torch.Tensor) else 0
+
+
+def _bytes_read(node: Node) -> Size:
+    """The most any one reader needs of a tensor, be it through a view."""
+    value = node.meta.get("val")
+    most: Size = 0
+    for user in node.users if isinstance(value, torch.Tensor) else ():
+        if user.op != "call_function":
+            continue
+        call = call_of_node(user)
+        if rule_for(call.target, call.name) is free:
+            most = greatest(most, _bytes_read(user))
+        else:
+            counts = [count for o, count in elements_read(call) if o.name == node.name]
+            most = greatest(most, sum(counts, 0) * value.dtype.itemsize)
+    return most

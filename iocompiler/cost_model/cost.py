@@ -82,15 +82,16 @@ def halved(size: Size) -> Size:
 
 def least(a: Size, b: Size) -> Size:
     """The smaller of two sizes."""
-    return min(a, b) if isinstance(a, int) and isinstance(b, int) else _int(sympy.Min(a, b))
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else whole(sympy.Min(a, b))
 
 
 def greatest(a: Size, b: Size) -> Size:
     """The greater of two sizes."""
-    return max(a, b) if isinstance(a, int) and isinstance(b, int) else _int(sympy.Max(a, b))
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else whole(sympy.Max(a, b))
 
 
-def _int(size: sympy.Expr) -> Size:
+def whole(size: sympy.Expr) -> Size:
+    """A size expression, as an int where it is one."""
     return int(size) if size.is_Integer else size
 
 
@@ -120,7 +121,7 @@ def size_of(value: Any) -> Size:
     """An int or SymInt as a `Size`."""
     if isinstance(value, torch.SymInt):
         expression: sympy.Expr = value.node.expr
-        return _int(expression)
+        return whole(expression)
     return int(value)
 
 

@@ -64,18 +64,33 @@ def random(flops: int) -> Rule:
     return rule
 
 
-def gathered(data: str) -> Rule:
-    """Rows picked from ``data`` by the other inputs: of it at most what the result holds is
-    read."""
+def gathered(call: Call) -> Cost:
+    """Rows picked from a table by the other inputs."""
+    read: Size = sum((count * o.spec.dtype.itemsize for o, count in elements_read(call)), 0)
+    return Cost(read, _written(call))
 
-    def rule(call: Call) -> Cost:
-        source = call.argument(data)
-        picked = sum((nbytes(s) for s in call.results), 0)
-        others: Size = sum((nbytes(o.spec) for o in call.operands if o != source), 0)
-        table = nbytes(source.spec) if isinstance(source, Operand) else 0
-        return Cost(others + least(table, picked), _written(call))
 
-    return rule
+_TABLES = {
+    "aten.embedding": "weight",
+    "aten.gather": "self",
+    "aten.index": "self",
+    "aten.index_select": "self",
+    "aten.take": "self",
+    "aten._unsafe_index": "self",
+    "aten.take_along_dim": "self",
+}
+"""What is picked from, by the name of the operator's argument."""
+
+
+def elements_read(call: Call) -> list[tuple[Operand, Size]]:
+    """How many distinct elements of each operand a call needs at most: of a table, what it
+    picks."""
+    table = call.argument(_TABLES.get(call.name, ""))
+    picked: Size = sum((elements(s) for s in call.results), 0)
+    return [
+        (o, least(elements(o.spec), picked) if o == table else elements(o.spec))
+        for o in call.operands
+    ]
 
 
 def scattered(destination: str, flops: int = 0) -> Rule:

@@ -13,7 +13,7 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, TensorSpec
-from iocompiler.report.crossing import crossing, made
+from iocompiler.report.crossing import at_length, crossing, made
 from iocompiler.report.ledger import Edge, Kernel, Report, Resources
 from iocompiler.report.words import show_schedule, show_spec
 from iocompiler.tile.flat import LENGTH
@@ -55,8 +55,7 @@ def build_report(parts: Iterable[Part], device: Device, describe: Describe | Non
         ledger += Report(device.name, kernels=kernels, unfused=tuple(edges))
         costs += cost
         known |= part.hints
-    inputs, outputs = crossing([part.plan for part in parts])
-    least = lower_bound(inputs, outputs, (costs,), device)
+    least = lower_bound(crossing([part.plan for part in parts]), (costs,), device)
     return replace(
         ledger,
         bytes_bound=round(value_of(least.bytes, known)),
@@ -121,12 +120,8 @@ def _generated(
 
 def _traffic_cost(program: TileProgram, length: Size | None) -> Cost:
     """The traffic of one run; of a batch's member, at its own length."""
-    moved = traffic(program)
-    read, written, flops, special = (
-        size if length is None or isinstance(size, int) else size.subs(LENGTH, length)
-        for size in (moved.read_bytes, moved.written_bytes, moved.flops, moved.transcendentals)
-    )
-    return Cost(read, written, flops, special)
+    moved = traffic(program) if length is None else at_length(traffic(program), length)
+    return Cost(moved.read_bytes, moved.written_bytes, moved.flops, moved.transcendentals)
 
 
 def buffers_once(program: TileProgram, hints: Mapping[str, int]) -> int:

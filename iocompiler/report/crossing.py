@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from iocompiler.cost_model.call import call_of_step
+from iocompiler.cost_model.cost import greatest, least, nbytes, whole
+from iocompiler.cost_model.families import elements_read
+from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -17,32 +19,44 @@ from iocompiler.plan.data import (
     TensorSpec,
     ViewStep,
 )
+from iocompiler.tile.flat import LENGTH
+from iocompiler.tile.index import Size
+from iocompiler.tile.traffic import Traffic, traffic
 
 
-def crossing(plans: Sequence[Plan]) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """The tensors read from and left in memory by all parts together, those one hands to the next
-    left out."""
-    inputs: list[TensorSpec] = []
-    outputs: list[TensorSpec] = []
+def crossing(plans: Sequence[Plan]) -> list[Size]:
+    """The least bytes of each tensor the plans together read from memory or leave in it.
+
+    What one plan hands to the next does not count. Of an input counts the most that any one step
+    needs of it: a step that only picks rows of a table needs no more than it picks.
+    """
+    found: list[Size] = []
     for position, plan in enumerate(plans):
         earlier = {name for p in plans[:position] for name in _names(p)}
         later = {name for p in plans[position + 1 :] for name, _ in p.inputs}
+        inputs = {name for name, spec in plan.inputs if spec is not None}
         owners, specs = _owners(plan)
-        read = {owners.get(name, name) for step in plan.steps for name in _read(step)}
-        placeholders = {name for name, spec in plan.inputs if spec is not None}
-        inputs += [specs[name] for name in placeholders & read - earlier]
-        left = {
-            owners.get(r.name, r.name)
-            for r in plan.outputs
-            if isinstance(r, Ref) and r.name not in later
-        }
-        written = {owners.get(name, name) for step in plan.steps for name in _overwritten(step)}
-        outputs += [
-            specs[name]
-            for name in (left - placeholders) | (written & placeholders)
-            if name in specs
-        ]
-    return inputs, outputs
+        read, written = _most(plan, owners, specs)
+        left = {r.name for r in plan.outputs if isinstance(r, Ref) and r.name not in later}
+        left = {owners.get(name, name) for name in left} - inputs
+        found += [size for name, size in read.items() if name in inputs - earlier]
+        found += [size for name, size in written.items() if name in inputs]
+        found += [nbytes(specs[name]) for name in left if name in specs]
+    return found
+
+
+def _most(
+    plan: Plan, owners: Mapping[str, str], specs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, Size], dict[str, Size]]:
+    """By value, the most bytes any one step reads of it, and overwrites in it."""
+    read: dict[str, Size] = {}
+    written: dict[str, Size] = {}
+    for step in plan.steps:
+        for found, sizes in ((read, _read(step, specs)), (written, _overwritten(step, specs))):
+            for name, size in sizes.items():
+                owner = owners.get(name, name)
+                found[owner] = greatest(found.get(owner, 0), size)
+    return read, written
 
 
 def _names(plan: Plan) -> set[str]:
@@ -61,50 +75,44 @@ def _owners(plan: Plan) -> tuple[dict[str, str], dict[str, TensorSpec]]:
     return owners, specs
 
 
-def _read(step: Step) -> set[str]:
+def _read(step: Step, specs: Mapping[str, TensorSpec]) -> dict[str, Size]:
     if isinstance(step, AtenStep):
-        skipped = step.args[:1] if step.target.startswith("aten.copy_.") else ()
-        return refs(step.args[len(skipped) :]) | refs(tuple(v for _, v in step.kwargs))
-    return _buffers(step, ("in", "inout", "scalar"))
+        call = call_of_step(step, specs)
+        if call.name == "aten.copy_":
+            return {o.name: nbytes(o.spec) for o in call.operands if o not in call.mutated}
+        return {o.name: count * o.spec.dtype.itemsize for o, count in elements_read(call)}
+    return {name: moved.read_bytes for name, moved in _buffers(step)}
 
 
-def _overwritten(step: Step) -> set[str]:
-    """Values written into beside those a step makes."""
+def _overwritten(step: Step, specs: Mapping[str, TensorSpec]) -> dict[str, Size]:
+    """Bytes written into values that stood before the step."""
     if isinstance(step, AtenStep):
-        return {o.name for o in call_of_step(step, _Anything()).mutated}
-    return _buffers(step, ("out", "inout")) - set(made(step))
+        call = call_of_step(step, specs)
+        total = price(call).written_bytes
+        return {o.name: least(nbytes(o.spec), total) for o in call.mutated}
+    fresh = made(step)
+    return {name: moved.written_bytes for name, moved in _buffers(step) if name not in fresh}
 
 
-def _buffers(step: Step, roles: tuple[str, ...]) -> set[str]:
+def _buffers(step: Step) -> Iterator[tuple[str, Traffic]]:
+    """The value behind each buffer of a generated kernel, and what the kernel moves of it."""
     if isinstance(step, KernelStep):
-        members: tuple[tuple[str, ...], ...] = (step.args,)
+        for name, buffer in zip(step.args, step.program.buffers, strict=True):
+            yield name, traffic(replace(step.program, buffers=(buffer,)))
     elif isinstance(step, BatchStep):
-        members = tuple(args for args, _ in step.members)
-    else:
-        return set()
-    buffers = step.program.buffers
-    return {
-        name for args in members for name, b in zip(args, buffers, strict=True) if b.role in roles
-    }
+        for args, length in step.members:
+            for name, buffer in zip(args, step.program.buffers, strict=True):
+                moved = traffic(replace(step.program, buffers=(buffer,)))
+                yield name, at_length(moved, length)
 
 
-class _Anything(dict[str, TensorSpec]):
-    """Knows every name: where only which tensors a call names matters, not their specs."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __missing__(self, name: str) -> TensorSpec:
-        return TensorSpec((), (), torch.float32, "cpu")
-
-
-def refs(value: object) -> set[str]:
-    """The names of all values in a step's arguments."""
-    if isinstance(value, Ref):
-        return {value.name}
-    if isinstance(value, (tuple, list)):
-        return {name for item in value for name in refs(item)}
-    return set()
+def at_length(moved: Traffic, length: Size) -> Traffic:
+    """The traffic of a batch's program for a member of this length."""
+    read, written, flops, special = (
+        size if isinstance(size, int) else whole(size.subs(LENGTH, length))
+        for size in (moved.read_bytes, moved.written_bytes, moved.flops, moved.transcendentals)
+    )
+    return Traffic(read, written, flops, special)
 
 
 def made(step: Step) -> dict[str, TensorSpec]:

@@ -11,7 +11,6 @@ from iocompiler.cost_model.bound import bound, contraction_excess, lower_bound
 from iocompiler.cost_model.cost import Contraction, Cost, value_of
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.roofline import contraction_time, efficiency, time
-from iocompiler.plan.data import TensorSpec
 
 H200 = DEVICES["h200"]
 BF16 = torch.bfloat16
@@ -135,18 +134,25 @@ def test_unread_inputs_and_passed_on_inputs_do_not_count():
     assert bound(gm, H200).bytes == 64
 
 
+def test_of_a_table_only_what_is_picked_counts_whatever_views_lie_between():
+    def pick(table, positions):
+        return aten.embedding(aten.t(table), positions)
+
+    table, positions = torch.randn(16, 1000), torch.zeros(4, dtype=torch.int64)
+    gm = make_fx(pick, tracing_mode="fake")(table, positions)
+    assert bound(gm, H200).bytes == 4 * 64 + 32 + 4 * 64
+
+
 def test_bound_time_is_the_longer_of_bytes_and_arithmetic():
-    spec = TensorSpec((2**30,), (1,), torch.float32, "cuda")
-    moving = lower_bound([spec], [spec], [Cost(flops=1)], H200)
+    moving = lower_bound([2**32, 2**32], [Cost(flops=1)], H200)
     assert moving.time(H200) == pytest.approx(2**33 / 4.3e12)
     matmul = Cost(flops=2 * 2**39, contractions=(Contraction(1, 2**13, 2**13, 2**13, BF16),))
-    assert lower_bound([], [], [matmul], H200).time(H200) == pytest.approx(2**40 / 790e12)
+    assert lower_bound([], [matmul], H200).time(H200) == pytest.approx(2**40 / 790e12)
 
 
 def test_no_kernel_beats_the_bound():
     inner = Contraction(1, 4096, 4096, 4096, BF16)
-    operand = TensorSpec((4096, 4096), (4096, 1), BF16, "cuda")
     c = Cost(2 * 2**25, 2**25, inner.flops, 0, (inner,))
-    least = lower_bound([operand, operand], [operand], [c], H200)
+    least = lower_bound([2**25] * 3, [c], H200)
     assert least.bytes == c.bytes
     assert least.time(H200) < time(c, H200)
