@@ -69,7 +69,8 @@ def test_equal_layers_give_equal_programs() -> None:
     with torch.no_grad():
         planned(layers)(torch.randn(4, 16))
     programs = [s.program for s in planned.kernels]
-    assert len(programs) == 6 and len(set(programs)) == 2
+    # norm; gelu and the next norm, twice; gelu
+    assert len(programs) == 4 and len(set(programs)) == 3
 
 
 def test_optimizer_step_is_few_kernels() -> None:

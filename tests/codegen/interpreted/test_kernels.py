@@ -1,0 +1,126 @@
+"""The planner's kernels as Triton text, run by Triton's interpreter (started by ``tests/codegen/test_interpreted.py``)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+
+from iocompiler.tile import interpret
+from tests.codegen.kernels import run_kernel
+from tests.plan.graphs import Planned, relative_error
+from tests.plan.test_lower import FUNCTIONS, rand
+
+# libdevice has no interpreter
+NOT_INTERPRETED = {"powers", "remainder", "gelu"}
+
+
+@pytest.fixture(autouse=True)
+def through_triton(monkeypatch: pytest.MonkeyPatch):
+    def run(program, buffers, sizes, schedule):
+        run_kernel(program, buffers, sizes, schedule)
+
+    monkeypatch.setattr(interpret, "run", run)
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in NOT_INTERPRETED])
+def test_forward(name: str) -> None:
+    fn, shapes = FUNCTIONS[name]
+    inputs = [rand(*s) for s in shapes]
+    got, want, eager = Planned()(fn)(*inputs), fn(*[i.double() for i in inputs]), fn(*inputs)
+    for g, w, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want, eager)), strict=True):
+        assert relative_error(g, w) <= 2 * relative_error(e, w) + 1e-5
+
+
+@pytest.mark.parametrize("name", ["layer norm", "softmax", "rms norm", "rotate half", "group norm", "rows and columns"])
+def test_gradients(name: str) -> None:
+    fn, shapes = FUNCTIONS[name]
+    leaves = [rand(*s).requires_grad_() for s in shapes]
+    outs = fn(*leaves)
+    weights = [torch.randn_like(o) for o in (outs if isinstance(outs, tuple) else (outs,))]
+
+    def gradients(run):
+        out = run(*leaves)
+        return torch.autograd.grad(out if isinstance(out, tuple) else (out,), leaves, weights)
+
+    for got, want in zip(gradients(Planned()(fn)), gradients(fn), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["layer norm", "softmax", "log softmax", "sum of rows", "two reductions", "cumsum",
+                                  "sum of columns", "keepdim", "sum of the middle"])  # fmt: skip
+@pytest.mark.parametrize("block", [4, 8])
+def test_rows_in_pieces(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same programs as loops over the row, with a block that does not divide it."""
+
+    def run(program, buffers, sizes, schedule):
+        if program.reduced:
+            schedule = replace(schedule, kind="looped", r_block=block, x_block=2)
+        run_kernel(program, buffers, sizes, schedule)
+
+    monkeypatch.setattr(interpret, "run", run)
+    fn, shapes = FUNCTIONS[name]
+    inputs = [rand(*s) for s in shapes]
+    torch.testing.assert_close(Planned()(fn)(*inputs), fn(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_integers_and_bools() -> None:
+    i = torch.randint(-20, 20, (6, 7))
+
+    def fn(i):
+        return (i > 2) & (i < 9), i.sum(1), (i > 0).sum(0), (i > 5).any(1), (i > -30).all(), i.argmax(1), i * 3 // 4 % 5
+
+    for got, want in zip(Planned()(fn)(i), fn(i), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_nan_and_inf() -> None:
+    a = rand(4, 9)
+    a[0, 3], a[1, 2], a[2, 5] = float("nan"), float("inf"), float("-inf")
+
+    def fn(x):
+        return x.relu(), x.amax(1), x.softmax(-1), x.clamp(-1, 1), x.argmax(1)
+
+    for got, want in zip(Planned()(fn)(a), fn(a), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_gathers() -> None:
+    table, ids, rows = rand(11, 6), torch.randint(0, 11, (3, 4)), torch.tensor([-1, 2, 0])
+
+    def fn(t, i, r):
+        return F.embedding(i, t) * 2, t[r], t[r, r], t.gather(1, i[:, :2] % 6)
+
+    for got, want in zip(Planned()(fn)(table, ids, rows), fn(table, ids, rows), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_split_reduction() -> None:
+    a = rand(1000, 70)
+    planned = Planned()
+
+    def fn(x):
+        return x.sum() * 2, x.abs().amax(0)
+
+    for got, want in zip(planned(fn)(a), fn(a), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert any(s.name.endswith("_fold") for s in planned.kernels)
+
+
+def test_dynamic_sizes() -> None:
+    def fn(x, w):
+        y = F.layer_norm(x, (16,), w)
+        return torch.cat([y, x[:, 1:]], 1).softmax(1).view(x.shape[0], -1, 4, 4).transpose(1, 2).contiguous()
+
+    planned = Planned()
+    run = planned(fn, dynamic=True)
+    for batch, length in [(3, 7), (5, 3), (2, 31)]:
+        x, w = rand(batch, length, 16), rand(16)
+        torch.testing.assert_close(run(x, w), fn(x, w))
+    assert len(planned.plans) == 1
