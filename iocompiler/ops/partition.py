@@ -1,0 +1,127 @@
+"""What is saved for the backward and what is computed again there: a minimum cut by bytes, with our classes of operators.
+
+The cut itself is AOTAutograd's. Told to it here: what our kernels compute inside another kernel at no cost in memory
+traffic (pointwise functions, gathers, numbers made from a seed), and what must never run twice (contractions,
+attention, anything random, anything that is a kernel of its own).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._functorch import partitioners
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph import view
+from iocompiler.ops.random import UNIFORM
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+# recomputed at no traffic of their own beside what stands in the default list, which is pointwise operators and views
+_ALSO_FREE = frozenset({
+    UNIFORM,
+    aten.embedding.default,
+    aten.constant_pad_nd.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.cat.default,
+    aten.tril.default,
+    aten.square.default,
+    aten.flip.default,
+    aten.index_select.default,
+    aten.amin.default,
+    aten.new_full.default,
+    aten.new_ones.default,
+    aten.ones_like.default,
+    aten.detach.default,
+    aten.fill.Scalar,
+    aten.logical_and.default,
+    aten.logical_or.default,
+    aten.logical_not.default,
+    aten.logical_xor.default,
+    aten.bitwise_and.Tensor,
+    aten.bitwise_or.Tensor,
+    aten.bitwise_xor.Tensor,
+    aten.bitwise_and.Scalar,
+    aten.isnan.default,
+    aten.minimum.default,
+    aten.sign.default,
+    aten.copysign.Tensor,
+    aten.exp2.default,
+    prims.fma.default,
+})  # fmt: skip
+
+class _OurOps(partitioners.OpTypes):
+    """The default classes of operators, and ours by overload."""
+
+    def is_fusible(self, node: Node) -> bool:
+        return node.target in _ALSO_FREE or super().is_fusible(node)
+
+    def is_recomputable(self, node: Node) -> bool:
+        if self.is_random(node):
+            return False
+        return node.target in _ALSO_FREE or super().is_recomputable(node)
+
+    def is_random(self, node: Node) -> bool:
+        tags = getattr(node.target, "tags", ())
+        return torch.Tag.nondeterministic_seeded in tags or super().is_random(node)
+
+
+@cache
+def _op_types() -> _OurOps:
+    default = partitioners.get_default_op_list()
+    return _OurOps(
+        default.fusible_ops,
+        default.compute_intensive_ops,
+        default.random_ops,
+        default.view_ops,
+        default.recomputable_ops,
+    )
+
+
+def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphModule, GraphModule]:
+    """For AOTAutograd's ``partition_fn``: the forward and the backward graph of a joint one.
+
+    Args:
+        joint: the functional graph of forward and backward.
+        inputs: its inputs, as AOTAutograd gives them.
+        keywords: ``num_fwd_outputs`` and what else AOTAutograd passes.
+    """
+    ours = _op_types()
+    with mock.patch.object(partitioners, "get_default_op_list", lambda: ours):
+        return partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor the forward makes and hands to the backward."""
+
+    name: str
+    dtype: torch.dtype
+    bytes: int
+
+
+def saved(forward: GraphModule, backward: GraphModule) -> tuple[Saved, ...]:
+    """What a partitioned forward keeps for its backward: each storage once, those of its inputs left out."""
+    made = {node.name: node for node in forward.graph.nodes}
+    found: dict[Node, Saved] = {}
+    for node in backward.graph.find_nodes(op="placeholder"):
+        if node.name not in made:
+            continue
+        owner = _owner(made[node.name])
+        value = owner.meta.get("val")
+        if owner.op == "call_function" and isinstance(value, torch.Tensor):
+            found[owner] = Saved(owner.name, value.dtype, value.numel() * value.itemsize)
+    return tuple(found.values())
+
+
+def _owner(node: Node) -> Node:
+    while node.op == "call_function" and node.target is not operator.getitem and view.is_view(node):
+        node = node.all_input_nodes[0]
+    return node

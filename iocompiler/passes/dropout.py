@@ -1,0 +1,104 @@
+"""Dropout whose mask is made again in the backward instead of being stored."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph import rewrite, view
+from iocompiler.graph.findings import Miss, Rewrite, record
+from iocompiler.graph.match import graph_pass
+from iocompiler.ops.random import SEEDS, UNIFORM
+
+aten = torch.ops.aten
+_OTHERS = (
+    aten.alpha_dropout.default,
+    aten.feature_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
+
+
+@graph_pass
+def dropout(gm: GraphModule) -> int:
+    """Each training dropout on a GPU draws its mask from a seed; one call draws all seeds of a graph.
+
+    Before::
+
+        y = aten.dropout.default(x, 0.1, True)
+
+    After::
+
+        seeds = iocompiler.seeds(1, device)
+        keep = aten.ge.Scalar(iocompiler.uniform(seeds, 0, x.shape), 0.1)
+        y = aten.mul.Tensor(aten.mul.Tensor(x, keep), 1 / 0.9)
+
+    Left alone: what drops nothing (p = 0, evaluation) or everything (p = 1), the dropout inside attention, and dropouts
+    that are not elementwise or rescale differently (alpha_dropout, feature_dropout).
+    """
+    return replace_dropouts(gm, ("cuda",))
+
+
+def replace_dropouts(gm: GraphModule, devices: Collection[str]) -> int:
+    """The pass `dropout` for tensors on any device of the given types; returns the number of sites."""
+    sites: dict[torch.device, list[Node]] = {}
+    for node in view.calls(gm):
+        reason = _declined(node)
+        if reason is None and view.tensors(node.args[0])[0].device.type in devices:  # type: ignore[arg-type]
+            sites.setdefault(view.tensors(node.args[0])[0].device, []).append(node)  # type: ignore[arg-type]
+        elif reason:
+            record(gm, Miss("dropout", view.where(node), reason))
+    for device, nodes in sites.items():
+        seeds = rewrite.call(gm, SEEDS, (len(nodes), device), {}, near=nodes[0])
+        for which, node in enumerate(nodes):
+            record(gm, Rewrite("dropout", view.where(node), f"p={_probability(node)}"))
+            _replace(gm, node, seeds, which)
+    return sum(map(len, sites.values()))
+
+
+def _probability(node: Node) -> Any:
+    return node.args[1]
+
+
+def _declined(node: Node) -> str | None:
+    """None for a dropout to replace, "" for what is none (or drops nothing), else why it is left alone."""
+    if node.target in _OTHERS:
+        return "the mask is not one number an element" if node.args[2] and node.args[1] else ""
+    if node.target is aten.dropout.default:
+        p, train = node.args[1:3]
+    elif node.target is aten.native_dropout.default:
+        p, train = node.args[1:3]
+        if any(user.target is not operator.getitem for user in node.users):
+            return "the pair of result and mask is read as a whole"
+    else:
+        return ""
+    if not isinstance(p, (int, float)) or not isinstance(train, (bool, type(None))):
+        return "the probability is not a constant"
+    if train is False or not 0 < p < 1:
+        return ""
+    if not isinstance(node.args[0], Node) or not view.tensors(node.args[0])[0].is_floating_point():
+        return "the input is not real floating point"
+    return None
+
+
+def _replace(gm: GraphModule, node: Node, seeds: Node, which: int) -> None:
+    x, p = node.args[0], float(_probability(node))
+    assert isinstance(x, Node)
+    shape = view.tensors(x)[0].shape
+
+    def dropped(x: Any, seeds: Any) -> Any:
+        sizes = [
+            size if isinstance(size, int) else aten.sym_size.int(x, dim) for dim, size in enumerate(shape)
+        ]
+        keep = aten.ge.Scalar(UNIFORM(seeds, which, sizes), p)
+        return aten.mul.Tensor(aten.mul.Tensor(x, keep), 1 / (1 - p)), keep
+
+    result, keep = rewrite.insert(gm, dropped, x, seeds, near=node)
+    if node.target is aten.dropout.default:
+        rewrite.redirect(gm, node, result)
+        return
+    for user in list(node.users):
+        rewrite.bypass(gm, user, (result, keep)[user.args[1]])  # type: ignore[index]

@@ -1,0 +1,135 @@
+"""What is saved for the backward: bytes are a fact of the graph, so they are compared exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import ConstantSource
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import GraphModule
+
+from iocompiler.graph.capture import capture
+from iocompiler.graph.normalise import normalise
+from iocompiler.ops import decompositions
+from iocompiler.ops.partition import Saved, partition, saved
+from iocompiler.passes.dropout import replace_dropouts
+
+Parts = tuple[GraphModule, GraphModule]
+
+
+def parts_of(
+    function: Callable[..., Any], *args: Any, cut: Callable[..., Parts] = partition, ours: bool = True, **kwargs: Any
+) -> Parts:
+    """The forward and the backward graph of one call."""
+    found: list[Parts] = []
+
+    def keep(joint: GraphModule, given: Any, **keywords: Any) -> Parts:
+        found.append(cut(joint, given, **keywords))
+        return found[-1]
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Any:
+        graph = capture(gm, inputs)
+        constants = {name: ConstantSource(name) for name, _ in graph.named_buffers()}
+        graph._param_name_to_source = constants  # without it AOTAutograd knows of no parameters
+        normalise(graph)
+        if ours:
+            replace_dropouts(graph, ("cpu",))
+        graph.recompile()
+        compiler = lambda flat, _: make_boxed_func(flat.forward)
+        return aot_autograd(
+            fw_compiler=compiler, bw_compiler=compiler, decompositions=decompositions.table(), partition_fn=keep
+        )(graph, inputs)
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
+    (parts,) = found
+    return parts
+
+
+def total(parts: Parts) -> int:
+    return sum(each.bytes for each in saved(*parts))
+
+
+def test_gpt2_saves_less_than_the_default_partition() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=99, n_positions=32, attn_implementation="eager",
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).to(torch.bfloat16)
+    model.loss_type = "ForCausalLM"
+    ids = torch.randint(0, 99, (2, 16))
+
+    def step(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    usual = parts_of(step, ids, cut=min_cut_rematerialization_partition, ours=False)
+    cut = parts_of(step, ids)
+    masks = 7 * 2 * 16 * 32  # embedding, and per layer attention (2 x 2 x 16 x 16), its output and the MLP's
+    assert total(cut) <= total(usual) - masks
+    assert not [each for each in saved(*cut) if each.dtype == torch.bool and each.bytes > 2 * 16]
+    assert not [each for each in saved(*cut) if each.dtype == torch.float32 and each.bytes > 2 * 16 * 4]
+    assert [each.name for each in saved(*cut) if each.name.startswith("seeds")]
+
+
+def test_layer_norm_saves_its_statistics_only() -> None:
+    """The input is there already: the mean and the reciprocal deviation of each row are what is added."""
+    w, b = torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True)
+    x = torch.randn(50, 64, requires_grad=True)
+    parts = parts_of(lambda x: F.layer_norm(x, (64,), w, b), x)
+    assert total(parts) == 2 * 50 * 4
+
+
+def test_activations_are_made_again() -> None:
+    x = torch.randn(50, 64, requires_grad=True, dtype=torch.bfloat16)
+    parts = parts_of(lambda x: F.silu(F.gelu(x).square() + F.relu(x)), x)
+    assert total(parts) == 0
+
+
+def test_a_cast_is_saved_short() -> None:
+    w = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True)
+    parts = parts_of(lambda x: (x @ w).float().exp().sin(), x)
+    assert [(each.dtype, each.bytes) for each in saved(*parts)] == [(torch.bfloat16, 50 * 64 * 2)]
+
+
+def test_the_embedding_is_gathered_again() -> None:
+    table = nn.Embedding(100, 64)
+    parts = parts_of(lambda ids: table(ids).sin(), torch.arange(30))
+    assert total(parts) == 0
+
+
+def test_contractions_and_random_numbers_are_not_made_again() -> None:
+    w = nn.Parameter(torch.randn(64, 64))
+    x = torch.randn(50, 64, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        return (torch.sin(x @ w) * torch.rand_like(x)).cos()
+
+    _, backward = parts_of(f, x)
+    kinds = [node.target for node in backward.graph.nodes if node.op == "call_function"]
+    assert kinds.count(torch.ops.aten.mm.default) == 2
+    assert not any("rand" in str(kind) for kind in kinds)
+
+
+def test_saved_counts_a_storage_once_and_no_inputs() -> None:
+    w = torch.randn(64, 64, requires_grad=True)
+    x = torch.randn(50, 64)
+    forward, backward = parts_of(lambda x: (x @ w.t()).t().sin().t(), x)
+    assert [each for each in saved(forward, backward)] == [Saved("mm", torch.float32, 50 * 64 * 4)]
+
+
+def test_the_default_partition_is_left_as_it_was() -> None:
+    from torch._functorch import partitioners
+
+    before = partitioners.get_default_op_list
+    x = torch.randn(4, requires_grad=True)
+    parts_of(lambda x: x.sin().exp(), x)
+    assert partitioners.get_default_op_list is before
