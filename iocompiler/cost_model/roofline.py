@@ -26,7 +26,8 @@ UNALIGNED = 0.35
 see above)."""
 
 FILL_K = 192
-"""A tile's prologue and epilogue take as long as this much of its inner dimension."""
+"""A tile's prologue and epilogue take as long as this much of its inner dimension in bf16: they wait
+for memory, so at a lower rate of arithmetic they are that much less."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ TILES = (
     Tile(128, 128, 0.88),
     Tile(128, 64, 0.7),
     Tile(64, 64, 0.5),
+    Tile(32, 32, 0.25),
 )
 SPLITS = (1, 2, 4, 8, 16)
 """Into how many parts the inner dimension may be cut where tiles alone do not fill the SMs."""
@@ -118,20 +120,22 @@ def efficiency(
             else ATTENTION_SPEED[64] * min(1.0, max(head, 16) / 64)
         )
         return speed * (CAUSAL_SPEED if contraction.kind.startswith("causal") else 1.0)
+    half = device.matmul_flops.get(torch.bfloat16, device.vector_flops)
+    fill = FILL_K * device.matmul_flops.get(contraction.dtype, device.vector_flops) / half
+    work = (batch, m, n, k)
     shape = max(
-        _filled(tile, split, batch, m, n, k, device.sm_count) for tile in TILES for split in SPLITS
+        _filled(tile, split, work, fill, device.sm_count) for tile in TILES for split in SPLITS
     )
     return shape * (1.0 if contraction.aligned or contraction.dtype.itemsize > 2 else UNALIGNED)
 
 
 def _filled(
-    tile: Tile, split: int, batch: float, m: float, n: float, k: float, sm_count: int
+    tile: Tile, split: int, work: tuple[float, float, float, float], fill: float, sm_count: int
 ) -> float:
     """Useful work over the work of all SMs for as many waves as the tiles take."""
+    batch, m, n, k = work
     tiles = batch * math.ceil(m / tile.m) * math.ceil(n / tile.n) * split
     waves = math.ceil(tiles / sm_count)
-    depth = math.ceil(k / split / 32) * 32 + FILL_K
-    if split > 1:
-        depth += FILL_K  # the partial results go through L2 once more
-    done = waves * sm_count * tile.m * tile.n * depth
-    return tile.speed * batch * m * n * k / done
+    # the partial results of a split go through L2 once more
+    depth = math.ceil(k / split / 32) * 32 + fill * (1 if split == 1 else 2)
+    return tile.speed * batch * m * n * k / (waves * sm_count * tile.m * tile.n * depth)
