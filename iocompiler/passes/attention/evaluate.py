@@ -86,7 +86,9 @@ class _Reading:
         self._depth += 1
         found = self._call(node, at) if node.op == "call_function" else _attribute(node)
         self._depth -= 1
-        return self._opaque(node, at) if found is None else found
+        if found is None or (views.dtype(node) == torch.bool and not isinstance(found, FORMULAS)):
+            return self._opaque(node, at)
+        return found
 
     def _opaque(self, node: Node, at: At, mild: bool = False) -> Value:
         if views.dtype(node) == torch.bool:

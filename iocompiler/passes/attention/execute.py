@@ -135,6 +135,9 @@ def apply(gm: GraphModule, call: Call) -> None:
     )
     out = arranger.arranged(arranger.call(operator.getitem, results, 0), frame.out, dims)
     edit.redirect(gm, anchor, _cast(arranger, out, views.dtype(anchor)))
+    for node in reversed(list(gm.graph.nodes)):
+        if node in found.interior:
+            edit.erase(gm, node)  # a dropout is never erased for being unread alone
 
 
 def _narrowed(operand: Operand, dtype: torch.dtype) -> Operand:

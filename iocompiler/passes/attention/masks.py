@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import sympy
+import torch
+from torch.fx import Node
 
-from iocompiler.passes.attention.axes import Dims, expression, index
-from iocompiler.passes.attention.description import Attention, Bias, Causal, Declined, Fill
+from iocompiler.graph import view
+from iocompiler.passes.attention import views
+from iocompiler.passes.attention.axes import Dims, broadcast, expression, index
+from iocompiler.passes.attention.description import Attention, Bias, Causal, Declined, Fill, Step
 from iocompiler.passes.attention.evaluate import Evaluator
+from iocompiler.passes.attention.scores import constant
 from iocompiler.passes.attention.values import (
     FORMULAS,
     AtLeast,
@@ -24,6 +30,7 @@ from iocompiler.passes.attention.values import (
     negate,
 )
 
+aten = torch.ops.aten
 MASKS = -1e4
 """A score set to this or less, or that has this added, is out: what scores themselves never come near."""
 
@@ -59,7 +66,7 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
     masks: list[Mask] = []
     terms: list[Bias] = []
     mild = True
-    for step in found.steps:
+    for step in _parted(found.steps):
         if isinstance(step, Causal):
             masks.append(Mask(_lower(found), -math.inf, step))
         elif isinstance(step, Fill):
@@ -73,6 +80,42 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
                 terms.append(step)
                 mild = mild and is_mild(value)
     return _combined(found, masks, terms, mild)
+
+
+def _parted(steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps, a sum or a masked tensor that is added as the parts it is made of: each may be structure."""
+    for step in steps:
+        parts = _parts(step) if isinstance(step, Bias) else None
+        if parts is None:
+            yield step
+        else:
+            yield from _parted(parts)
+
+
+def _parts(step: Bias) -> list[Step] | None:
+    """``a + b`` as two biases, ``where(keep, a, -1e9)`` as a bias and a mask."""
+    node = step.node
+    if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+        tensors = [each for each in node.args if isinstance(each, Node)]
+        dims = [broadcast(step.dims, views.shape(each)) for each in tensors if _is_float(each)]
+        if len(dims) != 2:
+            return None
+        return [Bias(each, its, step.factor) for each, its in zip(tensors, dims, strict=True) if its is not None]
+    if node.target not in (aten.where.ScalarOther, aten.where.self, aten.masked_fill.Scalar) or step.factor != 1.0:
+        return None
+    keep = node.target is not aten.masked_fill.Scalar
+    condition, source = (node.args[0], node.args[1]) if keep else (node.args[1], node.args[0])
+    value = constant(node.args[2])
+    if not isinstance(condition, Node) or not isinstance(source, Node) or constant(source) is not None:
+        return None
+    its, under = (broadcast(step.dims, views.shape(each)) for each in (source, condition))
+    if value is None or value > MASKS or not _is_float(source) or its is None or under is None:
+        return None
+    return [Bias(source, its), Fill(condition, under, value, keep)]
+
+
+def _is_float(node: Node) -> bool:
+    return isinstance(view.value(node), torch.Tensor) and views.dtype(node).is_floating_point
 
 
 def _combined(found: Attention, masks: list[Mask], terms: list[Bias], mild: bool) -> Masking:

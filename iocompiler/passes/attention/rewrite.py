@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import GraphModule, Node
 
+from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
@@ -30,6 +33,8 @@ def attention(gm: GraphModule) -> int:
         o = iocompiler.attention_forward(q, k, v, None, 0.125, True, 0.0, "cudnn", "ssss")[0]
     """
     changed = 0
+    for node in view.calls(gm, operator.getitem):
+        edit.erase(gm, node)  # a result nobody takes is no reader
     for node in list(view.calls(gm, SDPA, *contraction.TARGETS)):
         if node.graph is gm.graph and not getattr(node, "_erased", False):
             changed += _rewrite(gm, node)

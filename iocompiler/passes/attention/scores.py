@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from iocompiler.graph import view
 from iocompiler.passes.attention import contraction, views
-from iocompiler.passes.attention.axes import Dims, broadcast
+from iocompiler.passes.attention.axes import Dims, broadcast, known
 from iocompiler.passes.attention.contraction import Contraction
 from iocompiler.passes.attention.description import Bias, Cast, Declined, Fill, Pointwise, Scale, Step
 
@@ -109,7 +109,7 @@ def _binary(node: Node, fuel: int) -> Scores | None:
 
 def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool) -> list[Step]:
     """The steps of ``scores (op) other``, or of ``other (op) scores`` where not ``first``."""
-    single = not isinstance(other, Node) or not _is_tensor(other) or views.shape(other).numel() == 1
+    single = not isinstance(other, Node) or not _is_tensor(other) or _is_single(other)
     if node.target in (*_MUL, *_DIV):
         if node.target in _DIV and not first:
             raise Declined("the scores are divided by")
@@ -181,6 +181,10 @@ def constant(value: Any) -> float | None:
         if isinstance(held, torch.Tensor) and held.numel() == 1 and not _is_fake(held):
             return float(held)
     return None
+
+
+def _is_single(node: Node) -> bool:
+    return all(known(extent == 1) for extent in views.shape(node))
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

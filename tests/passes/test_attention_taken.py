@@ -1,0 +1,294 @@
+"""Spellings of attention that must be taken: recognised with the right structure, and as accurate as eager."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.accuracy import assert_as_accurate_as_eager
+from tests.passes.attention_cases import Compiled, Spelling, heads
+
+Case = tuple[Callable[..., Any], str, dict[str, Tensor]]
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+
+def above(s: Tensor) -> Tensor:
+    return torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+
+
+def plain(q, k, v):
+    return torch.softmax(scores(q, k), -1) @ v
+
+
+def scale_on_query(q, k, v):
+    return F.softmax((q * 0.25) @ k.transpose(-1, -2), dim=-1).matmul(v)
+
+
+def scale_on_both(q, k, v):
+    return F.softmax((q * 0.6) @ (k / 1.7).mT, dim=-1) @ v
+
+
+def scale_as_tensor(q, k, v):
+    return F.softmax(q @ k.mT / torch.tensor(2.5), dim=-1) @ v
+
+
+def no_scale(q, k, v):
+    return (q @ k.mT).softmax(3) @ v
+
+
+def swapped_contraction(q, k, v):
+    return torch.softmax((k @ q.mT).mT * 0.3, -1) @ v
+
+
+def transposed_softmax(q, k, v):
+    return torch.softmax((k @ q.mT) * 0.3, -2).mT @ v
+
+
+def einsum(q, k, v):
+    return torch.einsum("bhij,bhjd->bihd", torch.einsum("bhid,bhjd->bhij", q, k).mul(0.3).softmax(-1), v)
+
+
+def einsum_key_first(q, k, v):
+    return torch.einsum("bhjd,bhji->bhid", v, torch.einsum("bhjd,bhid->bhji", k, q).softmax(2))
+
+
+def bmm(q, k, v):
+    b, h, s, d = q.shape
+    q, k, v = (x.reshape(b * h, -1, d) for x in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).mul(d**-0.5).softmax(-1), v).view(b, h, s, d)
+
+
+def baddbmm(q, k, v):
+    b, h, s, d = q.shape
+    above = torch.ones(s, k.shape[2], dtype=torch.bool).triu(1)
+    mask = torch.zeros(1, s, k.shape[2], dtype=q.dtype).masked_fill(above, -1e4)
+    p = torch.baddbmm(mask, q.reshape(b * h, s, d), k.reshape(b * h, -1, d).transpose(1, 2), alpha=0.3)
+    return torch.bmm(p.softmax(-1), v.reshape(b * h, -1, d)).view(b, h, s, d).transpose(1, 2).reshape(b, s, h * d)
+
+
+def three_dims(q, k, v):
+    return torch.softmax(q[:, 0] @ k[:, 0].mT * 0.4, -1) @ v[:, 0]
+
+
+def two_dims(q, k, v):
+    return torch.softmax(q[0, 0] @ k[0, 0].mT * 0.4, -1) @ v[0, 0]
+
+
+def causal_inf(q, k, v):
+    s = scores(q, k)
+    return s.masked_fill(above(s), float("-inf")).softmax(-1) @ v
+
+
+def causal_tril(q, k, v):
+    s = scores(q, k)
+    keep = torch.tril(torch.ones(s.shape[-2], s.shape[-1])).view(1, 1, *s.shape[-2:])
+    return s.masked_fill(keep == 0, -1e9).softmax(-1) @ v
+
+
+def causal_where(q, k, v):
+    s = scores(q, k)
+    i, j = torch.arange(s.shape[-2]), torch.arange(s.shape[-1])
+    return torch.where(j[None, :] <= i[:, None], s, -1e4).softmax(-1) @ v
+
+
+def causal_added(q, k, v):
+    s = scores(q, k)
+    return (s + torch.full(s.shape[-2:], float("-inf"), dtype=s.dtype).triu(1)).softmax(-1) @ v
+
+
+def causal_one_minus(q, k, v):
+    s = scores(q, k)
+    keep = torch.ones(s.shape[-2:], dtype=s.dtype).tril()[None, None]
+    return (s + (1.0 - keep) * -1e9).softmax(-1) @ v
+
+
+def causal_finfo_tensor(q, k, v):
+    s = scores(q, k)
+    keep = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+    return torch.where(keep, s, torch.full([], torch.finfo(s.dtype).min, dtype=s.dtype)).softmax(-1) @ v
+
+
+def causal_cast(q, k, v):
+    s = scores(q, k).masked_fill(~above(q @ k.mT).logical_not(), float("-inf"))
+    return F.softmax(s, -1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def causal_twice(q, k, v):
+    s = scores(q, k)
+    s = s.masked_fill(above(s), float("-inf"))
+    return s.masked_fill(torch.arange(s.shape[-1]) > torch.arange(s.shape[-2])[:, None], torch.finfo(s.dtype).min).softmax(-1) @ v
+
+
+def full_mask(q, k, v):
+    s = scores(q, k)
+    return s.masked_fill(torch.arange(s.shape[-1]) < 0, float("-inf")).softmax(-1) @ v
+
+
+def by_hand(q, k, v):
+    s = scores(q, k)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def by_hand_max(q, k, v):
+    s = scores(q, k)
+    e = torch.exp(s - s.max(dim=-1, keepdim=True).values.detach())
+    return (e / e.sum(dim=-1, keepdim=True)) @ v
+
+
+def by_hand_unshifted(q, k, v):
+    e = scores(q, k).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def late_division(q, k, v):
+    s = scores(q, k)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def by_logsumexp(q, k, v):
+    s = scores(q, k)
+    return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
+
+
+def by_log_softmax(q, k, v):
+    return F.log_softmax(scores(q, k), -1).exp() @ v
+
+
+def padding(q, k, v, mask):
+    s = scores(q, k)
+    return s.masked_fill(mask[:, None, None, :] < 0, torch.finfo(s.dtype).min).softmax(-1) @ v
+
+
+def padding_and_causal(q, k, v, mask):
+    s = scores(q, k)
+    keep = (mask[:, None, None, :] >= 0) & above(s).logical_not()
+    return torch.where(keep, s, float("-inf")).softmax(-1) @ v
+
+
+def added_mask(q, k, v, mask):
+    return (scores(q, k) + mask[:, None, None, :]).softmax(-1) @ v
+
+
+def bias(q, k, v, table):
+    return (scores(q, k) + table).softmax(-1) @ v
+
+
+def window(q, k, v):
+    s = scores(q, k)
+    i, j = torch.arange(s.shape[-2])[:, None], torch.arange(s.shape[-1])
+    return s.masked_fill((j > i) | (j < i - 3), float("-inf")).softmax(-1) @ v
+
+
+def repeated_heads(q, k, v):
+    b, g, s, d = k.shape
+    k, v = (x[:, :, None].expand(b, g, q.shape[1] // g, s, d).reshape(b, -1, s, d) for x in (k, v))
+    return plain(q, k, v)
+
+
+def repeat_interleave(q, k, v):
+    return plain(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))
+
+
+def tiled_heads(q, k, v):
+    return plain(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))
+
+
+def grouped_einsum(q, k, v):
+    b, h, s, d = q.shape
+    q = q.view(b, k.shape[1], -1, s, d)
+    p = torch.einsum("bgrid,bgjd->bgrij", q, k).mul(0.3).softmax(-1)
+    return torch.einsum("bgrij,bgjd->bgrid", p, v).reshape(b, h, s, d)
+
+
+def one_key_head(q, k, v):
+    return plain(q, k[:, :1], v[:, :1])
+
+
+def library(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, scale=0.2)
+
+
+def library_causal_mask(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=~above(q @ k.mT))
+
+
+def library_grouped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def library_bias(q, k, v, table):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=table)
+
+
+def _mask() -> Tensor:
+    mask = torch.zeros(2, 7)
+    mask[1, 5:] = -1e9
+    return mask
+
+
+def _table() -> Tensor:
+    return torch.randn(1, 4, 7, 7, generator=torch.Generator().manual_seed(5)).requires_grad_()
+
+
+def cases() -> list[Any]:
+    square, cross, grouped = heads(), heads(columns=9), heads(groups=2)
+    long = heads(rows=150, columns=150, heads=2)
+    table: list[tuple[Callable[..., Any], str, dict[str, Tensor]]] = [
+        *((f, "full", square) for f in (
+            plain, scale_on_query, scale_on_both, scale_as_tensor, no_scale, swapped_contraction, transposed_softmax,
+            einsum, einsum_key_first, bmm, three_dims, two_dims, full_mask, by_hand, by_hand_max, by_hand_unshifted,
+            late_division, by_logsumexp, by_log_softmax, library)),
+        *((f, "full", cross) for f in (plain, einsum_key_first, bmm, late_division)),
+        *((f, "causal", square) for f in (
+            baddbmm, causal_inf, causal_tril, causal_where, causal_added, causal_one_minus, causal_finfo_tensor,
+            causal_cast, causal_twice, library_causal_mask)),
+        (causal_inf, "causal", long),
+        (causal_tril, "causal", cross),
+        (padding, "mask", {**square, "mask": _mask()}),
+        (padding_and_causal, "causal+mask", {**square, "mask": _mask()}),
+        (added_mask, "bias", {**square, "mask": _mask()}),
+        (bias, "bias", {**square, "table": _table()}),
+        (library_bias, "bias", {**square, "table": _table()}),
+        (window, "causal+mask", square),
+        *((f, "gqa", grouped) for f in (repeated_heads, repeat_interleave, tiled_heads, grouped_einsum)),
+        (one_key_head, "gqa", square),
+        (library_grouped, "gqa+causal", grouped),
+    ]  # fmt: skip
+    return [pytest.param(f, v, x, id=f"{f.__name__}-{x['q'].shape[2]}x{x['k'].shape[2]}") for f, v, x in table]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("function", "variant", "inputs"), cases())
+def test_taken(function: Callable[..., Any], variant: str, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
+    made: list[Compiled] = []
+
+    def compile_(module: Spelling) -> Compiled:
+        made.append(Compiled(module))
+        return made[0]
+
+    assert_as_accurate_as_eager(lambda: Spelling(function), inputs, compile_, dtype=dtype)
+    assert made[0].variants == [variant], made[0].misses
+    assert made[0].misses == []
+
+
+@pytest.mark.parametrize("function", [plain, causal_inf, causal_where, bmm, einsum, padding_and_causal, repeated_heads])
+def test_lengths_change_without_recompiling(function: Callable[..., Any]) -> None:
+    compiled = Compiled(function, dynamic=True)
+    for batch, length in ((6, 7), (3, 11), (5, 130)):
+        inputs = heads(batch=batch, rows=length, columns=length, groups=2 if function is repeated_heads else 0)
+        if function is padding_and_causal:
+            inputs["mask"] = torch.zeros(batch, length)
+        torch.testing.assert_close(compiled(**inputs), function(**inputs))
+    assert len(compiled.graphs) == 1
+    assert len(compiled.variants) == 1
