@@ -9,7 +9,7 @@ import torch
 from iocompiler.codegen import expressions
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine, Axis, Size, product
-from iocompiler.tile.interpret import identity
+from iocompiler.tile.ops import REDUCES
 from iocompiler.tile.program import Op, TileProgram
 
 _REDUCERS = {"max": "_maximum", "min": "_minimum", "prod": "_multiply", "any": "_either"}
@@ -26,7 +26,7 @@ class KernelWriter:
         self.masks: dict[str, str] = {}
         self.direction: dict[str, str] = {}  # axis -> "x", "y" or "r"
         self.extent: dict[str, Size] = {a.name: a.size for a in program.axes}
-        self.doc: list[str] = []
+        self.rank = 2  # dimensions of the tile
 
     # --- text
 
@@ -137,6 +137,9 @@ class KernelWriter:
         mask = self._mask(spans, extra)
         value = self.value(op.inputs[0])
         address = self._address(op)
+        if not spans:
+            # a block of one address takes a scalar and a block of one value alike
+            address += f" + tl.full({'[1]' if self.rank == 1 else '[1, 1]'}, 0, tl.int32)"
         tail = f", {mask}" if mask else ""
         call = "tl.atomic_add" if op.fn == "atomic_add" else "tl.store"
         sem = ", sem='relaxed'" if op.fn == "atomic_add" else ""
@@ -176,9 +179,7 @@ class KernelWriter:
     # --- reductions
 
     def neutral(self, fn: str, dtype: torch.dtype) -> str:
-        from iocompiler.tile.ops import REDUCES
-
-        return expressions.constant(identity(REDUCES[fn].identity, dtype), dtype)
+        return expressions.constant(REDUCES[fn].neutral(dtype), dtype)
 
     def full(self, value: str, shape: str) -> str:
         return f"tl.broadcast_to({value}, {shape})"

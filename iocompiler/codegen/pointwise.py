@@ -5,7 +5,7 @@ from __future__ import annotations
 from iocompiler.codegen import expressions
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.plan.data import Schedule
-from iocompiler.tile.arrange import pointwise_tiling
+from iocompiler.tile.merged import pointwise_tiling
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import TileProgram
 
@@ -32,6 +32,7 @@ def write_pointwise(writer: KernelWriter) -> None:
 
 
 def _one_dimension(writer: KernelWriter) -> None:
+    writer.rank = 1
     axes, block = writer.program.parallel, writer.schedule.x_block
     total = product([a.size for a in axes])
     wide = ".to(tl.int64)" if isinstance(total, int) and total > 2**31 - 1 else ""

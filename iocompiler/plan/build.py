@@ -13,10 +13,11 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.graph.view import where
 from iocompiler.plan.batch import batch
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
+from iocompiler.plan.data import AtenStep, ConstantStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.finish import finish
 from iocompiler.plan.group import Group, Grouper
+from iocompiler.plan.lowering import Unsupported, constant_values
 from iocompiler.plan.order import in_order
 from iocompiler.plan.sizes import equal, size_of
 from iocompiler.plan.space import stored_into
@@ -24,6 +25,8 @@ from iocompiler.plan.unfused import unfused_edges
 from iocompiler.plan.views import is_view, storage_owner
 
 aten = torch.ops.aten
+
+_LARGEST_CONSTANT = 1 << 16
 
 
 def build_plan(gm: GraphModule, device: Device, name: str) -> Plan:
@@ -102,9 +105,19 @@ class _Builder:
         if node not in self.values:
             if node.target is aten.copy_.default:
                 return self._value(node.args[0])  # type: ignore[arg-type]
-            assert is_view(node), f"{node.name} is read before it is made"
-            self.values[node] = self._view(node)
+            if node.op == "get_attr":
+                self._constant(node)
+            else:
+                assert is_view(node), f"{node.name} is read before it is made"
+                self.values[node] = self._view(node)
         return self.values[node]
+
+    def _constant(self, node: Node) -> None:
+        tensor = node.meta["val"]
+        if tensor.numel() > _LARGEST_CONSTANT:
+            raise Unsupported(f"a constant of {tensor.numel()} elements in the graph; make it a buffer of the model")
+        self.steps.append(ConstantStep(node.name, spec_of(tensor), constant_values(node)))
+        self.values[node] = node.name
 
     def _view(self, node: Node) -> str:
         owner = storage_owner(node)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from iocompiler.plan.sizes import divide, size_of
@@ -111,6 +113,10 @@ class Lowering:
         if self.computes(node):
             value = self.rule_of(node)(self, node, index, mask)
             return self._narrowed(value, node.meta["val"].dtype)
+        constant = known_scalar(node)
+        if constant is not None:
+            dtype = compute_dtype(node.meta["val"].dtype)
+            return self.builder.const(constant, dtype)
         return self._load(node, index, mask)
 
     def _through_view(self, node: Node, index: Index, mask: int | None) -> int:
@@ -196,6 +202,20 @@ class Lowering:
             for name in position.names:
                 names |= self.varies(int(name[1:])) if name.startswith("%") else {name}
         return frozenset(names)
+
+
+def known_scalar(node: Node) -> bool | int | float | None:
+    """The element of a one-element constant the graph carries (``torch.tensor(0.5)`` in the user's code)."""
+    if node.op != "get_attr" or node.meta["val"].numel() != 1 or node.meta["val"].is_complex():
+        return None
+    return constant_values(node)[0]
+
+
+def constant_values(node: Node) -> tuple[bool | int | float, ...]:
+    """The elements, row-major, of the tensor behind a ``get_attr`` node."""
+    with unset_fake_temporarily():
+        tensor: torch.Tensor = attrgetter(str(node.target))(node.graph.owning_module)
+        return tuple(tensor.detach().cpu().flatten().tolist())
 
 
 def literal(arg: Any) -> Literal_:

@@ -32,6 +32,18 @@ class ReduceRow:
     identity: float | str
     torch: Callable[..., torch.Tensor]
 
+    def neutral(self, dtype: torch.dtype) -> float | int | bool:
+        """The neutral element in ``dtype``."""
+        if not isinstance(self.identity, str):
+            return bool(self.identity) if dtype == torch.bool else self.identity
+        highest = self.identity == "highest"
+        if dtype == torch.bool:
+            return highest
+        if dtype.is_floating_point:
+            return float("inf") if highest else float("-inf")
+        limits = torch.iinfo(dtype)
+        return limits.max if highest else limits.min
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a value of ``dtype`` is held in inside a kernel: float32 for the half precisions, int32 for short ints."""

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from iocompiler.tile.arrange import merge_axes
+from iocompiler.tile.merged import merge_axes
 from iocompiler.tile.index import Affine, Axis, Size, ceil_div, product, row_major
-from iocompiler.tile.interpret import identity
 from iocompiler.tile.ops import REDUCES
 from iocompiler.tile.program import Buffer, Builder, Op, TileProgram, drop_dead
 
@@ -96,7 +95,7 @@ def _below(build: Builder, place: Affine, size: Size) -> int:
 
 def _guard(build: Builder, inside: int, value: int, fn: str) -> int:
     dtype = build.dtype(value)
-    neutral = build.const(identity(REDUCES[fn].identity, dtype), dtype)
+    neutral = build.const(REDUCES[fn].neutral(dtype), dtype)
     return build.map("where", inside, value, neutral, dtype=dtype)
 
 
