@@ -261,7 +261,7 @@ _ATTENDING = (
 PLAIN = tuple(Case(f"{name}-eager", make("eager"), draw) for name, make, draw in _ATTENDING)
 SDPA = tuple(Case(f"{name}-sdpa", make("sdpa"), draw) for name, make, draw in _ATTENDING)
 LAYERS = (
-    Case("encoder-layer", _encoder_layer, _sequence),
+    Case("encoder-layer", _encoder_layer, lambda size, rng: {"src": _sequence(size, rng)["x"]}),
     Case("residual-block", lambda size, dropout: ResidualBlock(size.hidden), _image),
     Case("cell-loop", lambda size, dropout: CellLoop(size.hidden), _sequence),
     Case("mlp", lambda size, dropout: MLP(size.hidden, dropout), _sequence),
