@@ -24,7 +24,7 @@ from iocompiler.plan.data import (
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
 
-# torch.mm and its like parse their arguments faster than the operator does, and write the planned strides
+# torch.mm and its like parse arguments faster than the operator, and write the planned strides
 _WITH_OUT = {
     "aten.mm.default": "torch.mm",
     "aten.bmm.default": "torch.bmm",
@@ -44,7 +44,7 @@ _SCALAR = {**_POINTER, torch.float16: "fp32", torch.bfloat16: "fp32"}
 
 @dataclass(frozen=True)
 class Launcher:
-    """A kernel's launch function in the module: its name, the text that registers it, and its grid."""
+    """A kernel's launch function in the module: its name, what registers it, and its grid."""
 
     name: str
     registration: str
@@ -139,7 +139,7 @@ class Body:
                 parts.append(f"{buffer.name}:{_SCALAR[buffer.dtype]}")
             else:
                 hint = ":16" if self._values.aligned(name) else ""
-                parts.append(f"{buffer.name}:*{_POINTER[buffer.dtype]}{hint}")
+                parts.append(f"{buffer.name}_ptr:*{_POINTER[buffer.dtype]}{hint}")
         return " ".join(parts + [f"{symbol}:i32:16" for symbol in step.program.size_symbols])
 
     def _kernel_argument(self, buffer: Buffer, name: str) -> tuple[str, str]:
@@ -174,7 +174,8 @@ class Body:
         values = argument_text(list(step.values), {})
         constant = self._names.claim(f"constant_{step.name}")
         self.globals.append(
-            f'{constant} = module.constant({values}, {shape}, {stride}, {step.spec.dtype}, "{step.spec.device}")'
+            f"{constant} = module.constant({values}, {shape}, {stride}, {step.spec.dtype}, "
+            f'"{step.spec.device}")'
         )
         if self._values.changes(step.name):
             name = self._names.add(step.name)
@@ -221,9 +222,8 @@ class Body:
             if spec is None:
                 self._numbers.add(name)
             else:
-                lines.append(
-                    f"{name} = laid_out({name}, {tuple_text(spec.shape)}, {tuple_text(spec.stride)})"
-                )
+                shape, stride = tuple_text(spec.shape), tuple_text(spec.stride)
+                lines.append(f"{name} = laid_out({name}, {shape}, {stride})")
         return set(names)
 
     def _operator(self, target: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import keyword
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 import sympy
@@ -14,8 +16,8 @@ from iocompiler.plan.data import Argument, Ref
 from iocompiler.tile.index import Size
 
 RESERVED = frozenset({
-    "args", "call", "module", "torch", "triton", "tl", "math", "libdevice", "stream", "results", "empty",
-    "reinterpret", "laid_out", "current_stream", "open_module", "example_inputs",
+    "args", "call", "module", "torch", "triton", "tl", "math", "libdevice", "stream", "results",
+    "empty", "reinterpret", "laid_out", "current_stream", "open_module", "example_inputs",
 })  # fmt: skip
 
 
@@ -30,7 +32,7 @@ class _SizePrinter(PythonPrinter):
         numerator, denominator = expr.args[0].as_numer_denom()
         return f"-(-({self._print(numerator)}) // ({self._print(denominator)}))"
 
-    def _print_Mul(self, expr: sympy.Expr) -> str:
+    def _print_Mul(self, expr: sympy.Expr) -> str:  # noqa: N802  # sympy's name
         numerator, denominator = expr.as_numer_denom()
         if denominator == 1:
             return str(super()._print_Mul(expr))
@@ -71,8 +73,10 @@ def argument_text(argument: Argument, names: Mapping[str, str]) -> str:
             if isinstance(argument, list):
                 return f"[{', '.join(items)}]"
             return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
-        case None | bool() | int() | str() | complex():
+        case None | bool() | int() | complex():
             return repr(argument)
+        case str():
+            return quoted(argument)
         case float():
             return repr(argument) if math.isfinite(argument) else f'float("{argument}")'
         case torch.device():
@@ -88,6 +92,24 @@ def _symbolic(expr: sympy.Basic) -> str:
     if expr.is_integer or expr.is_Boolean or expr.is_Relational:
         return size_text(expr)
     return f"({PythonPrinter().doprint(expr)})"
+
+
+def helpers_for(prelude: str, kernels: str) -> str:
+    """The prelude without the helper functions that ``kernels`` do not use."""
+    head, *helpers = prelude.split("@triton.jit\n")
+    used: list[str] = []
+    text = kernels
+    for helper in reversed(helpers):  # a helper uses earlier ones only
+        name = helper.removeprefix("def ").split("(")[0]
+        if re.search(rf"\b{name}\b", text):
+            used.insert(0, f"@triton.jit\n{helper.strip()}\n")
+            text += helper
+    return "\n\n".join([head.strip() + "\n", *used])
+
+
+def quoted(text: str) -> str:
+    """The text as a Python literal in double quotes."""
+    return json.dumps(text)
 
 
 class Names:

@@ -75,7 +75,8 @@ class Values:
         """
         place, spec = self.place(name), self.specs[name]
         root = self.specs[place.root]
-        assert spec is not None and root is not None
+        assert spec is not None
+        assert root is not None
         return place.offset == 0 and (spec.shape, spec.stride) == (root.shape, root.stride)
 
     def needs_tensor(self, name: str) -> bool:

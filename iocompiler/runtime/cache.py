@@ -1,9 +1,9 @@
 """The disk cache: compiled kernels, whole graphs and module files, as text, JSON and cubins only.
 
-One entry is one folder ``<root>/<kind>/<key>/`` with its files and a ``meta.json`` that holds their hashes. It is
-written aside and renamed into place, so readers and other processes see all of it or nothing. What does not match
-its hashes is thrown away and built again. Kinds: "kernels" (source, cubin), "graphs" (module text, JSON), "modules"
-(the generated files that run).
+One entry is one folder ``<root>/<kind>/<key>/`` with its files and a ``meta.json`` that holds their
+hashes. It is written aside and renamed into place, so readers and other processes see all of it or
+nothing. What does not match its hashes is thrown away and built again. Kinds: "kernels" (source,
+cubin), "graphs" (module text, JSON), "modules" (the generated files that run).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STALE_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry read back: its folder, its files' contents by name, and the JSON stored with them."""
+    """One entry read back: its folder, its files' contents by name, and its JSON."""
 
     folder: Path
     files: Mapping[str, bytes]
@@ -54,7 +54,8 @@ class Info:
 
 
 class Cache:
-    """A bounded cache below ``root``; the least recently used entries go first. Safe for several processes.
+    """A bounded cache below ``root``; the least recently used entries go first. Safe for several
+    processes.
 
     Raises:
         PermissionError: the folder belongs to, or can be written by, another user.
@@ -75,7 +76,9 @@ class Cache:
         return self.root / kind / key
 
     def get(self, kind: str, key: str) -> Entry | None:
-        """The entry, or None where there is none. A damaged one is removed, with one warning per cache."""
+        """The entry, or None where there is none. A damaged one is removed, with one warning per
+        cache.
+        """
         folder = self.folder(kind, key)
         try:
             meta = json.loads((folder / _META).read_bytes())
@@ -117,7 +120,9 @@ class Cache:
     def store(
         self, kind: str, key: str, files: Mapping[str, bytes], data: Mapping[str, Any]
     ) -> Path | None:
-        """`put`, but a full or unwritable disk is one warning and None: the caller has what it would have stored."""
+        """`put`, but a full or unwritable disk is one warning and None: the caller has what it
+        would have stored.
+        """
         try:
             return self.put(kind, key, files, data)
         except OSError as error:
@@ -139,7 +144,9 @@ class Cache:
         return len(entries)
 
     def evict(self) -> int:
-        """Remove the least recently used entries until the cache is within its limit; returns how many went."""
+        """Remove the least recently used entries until the cache is within its limit; returns how
+        many went.
+        """
         entries = sorted(self._entries(), key=lambda entry: entry[1])
         total = sum(size for _, _, size in entries)
         removed = 0
@@ -178,7 +185,9 @@ class Cache:
 
 
 def key_of(*parts: Any) -> str:
-    """A key for what the JSON-able ``parts`` say, under these versions of torch, Triton and the compiler."""
+    """A key for what the JSON-able ``parts`` say, under these versions of torch, Triton and the
+    compiler.
+    """
     text = json.dumps([versions(), parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -214,7 +223,8 @@ def _open(root: str, limit: int) -> Cache | None:
 
 
 def default_cache() -> Cache | None:
-    """The cache of this process: IOCOMPILER_CACHE_DIR, or ~/.cache/iocompiler; None, warned once, if unusable.
+    """The cache of this process: IOCOMPILER_CACHE_DIR, or ~/.cache/iocompiler; None, warned once,
+    if unusable.
 
     IOCOMPILER_CACHE_BYTES bounds its size (2 GiB if unset).
     """

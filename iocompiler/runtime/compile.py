@@ -1,7 +1,8 @@
 """Kernels to cubins, in parallel worker processes that are started once and reused.
 
-`warm` starts the workers while the graph is still being captured; `compile_kernels` sends them the jobs. A worker is
-`runtime/worker.py`: it imports Triton and no torch, so it is ready in about 0.2 s.
+`warm` starts the workers while the graph is still being captured; `compile_kernels` sends them the
+jobs. A worker is `runtime/worker.py`: it imports Triton and no torch, so it is ready in about 0.2
+s.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ _WORKER = Path(__file__).with_name("worker.py")
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: ``source`` is the text of a whole file, ``where`` the user's lines it comes from.
+    """One kernel to compile: ``source`` is the text of a whole file, ``where`` the user's lines it
+    comes from.
 
-    ``signature`` maps each parameter to its Triton type; ``divisible`` are the positions of those known to be
-    multiples of 16 (bytes for pointers); ``capability`` is 90 for compute capability 9.0.
+    ``signature`` maps each parameter to its Triton type; ``divisible`` are the positions of those
+    known to be multiples of 16 (bytes for pointers); ``capability`` is 90 for compute capability
+    9.0.
     """
 
     source: str
@@ -175,7 +178,9 @@ _pool_lock = threading.Lock()
 
 
 def warm(scratch_root: Path | None = None) -> Pool:
-    """The worker pool, started if it does not run; returns at once. ``scratch_root`` is where Triton may write."""
+    """The worker pool, started if it does not run; returns at once. ``scratch_root`` is where
+    Triton may write.
+    """
     global _pool
     with _pool_lock:
         if _pool is None or not _pool.usable:
@@ -203,15 +208,17 @@ def shut_down() -> None:
 def compile_kernels(
     jobs: Sequence[tuple[Job, str]], scratch_root: Path | None = None
 ) -> list[Compiled]:
-    """The jobs' cubins, in order. With each job goes the path of the file its line information shall name.
+    """The jobs' cubins, in order. With each job goes the path of the file its line information
+    shall name.
 
     Raises:
-        CompileError: a kernel does not compile; the message has its name, Triton's message and the user's line.
+        CompileError: a kernel does not compile; the message has its name, Triton's message and the
+        user's line.
     """
     if len(jobs) <= 1:
         return [_compile(job, path, scratch_root) for job, path in jobs]
     with ThreadPoolExecutor(min(len(jobs), worker_count())) as threads:
-        return list(threads.map(lambda job: _compile(*job, scratch_root), jobs))
+        return list(threads.map(lambda job: _compile(job[0], job[1], scratch_root), jobs))
 
 
 def _compile(job: Job, path: str, scratch_root: Path | None) -> Compiled:

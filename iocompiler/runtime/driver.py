@@ -1,4 +1,6 @@
-"""The few calls of the CUDA driver a launcher needs, by ctypes: no Triton and no compiler at run time."""
+"""The few calls of the CUDA driver a launcher needs, by ctypes: no Triton and no compiler at run
+time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class Driver:
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._functions: dict[tuple[str, str, int], int] = {}
         self._lock = threading.Lock()
-        # no argtypes: every argument of a launch is a ctypes object made beforehand, which is the cheapest call
+        # no argtypes: a launch passes ctypes objects made beforehand, which is the cheapest call
         self.launch: Callable[..., int] = library.cuLaunchKernelEx
 
     def function(self, cubin: bytes, name: str, shared: int, device: int) -> int:
@@ -59,7 +61,9 @@ class Driver:
         return function.value
 
     def enter(self, device: int) -> ctypes.c_void_p:
-        """Make the device's primary context, which torch uses too, this thread's; returns the one before."""
+        """Make the device's primary context, which torch uses too, this thread's; returns the one
+        before.
+        """
         previous = ctypes.c_void_p()
         self._library.cuCtxGetCurrent(ctypes.byref(previous))
         if device not in self._contexts:

@@ -1,9 +1,11 @@
-"""CUDA graphs for mode="reduce-overhead", by torch's own trees of graphs (`torch._inductor.cudagraph_trees`).
+"""CUDA graphs for mode="reduce-overhead", by torch's own trees of graphs
+(`torch._inductor.cudagraph_trees`).
 
-The trees own one memory pool for forward and backward graphs, know which outputs are still alive, copy only inputs that
-move, and honour `torch.compiler.cudagraph_mark_step_begin`. They take any boxed function, so ours goes in as it is:
-`cudagraphify_impl` has had the same arguments from torch 2.11 to 2.13. Inputs of "static" position (parameters,
-buffers, and what a recorded forward hands to its backward) are read in place.
+The trees own one memory pool for forward and backward graphs, know which outputs are still alive,
+copy only inputs that move, and honour `torch.compiler.cudagraph_mark_step_begin`. They take any
+boxed function, so ours goes in as it is: `cudagraphify_impl` has had the same arguments from torch
+2.11 to 2.13. Inputs of "static" position (parameters, buffers, and what a recorded forward hands to
+its backward) are read in place.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def obstacle(plan: Plan, static_inputs: Sequence[int]) -> str:
     for position in mutated_inputs(plan):
         if position not in static_inputs:
             # the recorded graph would write into its own copy of the input
-            return f"input {plan.inputs[position][0]} is written in place and is no parameter or buffer"
+            name = plan.inputs[position][0]
+            return f"input {name} is written in place and is no parameter or buffer"
     return ""
 
 
@@ -88,10 +91,11 @@ def record(
     is_backward: bool = False,
     is_inference: bool = False,
 ) -> Call:
-    """``call`` as a function that records a CUDA graph on its first calls and replays it after that.
+    """``call`` as a function that records a CUDA graph on its first calls and replays it after
+    that.
 
-    ``static_inputs`` are positions of tensors that never move (parameters and buffers). Sizes among the arguments
-    are keys: each set of them has its own graph. The plan must have no `obstacle`.
+    ``static_inputs`` are positions of tensors that never move (parameters and buffers). Sizes among
+    the arguments are keys: each set of them has its own graph. The plan must have no `obstacle`.
     """
     from torch._inductor import cudagraph_trees
     from torch._inductor.cudagraph_utils import PlaceholderInfo
@@ -124,7 +128,9 @@ def record(
 
 
 def plain_backward(call: Call, device_index: int) -> Call:
-    """A backward that is not recorded though its forward is: the trees are told that the backward has begun."""
+    """A backward that is not recorded though its forward is: the trees are told that the backward
+    has begun.
+    """
     from torch._inductor import cudagraph_trees
 
     def run(args: list[Any]) -> list[Any]:

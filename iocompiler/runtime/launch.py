@@ -1,8 +1,9 @@
 """Launching a compiled kernel with as little Python as there can be: one pack, one driver call.
 
-`Signature` reads the text a generated module states its kernels' parameters in; `make_launch` writes, for one kernel, a
-Python function whose constants are in its code. It packs launch configuration and parameters into a buffer prepared
-once; buffers are taken from and given back to a list, whose pop and append are atomic, so threads do not meet.
+`Signature` reads the text a generated module states its kernels' parameters in; `make_launch`
+writes, for one kernel, a Python function whose constants are in its code. It packs launch
+configuration and parameters into a buffer prepared once; buffers are taken from and given back to a
+list, whose pop and append are atomic, so threads do not meet.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ Launch = Callable[..., None]
 # gridDim xyz, blockDim xyz, sharedMemBytes, pad, hStream, attrs, numAttrs, pad: CUlaunchConfig
 _CONFIG = "IIIIIII4xQQI4x"
 _FORMATS = {
-    "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
-    "fp32": "f", "fp64": "d",
+    "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
+    "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
 }  # fmt: skip
-_SCRATCH = 2  # Triton's kernels take two more pointers: global and profile scratch
+_SCRATCH = ("global_scratch", "profile_scratch")  # two more pointers Triton's kernels take
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One kernel parameter: its Triton type ("*fp32", "i32") and whether it may be taken as a multiple of 16."""
+    """One kernel parameter: its Triton type ("*fp32", "i32") and whether it may be taken as a
+    multiple of 16.
+    """
 
     name: str
     type: str
@@ -49,7 +52,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of a kernel, written ``"x:*fp32:16 n:i32"``; ``:16`` marks the ones that may be divisible."""
+    """The parameters of a kernel, written ``"x:*fp32:16 n:i32"``; ``:16`` marks the ones that may
+    be divisible.
+    """
 
     parameters: tuple[Parameter, ...]
 
@@ -68,7 +73,7 @@ class Signature:
         return tuple((p.name, p.type) for p in self.parameters)
 
     def divisible(self, pointers: bool, sizes: bool) -> tuple[int, ...]:
-        """Positions that are multiples of 16 where the marked ``pointers`` and / or ``sizes`` are."""
+        """Positions that are multiples of 16 if the marked ``pointers``, ``sizes`` are."""
         return tuple(
             position
             for position, p in enumerate(self.parameters)
@@ -85,7 +90,9 @@ class Image:
 
 
 class _Slots:
-    """Prepared launch buffers: (buffer, pointer to its configuration, pointer to the parameter addresses)."""
+    """Prepared launch buffers: (buffer, pointer to its configuration, pointer to the parameter
+    addresses).
+    """
 
     def __init__(self, layout: struct.Struct, offsets: list[int]):
         self._layout, self._offsets = layout, offsets
@@ -112,7 +119,7 @@ def launch(stream, gx, gy, gz{parameters}):
     except IndexError:
         slot = new_slot()
     buffer, config, addresses, _ = slot
-    pack(buffer, 0, gx, gy, gz, {threads}, 1, 1, {shared}, stream, 0, 0{parameters}, {global_scratch}, {profile_scratch})
+    pack(buffer, 0, gx, gy, gz, {threads}, 1, 1, {shared}, stream, 0, 0{parameters}, {pointers})
     code = call(config, function, addresses, null)
     give(slot)
     if code:
@@ -131,8 +138,9 @@ def make_launch(
     """The launch function of a kernel loaded on CUDA device ``device``.
 
     Args:
-        unaligned: called instead where a pointer marked divisible is not 16-byte aligned; None: not checked.
-        odd_sizes: called instead where a size marked divisible is no multiple of 16; None: not checked.
+        unaligned: called instead where a pointer marked divisible is not 16-byte aligned; None: not
+        checked. odd_sizes: called instead where a size marked divisible is no multiple of 16; None:
+        not checked.
 
     Raises:
         LaunchError: the cubin cannot be loaded, or asks for a kind of launch that is not supported.
@@ -150,11 +158,7 @@ def make_launch(
     slots = _Slots(layout, offsets)
     names = [f"a{i}" for i in range(len(signature.parameters))]
     parameters = "".join(f", {n}" for n in names)
-    scratch = {
-        key: metadata[f"{key}_size"]
-        for key in ("global_scratch", "profile_scratch")
-        if metadata[f"{key}_size"]
-    }
+    scratch = {key: metadata[f"{key}_size"] for key in _SCRATCH if metadata[f"{key}_size"]}
     text = _TEMPLATE.format(
         parameters=parameters,
         checks=_checks(signature, names, parameters, unaligned, odd_sizes),
@@ -163,8 +167,7 @@ def make_launch(
         ),
         threads=32 * metadata["num_warps"],
         shared=metadata["shared"],
-        global_scratch="global_scratch.data_ptr()" if "global_scratch" in scratch else 0,
-        profile_scratch="profile_scratch.data_ptr()" if "profile_scratch" in scratch else 0,
+        pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in _SCRATCH),
     )
     handle, null = ctypes.c_void_p(function), ctypes.c_void_p(0)
     namespace: dict[str, Any] = {
@@ -189,7 +192,7 @@ def make_launch(
 
 def _layout(signature: Signature) -> tuple[struct.Struct, list[int]]:
     """The struct of configuration and parameters, aligned as in C, and each parameter's offset."""
-    formats = [p.format for p in signature.parameters] + ["Q"] * _SCRATCH
+    formats = [p.format for p in signature.parameters] + ["Q"] * len(_SCRATCH)
     offsets = []
     text = "@" + _CONFIG
     for code in formats:
@@ -220,7 +223,7 @@ def _failure(
 ) -> Callable[..., None]:
     def failed(code: int, config: ctypes.c_void_p, addresses: ctypes.c_void_p) -> None:
         if code == INVALID_CONTEXT:
-            # a thread that has not yet touched the device: torch sets the context at its first allocation
+            # this thread has not touched the device: torch sets the context at the first allocation
             driver.enter(device)
             code = driver.launch(config, function, addresses, ctypes.c_void_p(0))
         if code:

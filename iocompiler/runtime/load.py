@@ -15,8 +15,9 @@ from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import Device
 from iocompiler.plan.data import Plan
 from iocompiler.runtime.cache import default_cache
+from iocompiler.runtime.kernels import KernelSpec
 from iocompiler.runtime.launch import Launch
-from iocompiler.runtime.module import KernelSpec, Module
+from iocompiler.runtime.module import Module
 
 Call = Callable[[list[Any]], list[Any]]
 
@@ -24,9 +25,9 @@ Call = Callable[[list[Any]], list[Any]]
 def load(plan: Plan, device: torch.device | None = None, name: str = "graph") -> Call:
     """The function that runs ``plan``: it takes a list, which it empties, and returns a list.
 
-    It has the attributes ``source`` (text of the file), ``path``, ``resources`` (kernel name to registers, spills,
-    shared bytes) and ``module``. It runs on ``device``, or where that is None on the device of the plan; kernels are
-    compiled for the GPU that is there.
+    It has the attributes ``source`` (text of the file), ``path``, ``resources`` (kernel name to
+    registers, spills, shared bytes) and ``module``. It runs on ``device``, or where that is None on
+    the device of the plan; kernels are compiled for the GPU that is there.
 
     Raises:
         CompileError: a kernel does not compile.
@@ -46,11 +47,13 @@ def load_text(
     call.source, call.path, call.module = text, module.path, module
     call.resources = module.resources
     call._boxed_call = True  # the way AOTAutograd knows that the list of arguments may be emptied
-    return call  # type: ignore[no-any-return]
+    result: Call = call
+    return result
 
 
 def prepare(plan: Plan, device: Device, name: str = "graph") -> Module:
-    """Everything `load` does short of the GPU: the file is emitted and its kernels compiled for ``device``.
+    """Everything `load` does short of the GPU: the file is emitted and its kernels compiled for
+    ``device``.
 
     The module returned has ``source``, ``path``, ``resources`` and the cubins (``images``).
 
@@ -68,7 +71,9 @@ def prepare(plan: Plan, device: Device, name: str = "graph") -> Module:
 
 
 def module_file(text: str, name: str) -> str:
-    """The path of a real file with this text, in the cache, or in a folder of this process's own without one."""
+    """The path of a real file with this text, in the cache, or in a folder of this process's own
+    without one.
+    """
     key = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     content = {f"{name}.py": text.encode()}
     cache = default_cache()
@@ -101,7 +106,7 @@ def _on_its_device(call: Call, device: torch.device) -> Call:
     index = torch.cuda.current_device() if device.index is None else device.index
 
     def guarded(args: list[Any]) -> list[Any]:
-        with torch.cuda._DeviceGuard(index):  # type: ignore[no-untyped-call]
+        with torch.cuda._DeviceGuard(index):
             return call(args)
 
     return guarded

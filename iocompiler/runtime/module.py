@@ -1,54 +1,35 @@
-"""What a generated module file needs to run: its kernels, compiled and bound, and the fastest ways to make tensors.
+"""What a generated module file needs to run: its kernels, compiled and bound, and the fastest ways
+to make tensors.
 
-A file is taken apart at its ``# %%`` cells. Only the call cell is run; a kernel's text goes, with the prelude, to the
-compiler, or is found in the cache under that text. A file edited by hand therefore runs as edited.
+A file is taken apart at its ``# %%`` cells. Only the call cell is run; a kernel's text goes, with
+the prelude, to the compiler, or is found in the cache under that text. A file edited by hand
+therefore runs as edited.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from iocompiler.runtime.cache import Cache, default_cache, key_of
-from iocompiler.runtime.compile import Compiled, Job, compile_kernels
+from iocompiler.codegen.pytext import helpers_for
+from iocompiler.runtime.cache import default_cache, key_of
+from iocompiler.runtime.compile import Job
+from iocompiler.runtime.kernels import KernelSpec, cells, compiled_images
 from iocompiler.runtime.launch import Image, Launch, Signature, make_launch
 from iocompiler.runtime.values import laid_out, storage_elements
 
-_CELL = re.compile(r"^# %% (prelude|kernel|call) ?(.*)$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """A kernel of the module under one signature; ``launcher`` tells it from the same kernel under another."""
-
-    name: str
-    launcher: str
-    signature: Signature
-    num_warps: int
-    num_stages: int
-    where: str
-
-    def variants(self) -> tuple[tuple[bool, bool], ...]:
-        """(pointers aligned, sizes divisible) of the versions made in advance: the first is the hinted one."""
-        if self.signature.divisible(False, True):
-            return ((True, True), (True, False))
-        return ((True, False),)
-
 
 class Module:
-    """A generated module: text cut into cells, kernels registered by its call cell, cubins, bound launchers.
+    """A generated module: text cut into cells, kernels registered by its call cell, cubins, bound
+    launchers.
 
     Args:
-        path: the file; it must exist.
-        device: replaces the torch device the file names.
-        binder: makes the launch function of a kernel, in place of compiling it and loading it on the GPU.
+        path: the file; it must exist. device: replaces the torch device the file names. binder:
+        makes the launch function of a kernel, in place of compiling it and loading it on the GPU.
         allocate: False where no tensor can be made on the device: constants are then left out.
     """
 
@@ -68,7 +49,7 @@ class Module:
         self.namespace: dict[str, Any] = {}
         self._binder, self._allocate = binder, allocate
         self._override = bool(device)
-        self._prelude, self._texts, self.call_cell = _cells(self.source)
+        self._prelude, self._texts, self.call_cell = cells(self.source)
 
     def adopt(self, namespace: dict[str, Any], device: str) -> None:
         """Take the globals of the file's call cell and, unless one was given, its device."""
@@ -91,11 +72,14 @@ class Module:
     # what the call cell uses
 
     def tools(self) -> tuple[Callable[..., Any], ...]:
-        """``empty(size, stride, dtype)``, ``reinterpret(base, size, stride, offset)``, ``laid_out``, ``current_stream()``."""
-        guards = torch._C._dynamo.guards
+        """``empty(size, stride, dtype)``, ``reinterpret(base, size, stride, offset)``,
+        ``laid_out``, ``current_stream()``.
+        """
+        guards: Any = torch._C._dynamo.guards
+        stream: Callable[[], int]
         if self.device.type == "cuda":
             empty = guards._empty_strided_cuda
-            stream = functools.partial(torch._C._cuda_getCurrentRawStream, self.device_index)
+            stream = functools.partial(_raw_stream, self.device_index)
         else:
             empty = guards._empty_strided_cpu
             stream = int
@@ -104,7 +88,9 @@ class Module:
     def kernel(
         self, name: str, signature: str, *, num_warps: int, num_stages: int, where: str = ""
     ) -> Launch:
-        """Register a kernel; the launch function returned compiles and binds the whole module when first called."""
+        """Register a kernel; the launch function returned compiles and binds the whole module when
+        first called.
+        """
         launcher = f"{name}({signature})"
         spec = KernelSpec(name, launcher, Signature.parse(signature), num_warps, num_stages, where)
         self.kernels[launcher] = spec
@@ -155,7 +141,11 @@ class Module:
 
     @property
     def device_index(self) -> int:
-        return torch.cuda.current_device() if self.device.index is None else self.device.index
+        index: int | None = self.device.index
+        if index is not None:
+            return index
+        # without a GPU to allocate on, none must be touched either
+        return torch.cuda.current_device() if self._allocate and torch.cuda.is_available() else 0
 
     def compile(self, capability: int) -> None:
         """Cubins of every kernel's hinted versions, from the cache or from the worker processes.
@@ -179,7 +169,8 @@ class Module:
         self.images.update({place: images[key] for place, key in keys.items()})
 
     def _job(self, spec: KernelSpec, aligned: bool, sizes: bool, capability: int) -> Job:
-        source = f"{self._prelude}\n\n{self._texts[spec.name]}"
+        text = self._texts[spec.name]
+        source = f"{helpers_for(self._prelude, text)}\n\n{text}"
         return Job(
             source=source,
             name=spec.name,
@@ -192,10 +183,13 @@ class Module:
         )
 
     def bind(self) -> None:
-        """Load what is compiled on the device (compiling it first if need be) and put the launchers in place."""
+        """Load what is compiled on the device (compiling it first if need be) and put the launchers
+        in place.
+        """
         if self._binder is not None:
             self.bound = {name: self._binder(spec) for name, spec in self.kernels.items()}
         else:
+            torch.cuda.init()
             if not self.images:
                 self.compile(self._capability)
             self.bound = {name: self._launch(spec) for name, spec in self.kernels.items()}
@@ -221,7 +215,9 @@ class Module:
         return load(image=hinted, unaligned=unaligned, odd_sizes=odd_sizes)
 
     def _unaligned(self, spec: KernelSpec) -> Launch:
-        """The launch for pointers without the usual alignment, which few programs have: compiled at its first use."""
+        """The launch for pointers without the usual alignment, which few programs have: compiled at
+        its first use.
+        """
         made: list[Launch] = []
 
         def launch(*arguments: Any) -> None:
@@ -247,6 +243,9 @@ class Module:
         return found
 
 
+# absent in a torch built without CUDA, where files are written and compiled but not run
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
 _opening: dict[str, Module] = {}
 
 
@@ -255,59 +254,3 @@ def open_module(path: str, namespace: dict[str, Any], device: str) -> Module:
     module = _opening.get(path) or Module(path)
     module.adopt(namespace, device)
     return module
-
-
-def compiled_images(jobs: dict[str, Job], cache: Cache | None) -> dict[str, Image]:
-    """The jobs' cubins by key: from the cache where it has them, the rest compiled together and stored."""
-    found: dict[str, Image] = {}
-    for key in jobs:
-        entry = cache.get("kernels", key) if cache else None
-        if entry is not None:
-            found[key] = Image(entry.files["kernel.cubin"], dict(entry.meta))
-    missing = [key for key in jobs if key not in found]
-    paths = {key: _source_path(cache, key) for key in missing}
-    compiled = compile_kernels([(jobs[key], paths[key]) for key in missing], _scratch(cache))
-    for key, result in zip(missing, compiled, strict=True):
-        found[key] = Image(result.cubin, result.metadata)
-        if cache is not None:
-            _store(cache, key, jobs[key], result)
-    return found
-
-
-def _source_path(cache: Cache | None, key: str) -> str:
-    folder = (
-        cache.folder("kernels", key) if cache else Path(tempfile.gettempdir(), "iocompiler", key)
-    )
-    return str(folder / "kernel.py")
-
-
-def _scratch(cache: Cache | None) -> Path | None:
-    if cache is None:
-        return None
-    folder = cache.root / "triton"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
-def _store(cache: Cache, key: str, job: Job, result: Compiled) -> None:
-    files = {"kernel.py": job.source.encode(), "kernel.cubin": result.cubin}
-    cache.store("kernels", key, files, result.metadata)
-
-
-def _cells(source: str) -> tuple[str, dict[str, str], str]:
-    """(prelude, kernel texts by name, call cell) of a module's text."""
-    prelude, kernels, call = "", {}, ""
-    marks = list(_CELL.finditer(source))
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        text = (
-            source[mark.end() + 1 : following.start() if following else len(source)].strip("\n")
-            + "\n"
-        )
-        if mark[1] == "prelude":
-            prelude = text
-        elif mark[1] == "kernel":
-            # the comment above a kernel says where it comes from: equal kernels of other models differ there only
-            kernels[mark[2].strip()] = text[text.index("@triton.jit") :]
-        else:
-            call = text
-    return prelude, kernels, call

@@ -5,7 +5,6 @@ Slow and plain: what a compiled plan computes is compared with this, and this wi
 
 from __future__ import annotations
 
-import operator
 from functools import reduce
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from iocompiler.plan.data import AtenStep, BatchStep, ConstantStep, KernelStep, Plan, ViewStep
 from iocompiler.runtime.values import fresh, input_sizes, laid_out, resolve, size_value, size_values
 from iocompiler.tile.flat import LENGTH
+from iocompiler.tile.interpret import run
 from iocompiler.tile.program import Buffer, TileProgram
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 def run_plan(plan: Plan, args: list[Any]) -> list[Any]:
     """The outputs of ``plan`` for ``args`` (CPU tensors, ints for sizes, numbers), in order.
 
-    ``args`` stays as it is; tensors the plan writes into are changed. Fresh outputs are poisoned before a kernel
-    writes them, so an element a kernel forgets shows.
+    ``args`` stays as it is; tensors the plan writes into are changed. Fresh outputs are poisoned
+    before a kernel writes them, so an element a kernel forgets shows.
 
     Raises:
         ValueError: as many arguments as the plan has inputs are needed.
@@ -60,9 +60,6 @@ def operator_named(target: str) -> Any:
 
 
 def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    # the interpreter is the tile room's; imported here so that plans without kernels need nothing of it
-    from iocompiler.tile.interpret import run
-
     for name, spec in step.outputs:
         values[name] = fresh(spec, sizes, CPU)
     run(step.program, _buffers(step.program, step.args, values, sizes), sizes, step.schedule)

@@ -1,4 +1,6 @@
-"""What ``python <generated file>.py`` does: run on random inputs, look for differences between runs, print the time."""
+"""What ``python <generated file>.py`` does: run on random inputs, look for differences between
+runs, print the time.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def check(
     example_inputs: Callable[[], list[Any]],
     device: torch.device,
 ) -> None:
-    """Print the outputs' shapes, whether two runs agree bit by bit, and the median time of a call in microseconds."""
+    """Print the outputs' shapes, whether two runs agree bit by bit, and the median time of a call
+    in microseconds.
+    """
     if device.type == "cuda" and not torch.cuda.is_available():
         print(f"nothing was run: this file needs {device}")
         return

@@ -1,4 +1,6 @@
-"""The run-time values of a plan's sizes and arguments: symbols become Python ints, references become tensors."""
+"""The run-time values of a plan's sizes and arguments: symbols become Python ints, references
+become tensors.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def input_sizes(plan: Plan, args: list[Any]) -> dict[str, int]:
 
 
 def storage_elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """How many elements lie between a tensor's first and last element, both counted; 0 for an empty tensor."""
+    """How many elements lie between a tensor's first and last element, both counted; 0 for an empty
+    tensor.
+    """
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
@@ -64,7 +68,7 @@ def resolve(
 
 
 def _number(expr: sympy.Basic, sizes: Mapping[str, int]) -> int | float | bool:
-    value = expr.xreplace({s: sympy.Integer(sizes[s.name]) for s in expr.free_symbols})  # type: ignore[attr-defined]
+    value = expr.xreplace({s: sympy.Integer(sizes[s.name]) for s in expr.free_symbols})
     if value in (sympy.true, sympy.false):
         return bool(value)
     return int(value) if value.is_Integer else float(value)
@@ -73,8 +77,8 @@ def _number(expr: sympy.Basic, sizes: Mapping[str, int]) -> int | float | bool:
 def laid_out(tensor: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     """``tensor`` itself where its strides are the planned ones, else a copy that has them.
 
-    The meta function of an operator can predict other strides than its kernel gives; kernels planned for the
-    predicted ones would then read the wrong elements.
+    The meta function of an operator can predict other strides than its kernel gives; kernels
+    planned for the predicted ones would then read the wrong elements.
     """
     if tensor.stride() == stride:
         return tensor

@@ -1,8 +1,10 @@
-"""A Triton compiler behind a pipe: run as a script, it imports Triton once and forks workers that take jobs.
+"""A Triton compiler behind a pipe: run as a script, it imports Triton once and forks workers that
+take jobs.
 
-``python worker.py <fd> <fd> ...`` serves one worker on each inherited socket. A job is one line of JSON, the answer
-another; a worker ends when its socket closes or nothing came for `IDLE_SECONDS`. This file imports Triton and the
-standard library only: not torch, and nothing of the package it lies in, whose import would cost a second.
+``python worker.py <fd> <fd> ...`` serves one worker on each inherited socket. A job is one line of
+JSON, the answer another; a worker ends when its socket closes or nothing came for `IDLE_SECONDS`.
+This file imports Triton and the standard library only: not torch, and nothing of the package it
+lies in, whose import would cost a second.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
     """Compile one kernel of a source text.
 
     Args:
-        job: "source" (text), "path" (the file it stands in, for line information), "name", "signature" (parameter
-            name to Triton type, in order), "divisible" (positions of the parameters known to be multiples of 16),
-            "num_warps", "num_stages", "capability" (90 for compute capability 9.0).
+        job: "source" (text), "path" (the file it stands in, for line information), "name",
+        "signature" (parameter
+            name to Triton type, in order), "divisible" (positions of the parameters known to be
+            multiples of 16), "num_warps", "num_stages", "capability" (90 for compute capability
+            9.0).
 
     Returns:
-        "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes, scratch sizes).
+        "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes,
+        scratch sizes).
     """
     import triton
     from triton import knobs
@@ -59,7 +64,7 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _function(source: str, path: str, name: str) -> Any:
-    """The jitted function ``name`` of ``source``; Triton reads its text back by the file's lines."""
+    """The jitted function ``name`` of ``source``; Triton reads its text by the file's lines."""
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
     namespace: dict[str, Any] = {"__name__": "kernel", "__file__": path}
     exec(compile(source, path, "exec"), namespace)

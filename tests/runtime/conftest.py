@@ -1,4 +1,6 @@
-"""Every test of the runtime has a disk cache of its own, and worker processes that end with the tests."""
+"""Every test of the runtime has a disk cache of its own, and worker processes that end with the
+tests.
+"""
 
 from __future__ import annotations
 

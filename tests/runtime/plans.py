@@ -1,4 +1,6 @@
-"""Small plans made by hand, and the launcher that runs a module's kernels on the CPU from raw pointers."""
+"""Small plans made by hand, and the launcher that runs a module's kernels on the CPU from raw
+pointers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import sympy
 import torch
 
 from iocompiler.plan.data import KernelStep, Plan, Schedule, Step, TensorSpec
-from iocompiler.runtime.module import KernelSpec
+from iocompiler.runtime.kernels import KernelSpec
 from iocompiler.runtime.values import size_value
 from iocompiler.tile.index import Affine, Axis, Size, product
 from iocompiler.tile.interpret import run
@@ -68,7 +70,9 @@ def plan(inputs: dict[str, TensorSpec | None], steps: list[Step], outputs: tuple
 
 
 def interpreter(plan: Plan) -> Callable[[KernelSpec], Callable[..., None]]:
-    """A binder for `load_text`: kernels of ``plan`` run by the tile interpreter on what the pointers point to."""
+    """A binder for `load_text`: kernels of ``plan`` run by the tile interpreter on what the
+    pointers point to.
+    """
     steps = [step for step in plan.steps if isinstance(step, KernelStep)]
     programs = {step.name: step.program for step in reversed(steps)}
 

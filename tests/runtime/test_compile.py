@@ -14,7 +14,7 @@ from iocompiler.errors import CacheWarning, CompileError
 from iocompiler.runtime import compile as compiling
 from iocompiler.runtime.cache import default_cache
 from iocompiler.runtime.compile import Job, compile_kernels
-from iocompiler.runtime.module import compiled_images
+from iocompiler.runtime.kernels import compiled_images
 
 SOURCE = """\
 import triton
@@ -105,7 +105,7 @@ def test_workers_end_with_their_parent() -> None:
 def test_the_cache_saves_the_second_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = default_cache()
     first = compiled_images({"k": job()}, cache)["k"]
-    monkeypatch.setattr("iocompiler.runtime.module.compile_kernels", lambda jobs, scratch: [])
+    monkeypatch.setattr("iocompiler.runtime.kernels.compile_kernels", lambda jobs, scratch: [])
     again = compiled_images({"k": job()}, cache)["k"]
     assert (first.cubin, first.metadata) == (again.cubin, again.metadata)
     assert cache is not None

@@ -1,4 +1,6 @@
-"""The launcher: on the CPU against a driver that records what it is given, on the GPU for what only a GPU shows."""
+"""The launcher: on the CPU against a driver that records what it is given, on the GPU for what only
+a GPU shows.
+"""
 
 from __future__ import annotations
 

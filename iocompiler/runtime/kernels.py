@@ -1,0 +1,101 @@
+"""The kernels of a generated module: their texts cut out of the file, and their cubins from the
+cache or the workers.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from iocompiler.runtime.cache import Cache, default_cache
+from iocompiler.runtime.compile import Compiled, Job, compile_kernels, warm
+from iocompiler.runtime.launch import Image, Signature
+
+_CELL = re.compile(r"^# %% (prelude|kernel|call) ?(.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel of the module under one signature; ``launcher`` tells it from the same kernel under
+    another.
+    """
+
+    name: str
+    launcher: str
+    signature: Signature
+    num_warps: int
+    num_stages: int
+    where: str
+
+    def variants(self) -> tuple[tuple[bool, bool], ...]:
+        """(pointers aligned, sizes divisible) of the versions made in advance: the first is the
+        hinted one.
+        """
+        if self.signature.divisible(False, True):
+            return ((True, True), (True, False))
+        return ((True, False),)
+
+
+def cells(source: str) -> tuple[str, dict[str, str], str]:
+    """(prelude, kernel texts by name, call cell) of a module's text."""
+    prelude, kernels, call = "", {}, ""
+    marks = list(_CELL.finditer(source))
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        text = (
+            source[mark.end() + 1 : following.start() if following else len(source)].strip("\n")
+            + "\n"
+        )
+        if mark[1] == "prelude":
+            prelude = text
+        elif mark[1] == "kernel":
+            # the comment above a kernel is where kernels equal to it in other models differ
+            kernels[mark[2].strip()] = text[text.index("@triton.jit") :]
+        else:
+            call = text
+    return prelude, kernels, call
+
+
+def compiled_images(jobs: dict[str, Job], cache: Cache | None) -> dict[str, Image]:
+    """The jobs' cubins by key: from the cache where it has them, the rest compiled together and
+    stored.
+    """
+    found: dict[str, Image] = {}
+    for key in jobs:
+        entry = cache.get("kernels", key) if cache else None
+        if entry is not None:
+            found[key] = Image(entry.files["kernel.cubin"], dict(entry.meta))
+    missing = [key for key in jobs if key not in found]
+    paths = {key: _source_path(cache, key) for key in missing}
+    compiled = compile_kernels([(jobs[key], paths[key]) for key in missing], _scratch(cache))
+    for key, result in zip(missing, compiled, strict=True):
+        found[key] = Image(result.cubin, result.metadata)
+        if cache is not None:
+            _store(cache, key, jobs[key], result)
+    return found
+
+
+def warm_workers() -> None:
+    """Start the compiler processes, unless they run, and return at once: for before a capture."""
+    warm(_scratch(default_cache()))
+
+
+def _source_path(cache: Cache | None, key: str) -> str:
+    folder = (
+        cache.folder("kernels", key) if cache else Path(tempfile.gettempdir(), "iocompiler", key)
+    )
+    return str(folder / "kernel.py")
+
+
+def _scratch(cache: Cache | None) -> Path | None:
+    if cache is None:
+        return None
+    folder = cache.root / "triton"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _store(cache: Cache, key: str, job: Job, result: Compiled) -> None:
+    files = {"kernel.py": job.source.encode(), "kernel.cubin": result.cubin}
+    cache.store("kernels", key, files, result.metadata)

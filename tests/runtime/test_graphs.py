@@ -1,0 +1,98 @@
+"""CUDA graphs: what cannot be recorded is told; what is recorded follows its inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from iocompiler.plan.data import AtenStep, Plan, Ref, TensorSpec, ViewStep
+from iocompiler.runtime.graphs import mutated_inputs, obstacle, record
+from iocompiler.runtime.load import load
+from iocompiler.tile.index import Affine, Axis
+from iocompiler.tile.program import Buffer, Builder, TileProgram
+from tests.runtime.plans import S0, SCHEDULE, KernelStep, binary, kernel, plan, spec
+from tests.runtime.test_load import dynamic, on_cuda, static
+
+
+def doubled_in_place(size: int) -> TileProgram:
+    builder, x = Builder(), Affine.of("x")
+    value = builder.load("a", x, torch.float32)
+    builder.store("a", x, builder.map("add", value, value))
+    buffers = (Buffer("a", torch.float32, "inout", size),)
+    return builder.program((Axis("x", size),), (), buffers)
+
+
+def in_place() -> Plan:
+    return plan(
+        {"x": spec(8), "y": spec(8), "z": spec(8)},
+        [
+            ViewStep("half", "y", spec(4), 4),
+            KernelStep("double", doubled_in_place(4), SCHEDULE, ("half",), ()),
+            AtenStep("aten.copy_.default", (Ref("x"), Ref("z")), (), ((None, None),), False),
+        ],
+        (Ref("z"),),
+    )
+
+
+def test_inputs_written_through_views_and_by_operators() -> None:
+    assert mutated_inputs(in_place()) == (0, 1)
+    assert mutated_inputs(static()) == ()
+
+
+def test_plans_that_can_be_recorded() -> None:
+    assert obstacle(on_cuda(static()), ()) == ""
+    assert obstacle(on_cuda(dynamic()), ()) == ""
+    assert obstacle(on_cuda(in_place()), (0, 1)) == ""
+
+
+def test_plans_that_cannot() -> None:
+    assert obstacle(static(), ()) == "it runs on cpu"
+    assert "input x is written in place" in obstacle(on_cuda(in_place()), (1,))
+    scalar = dataclasses.replace(on_cuda(static()), inputs=(("x", spec(8)), ("factor", spec())))
+    assert obstacle(scalar, ()) == "input x is on cpu"
+
+
+@pytest.mark.parametrize(
+    ("target", "output"),
+    [
+        ("aten._local_scalar_dense.default", ("n", None)),
+        ("aten.nonzero.default", ("n", TensorSpec((S0, 1), (1, 1), torch.int64, "cuda"))),
+        ("aten.relu.default", ("n", spec(8))),
+    ],
+)
+def test_calls_the_host_waits_for(target: str, output: Any) -> None:
+    step = AtenStep(target, (Ref("x"),), (), (output,), False)
+    graph = plan({"x": TensorSpec((8,), (1,), torch.float32, "cuda")}, [step], (Ref("n"),))
+    assert target in obstacle(dataclasses.replace(graph, device="cuda"), ())
+
+
+@pytest.mark.gpu
+def test_gpu_replays_follow_moving_inputs() -> None:
+    size = 1024
+    graph = on_cuda(
+        plan(
+            {"w": spec(size), "x": spec(size)},
+            [kernel("mul", binary("mul", size), ("w", "x", "y"), spec(size))],
+            (Ref("y"),),
+        )
+    )
+    call = record(load(graph), graph, 0, static_inputs=(0,), is_inference=True)
+    w = torch.randn(size, device="cuda")
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(size, device="cuda")
+        torch.testing.assert_close(call([w, x])[0], w * x)
+        w.add_(1)
+
+
+@pytest.mark.gpu
+def test_gpu_each_size_has_its_graph() -> None:
+    graph = on_cuda(dynamic())
+    call = record(load(graph), graph, 0, is_inference=True)
+    for size in (3, 5, 3, 5, 3):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(size, 8, device="cuda")
+        torch.testing.assert_close(call([size, x])[0], x * x)
