@@ -19,9 +19,11 @@ from iocompiler.engines import Boxed
 from iocompiler.errors import FallbackWarning, StrictFallback
 from iocompiler.graph.capture import capture
 from iocompiler.graph.findings import findings
-from iocompiler.observe import Dump, Summary, Verify
+from iocompiler.graph.printer import show
+from iocompiler.observe import Dump, Summary, Verify, dump_folder, dump_text
 from iocompiler.options import Options
 from iocompiler.pipeline import DEFAULT, Observer, Pipeline
+from iocompiler.plan.data import Plan
 
 Compiled = Callable[..., Any]
 Result = TypeVar("Result")
@@ -100,7 +102,8 @@ def compile_graph(
         a function of the graph's inputs. Nothing that fails in here breaks the program: the region
         then runs on aten, with one `FallbackWarning`; under ``strict``, `StrictFallback` is raised.
     """
-    return _Walk(options, pipeline, compilation).compile(gm, example_inputs)
+    folder = dump_folder(options.dump) if options.dump else None
+    return _Walk(options, pipeline, compilation, folder).compile(gm, example_inputs)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class _Walk:
     options: Options
     pipeline: Pipeline
     compilation: Compilation
+    folder: Path | None
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
         graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten") or gm
@@ -123,8 +127,8 @@ class _Walk:
         graph = capture(gm, inputs)
         self.compilation.passes = Summary()
         observers: list[Observer] = [self.compilation.passes]
-        if self.options.dump:
-            observers.append(Dump(Path(self.options.dump), self.compilation.passes))
+        if self.folder is not None:
+            observers.append(Dump(self.folder, self.compilation.passes))
         if self.options.verify:
             observers.append(Verify(inputs))
         self.compilation.changed = self.pipeline.stage("graph").run(graph, observers)
@@ -157,6 +161,14 @@ class _Walk:
         plan = build_plan(flat, engines.device_row(flat, self.options), name)
         self.compilation.plans[name] = plan
         run = engines.load(plan, flat, self.options, name)
+        if self.folder is not None:
+            dump_text(self.folder / f"{name}.txt", show(flat))
+            if engines.source(run):
+                dump_text(self.folder / "kernels" / f"{name}.py", engines.source(run))
+        return self._recorded(run, plan, flat, name)
+
+    def _recorded(self, run: Boxed, plan: Plan, flat: GraphModule, name: str) -> Boxed:
+        """Under "reduce-overhead", ``run`` as a CUDA graph; what cannot be one is written down."""
         if self.options.mode != "reduce-overhead" or self.options.engine != "auto":
             return run
         recorded = "forward" in self.compilation.recorded

@@ -29,7 +29,7 @@ def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
         return boxed(lambda args: run_plan(plan, args))
     from iocompiler.runtime.load import load as load_plan
 
-    return boxed(load_plan(plan, torch.device(plan.device), name))
+    return load_plan(plan, torch.device(plan.device), name)
 
 
 def replayed(
@@ -89,6 +89,11 @@ def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., An
     get_cpp_compiler()
     compiled: Any = compile_fx(gm, example_inputs)
     return compiled
+
+
+def source(run: Boxed) -> str:
+    """The Python file behind a loaded plan; "" for what has none."""
+    return str(getattr(run, "source", ""))
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Boxed:

@@ -61,13 +61,27 @@ class Dump:
     summary: Summary
 
     def __call__(self, gm: GraphModule, done: Done) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         if done.number == 0 or done.sites:
-            (self.folder / f"{done.number:02}_{done.name}.txt").write_text(
-                show(gm, self.summary.price)
-            )
+            text = show(gm, self.summary.price)
+            dump_text(self.folder / f"{done.number:02}_{done.name}.txt", text)
         if done.number == done.total:
-            (self.folder / "summary.txt").write_text(str(self.summary))
+            dump_text(self.folder / "summary.txt", str(self.summary))
+
+
+_opened: dict[str, int] = {}
+"""How many graphs this process has dumped into each folder; nothing but file names depends on it."""
+
+
+def dump_folder(root: str) -> Path:
+    """Where a graph is dumped: the folder itself for the first one, then graph_1, graph_2 in it."""
+    count = _opened[root] = _opened.get(root, -1) + 1
+    return Path(root) / f"graph_{count}" if count else Path(root)
+
+
+def dump_text(path: Path, text: str) -> None:
+    """Write a file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 @dataclass
