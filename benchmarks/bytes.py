@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,7 @@ def main() -> None:
     for model in MODELS:
         if wanted(model, args.only):
             row: Row = {"name": model, "model": model}
-            with session.attempt(row, "ncu"):
-                planned, launches = _profiled(args, model)
-                if args.ncu_csv:
-                    _keep(args.ncu_csv, model, planned, launches)
-                _fill(session.table, model, planned, launches)
+            session.attempt(row, "ncu", partial(_measure, session, model))
             if row.get("note"):
                 session.table.rows.append(row)
     session.table.finish(args.json)
@@ -67,6 +64,13 @@ def arguments() -> argparse.Namespace:
     found.add_argument("--plan", default="", help=argparse.SUPPRESS)
     found.set_defaults(only="bert,llama")
     return found.parse_args()
+
+
+def _measure(session: Session, model: str) -> None:
+    planned, launches = _profiled(session.args, model)
+    if session.args.ncu_csv:
+        _keep(session.args.ncu_csv, model, planned, launches)
+    _fill(session.table, model, planned, launches)
 
 
 def _profiled(args: argparse.Namespace, model: str) -> tuple[list[dict[str, Any]], list[Launch]]:

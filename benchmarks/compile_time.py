@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from benchmarks.caches import variables
 from benchmarks.harness import Session, add_geometric_mean, columns, parser, wanted
 from benchmarks.model_zoo import MODELS
 from benchmarks.models import forward, training_step
-from benchmarks.peers import PEERS, chosen
+from benchmarks.peers import PEERS, Peer, chosen
 from benchmarks.table import Row, Table, ratio
 
 _PROCESS_LIMIT_S = 200.0
@@ -67,18 +68,18 @@ def _row(session: Session, model: str, phase: str) -> None:
     row: Row = {"name": f"{model} {phase}"}
     session.table.rows.append(row)
     for peer in session.peers:
-        with (
-            tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
-            session.attempt(row, peer.name),
-        ):
-            for which in ("first s", "second s"):
-                seconds, whole = _process(
-                    session.args, f"{model},{phase},{peer.name}", Path(folder)
-                )
-                row[f"{peer.name} {which}"] = seconds
-                if which == "first s":
-                    row[f"{peer.name} whole s"] = whole
+        session.attempt(row, peer.name, partial(_measure, session.args, model, phase, peer, row))
     row["ours/inductor"] = ratio(row.get("ours first s"), row.get("inductor first s"))
+
+
+def _measure(args: argparse.Namespace, model: str, phase: str, peer: Peer, row: Row) -> None:
+    """Two processes on one folder of caches."""
+    child = f"{model},{phase},{peer.name}"
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        row[f"{peer.name} first s"], row[f"{peer.name} whole s"] = _process(
+            args, child, Path(folder)
+        )
+        row[f"{peer.name} second s"], _ = _process(args, child, Path(folder))
 
 
 def _process(args: argparse.Namespace, child: str, caches: Path) -> tuple[float, float]:

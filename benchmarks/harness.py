@@ -9,7 +9,7 @@ import gc
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -71,13 +71,11 @@ class Session:
     def peers(self) -> tuple[Peer, ...]:
         return peers.chosen(self.args.peers)
 
-    @contextlib.contextmanager
-    def attempt(self, row: Row, label: str) -> Iterator[None]:
+    def attempt(self, row: Row, label: str, work: Callable[[], None]) -> None:
         """Run a peer's part of a row from a fresh start, caches empty; what it raises or warns of
         becomes the row's note.
 
-        Entered with the device broken by an earlier failure, or past the time limit, it raises
-        `Skipped` at once.
+        With the device broken by an earlier failure, or past the time limit, it is not run.
         """
         fresh()
         started = time.perf_counter()
@@ -87,12 +85,9 @@ class Session:
             caches = contextlib.nullcontext() if self.args.quick else fresh_caches()
             with caches, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                yield
+                work()
             for warning in caught:
-                if (
-                    "iocompiler" in str(warning.message)
-                    or "FallbackWarning" in warning.category.__name__
-                ):
+                if "iocompiler" in f"{warning.category.__module__} {warning.message}":
                     note(row, label, str(warning.message))
         except Exception as error:  # whatever a peer raises is its result
             note(row, label, f"{type(error).__name__}: {first_line(error)}")
@@ -150,7 +145,7 @@ def verdict(comparisons: tuple[Comparison, ...]) -> str:
     rule."""
     if not comparisons:
         return "FAIL: nothing compared"
-    worst = max(comparisons, key=lambda c: c.compiled / c.allowed)
+    worst = max(comparisons, key=lambda c: (not c.ok, c.compiled / c.allowed))
     bad = sum(not c.ok for c in comparisons)
     return (
         f"FAIL {bad} of {len(comparisons)}: {worst}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -77,16 +77,23 @@ def arguments() -> argparse.Namespace:
 def _row(session: Session, kernel: Kernel, rows: int, width: int, copy: float) -> None:
     row: Row = {"name": f"{kernel.name} {rows}x{width}"}
     session.table.rows.append(row)
-    device = "cuda" if timing.on_gpu() else "cpu"
     for peer in session.peers:
-        with session.attempt(row, peer.name):
-            compiled = peer.compile(kernel.function)
-            if session.args.check and peer.name == "ours":
-                row["check"] = verdict(_check(kernel, compiled, rows, width, device))
-            moved = _compulsory_bytes(kernel, rows, width, device)
-            prepare = _calls(kernel, compiled, rows, width, device, moved)
-            _fill(session, row, peer, prepare, moved, copy)
+        session.attempt(
+            row, peer.name, partial(_measure, session, kernel, peer, row, rows, width, copy)
+        )
     add_ratio(row)
+
+
+def _measure(
+    session: Session, kernel: Kernel, peer: Peer, row: Row, rows: int, width: int, copy: float
+) -> None:
+    device = "cuda" if timing.on_gpu() else "cpu"
+    compiled = peer.compile(kernel.function)
+    if session.args.check and peer.name == "ours":
+        row["check"] = verdict(_check(kernel, compiled, rows, width, device))
+    moved = _compulsory_bytes(kernel, rows, width, device)
+    prepare = _calls(kernel, compiled, rows, width, device, moved)
+    _fill(session, row, peer, prepare, moved, copy)
 
 
 def _fill(session: Session, row: Row, peer: Peer, prepare: Calls, moved: int, copy: float) -> None:
@@ -160,15 +167,17 @@ def _run(kernel: Kernel, function: Callable[..., Any], inputs: dict[str, Tensor]
 def _adamw_row(session: Session, adamw: AdamW, copy: float) -> None:
     row: Row = {"name": f"adamw {adamw.count} x {adamw.shape[0]}x{adamw.shape[1]}"}
     session.table.rows.append(row)
-    device = "cuda" if timing.on_gpu() else "cpu"
     for peer in session.peers:
-        with session.attempt(row, peer.name):
-            if session.args.check and peer.name == "ours":
-                row["check"] = verdict(adamw.check(peer, device))
-            optimizer = adamw.optimizer(device, torch.bfloat16, seed=0)
-            step = peer.compile(optimizer.step)
-            _fill(session, row, peer, lambda step=step: [step] * 4, adamw.compulsory_bytes, copy)
+        session.attempt(row, peer.name, partial(_measure_adamw, session, adamw, peer, row, copy))
     add_ratio(row)
+
+
+def _measure_adamw(session: Session, adamw: AdamW, peer: Peer, row: Row, copy: float) -> None:
+    device = "cuda" if timing.on_gpu() else "cpu"
+    if session.args.check and peer.name == "ours":
+        row["check"] = verdict(adamw.check(peer, device))
+    step = peer.compile(adamw.optimizer(device, torch.bfloat16, seed=0).step)
+    _fill(session, row, peer, lambda: [step] * 4, adamw.compulsory_bytes, copy)
 
 
 if __name__ == "__main__":

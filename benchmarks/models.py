@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,11 +68,12 @@ def _row(session: Session, model: Model, phase: str) -> None:
     session.table.rows.append(row)
     ours = next((p for p in session.peers if p.name == "ours"), None)
     if session.args.check and ours is not None:
-        with session.attempt(row, "check"):
-            row["check"] = _check(session.args, model, phase == "train", ours)
+        session.attempt(
+            row, "check", partial(_check, session.args, model, phase == "train", ours, row)
+        )
     for peer in session.peers:
-        with session.attempt(row, peer.name):
-            _measure(session.args, model, phase == "train", peer, row)
+        measure = partial(_measure, session.args, model, phase == "train", peer, row)
+        session.attempt(row, peer.name, measure)
     losses = [row.get("ours loss"), row.get("eager loss")]
     if None not in losses and not abs(losses[0] / losses[1] - 1) < LOSS_DRIFT:  # type: ignore[operator]
         note(row, "ours", f"loss {losses[0]} where eager has {losses[1]}")
@@ -124,7 +126,7 @@ def forward(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Callable
     return step
 
 
-def _check(args: argparse.Namespace, model: Model, train: bool, ours: Peer) -> str:
+def _check(args: argparse.Namespace, model: Model, train: bool, ours: Peer, row: Row) -> None:
     """Loss, logits and every gradient at the timed size against float64, dropout off."""
     device = "cuda" if timing.on_gpu() else "cpu"
 
@@ -132,7 +134,7 @@ def _check(args: argparse.Namespace, model: Model, train: bool, ours: Peer) -> s
         return without_dropout(model.module(args.attention, args.quick, device, seed=2))
 
     inputs = model.inputs(args.quick, device, torch.float32, seed=3)
-    return verdict(
+    row["check"] = verdict(
         compare_with_eager(
             build,
             inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,10 +62,10 @@ def _row(session: Session, case: Case, phase: str) -> None:
     device = "cuda" if timing.on_gpu() else "cpu"
     for peer in session.peers:
         if session.args.check and peer.name == "ours":
-            with session.attempt(row, "check"):
-                row["check"] = _check(session.args, case, phase == "step", peer, device)
-        with session.attempt(row, peer.name):
-            _measure(session.args, case, phase == "step", peer, row, device)
+            check = partial(_check, session.args, case, phase == "step", peer, row, device)
+            session.attempt(row, "check", check)
+        measure = partial(_measure, session.args, case, phase == "step", peer, row, device)
+        session.attempt(row, peer.name, measure)
     add_ratio(row)
 
 
@@ -113,8 +114,10 @@ def _forward(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Callabl
     return forward
 
 
-def _check(args: argparse.Namespace, case: Case, train: bool, ours: Peer, device: str) -> str:
-    return verdict(
+def _check(
+    args: argparse.Namespace, case: Case, train: bool, ours: Peer, row: Row, device: str
+) -> None:
+    row["check"] = verdict(
         compare_with_eager(
             lambda: without_dropout(case.module(args.quick, device, seed=2)),
             case.inputs(args.quick, device, seed=3),

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def main() -> None:
                 row: Row = {"name": f"{model.name} {phase}"}
                 session.table.rows.append(row)
                 for peer in peers:
-                    with session.attempt(row, peer.name):
-                        _measure(args, model, phase == "train", peer, row)
+                    measure = partial(_measure, args, model, phase == "train", peer, row)
+                    session.attempt(row, peer.name, measure)
                 add_ratio(row, "host us")
     add_geometric_mean(session.table)
     session.table.finish(args.json)
