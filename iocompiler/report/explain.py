@@ -25,6 +25,7 @@ from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import Plan
 from iocompiler.report.build import Part, build_report
 from iocompiler.report.fakes import Retarget, double, double_inputs
+from iocompiler.report.kernels import Kernels
 from iocompiler.report.ledger import Lost, Report
 
 _ORDER = ("inference", "forward", "backward")
@@ -93,27 +94,25 @@ def report_of(
 ) -> Report:
     """The report of what the backend recorded, one `Compilation` a Dynamo graph."""
     total = Report(row.name)
-    for record in records:
+    for number, record in enumerate(records):
         plans = {name: record.plans[name] for name in _ORDER if name in record.plans}
         parts = [Part(name, plan, size_hints(record.flat[name])) for name, plan in plans.items()]
-        ledger = build_report(parts, row, _describer(plans.values(), row, compile_kernels))
+        kernels = Kernels(plans, row, compile_kernels)
+        ledger = build_report(parts, row, kernels.describe)
         total += replace(
             ledger,
             rewrites=tuple(record.rewrites),
             misses=tuple(record.misses),
-            fallbacks=tuple(Lost(f.region, f.cause, f.where) for f in record.fallbacks),
-            graphs=dict(record.flat),
+            fallbacks=(
+                *(Lost(f.region, f.cause, f.where) for f in record.fallbacks),
+                *kernels.lost,
+            ),
+            graphs={f"{name}_{number}": record.flat[name] for name in plans},
         )
     broken = tuple(
         Lost("graph break", _first_line(reason)) for reason in (breaks or Counter()).elements()
     )
     return replace(total, fallbacks=total.fallbacks + broken)
-
-
-def _describer(plans: Iterable[Plan], row: Device, compile_kernels: bool) -> Any:
-    from iocompiler.report.kernels import describer
-
-    return describer(plans, row, compile_kernels)
 
 
 def _retargeted(pipeline: Pipeline) -> Pipeline:

@@ -3,43 +3,63 @@ memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from iocompiler.cost_model.device import Device
 from iocompiler.plan.data import BatchStep, KernelStep, Plan, Schedule
-from iocompiler.report.build import Describe
-from iocompiler.report.ledger import Resources
+from iocompiler.report.ledger import Lost, Resources
 from iocompiler.tile.program import TileProgram
 
 Key: TypeAlias = tuple[TileProgram, Schedule]
 
 
-def describer(plans: Iterable[Plan], device: Device, compile_kernels: bool) -> Describe:
-    """Describes the generated kernels of these plans.
+class Kernels:
+    """Describes the generated kernels of the plans of one Dynamo graph, by the name of the flat
+    graph.
+
+    What cannot be emitted or compiled would run on aten: it stands in ``lost``, and the kernels
+    concerned have no text or no resources.
 
     Args:
         compile_kernels: compile them for ``device``, which need not be present. A CPU row, and a
-            plan that is not for CUDA, have nothing to compile.
-
-    Raises:
-        CompileError: a kernel does not compile.
+        plan that is not for CUDA, have nothing to compile.
     """
-    from iocompiler.codegen.triton import emit
 
-    taken: dict[Key, Resources] = {}
-    for plan in plans:
-        if compile_kernels and device.capability is not None and plan.device.startswith("cuda"):
-            taken |= compiled_resources(plan, device)
-    texts: dict[Key, str] = {}
+    def __init__(self, plans: Mapping[str, Plan], device: Device, compile_kernels: bool) -> None:
+        self.lost: list[Lost] = []
+        self._texts: dict[Key, str] = {}
+        self._taken: dict[Key, Resources] = {}
+        for name, plan in plans.items():
+            if compile_kernels and device.capability is not None and plan.device.startswith("cuda"):
+                self._compile(name, plan, device)
 
-    def describe(step: KernelStep | BatchStep) -> tuple[str, Resources | None]:
+    def _compile(self, name: str, plan: Plan, device: Device) -> None:
+        try:
+            self._taken |= compiled_resources(plan, device)
+        except Exception as error:  # whatever the backend would fall back for
+            self.lost.append(Lost(name, _cause(error), getattr(error, "where", "")))
+
+    def describe(self, step: KernelStep | BatchStep) -> tuple[str, Resources | None]:
+        """The Triton text of a step's kernel, and what it takes if it was compiled."""
         key = (step.program, step.schedule)
-        if key not in texts:
-            texts[key] = emit(step.program, step.schedule, step.name)
-        return texts[key], taken.get(key)
+        if key not in self._texts:
+            self._texts[key] = self._emit(step)
+        return self._texts[key], self._taken.get(key)
 
-    return describe
+    def _emit(self, step: KernelStep | BatchStep) -> str:
+        from iocompiler.codegen.triton import emit
+
+        try:
+            return emit(step.program, step.schedule, step.name)
+        except Exception as error:
+            self.lost.append(Lost(step.name, _cause(error), step.where[0] if step.where else ""))
+            return ""
+
+
+def _cause(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def compiled_resources(plan: Plan, device: Device) -> dict[Key, Resources]:

@@ -95,7 +95,7 @@ class Report:
         time_bound_us: the least microseconds: those bytes at full bandwidth, or the arithmetic at
         full rate.
         sizes: the value every size symbol was priced at.
-        graphs: the flat graphs by name, for export; not part of a saved report.
+        graphs: the flat graphs by name ("forward_0"), for export; not part of a saved report.
     """
 
     device: str
@@ -135,7 +135,7 @@ class Report:
             bytes_bound=self.bytes_bound + other.bytes_bound,
             time_bound_us=self.time_bound_us + other.time_bound_us,
             sizes=tuple(dict(self.sizes + other.sizes).items()),
-            graphs={**other.graphs, **self.graphs},
+            graphs={**self.graphs, **other.graphs},
         )
 
     def save(self, path: str | PathLike[str]) -> None:

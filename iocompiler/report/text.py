@@ -125,38 +125,42 @@ def _kernels(report: Report) -> Table:
     compiled = any(k.resources for k in report.kernels)
     table = _table("kernels, most time first")
     table.add_column("n", justify="right")
-    table.add_column("kernel", ratio=5, overflow="fold")
+    table.add_column("in", no_wrap=True)
+    table.add_column("kernel", ratio=6, overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("x bound", justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("tile, or why a call", ratio=4)
+    table.add_column("tile, or why a call", ratio=5)
     if compiled:
         table.add_column("regs/spill/smem", no_wrap=True)
-    table.add_column("where", ratio=2)
+    table.add_column("where", ratio=5, overflow="fold")
     for group in groups[:MOST_KERNELS]:
         _row(table, *_kernel_cells(group, compiled))
-    _remainder(
-        table, len(groups) - MOST_KERNELS, "kernels", sum(g.bytes for g in groups[MOST_KERNELS:])
-    )
+    rest = sum(g.bytes for g in groups[MOST_KERNELS:])
+    _remainder(table, len(groups) - MOST_KERNELS, "kernels", rest, columns=(2, 3))
     return table
+
+
+_PASSES = {"forward": "fwd", "backward": "bwd", "inference": "inf"}
 
 
 def _kernel_cells(group: Group, compiled: bool) -> list[str]:
     first = group.first
-    ratio = f"{first.bytes / first.bound:.2f}" if first.bound else ""
     lines = sorted({line for k in group.members for line in k.where})
     cells = [
         f"{len(group.members)}",
-        f"{first.name} ({first.graph})" if not first.name.startswith(first.graph) else first.name,
+        _PASSES.get(first.graph, first.graph),
+        first.name.removeprefix(f"{first.graph}_").removesuffix(".default"),
         show_bytes(group.bytes),
-        ratio,
+        f"{first.bytes / first.bound:.2f}" if first.bound else "",
         show_time(group.time_us),
         first.tile,
     ]
     if compiled:
         r = first.resources
         cells.append(f"{r.registers}/{r.spills}/{r.shared}" if r else "")
-    return [*cells, ", ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")]
+    more = f" +{len(lines) - 1}" if len(lines) > 1 else ""
+    return [*cells, lines[0] + more if lines else ""]
 
 
 def _unfused(report: Report) -> Table:
@@ -175,7 +179,7 @@ def _unfused(report: Report) -> Table:
         total = show_bytes(sum(e.bytes for e in edges))
         _row(table, str(len(edges)), first.producer, first.consumer, total, first.reason)
     rest = sum(e.bytes for edges in ordered[MOST_EDGES:] for e in edges)
-    _remainder(table, len(ordered) - MOST_EDGES, "edges", rest, column=3)
+    _remainder(table, len(ordered) - MOST_EDGES, "edges", rest, columns=(1, 3))
     return table
 
 
@@ -209,11 +213,12 @@ def _row(table: Table, *cells: str) -> None:
     table.add_row(*map(Text, cells))
 
 
-def _remainder(table: Table, left: int, what: str, size: int, column: int = 2) -> None:
+def _remainder(table: Table, left: int, what: str, size: int, columns: tuple[int, int]) -> None:
+    """A last line for what was cut: its name and its bytes stand in these columns."""
     if left > 0:
         cells = ["" for _ in table.columns]
-        cells[1] = f"and {left} more {what}"
-        cells[column] = show_bytes(size)
+        cells[columns[0]] = f"and {left} more {what}"
+        cells[columns[1]] = show_bytes(size)
         _row(table, *cells)
 
 
