@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from iocompiler.codegen.pytext import Names, argument_text, size_text, tuple_text
+from iocompiler.codegen.pytext import Names, argument_text, elements_text, size_text, tuple_text
 from iocompiler.codegen.values import Values, references
 from iocompiler.plan.data import (
     Argument,
@@ -171,7 +171,7 @@ class Body:
 
     def _constant(self, step: ConstantStep) -> None:
         shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)
-        values = argument_text(list(step.values), {})
+        values = elements_text(step.values)
         constant = self._names.claim(f"constant_{step.name}")
         self.globals.append(
             f"{constant} = module.constant({values}, {shape}, {stride}, {step.spec.dtype}, "

@@ -6,7 +6,7 @@ import json
 import keyword
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import sympy
 import torch
@@ -92,6 +92,22 @@ def _symbolic(expr: sympy.Basic) -> str:
     if expr.is_integer or expr.is_Boolean or expr.is_Relational:
         return size_text(expr)
     return f"({PythonPrinter().doprint(expr)})"
+
+
+def elements_text(values: Sequence[float | int | bool]) -> str:
+    """A list of elements; long ones that are all equal, or count up by one, are written as what
+    they are.
+    """
+    first = values[0] if values else 0
+    if len(values) > 8 and len({repr(v) for v in values}) == 1:
+        return f"[{argument_text(first, {})}] * {len(values)}"
+    if (
+        len(values) > 8
+        and isinstance(first, int)
+        and list(values) == list(range(first, first + len(values)))
+    ):
+        return f"list(range({first}, {first + len(values)}))"
+    return argument_text(list(values), {})
 
 
 def helpers_for(prelude: str, kernels: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv
 
 from iocompiler.codegen.module import emit_module
-from iocompiler.codegen.pytext import argument_text, size_text
+from iocompiler.codegen.pytext import argument_text, elements_text, size_text
 from iocompiler.plan.data import AtenStep, ConstantStep, Plan, Ref, ViewStep
 from iocompiler.runtime.load import load_text
 from iocompiler.runtime.reference import run_plan
@@ -388,6 +388,22 @@ def test_sizes_as_text(size: Any, text: str | None) -> None:
         found = eval(size_text(size), {"s0": value})
         assert found == expected
         assert isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((), "[]"),
+        ((1, 2), "[1, 2]"),
+        ((float("nan"), -0.0), '[float("nan"), -0.0]'),
+        ((0.5,) * 20, "[0.5] * 20"),
+        (tuple(range(3, 40)), "list(range(3, 40))"),
+        ((0.0,) * 10 + (-0.0,), f"[{'0.0, ' * 10}-0.0]"),
+        ((True,) * 9, "[True] * 9"),
+    ],
+)
+def test_elements_as_text(values: Any, text: str) -> None:
+    assert elements_text(values) == text
 
 
 def test_arguments_that_cannot_be_written() -> None:

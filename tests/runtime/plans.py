@@ -74,9 +74,13 @@ def interpreter(plan: Plan) -> Callable[[KernelSpec], Callable[..., None]]:
     pointers point to.
     """
     steps = [step for step in plan.steps if isinstance(step, KernelStep)]
-    programs = {step.name: step.program for step in reversed(steps)}
+    # a module's kernels are its distinct programs, in order; equal step names get a number there
+    distinct = iter(dict.fromkeys((step.program, step.schedule) for step in steps))
+    programs: dict[str, TileProgram] = {}
 
     def bind(kernel: KernelSpec) -> Callable[..., None]:
+        if kernel.name not in programs:
+            programs[kernel.name] = next(distinct)[0]
         program = programs[kernel.name]
 
         def launch(stream: int, gx: int, gy: int, gz: int, *arguments: Any) -> None:
