@@ -1,10 +1,12 @@
-"""`iocompiler::attention_forward` and its backward: attention that never holds an S x K matrix, opaque to the planner.
+"""`iocompiler::attention_forward` and its backward: attention that never holds an S x K matrix,
+opaque to the planner.
 
     out = softmax(scale * query @ key^T + bias, where causal only over j <= i; then dropout) @ value
 
-The kernel and the memory layout are arguments, chosen by `attention_choice.choose` when the graph is rewritten, so that
-what is promised about strides at compile time is what comes out at run time. Saved for the backward: the inputs, the
-output, one log-sum-exp a row, and the random state of dropout.
+The kernel and the memory layout are arguments, chosen by `attention_choice.choose` when the graph
+is rewritten, so that what is promised about strides at compile time is what comes out at run time.
+Saved for the backward: the inputs, the output, one log-sum-exp a row, and the random state of
+dropout.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from iocompiler.ops import attention_kernels as kernels
 from iocompiler.ops.attention_choice import choose
 
 _SETTING = "float scale, bool causal, float dropout_p, str kernel, str layout"
-_LIBRARY = torch.library.Library("iocompiler", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     f"attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, {_SETTING}) "
     "-> (Tensor out, Tensor logsumexp, Tensor seed, Tensor offset)",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 _LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out, "
-    f"Tensor logsumexp, Tensor seed, Tensor offset, {_SETTING}, bool bias_grad) "
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, "
+    f"Tensor out, Tensor logsumexp, Tensor seed, Tensor offset, {_SETTING}, bool bias_grad) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias)",
 )
 FORWARD = torch.ops.iocompiler.attention_forward.default
@@ -48,7 +50,8 @@ def attention(
 
     Args:
         query: [B, H, S, D], floating point, any strides.
-        key, value: [B, G, K, D] and [B, G, K, E]; G divides H, query head h reads head h // (H / G).
+        key, value: [B, G, K, D] and [B, G, K, E]; G divides H, query head h reads head h // (H /
+            G).
         bias: broadcastable to [B, H, S, K], of the inputs' dtype; differentiable.
         scale: D ** -0.5 where None.
         causal: query i sees keys j <= i (counted from the start, also where S != K).
@@ -60,14 +63,23 @@ def attention(
     choice = choose(query, key, value, bias, causal=causal, dropout_p=dropout_p)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     layout = choice.layout if not kernel else "ssss"
-    out: Tensor = FORWARD(query, key, value, bias, scale, causal, dropout_p, kernel or choice.kernel, layout)[0]
+    out: Tensor = FORWARD(
+        query, key, value, bias, scale, causal, dropout_p, kernel or choice.kernel, layout
+    )[0]
     return out
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    scale: float, causal: bool, dropout_p: float, kernel: str, layout: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    kernel: str,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     setting = kernels.Setting(scale, causal, dropout_p)
     shape = (*query.shape[:3], value.shape[3])
     run = kernels.FORWARD[kernel if query.numel() and key.numel() else "blockwise"]
@@ -78,19 +90,38 @@ def _forward(
 
 
 def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    scale: float, causal: bool, dropout_p: float, kernel: str, layout: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    kernel: str,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = _empty(query, (*query.shape[:3], value.shape[3]), layout[3])
     lse = query.new_empty((*query.shape[:2], _rows(query, kernel)), dtype=_lse_dtype(query))
     return out, lse, *_fake_state(query, dropout_p, kernel)
 
 
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    out: Tensor, logsumexp: Tensor, seed: Tensor, offset: Tensor,
-    scale: float, causal: bool, dropout_p: float, kernel: str, layout: str, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    kernel: str,
+    layout: str,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     setting = kernels.Setting(scale, causal, dropout_p)
     empty = not query.numel() or not key.numel()
     if empty:
@@ -98,17 +129,42 @@ def _backward(
     run = kernels.BACKWARD["blockwise" if empty else kernel]
     saved = (out, logsumexp, seed, offset)
     dq, dk, dv, db = run(grad, query, key, value, bias, saved, setting, bias_grad)
-    arranged = [_arranged(d, x.shape, o) for d, x, o in zip((dq, dk, dv), (query, key, value), layout, strict=False)]
-    return arranged[0], arranged[1], arranged[2], query.new_empty((0,)) if db is None else db.contiguous()
+    arranged = [
+        _arranged(d, x.shape, o)
+        for d, x, o in zip((dq, dk, dv), (query, key, value), layout, strict=False)
+    ]
+    return (
+        arranged[0],
+        arranged[1],
+        arranged[2],
+        query.new_empty((0,)) if db is None else db.contiguous(),
+    )
 
 
 def _backward_fake(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    out: Tensor, logsumexp: Tensor, seed: Tensor, offset: Tensor,
-    scale: float, causal: bool, dropout_p: float, kernel: str, layout: str, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    kernel: str,
+    layout: str,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (_empty(x, x.shape, o) for x, o in zip((query, key, value), layout, strict=False))
-    return dq, dk, dv, bias.new_empty(bias.shape) if bias is not None and bias_grad else query.new_empty((0,))
+    return (
+        dq,
+        dk,
+        dv,
+        bias.new_empty(bias.shape) if bias is not None and bias_grad else query.new_empty((0,)),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -158,7 +214,9 @@ def _fake_state(query: Tensor, dropout_p: float, kernel: str) -> tuple[Tensor, T
         return query.new_empty((1,), dtype=torch.int64), query.new_empty((0,), dtype=torch.int64)
     # the memory-efficient kernel keeps its two numbers on the host
     device = "cpu" if kernel == "efficient" else query.device
-    return query.new_empty((), dtype=torch.int64, device=device), query.new_empty((), dtype=torch.int64, device=device)
+    return query.new_empty((), dtype=torch.int64, device=device), query.new_empty(
+        (), dtype=torch.int64, device=device
+    )
 
 
 def _empty(like: Tensor, shape: Any, order: str) -> Tensor:

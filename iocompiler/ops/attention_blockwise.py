@@ -1,9 +1,12 @@
-"""Attention in plain aten, some query rows at a time: the reference, and what runs where no library kernel does.
+"""Attention in plain aten, some query rows at a time: the reference, and what runs where no library
+kernel does.
 
-Memory is linear in the lengths: one block of rows against all keys is alive at a time. Accumulation is float32
-(float64 for float64 inputs). Dropout is replayed in the backward from its seed, block by block.
+Memory is linear in the lengths: one block of rows against all keys is alive at a time. Accumulation
+is float32 (float64 for float64 inputs). Dropout is replayed in the backward from its seed, block by
+block.
 
-Tri Dao et al., "FlashAttention", arXiv 2205.14135, equations (1) to (4) of its backward, with the keys not split.
+Tri Dao et al., "FlashAttention", arXiv 2205.14135, equations (1) to (4) of its backward, with the
+keys not split.
 """
 
 from __future__ import annotations
@@ -17,21 +20,29 @@ ROWS = 128
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, seed: Tensor,
-    *, scale: float, causal: bool, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """softmax(scale * query @ key^T + bias) @ value.
 
     Args:
-        query: [B, H, S, D]; key [B, G, K, D] and value [B, G, K, E] where G divides H (query head h reads head
+        query: [B, H, S, D]; key [B, G, K, D] and value [B, G, K, E] where G divides H (query head h
+            reads head
             h // (H / G)).
         bias: None, or broadcastable to [B, H, S, K].
         seed: one int64, what dropout is replayed from; read only where ``dropout_p`` is not 0.
         causal: query i sees the keys j <= i.
 
     Returns:
-        the output [B, H, S, E] in the inputs' dtype, and the log-sum-exp of each row [B, H, S], float32 or float64.
-        A row with every score at -inf gives zeros and -inf.
+        the output [B, H, S, E] in the inputs' dtype, and the log-sum-exp of each row [B, H, S],
+        float32 or float64. A row with every score at -inf gives zeros and -inf.
     """
     wide = _wide(query.dtype)
     keys, values = (_spread(x, query.shape[1]).to(wide) for x in (key, value))
@@ -44,21 +55,40 @@ def forward(
         outs.append(kept @ values)
         sums.append(lse)
     if not outs:
-        return query.new_zeros((*query.shape[:3], value.shape[3])), query.new_zeros(query.shape[:3], dtype=wide)
+        return query.new_zeros((*query.shape[:3], value.shape[3])), query.new_zeros(
+            query.shape[:3], dtype=wide
+        )
     return torch.cat(outs, 2).to(query.dtype), torch.cat(sums, 2)
 
 
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, seed: Tensor,
-    *, scale: float, causal: bool, dropout_p: float, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of `forward` to query, key, value and (where ``bias_grad``) bias, in their shapes and dtypes."""
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of `forward` to query, key, value and (where ``bias_grad``) bias, in their
+    shapes and dtypes.
+    """
     wide = _wide(query.dtype)
     heads, groups = query.shape[1], key.shape[1]
     keys, values = (_spread(x, heads).to(wide) for x in (key, value))
     dq = torch.zeros(query.shape, dtype=wide, device=query.device)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-    db = torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None and bias_grad else None
+    db = (
+        torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        if bias is not None and bias_grad
+        else None
+    )
     for number, rows in _blocks(query.shape[2]):
         q, g = query[:, :, rows].to(wide), grad[:, :, rows].to(wide)
         scores = _scores(q, keys, bias, rows, scale, causal)
@@ -114,7 +144,9 @@ def _spread(x: Tensor, heads: int) -> Tensor:
 
 
 def _gather(x: Tensor, groups: int) -> Tensor:
-    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
+    if x.shape[1] == groups:
+        return x
+    return x.reshape(x.shape[0], groups, -1, *x.shape[2:]).sum(2)
 
 
 def _sum_to(x: Tensor, like: Tensor) -> Tensor:

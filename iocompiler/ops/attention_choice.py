@@ -1,7 +1,9 @@
-"""Which library kernel runs an attention, decided once, when the graph is rewritten, and written on the node.
+"""Which library kernel runs an attention, decided once, when the graph is rewritten, and written on
+the node.
 
-The order is the measured one on Hopper: cuDNN, then FlashAttention, then the memory-efficient kernel (the only one
-with a bias, with float32, and causal with unequal lengths), then blockwise aten, which takes everything.
+The order is the measured one on Hopper: cuDNN, then FlashAttention, then the memory-efficient
+kernel (the only one with a bias, with float32, and causal with unequal lengths), then blockwise
+aten, which takes everything.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ _NO_GPU = (9, 0)  # what is compiled for where no GPU is present
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel``, one of `KERNELS`; ``layout``: for query, key, value and output in turn, "s" where the memory order
+    """``kernel``, one of `KERNELS`; ``layout``: for query, key, value and output in turn, "s" where
+    the memory order
     is [B, S, H, D] (a transposed view), "h" where it is [B, H, S, D]."""
 
     kernel: str
@@ -27,7 +30,13 @@ class Choice:
 
 
 def choose(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, causal: bool, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    causal: bool,
+    dropout_p: float,
 ) -> Choice:
     """The kernel for these (fake) tensors, as `iocompiler::attention_forward` takes them."""
     kernel = _kernel(query, key, value, bias, causal, dropout_p)
@@ -37,29 +46,36 @@ def choose(
     return Choice(kernel, orders + orders[0])
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout_p: float) -> str:
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout_p: float
+) -> str:
     if q.device.type == "cpu":
         # its kernel takes a mask of the inputs' dtype only
-        plain = q.dtype in (torch.float32, torch.float64, *_HALF) and (bias is None or bias.dtype == q.dtype)
-        return "cpu" if plain and dropout_p == 0.0 and _equal(q.shape[3], v.shape[3]) else "blockwise"
+        plain = q.dtype in (torch.float32, torch.float64, *_HALF) and (
+            bias is None or bias.dtype == q.dtype
+        )
+        same = plain and dropout_p == 0.0 and _equal(q.shape[3], v.shape[3])
+        return "cpu" if same else "blockwise"
     if q.device.type != "cuda" or dropout_p >= 1.0:
         return "blockwise"
-    capability = torch.cuda.get_device_capability(q.device) if torch.cuda.is_available() else _NO_GPU
+    capability = (
+        torch.cuda.get_device_capability(q.device) if torch.cuda.is_available() else _NO_GPU
+    )
     same_head = _equal(q.shape[3], v.shape[3])
     square = not causal or _equal(q.shape[2], k.shape[2])
     half = q.dtype in _HALF and capability >= (8, 0)
     if half and bias is None and same_head and square and q.shape[3] <= 256:
         if capability >= (9, 0) and _cudnn_takes(q, k, dropout_p):
             return "cudnn"
-        if torch.backends.cuda.flash_sdp_enabled():
+        if torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
             return "flash"
-    if q.dtype in (torch.float32, *_HALF) and torch.backends.cuda.mem_efficient_sdp_enabled():
+    if q.dtype in (torch.float32, *_HALF) and torch.backends.cuda.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
         return "efficient"
     return "blockwise"
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, dropout_p: float) -> bool:
-    if not torch.backends.cuda.cudnn_sdp_enabled() or torch.are_deterministic_algorithms_enabled():
+    if not torch.backends.cuda.cudnn_sdp_enabled() or torch.are_deterministic_algorithms_enabled():  # type: ignore[no-untyped-call]
         return False
     if not _true(q.shape[3] % 8 == 0) or q.shape[3] > 128:
         return False

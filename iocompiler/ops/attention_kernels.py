@@ -1,8 +1,9 @@
-"""The library kernels behind `iocompiler::attention_forward` and its backward, one pair of functions a kernel.
+"""The library kernels behind `iocompiler::attention_forward` and its backward, one pair of
+functions a kernel.
 
-Each forward returns (out, logsumexp, seed, offset), each backward (dquery, dkey, dvalue, dbias or None), in whatever
-layout the kernel likes; `ops.attention` arranges them. Seed and offset are the random state a kernel's dropout needs
-in its backward; without dropout they are empty.
+Each forward returns (out, logsumexp, seed, offset), each backward (dquery, dkey, dvalue, dbias or
+None), in whatever layout the kernel likes; `ops.attention` arranges them. Seed and offset are the
+random state a kernel's dropout needs in its backward; without dropout they are empty.
 """
 
 from __future__ import annotations
@@ -41,13 +42,34 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setti
 
 
 def cudnn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, _: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    saved: Forward,
+    s: Setting,
+    _: bool,
 ) -> Backward:
     out, lse, seed, offset = _saved(saved)
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse.unsqueeze(-1), seed, offset, _spread_bias(q, k, bias), None, None,
-        q.shape[2], k.shape[2], s.dropout_p, s.causal, scale=s.scale,
-    )  # fmt: skip
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse.unsqueeze(-1),
+        seed,
+        offset,
+        _spread_bias(q, k, bias),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        s.dropout_p,
+        s.causal,
+        scale=s.scale,
+    )
     return dq, dk, dv, None
 
 
@@ -61,13 +83,34 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, s: Setting)
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, saved: Forward, s: Setting, __: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _: Tensor | None,
+    saved: Forward,
+    s: Setting,
+    __: bool,
 ) -> Backward:
     width = q.shape[3]
     out, lse, seed, offset = _saved(saved)
     grad, q, k, v, out = (_pad_head(x) for x in (grad, q, k, v, out))
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], s.dropout_p, s.causal, seed, offset, scale=s.scale
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        s.dropout_p,
+        s.causal,
+        seed,
+        offset,
+        scale=s.scale,
     )
     return dq[..., :width], dk[..., :width], dv[..., :width], None
 
@@ -76,22 +119,42 @@ def efficient_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: S
     width = v.shape[3]
     q, k, v = _grouped(q, k, v)
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-        *(_pad_head(x) for x in (q, k, v)), _spread_bias(q, k, bias), True, s.dropout_p, s.causal, scale=s.scale
+        *(_pad_head(x) for x in (q, k, v)),
+        _spread_bias(q, k, bias),
+        True,
+        s.dropout_p,
+        s.causal,
+        scale=s.scale,
     )
     return out[..., :width], lse, *_state(q, s, seed, offset)
 
 
 def efficient_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, bias_grad: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    saved: Forward,
+    s: Setting,
+    bias_grad: bool,
 ) -> Backward:
     groups, widths = k.shape[1], (q.shape[3], k.shape[3], v.shape[3])
     out, lse, seed, offset = _saved(saved)
     q, k, v = _grouped(q, k, v)
     wants = [True, True, True, bias_grad and bias is not None]
     dq, dk, dv, db = aten._scaled_dot_product_efficient_attention_backward(
-        *(_pad_head(x) for x in (grad, q, k, v)), _spread_bias(q, k, bias), _pad_head(out), lse, seed, offset,
-        s.dropout_p, wants, s.causal, scale=s.scale,
-    )  # fmt: skip
+        *(_pad_head(x) for x in (grad, q, k, v)),
+        _spread_bias(q, k, bias),
+        _pad_head(out),
+        lse,
+        seed,
+        offset,
+        s.dropout_p,
+        wants,
+        s.causal,
+        scale=s.scale,
+    )
     dq, dk, dv = (x[..., :width] for x, width in zip((dq, dk, dv), widths, strict=True))
     if groups != dk.shape[1]:
         dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
@@ -100,12 +163,21 @@ def efficient_backward(
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
     q, k, v = _grouped(q, k, v)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, s.causal, attn_mask=bias, scale=s.scale)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, s.causal, attn_mask=bias, scale=s.scale
+    )
     return out, lse, *_no_state(q)
 
 
 def cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, bias_grad: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    saved: Forward,
+    s: Setting,
+    bias_grad: bool,
 ) -> Backward:
     if bias_grad and bias is not None:  # the library's backward has none for its mask
         return blockwise_backward(grad, q, k, v, bias, saved, s, bias_grad)
@@ -123,18 +195,37 @@ def blockwise_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: S
     seed, offset = _no_state(q)
     if s.dropout_p:
         seed = torch.randint(2**62, (1,), device=q.device)
-    out, lse = blockwise.forward(q, k, v, bias, seed, scale=s.scale, causal=s.causal, dropout_p=s.dropout_p)
+    out, lse = blockwise.forward(
+        q, k, v, bias, seed, scale=s.scale, causal=s.causal, dropout_p=s.dropout_p
+    )
     return out, lse, seed, offset
 
 
 def blockwise_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, saved: Forward, s: Setting, bias_grad: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    saved: Forward,
+    s: Setting,
+    bias_grad: bool,
 ) -> Backward:
     out, lse, seed, _ = saved
     return blockwise.backward(
-        grad, q, k, v, bias, out, lse, seed,
-        scale=s.scale, causal=s.causal, dropout_p=s.dropout_p, bias_grad=bias_grad,
-    )  # fmt: skip
+        grad,
+        q,
+        k,
+        v,
+        bias,
+        out,
+        lse,
+        seed,
+        scale=s.scale,
+        causal=s.causal,
+        dropout_p=s.dropout_p,
+        bias_grad=bias_grad,
+    )
 
 
 FORWARD: dict[str, Callable[..., Forward]] = {
@@ -154,7 +245,7 @@ BACKWARD: dict[str, Callable[..., Backward]] = {
 
 
 def _pad_head(x: Tensor) -> Tensor:
-    """Head dim up to a multiple of 8, what the kernels load at once; zeros change no dot product."""
+    """Head dim up to a multiple of 8, as the kernels load it; zeros change no dot product."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x if x.shape[-1] % 8 == 0 else F.pad(x, (0, 8 - x.shape[-1] % 8))
 
@@ -173,7 +264,11 @@ def _spread_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
         return None
     length = k.shape[2]
     bias = bias.expand(*bias.shape[:-1], length)
-    if length % _BIAS_ALIGNMENT or bias.stride(-1) != 1 or any(x % _BIAS_ALIGNMENT for x in bias.stride()[:-1]):
+    if (
+        length % _BIAS_ALIGNMENT
+        or bias.stride(-1) != 1
+        or any(x % _BIAS_ALIGNMENT for x in bias.stride()[:-1])
+    ):
         bias = F.pad(bias, (0, -length % _BIAS_ALIGNMENT))[..., :length]
     return bias.expand(q.shape[0], q.shape[1], q.shape[2], length)
 
@@ -192,7 +287,7 @@ def _state(q: Tensor, s: Setting, seed: Tensor, offset: Tensor) -> tuple[Tensor,
 
 
 def _saved(saved: Forward) -> Forward:
-    out, lse, seed, offset = saved
+    out, lse, seed, _ = saved
     if seed.numel():
         return saved
     none = torch.zeros((), dtype=torch.int64, device=out.device)

@@ -1,4 +1,6 @@
-"""A compiled function whose graph only the attention pass has rewritten, run as it is; and what the pass said."""
+"""A compiled function whose graph only the attention pass has rewritten, run as it is; and what the
+pass said.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FORWARD = torch.ops.iocompiler.attention_forward.default
 
 
 class Compiled:
-    """``function`` under torch.compile, its graphs rewritten by `normalise` and `attention` and nothing else."""
+    """``function`` under torch.compile, its graphs rewritten by `normalise` and `attention` and
+    nothing else.
+    """
 
     def __init__(self, function: Callable[..., Any], *, dynamic: bool | None = None) -> None:
         self.findings: list[Rewrite | Miss] = []
@@ -50,7 +54,9 @@ class Compiled:
 
     @property
     def calls(self) -> list[torch.fx.Node]:
-        return [node for graph in self.graphs for node in graph.graph.nodes if node.target is FORWARD]
+        return [
+            node for graph in self.graphs for node in graph.graph.nodes if node.target is FORWARD
+        ]
 
 
 class Spelling(nn.Module):
@@ -64,10 +70,13 @@ class Spelling(nn.Module):
         return self.function(**tensors)
 
 
-def heads(batch: int = 2, heads: int = 4, rows: int = 7, columns: int = 7, width: int = 8, groups: int = 0) -> dict[str, Tensor]:
+def heads(
+    batch: int = 2, heads: int = 4, rows: int = 7, columns: int = 7, width: int = 8, groups: int = 0
+) -> dict[str, Tensor]:
     """Query, key and value [B, H, S, D], each requiring its gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"q": (heads, rows), "k": (groups or heads, columns), "v": (groups or heads, columns)}
     return {
-        name: torch.randn(batch, h, n, width, generator=generator).requires_grad_() for name, (h, n) in shapes.items()
+        name: torch.randn(batch, h, n, width, generator=generator).requires_grad_()
+        for name, (h, n) in shapes.items()
     }

@@ -124,14 +124,31 @@ def weighted_average(q, k, v):
 
 
 NEARLY = [
-    softmax_over_queries, softmax_over_heads, probabilities_returned, probabilities_used, scores_used,
-    mask_after_softmax, double_softmax, softcap, scores_times_tensor, sum_of_products, values_on_rows, mask_to_zero,
-    mild_mask, no_grad_in_between, weighted_average,
-]  # fmt: skip
+    softmax_over_queries,
+    softmax_over_heads,
+    probabilities_returned,
+    probabilities_used,
+    scores_used,
+    mask_after_softmax,
+    double_softmax,
+    softcap,
+    scores_times_tensor,
+    sum_of_products,
+    values_on_rows,
+    mask_to_zero,
+    mild_mask,
+    no_grad_in_between,
+    weighted_average,
+]
 UNLIKE = [
-    sum_with_epsilon, softmax_plus_one, sum_over_queries, max_over_queries, sigmoid_attention, dropped_scores,
+    sum_with_epsilon,
+    softmax_plus_one,
+    sum_over_queries,
+    max_over_queries,
+    sigmoid_attention,
+    dropped_scores,
     late_division_by_others,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("function", [*NEARLY, *UNLIKE], ids=lambda f: f.__name__)
@@ -212,7 +229,9 @@ def test_a_causal_finite_mask_with_padding_is_no_structure() -> None:
     padding[:, :3] = -1e9
     inputs = {name: x.detach() for name, x in heads().items()}
     compiled = Compiled(function)
-    torch.testing.assert_close(compiled(**inputs, padding=padding), function(**inputs, padding=padding))
+    torch.testing.assert_close(
+        compiled(**inputs, padding=padding), function(**inputs, padding=padding)
+    )
     assert compiled.variants == ["mask+bias"]
 
 

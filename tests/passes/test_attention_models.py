@@ -1,4 +1,6 @@
-"""Hugging Face models as they are: every attention is taken, and outputs and gradients stay as accurate as eager's."""
+"""Hugging Face models as they are: every attention is taken, and outputs and gradients stay as
+accurate as eager's.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from tests.passes.attention_cases import Compiled
 
 transformers = pytest.importorskip("transformers")
 
-SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SITES = {
     "bert": ["full"],
@@ -33,23 +40,45 @@ def _model(name: str, attention: str, dropout: float = 0.0) -> nn.Module:
     kind: dict[str, Any] = {"attn_implementation": attention}
     if name == "bert":
         quiet = dict.fromkeys(QUIET, dropout)
-        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=101, **SIZE, **quiet, **kind))
+        return transformers.BertForMaskedLM(
+            transformers.BertConfig(vocab_size=101, **SIZE, **quiet, **kind)
+        )
     if name == "gpt2":
         drop = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
         config = transformers.GPT2Config(
-            vocab_size=101, n_embd=32, n_layer=1, n_head=4, n_positions=32, use_cache=False, bos_token_id=0,
-            eos_token_id=0, **drop, **kind,
-        )  # fmt: skip
+            vocab_size=101,
+            n_embd=32,
+            n_layer=1,
+            n_head=4,
+            n_positions=32,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            **drop,
+            **kind,
+        )
         return transformers.GPT2LMHeadModel(config)
     if name == "llama":
-        config = transformers.LlamaConfig(vocab_size=101, num_key_value_heads=2, use_cache=False, **SIZE, **kind)
+        config = transformers.LlamaConfig(
+            vocab_size=101, num_key_value_heads=2, use_cache=False, **SIZE, **kind
+        )
         return transformers.LlamaForCausalLM(config)
     if name == "vit":
-        return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, **SIZE, **kind))
+        return transformers.ViTForImageClassification(
+            transformers.ViTConfig(image_size=32, patch_size=8, **SIZE, **kind)
+        )
     config = transformers.T5Config(
-        vocab_size=101, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=dropout,
-        decoder_start_token_id=0, use_cache=False, **kind,
-    )  # fmt: skip
+        vocab_size=101,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+        use_cache=False,
+        **kind,
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -66,8 +95,14 @@ class Outputs(nn.Module):
 
 def _inputs(name: str) -> dict[str, Tensor]:
     if name == "vit":
-        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
-    return {"input_ids": _ids(), "decoder_input_ids": _ids()} if name == "t5" else {"input_ids": _ids()}
+        return {
+            "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        }
+    return (
+        {"input_ids": _ids(), "decoder_input_ids": _ids()}
+        if name == "t5"
+        else {"input_ids": _ids()}
+    )
 
 
 def _check(name: str, attention: str, dtype: torch.dtype, dynamic: bool | None = None) -> None:
@@ -77,7 +112,9 @@ def _check(name: str, attention: str, dtype: torch.dtype, dynamic: bool | None =
         made.append(Compiled(module, dynamic=dynamic))
         return made[0]
 
-    assert_as_accurate_as_eager(lambda: Outputs(_model(name, attention)), _inputs(name), compile_, dtype=dtype)
+    assert_as_accurate_as_eager(
+        lambda: Outputs(_model(name, attention)), _inputs(name), compile_, dtype=dtype
+    )
     assert made[0].variants == SITES[name], made[0].misses
     assert made[0].misses == []
 
@@ -100,7 +137,9 @@ def test_with_lengths_that_change(name: str) -> None:
     for batch, length in ((6, 13), (3, 21), (5, 9)):
         ids = torch.randint(0, 101, (batch, length))
         with torch.no_grad():
-            torch.testing.assert_close(compiled(input_ids=ids), model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                compiled(input_ids=ids), model(input_ids=ids).logits, atol=1e-5, rtol=1e-4
+            )
     assert len(compiled.graphs) == 1
     assert compiled.variants == SITES[name]
 
@@ -111,8 +150,12 @@ def test_padding_is_a_mask(attention: str) -> None:
     inputs = {**_inputs("llama"), "attention_mask": torch.ones(2, 13, dtype=torch.int64)}
     inputs["attention_mask"][1, :4] = 0
     compiled = Compiled(Outputs(model))
-    torch.testing.assert_close(compiled(**inputs)[0], model(**inputs).logits[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(compiled(**inputs)[1, 4:], model(**inputs).logits[1, 4:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        compiled(**inputs)[0], model(**inputs).logits[0], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        compiled(**inputs)[1, 4:], model(**inputs).logits[1, 4:], atol=1e-5, rtol=1e-4
+    )
     assert compiled.variants == ["gqa+mask" if attention == "eager" else "gqa+causal+mask"]
 
 
@@ -122,8 +165,12 @@ def test_dropout_goes_with_it(name: str) -> None:
     compiled = Compiled(Outputs(model))
     out = compiled(**_inputs(name))
     out.sum().backward()
-    assert compiled.variants == [f"{variant}+dropout".removeprefix("full+") for variant in SITES[name]]
-    lengths = [node.meta["val"].shape[-2:] for node in compiled.graphs[0].graph.nodes if _is_random(node)]
+    assert compiled.variants == [
+        f"{variant}+dropout".removeprefix("full+") for variant in SITES[name]
+    ]
+    lengths = [
+        node.meta["val"].shape[-2:] for node in compiled.graphs[0].graph.nodes if _is_random(node)
+    ]
     assert (13, 13) not in lengths
 
 

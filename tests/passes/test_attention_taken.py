@@ -1,4 +1,6 @@
-"""Spellings of attention that must be taken: recognised with the right structure, and as accurate as eager."""
+"""Spellings of attention that must be taken: recognised with the right structure, and as accurate
+as eager.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def transposed_softmax(q, k, v):
 
 
 def einsum(q, k, v):
-    return torch.einsum("bhij,bhjd->bihd", torch.einsum("bhid,bhjd->bhij", q, k).mul(0.3).softmax(-1), v)
+    return torch.einsum(
+        "bhij,bhjd->bihd", torch.einsum("bhid,bhjd->bhij", q, k).mul(0.3).softmax(-1), v
+    )
 
 
 def einsum_key_first(q, k, v):
@@ -71,8 +75,15 @@ def baddbmm(q, k, v):
     b, h, s, d = q.shape
     above = torch.ones(s, k.shape[2], dtype=torch.bool).triu(1)
     mask = torch.zeros(1, s, k.shape[2], dtype=q.dtype).masked_fill(above, -1e4)
-    p = torch.baddbmm(mask, q.reshape(b * h, s, d), k.reshape(b * h, -1, d).transpose(1, 2), alpha=0.3)
-    return torch.bmm(p.softmax(-1), v.reshape(b * h, -1, d)).view(b, h, s, d).transpose(1, 2).reshape(b, s, h * d)
+    p = torch.baddbmm(
+        mask, q.reshape(b * h, s, d), k.reshape(b * h, -1, d).transpose(1, 2), alpha=0.3
+    )
+    return (
+        torch.bmm(p.softmax(-1), v.reshape(b * h, -1, d))
+        .view(b, h, s, d)
+        .transpose(1, 2)
+        .reshape(b, s, h * d)
+    )
 
 
 def three_dims(q, k, v):
@@ -114,7 +125,10 @@ def causal_one_minus(q, k, v):
 def causal_finfo_tensor(q, k, v):
     s = scores(q, k)
     keep = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
-    return torch.where(keep, s, torch.full([], torch.finfo(s.dtype).min, dtype=s.dtype)).softmax(-1) @ v
+    return (
+        torch.where(keep, s, torch.full([], torch.finfo(s.dtype).min, dtype=s.dtype)).softmax(-1)
+        @ v
+    )
 
 
 def causal_cast(q, k, v):
@@ -125,7 +139,12 @@ def causal_cast(q, k, v):
 def causal_twice(q, k, v):
     s = scores(q, k)
     s = s.masked_fill(above(s), float("-inf"))
-    return s.masked_fill(torch.arange(s.shape[-1]) > torch.arange(s.shape[-2])[:, None], torch.finfo(s.dtype).min).softmax(-1) @ v
+    return (
+        s.masked_fill(
+            torch.arange(s.shape[-1]) > torch.arange(s.shape[-2])[:, None], torch.finfo(s.dtype).min
+        ).softmax(-1)
+        @ v
+    )
 
 
 def full_mask(q, k, v):
@@ -245,14 +264,47 @@ def cases() -> list[Any]:
     square, cross, grouped = heads(), heads(columns=9), heads(groups=2)
     long = heads(rows=150, columns=150, heads=2)
     table: list[tuple[Callable[..., Any], str, dict[str, Tensor]]] = [
-        *((f, "full", square) for f in (
-            plain, scale_on_query, scale_on_both, scale_as_tensor, no_scale, swapped_contraction, transposed_softmax,
-            einsum, einsum_key_first, bmm, three_dims, two_dims, full_mask, by_hand, by_hand_max, by_hand_unshifted,
-            late_division, by_logsumexp, by_log_softmax, library)),
+        *(
+            (f, "full", square)
+            for f in (
+                plain,
+                scale_on_query,
+                scale_on_both,
+                scale_as_tensor,
+                no_scale,
+                swapped_contraction,
+                transposed_softmax,
+                einsum,
+                einsum_key_first,
+                bmm,
+                three_dims,
+                two_dims,
+                full_mask,
+                by_hand,
+                by_hand_max,
+                by_hand_unshifted,
+                late_division,
+                by_logsumexp,
+                by_log_softmax,
+                library,
+            )
+        ),
         *((f, "full", cross) for f in (plain, einsum_key_first, bmm, late_division)),
-        *((f, "causal", square) for f in (
-            baddbmm, causal_inf, causal_tril, causal_where, causal_added, causal_one_minus, causal_finfo_tensor,
-            causal_cast, causal_twice, library_causal_mask)),
+        *(
+            (f, "causal", square)
+            for f in (
+                baddbmm,
+                causal_inf,
+                causal_tril,
+                causal_where,
+                causal_added,
+                causal_one_minus,
+                causal_finfo_tensor,
+                causal_cast,
+                causal_twice,
+                library_causal_mask,
+            )
+        ),
         (causal_inf, "causal", long),
         (causal_tril, "causal", cross),
         (padding, "mask", {**square, "mask": _mask()}),
@@ -261,16 +313,24 @@ def cases() -> list[Any]:
         (bias, "bias", {**square, "table": _table()}),
         (library_bias, "bias", {**square, "table": _table()}),
         (window, "causal+mask", square),
-        *((f, "gqa", grouped) for f in (repeated_heads, repeat_interleave, tiled_heads, grouped_einsum)),
+        *(
+            (f, "gqa", grouped)
+            for f in (repeated_heads, repeat_interleave, tiled_heads, grouped_einsum)
+        ),
         (one_key_head, "gqa", square),
         (library_grouped, "gqa+causal", grouped),
-    ]  # fmt: skip
-    return [pytest.param(f, v, x, id=f"{f.__name__}-{x['q'].shape[2]}x{x['k'].shape[2]}") for f, v, x in table]
+    ]
+    return [
+        pytest.param(f, v, x, id=f"{f.__name__}-{x['q'].shape[2]}x{x['k'].shape[2]}")
+        for f, v, x in table
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("function", "variant", "inputs"), cases())
-def test_taken(function: Callable[..., Any], variant: str, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
+def test_taken(
+    function: Callable[..., Any], variant: str, inputs: dict[str, Tensor], dtype: torch.dtype
+) -> None:
     made: list[Compiled] = []
 
     def compile_(module: Spelling) -> Compiled:
@@ -282,11 +342,15 @@ def test_taken(function: Callable[..., Any], variant: str, inputs: dict[str, Ten
     assert made[0].misses == []
 
 
-@pytest.mark.parametrize("function", [plain, causal_inf, causal_where, bmm, einsum, padding_and_causal, repeated_heads])
+@pytest.mark.parametrize(
+    "function", [plain, causal_inf, causal_where, bmm, einsum, padding_and_causal, repeated_heads]
+)
 def test_lengths_change_without_recompiling(function: Callable[..., Any]) -> None:
     compiled = Compiled(function, dynamic=True)
     for batch, length in ((6, 7), (3, 11), (5, 130)):
-        inputs = heads(batch=batch, rows=length, columns=length, groups=2 if function is repeated_heads else 0)
+        inputs = heads(
+            batch=batch, rows=length, columns=length, groups=2 if function is repeated_heads else 0
+        )
         if function is padding_and_causal:
             inputs["mask"] = torch.zeros(batch, length)
         torch.testing.assert_close(compiled(**inputs), function(**inputs))

@@ -1,4 +1,6 @@
-"""Attention, whatever way it is written, as one `iocompiler::attention_forward` that never holds an S x S matrix."""
+"""Attention, whatever way it is written, as one `iocompiler::attention_forward` that never holds an
+S x S matrix.
+"""
 
 from iocompiler.passes.attention.rewrite import attention
 

@@ -1,4 +1,6 @@
-"""Tensors brought to the layout of the semantic op, [B, H, S, D], by views; and its output back to what was written."""
+"""Tensors brought to the layout of the semantic op, [B, H, S, D], by views; and its output back to
+what was written.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,25 @@ aten = torch.ops.aten
 
 
 class Frame:
-    """How an attention's axes are laid out: batch, heads (of which keys and values have the first ``groups``)."""
+    """How an attention's axes are laid out: batch, heads (of which keys and values have the first
+    ``groups``).
+    """
 
     def __init__(self, found: Attention) -> None:
         batch = [axis for axis in found.rows if axis is not found.row]
         of_keys = {*flat(found.key.dims), *flat(found.value.dims)}
-        repeated = [a for n, a in enumerate(batch) if a not in of_keys and (n > 0 or len(batch) == 1)]
+        repeated = [
+            a for n, a in enumerate(batch) if a not in of_keys and (n > 0 or len(batch) == 1)
+        ]
         kept = [axis for axis in batch if axis not in repeated]
         groups = kept[-1:] if len(kept) > 1 else []
         self.batch: Group = tuple(kept[: len(kept) - len(groups)])
         self.groups: Group = tuple(groups)
         self.heads: Group = (*groups, *repeated)
         row: Group = (found.row,) if found.row is not None else ()
-        column, width, value_width = (resolve((a,)) for a in (found.column, found.width, found.value_width))
+        column, width, value_width = (
+            resolve((a,)) for a in (found.column, found.width, found.value_width)
+        )
         self.query: Dims = (self.batch, self.heads, row, width)
         self.key: Dims = (self.batch, self.groups, column, width)
         self.value: Dims = (self.batch, self.groups, column, value_width)
@@ -62,8 +70,8 @@ class Arranger:
     def arranged(self, node: Node, dims: Dims, target: Dims, *, widen: bool = True) -> Node:
         """The tensor, with ``dims`` now, with ``target`` dims: by views wherever strides allow.
 
-        Axes of the target that the tensor lacks are repeated; with ``widen`` false, a target dim whose axes it lacks
-        altogether gets size 1 instead.
+        Axes of the target that the tensor lacks are repeated; with ``widen`` false, a target dim
+        whose axes it lacks altogether gets size 1 instead.
         """
         dims = resolved(dims)
         if not widen:
@@ -81,7 +89,11 @@ class Arranger:
             for place, axis in enumerate(wanted):
                 if axis in missing:
                     node = self.call(aten.unsqueeze.default, node, place)
-            node = self.call(aten.expand.default, node, [self._size((axis,)) if axis in missing else -1 for axis in wanted])
+            node = self.call(
+                aten.expand.default,
+                node,
+                [self._size((axis,)) if axis in missing else -1 for axis in wanted],
+            )
         return self._reshape(node, tuple((axis,) for axis in wanted), target)
 
     def _reshape(self, node: Node, dims: Dims, target: Dims) -> Node:
@@ -98,9 +110,15 @@ class Arranger:
         size: Any = 1
         for axis in group:
             if axis not in self._sizes:
-                self._sizes[axis] = axis.size if isinstance(axis.size, int) else self._symbolic(axis)
+                self._sizes[axis] = (
+                    axis.size if isinstance(axis.size, int) else self._symbolic(axis)
+                )
             one = self._sizes[axis]
-            size = self.call(operator.mul, size, one) if isinstance(size, Node) or isinstance(one, Node) else size * one
+            size = (
+                self.call(operator.mul, size, one)
+                if isinstance(size, Node) or isinstance(one, Node)
+                else size * one
+            )
         return size
 
     def _symbolic(self, axis: Axis) -> Node:
@@ -118,7 +136,9 @@ class Arranger:
 
 
 def forward_views(found: Attention) -> tuple[Node, Dims]:
-    """Where the output's dims are merged, as bmm's are: the view after it that parts them again, if it is alone."""
+    """Where the output's dims are merged, as bmm's are: the view after it that parts them again, if
+    it is alone.
+    """
     node, dims = found.anchor, resolved(found.dims)
     while any(len(group) > 1 for group in dims) and len(node.users) == 1:
         user = next(iter(node.users))
@@ -126,7 +146,11 @@ def forward_views(found: Attention) -> tuple[Node, Dims]:
         if later is None:
             break
         node, dims = user, resolved(later)
-    return (found.anchor, resolved(found.dims)) if any(len(group) > 1 for group in dims) else (node, dims)
+    return (
+        (found.anchor, resolved(found.dims))
+        if any(len(group) > 1 for group in dims)
+        else (node, dims)
+    )
 
 
 def _product(axes: Sequence[Axis]) -> int:

@@ -1,7 +1,7 @@
 """Axes: what the dims of a tensor mean, whatever views brought them there.
 
-A tensor's dims are written as groups of axes: [B * H, S, D] of a bmm is ((b, h), (s,), (d,)). Axes of size 1 carry no
-information and are left out: their group is empty.
+A tensor's dims are written as groups of axes: [B * H, S, D] of a bmm is ((b, h), (s,), (d,)). Axes
+of size 1 carry no information and are left out: their group is empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 class Axis:
-    """One index of the computation, of a size known or symbolic; may turn out to be a product of others."""
+    """One index of the computation, of a size known or symbolic; may turn out to be a product of
+    others.
+    """
 
     def __init__(self, size: Any) -> None:
         self.size = size
@@ -72,7 +74,9 @@ def size(group: Iterable[Axis]) -> Any:
 
 
 def regroup(dims: Sequence[Group], shape: Sequence[Any]) -> Dims | None:
-    """The dims after (or before) a reshape to ``shape``, splitting axes where it does; None where it cannot be said."""
+    """The dims after (or before) a reshape to ``shape``, splitting axes where it does; None where
+    it cannot be said.
+    """
     waiting = list(reversed(flat(dims)))
     groups: list[Group] = []
     for target in shape:
@@ -95,7 +99,9 @@ def regroup(dims: Sequence[Group], shape: Sequence[Any]) -> Dims | None:
 
 
 def broadcast(dims: Dims, shape: Sequence[Any]) -> Dims | None:
-    """The dims of a tensor of ``shape`` that is broadcast against one of ``dims``; None where it would widen it."""
+    """The dims of a tensor of ``shape`` that is broadcast against one of ``dims``; None where it
+    would widen it.
+    """
     if len(shape) > len(dims):
         return None
     against = dims[len(dims) - len(shape) :]

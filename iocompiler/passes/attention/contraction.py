@@ -48,7 +48,9 @@ def read(node: Node) -> Contraction | None:
             return None
         found = _product(node, node.args[1], node.args[2])
         added = node.args[0] if beta != 0 else None
-        return found and Contraction(**{**vars(found), "alpha": alpha, "beta": beta, "added": added})
+        return found and Contraction(
+            **{**vars(found), "alpha": alpha, "beta": beta, "added": added}
+        )
     if node.target is aten.einsum.default:
         return _einsum(node)
     return None
@@ -66,14 +68,26 @@ def _product(node: Node, left: Any, right: Any) -> Contraction | None:
     if batch_left is None or batch_right is None:
         return None
     return Contraction(
-        node, left, right, (*batch_left, dims[-2], (over,)), (*batch_right, (over,), dims[-1]), dims, over
+        node,
+        left,
+        right,
+        (*batch_left, dims[-2], (over,)),
+        (*batch_right, (over,), dims[-1]),
+        dims,
+        over,
     )
 
 
 def _einsum(node: Node) -> Contraction | None:
-    equation, operands = node.args[0], node.args[1]
+    arguments: Any = node.args
+    equation, operands = arguments[:2]
     text = str(equation).replace(" ", "")
-    if "." in text or "->" not in text or not isinstance(operands, (list, tuple)) or len(operands) != 2:
+    if (
+        "." in text
+        or "->" not in text
+        or not isinstance(operands, (list, tuple))
+        or len(operands) != 2
+    ):
         return None
     inputs, result = text.split("->")
     letters = inputs.split(",")
@@ -89,9 +103,13 @@ def _einsum(node: Node) -> Contraction | None:
         return None
     over = axes[summed.pop()]
     left, right = (
-        tuple(() if known(n == 1) else (axes[x],) for x, n in zip(word, shape(operand), strict=True))
+        tuple(
+            () if known(n == 1) else (axes[x],) for x, n in zip(word, shape(operand), strict=True)
+        )
         for word, operand in zip(letters, operands, strict=True)
     )
     if over not in flat(left) or over not in flat(right):
         return None
-    return Contraction(node, operands[0], operands[1], left, right, tuple((axes[x],) for x in result), over)  # type: ignore[arg-type]
+    return Contraction(
+        node, operands[0], operands[1], left, right, tuple((axes[x],) for x in result), over
+    )

@@ -1,4 +1,6 @@
-"""What an attention is, however it was written: operands in common axes and the score program between them."""
+"""What an attention is, however it was written: operands in common axes and the score program
+between them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Operand:
 
 @dataclass(frozen=True)
 class Scale:
-    """The scores are multiplied by a number: a Python one, a symbolic one or a tensor of one element."""
+    """The scores are multiplied by a number: a Python one, a symbolic one or a tensor of one
+    element.
+    """
 
     factor: Any
 
@@ -45,7 +49,9 @@ class Bias:
 
 @dataclass(frozen=True)
 class Fill:
-    """Where ``condition`` is not ``keep``, the score becomes ``value``; ``dims`` are the condition's."""
+    """Where ``condition`` is not ``keep``, the score becomes ``value``; ``dims`` are the
+    condition's.
+    """
 
     condition: Node
     dims: Dims
@@ -81,7 +87,8 @@ class Attention:
     """softmax over ``column`` of the scores after ``steps``, times ``value``.
 
     Attributes:
-        query, key, value: query has the axis ``row``, key and value ``column``; ``width`` is contracted between
+        query, key, value: query has the axis ``row``, key and value ``column``; ``width`` is
+            contracted between
             query and key, ``value_width`` is value's own.
         rows: the axes of the output but the last, in its order: batch, heads and ``row``.
         steps: the score program, in the order it is applied to query times key.
@@ -89,7 +96,6 @@ class Attention:
         dtype: of the output.
         anchor: the node that computes the output, with ``dims``.
         interior: the nodes that need not be computed any more.
-        library: it is a call of scaled_dot_product_attention, whose rules for masked rows hold.
     """
 
     query: Operand
@@ -106,7 +112,6 @@ class Attention:
     anchor: Node
     dims: Dims
     interior: frozenset[Node]
-    library: bool = False
 
 
 class Declined(Exception):

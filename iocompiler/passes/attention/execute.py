@@ -1,4 +1,6 @@
-"""The execution of a recognised attention: by `iocompiler::attention_forward` where its kernels express it."""
+"""The execution of a recognised attention: by `iocompiler::attention_forward` where its kernels
+express it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.attention_choice import choose
 from iocompiler.passes.attention import masks, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
-from iocompiler.passes.attention.description import Attention, Bias, Cast, Causal, Declined, Fill, Operand, Pointwise, Scale
+from iocompiler.passes.attention.description import (
+    Attention,
+    Bias,
+    Cast,
+    Causal,
+    Declined,
+    Fill,
+    Operand,
+    Pointwise,
+    Scale,
+)
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import Mask, Masking
 from iocompiler.passes.attention.scores import Inverse, constant
@@ -24,7 +36,9 @@ from iocompiler.passes.attention.scores import Inverse, constant
 aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NEGATIVE = -1e30
-"""Instead of the most negative number: times log2(e) it does not overflow, and a score added to it is lost all the same."""
+"""Instead of the most negative number: times log2(e) it does not overflow, and a score added to it
+is lost all the same.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,14 @@ def plan(found: Attention, evaluator: Evaluator) -> Call:
             raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
     masking = masks.read(found, evaluator)
     for mask in masking.masks:
-        if isinstance(mask.step, Fill) and math.isfinite(mask.value) and found.dtype == torch.float16:
-            raise Declined("a row may be masked altogether, and float16 cannot tell such a row by a bias")
+        if (
+            isinstance(mask.step, Fill)
+            and math.isfinite(mask.value)
+            and found.dtype == torch.float16
+        ):
+            raise Declined(
+                "a row may be masked altogether, and float16 cannot tell such a row by a bias"
+            )
     for term in masking.terms:
         _precise(views.dtype(term.node), found.dtype)
     for mask in masking.masks:
@@ -75,7 +95,9 @@ def plan(found: Attention, evaluator: Evaluator) -> Call:
 
 def _precise(bias: torch.dtype, kernel: torch.dtype) -> None:
     if not bias.is_floating_point or torch.promote_types(bias, kernel) != kernel:
-        raise Declined(f"a bias in {bias} would lose precision in the kernels, which take it in {kernel}")
+        raise Declined(
+            f"a bias in {bias} would lose precision in the kernels, which take it in {kernel}"
+        )
 
 
 def _scale(found: Attention) -> tuple[float, tuple[Any, ...]]:
@@ -105,33 +127,50 @@ def _number(factor: Any) -> float | None:
         return None if number is None or number == 0.0 else 1.0 / number
     if isinstance(factor, Node) and isinstance(view.value(factor), (torch.SymFloat, float, int)):
         try:
-            return float(view.value(factor))  # a guard: the scale of a module is as good as constant
+            return float(
+                view.value(factor)
+            )  # a guard: the scale of a module is as good as constant
         except Exception:
             return None
     return constant(factor)
 
 
 def apply(gm: GraphModule, call: Call) -> None:
-    """Put the call where the attention's output was computed, and erase what nobody reads any more."""
+    """Put the call where the attention's output was computed, and erase what it stands for."""
     found, frame = call.found, Frame(call.found)
     anchor, dims = forward_views(found)
     arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
     query, key, value = (
         arranger.operand(_narrowed(operand, found.dtype), target)
-        for operand, target in ((found.query, frame.query), (found.key, frame.key), (found.value, frame.value))
+        for operand, target in (
+            (found.query, frame.query),
+            (found.key, frame.key),
+            (found.value, frame.value),
+        )
     )
     query, key, value = (_cast(arranger, each, found.dtype) for each in (query, key, value))
     for factor in call.factors:
         inverse = isinstance(factor, Inverse)
         by = factor.of if inverse else factor
-        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, _single(arranger, by))
+        query = arranger.call(
+            aten.div.Tensor if inverse else aten.mul.Tensor, query, _single(arranger, by)
+        )
         query = _cast(arranger, query, found.dtype)
     bias = _bias(arranger, call, frame)
     values = [view.value(each) if each is not None else None for each in (query, key, value, bias)]
     causal, dropout_p = call.masking.causal, found.dropout_p
     choice = choose(*values, causal=causal, dropout_p=dropout_p)  # type: ignore[arg-type]
     results = arranger.call(
-        FORWARD, query, key, value, bias, call.scale, causal, dropout_p, choice.kernel, choice.layout
+        FORWARD,
+        query,
+        key,
+        value,
+        bias,
+        call.scale,
+        causal,
+        dropout_p,
+        choice.kernel,
+        choice.layout,
     )
     out = arranger.arranged(arranger.call(operator.getitem, results, 0), frame.out, dims)
     edit.redirect(gm, anchor, _cast(arranger, out, views.dtype(anchor)))
@@ -141,7 +180,9 @@ def apply(gm: GraphModule, call: Call) -> None:
 
 
 def _narrowed(operand: Operand, dtype: torch.dtype) -> Operand:
-    """Without a widening cast of what already has the output's dtype: the kernels accumulate in float32 anyway."""
+    """Without a widening cast of what already has the output's dtype: the kernels accumulate in
+    float32 anyway.
+    """
     node, dims = operand.stages[-1]
     if views.dtype(node) == dtype or node.target is not aten.to.dtype:
         return operand
@@ -157,7 +198,11 @@ def _cast(arranger: Arranger, node: Node, dtype: torch.dtype) -> Node:
 
 def _single(arranger: Arranger, factor: Any) -> Any:
     """A tensor of one element without dims, so that it widens nothing."""
-    if isinstance(factor, Node) and isinstance(view.value(factor), torch.Tensor) and len(views.shape(factor)):
+    if (
+        isinstance(factor, Node)
+        and isinstance(view.value(factor), torch.Tensor)
+        and len(views.shape(factor))
+    ):
         return arranger.call(aten.reshape.default, factor, [])
     return factor
 
@@ -194,5 +239,3 @@ def _mask(arranger: Arranger, call: Call, mask: Mask, frame: Frame) -> Node:
     if math.isfinite(mask.value) and mask.value < _MOST_NEGATIVE:
         node = arranger.call(aten.clamp_min.default, node, _MOST_NEGATIVE)
     return arranger.arranged(_cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
-
-

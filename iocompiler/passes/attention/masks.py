@@ -1,4 +1,6 @@
-"""What the masks and biases of a score program come to: structure that is proved, and tensors that are left."""
+"""What the masks and biases of a score program come to: structure that is proved, and tensors that
+are left.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,16 @@ from iocompiler.passes.attention.values import (
 
 aten = torch.ops.aten
 MASKS = -1e4
-"""A score set to this or less, or that has this added, is out: what scores themselves never come near."""
+"""A score set to this or less, or that has this added, is out: what scores themselves never come
+near.
+"""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Where ``keeps`` does not hold the score becomes ``value``, or has it added; ``step`` is where it comes from."""
+    """Where ``keeps`` does not hold the score becomes ``value``, or has it added; ``step`` is where
+    it comes from.
+    """
 
     keeps: Formula
     value: float
@@ -56,8 +62,8 @@ class Masking:
 def read(found: Attention, evaluator: Evaluator) -> Masking:
     """The masks of an attention.
 
-    A causal mask is taken as structure where that changes no row: where it sets scores to -inf, or where nothing else
-    masks, so that every row keeps its first key.
+    A causal mask is taken as structure where that changes no row: where it sets scores to -inf, or
+    where nothing else masks, so that every row keeps its first key.
 
     Raises:
         Declined: a number written over scores does not mask them.
@@ -83,7 +89,9 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
 
 
 def _parted(steps: Iterable[Step]) -> Iterator[Step]:
-    """The steps, a sum or a masked tensor that is added as the parts it is made of: each may be structure."""
+    """The steps, a sum or a masked tensor that is added as the parts it is made of: each may be
+    structure.
+    """
     for step in steps:
         parts = _parts(step) if isinstance(step, Bias) else None
         if parts is None:
@@ -100,13 +108,24 @@ def _parts(step: Bias) -> list[Step] | None:
         dims = [broadcast(step.dims, views.shape(each)) for each in tensors if _is_float(each)]
         if len(dims) != 2:
             return None
-        return [Bias(each, its, step.factor) for each, its in zip(tensors, dims, strict=True) if its is not None]
-    if node.target not in (aten.where.ScalarOther, aten.where.self, aten.masked_fill.Scalar) or step.factor != 1.0:
+        return [
+            Bias(each, its, step.factor)
+            for each, its in zip(tensors, dims, strict=True)
+            if its is not None
+        ]
+    if (
+        node.target not in (aten.where.ScalarOther, aten.where.self, aten.masked_fill.Scalar)
+        or step.factor != 1.0
+    ):
         return None
     keep = node.target is not aten.masked_fill.Scalar
     condition, source = (node.args[0], node.args[1]) if keep else (node.args[1], node.args[0])
     value = constant(node.args[2])
-    if not isinstance(condition, Node) or not isinstance(source, Node) or constant(source) is not None:
+    if (
+        not isinstance(condition, Node)
+        or not isinstance(source, Node)
+        or constant(source) is not None
+    ):
         return None
     its, under = (broadcast(step.dims, views.shape(each)) for each in (source, condition))
     if value is None or value > MASKS or not _is_float(source) or its is None or under is None:
@@ -120,7 +139,11 @@ def _is_float(node: Node) -> bool:
 
 def _combined(found: Attention, masks: list[Mask], terms: list[Bias], mild: bool) -> Masking:
     lower = _lower(found)
-    pure = [mask for mask in masks if conjuncts(mask.keeps) and all(c == lower for c in conjuncts(mask.keeps))]
+    pure = [
+        mask
+        for mask in masks
+        if conjuncts(mask.keeps) and all(c == lower for c in conjuncts(mask.keeps))
+    ]
     rest = [mask for mask in masks if mask not in pure]
     exact = [mask for mask in pure if mask.value == -math.inf or (not rest and mild)]
     if found.row is None:
@@ -165,5 +188,3 @@ def _added(value: Value, step: Bias, bounds: Bounds) -> Mask | None:
 
 def _places(dims: Dims) -> tuple[sympy.Expr, ...]:
     return tuple(index(group) for group in dims)
-
-

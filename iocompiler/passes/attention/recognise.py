@@ -1,30 +1,41 @@
-"""From a contraction (or a call of scaled_dot_product_attention) back to the attention it ends, if it ends one."""
+"""From a contraction (or a call of scaled_dot_product_attention) back to the attention it ends, if
+it ends one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.passes.attention import contraction, rows, scores, views
-from iocompiler.passes.attention.axes import Axis, Dims, broadcast, flat, fresh, known, resolve, resolved
+from iocompiler.passes.attention import contraction, library, rows, scores, views
+from iocompiler.passes.attention.assemble import assemble
+from iocompiler.passes.attention.axes import (
+    Axis,
+    Dims,
+    flat,
+    resolve,
+    resolved,
+)
 from iocompiler.passes.attention.contraction import Contraction
-from iocompiler.passes.attention.description import Attention, Bias, Causal, Declined, Fill, Operand, Scale, Step
+from iocompiler.passes.attention.description import (
+    Attention,
+    Declined,
+)
 from iocompiler.passes.attention.rows import Softmax
-from iocompiler.passes.attention.scores import Scores
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 _CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 _NEAR = 4  # this far before a contraction a softmax is looked for to name what is in the way
 
 
 @dataclass(frozen=True)
 class _Probabilities:
-    """What is contracted with the values: a softmax, then views, casts and dropout (in the graph's order)."""
+    """What is contracted with the values: a softmax, then views, casts and dropout (in the graph's
+    order).
+    """
 
     softmax: Softmax
     path: tuple[Node, ...]
@@ -37,8 +48,8 @@ def recognise(node: Node) -> Attention | None:
     Raises:
         Declined: it is nearly one.
     """
-    if node.target is SDPA:
-        return _library_call(node)
+    if node.target is library.TARGET:
+        return library.read(node)
     second = contraction.read(node)
     if second is None:
         return None
@@ -105,9 +116,10 @@ def _attention(
     if late and (found.softmax.dim != len(dims) - 1 or output[:-1] != dims[:-1]):
         raise Declined("the sums of the powers do not go with the rows of the output")
     interior = {*program.nodes, *found.softmax.nodes, *found.path, second.node, *late}
-    made = _described(query, key, value, output, column, first.contracted, weights)
-    return replace(
-        made,
+    operands = assemble(query, key, value, output, weights[1], column, first.contracted)
+    return Attention(
+        **vars(operands),
+        dims=output,
         steps=program.steps,
         dropout_p=found.dropout_p,
         dtype=views.dtype(second.node),
@@ -153,101 +165,17 @@ def _join(its: Dims, dims: Dims) -> None:
 
 
 def _end(node: Node, softmax: Softmax) -> tuple[Node, tuple[Node, ...]]:
-    """The node that computes the output, and what else then falls away: with a late division, the division."""
+    """The node that computes the output, and what else then falls away: with a late division, the
+    division.
+    """
     if softmax.total is None or softmax.total in softmax.nodes[:-1]:
         return node, ()
     for user in node.users:
-        if user.target is aten.div.Tensor and user.args == (node, softmax.total) and not user.kwargs:
-            if len(views.shape(user)) == len(views.shape(softmax.total)):
-                return user, (user,)
+        divides = user.target is aten.div.Tensor and user.args == (node, softmax.total)
+        same_rank = len(views.shape(node)) == len(views.shape(softmax.total))
+        if divides and not user.kwargs and same_rank:
+            return user, (user,)
     raise Declined("the powers of the scores are not divided by their sums")
-
-
-def _described(
-    query: tuple[Node, Dims],
-    key: tuple[Node, Dims],
-    value: tuple[Node, Dims],
-    output: Dims,
-    column: Axis,
-    width: Axis,
-    weights: tuple[Node, Dims] | None,
-) -> Attention:
-    """The operands in common axes; ``output`` are the dims of the result."""
-    operands = [Operand(tuple(views.stages(*each))) for each in (query, key, value)]
-    of_query, of_key, of_value = (flat(operand.dims) for operand in operands)
-    column_axes, width_axes = resolve((column,)), resolve((width,))
-    if len(column_axes) != 1 or len(width_axes) != 1:
-        raise Declined("the keys or the head width are spread over several dims")
-    row_axes = flat(output[:-1]) if weights is None else flat(weights[1])
-    rows_ = tuple(axis for axis in row_axes if axis is not column_axes[0])
-    new = [axis for axis in flat(output) if axis not in rows_]
-    if len(new) > 1 or any(axis in rows_ for axis in new):
-        raise Declined("the output's width is spread over several dims")
-    value_width = new[0] if new else Axis(1)
-    allowed = ({*rows_, *width_axes}, {*rows_, *column_axes, *width_axes}, {*rows_, *column_axes, value_width})
-    for name, axes, may in zip(("query", "key", "value"), (of_query, of_key, of_value), allowed, strict=True):
-        if not set(axes) <= may:
-            raise Declined(f"the {name} has a dim the others have not")
-    candidates = [axis for axis in rows_ if axis not in of_key and axis not in of_value and axis in of_query]
-    row = candidates[-1] if candidates else None
-    return Attention(
-        *operands, row, column_axes[0], width_axes[0], value_width, rows_, (), 0.0, torch.float32,
-        query[0], output, frozenset(),
-    )  # fmt: skip
-
-
-def _library_call(node: Node) -> Attention:
-    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-    arguments |= node.kwargs
-    query, key, value = (arguments[name] for name in ("query", "key", "value"))
-    shapes = [views.shape(each) for each in (query, key, value)]
-    if len({len(shape) for shape in shapes}) != 1 or len(shapes[0]) < 3:
-        raise Declined("query, key and value of different ranks, or with no batch")
-    batch = fresh(views.shape(node)[:-2])
-    row, column, width, value_width = (Axis(n) for n in (shapes[0][-2], *shapes[1][-2:], shapes[2][-1]))
-    grouped = bool(arguments.get("enable_gqa", False))
-    leading = [_leading(batch, shape[:-2], grouped) for shape in shapes]
-    if known(width.size == 1):
-        raise Declined("a head width of one")
-    dims: list[Dims] = [
-        (*lead, *ends)
-        for lead, ends in zip(leading, (((row,), (width,)), ((column,), (width,)), ((column,), (value_width,))), strict=True)
-    ]
-    output: Dims = (*batch, (row,), (value_width,))
-    scale = arguments.get("scale")
-    steps: list[Step] = [Scale(float(shapes[0][-1]) ** -0.5 if scale is None else scale)]
-    mask = arguments.get("attn_mask")
-    if isinstance(mask, Node):
-        steps.append(_library_mask(mask, (*batch, (row,), (column,))))
-    if arguments.get("is_causal", False):
-        steps.append(Causal())
-    made = _described((query, dims[0]), (key, dims[1]), (value, dims[2]), resolved(output), column, width, None)
-    return replace(
-        made, row=(resolve((row,)) or (None,))[0], steps=tuple(steps), anchor=node, interior=frozenset({node}),
-        dropout_p=float(arguments.get("dropout_p", 0.0)), dtype=views.dtype(node), library=True,
-    )  # fmt: skip
-
-
-def _leading(batch: Dims, shape: Any, grouped: bool) -> Dims:
-    found = broadcast(batch, shape)
-    if found is not None:
-        return found
-    heads, groups = batch[-1][0], shape[-1]
-    if grouped and isinstance(heads.size, int) and isinstance(groups, int) and heads.size % groups == 0:
-        outer, _ = heads.split(groups) if heads.parts is None else heads.parts
-        lead = broadcast(batch[:-1], shape[:-1])
-        if lead is not None and outer.size == groups:
-            return (*lead, (outer,) if groups != 1 else ())
-    raise Declined("query, key and value of batches that do not go together")
-
-
-def _library_mask(mask: Node, dims: Dims) -> Bias | Fill:
-    against = broadcast(dims, views.shape(mask))
-    if against is None:
-        raise Declined("the mask does not fit the scores")
-    if views.dtype(mask) == torch.bool:
-        return Fill(mask, against, float("-inf"), keep=True)
-    return Bias(mask, against)
 
 
 def interior_is_private(found: Attention) -> str:

@@ -1,4 +1,4 @@
-"""The pass: recognise, choose an execution, put it in place; and say what was nearly an attention."""
+"""The pass: recognise, choose an execution, put it in place; and name what was nearly one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
-from iocompiler.passes.attention import contraction, execute
+from iocompiler.passes.attention import contraction, execute, library
 from iocompiler.passes.attention.description import Attention, Declined
 from iocompiler.passes.attention.evaluate import Evaluator
-from iocompiler.passes.attention.recognise import SDPA, interior_is_private, recognise
+from iocompiler.passes.attention.recognise import interior_is_private, recognise
 
 _PATTERN = "attention"
 
@@ -35,7 +35,7 @@ def attention(gm: GraphModule) -> int:
     changed = 0
     for node in view.calls(gm, operator.getitem):
         edit.erase(gm, node)  # a result nobody takes is no reader
-    for node in list(view.calls(gm, SDPA, *contraction.TARGETS)):
+    for node in list(view.calls(gm, library.TARGET, *contraction.TARGETS)):
         if node.graph is gm.graph and not getattr(node, "_erased", False):
             changed += _rewrite(gm, node)
     return changed
@@ -58,7 +58,9 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
 
 
 def _check_alone(gm: GraphModule, found: Attention) -> None:
-    """Raise `Declined` where something in between is needed by others, switched, or written in place."""
+    """Raise `Declined` where something in between is needed by others, switched, or written in
+    place.
+    """
     strangers = interior_is_private(found)
     if strangers:
         raise Declined(strangers)
@@ -71,9 +73,16 @@ def _check_alone(gm: GraphModule, found: Attention) -> None:
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     roots = view.roots(gm)
     read = [node for operand in (found.query, found.key, found.value) for node, _ in operand.stages]
-    read += [step_node for step in found.steps for step_node in vars(step).values() if isinstance(step_node, Node)]
+    read += [
+        step_node
+        for step in found.steps
+        for step_node in vars(step).values()
+        if isinstance(step_node, Node)
+    ]
     storages = frozenset().union(*(roots[node] for node in read))
     start, end = min(order[node] for node in (*read, *found.interior)), order[found.anchor]
     for node in writes:
-        if start <= order[node] <= end and any(roots[target] & storages for target in view.mutates(node)):
+        if start <= order[node] <= end and any(
+            roots[target] & storages for target in view.mutates(node)
+        ):
             raise Declined(f"{view.where(node) or node.name} writes what the attention reads")

@@ -1,7 +1,10 @@
-"""The softmax over the scores of a row, by its name or by hand: exp(x - max) / sum, the division early or late."""
+"""The softmax over the scores of a row, by its name or by hand: exp(x - max) / sum, the division
+early or late.
+"""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +21,11 @@ _STILL = (aten.detach.default, aten.alias.default, aten.contiguous.default, aten
 
 @dataclass(frozen=True)
 class Softmax:
-    """``node`` is softmax over ``dim`` of ``scores``; ``nodes`` are what it takes, the last one ``node``.
+    """``node`` is softmax over ``dim`` of ``scores``; ``nodes`` are what it takes, the last one
+    ``node``.
 
-    Where ``late``, ``node`` is only exp(scores - max), to be divided by ``total``, its sum over ``dim``, later.
+    Where ``late``, ``node`` is only exp(scores - max), to be divided by ``total``, its sum over
+    ``dim``, later.
     """
 
     node: Node
@@ -44,7 +49,9 @@ def read(node: Node) -> Softmax | None:
         powers = _powers(top)
         if total is not None and powers is not None and _kept(total):
             found = _over(powers, total)
-            return found and Softmax(node, found.scores, found.dim, (*found.nodes, total, *between, node))
+            return found and Softmax(
+                node, found.scores, found.dim, (*found.nodes, total, *between, node)
+            )
         return None
     if node.target is aten.exp.default:
         return _log_sum(node)
@@ -70,7 +77,11 @@ def _quotient(node: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
         return (top, bottom, ()) if isinstance(top, Node) and isinstance(bottom, Node) else None
     if node.target is aten.mul.Tensor:
         for top, other in (node.args, node.args[::-1]):
-            if isinstance(top, Node) and isinstance(other, Node) and other.target is aten.reciprocal.default:
+            if (
+                isinstance(top, Node)
+                and isinstance(other, Node)
+                and other.target is aten.reciprocal.default
+            ):
                 return top, other.args[0], (other,)  # type: ignore[return-value]
     return None
 
@@ -121,9 +132,7 @@ def _maximum(node: Node, scores: Node) -> tuple[tuple[int, ...] | None, tuple[No
 
 
 def _is_first(node: Node) -> bool:
-    import operator
-
-    return node.target is operator.getitem and node.args[1] == 0
+    return node.target is operator.getitem and node.args[1:] == (0,)
 
 
 def _keepdim(node: Node) -> bool:
@@ -163,7 +172,11 @@ def _log_sum(node: Node) -> Softmax | None:
     if inner.target is not aten.sub.Tensor or len(inner.args) != 2 or inner.kwargs:
         return None
     scores, total = inner.args
-    if not isinstance(total, Node) or total.target is not aten.logsumexp.default or total.args[0] is not scores:
+    if (
+        not isinstance(total, Node)
+        or total.target is not aten.logsumexp.default
+        or total.args[0] is not scores
+    ):
         return None
     dims: Any = total.args[1]
     if len(dims) != 1 or not _keepdim(total):

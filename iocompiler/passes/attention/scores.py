@@ -12,7 +12,15 @@ from iocompiler.graph import view
 from iocompiler.passes.attention import contraction, views
 from iocompiler.passes.attention.axes import Dims, broadcast, known
 from iocompiler.passes.attention.contraction import Contraction
-from iocompiler.passes.attention.description import Bias, Cast, Declined, Fill, Pointwise, Scale, Step
+from iocompiler.passes.attention.description import (
+    Bias,
+    Cast,
+    Declined,
+    Fill,
+    Pointwise,
+    Scale,
+    Step,
+)
 
 aten = torch.ops.aten
 _LONGEST = 64  # no score program is longer
@@ -24,14 +32,24 @@ _CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _WHERES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 _UNARY = (
-    aten.tanh.default, aten.neg.default, aten.relu.default, aten.sigmoid.default, aten.exp.default, aten.abs.default,
-    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.pow.Tensor_Scalar,
-)  # fmt: skip
+    aten.tanh.default,
+    aten.neg.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.exp.default,
+    aten.abs.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.pow.Tensor_Scalar,
+)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A tensor of scores: the contraction it comes from, its dims, the program so far, the nodes on the way."""
+    """A tensor of scores: the contraction it comes from, its dims, the program so far, the nodes on
+    the way.
+    """
 
     contraction: Contraction
     dims: Dims
@@ -40,7 +58,10 @@ class Scores:
 
     def then(self, node: Node, *steps: Step, dims: Dims | None = None) -> Scores:
         return replace(
-            self, steps=(*self.steps, *steps), nodes=(*self.nodes, node), dims=self.dims if dims is None else dims
+            self,
+            steps=(*self.steps, *steps),
+            nodes=(*self.nodes, node),
+            dims=self.dims if dims is None else dims,
         )
 
 
@@ -104,7 +125,9 @@ def _binary(node: Node, fuel: int) -> Scores | None:
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     if not isinstance(alpha, (int, float)) or node.kwargs.get("rounding_mode") is not None:
         raise Declined(f"{node.target} with arguments that are not understood")
-    return scores.then(node, *_arithmetic(node, scores.dims, other, float(alpha), first=side is left))
+    return scores.then(
+        node, *_arithmetic(node, scores.dims, other, float(alpha), first=side is left)
+    )
 
 
 def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool) -> list[Step]:
@@ -173,7 +196,12 @@ def constant(value: Any) -> float | None:
         if value.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
             made = value.args[0] if value.target is aten.scalar_tensor.default else value.args[1]
             return float(made) if isinstance(made, (int, float)) else None
-        if value.target not in (*_CONVERT, *views.VIEWS, aten.lift_fresh_copy.default, aten.detach_.default):
+        if value.target not in (
+            *_CONVERT,
+            *views.VIEWS,
+            aten.lift_fresh_copy.default,
+            aten.detach_.default,
+        ):
             return None
         value = value.args[0]
     if isinstance(value, Node) and value.op == "get_attr":

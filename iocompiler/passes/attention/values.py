@@ -1,7 +1,8 @@
-"""Values of one element of a tensor, as far as they can be said without running: numbers, index arithmetic, conditions.
+"""Values of one element of a tensor, as far as they can be said without running: numbers, index
+arithmetic, conditions.
 
-A condition is a formula over comparisons ``e >= 0`` of affine index expressions; a comparison is folded where the bounds
-of the indices decide it.
+A condition is a formula over comparisons ``e >= 0`` of affine index expressions; a comparison is
+folded where the bounds of the indices decide it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Select:
 
 @dataclass(frozen=True)
 class Unknown:
-    """Not known. ``mild``: of moderate size, as what comes from index arithmetic or a learned table is."""
+    """Not known. ``mild``: of moderate size, as what comes from index arithmetic or a learned table
+    is.
+    """
 
     mild: bool = False
 
@@ -90,7 +93,7 @@ def at_least(expr: sympy.Expr, bounds: Bounds) -> Formula:
 
 
 def extremes(expr: sympy.Expr, bounds: Bounds) -> tuple[sympy.Expr | None, sympy.Expr | None]:
-    """The least and the greatest value of an affine expression; None, None where it is not affine."""
+    """The least and the greatest value of an affine expression; None twice where it is not."""
     low = high = expr
     for symbol, extent in bounds.items():
         if symbol not in expr.free_symbols:

@@ -21,10 +21,24 @@ RESHAPES = (
     aten.view_as.default,
     aten.reshape_as.default,
 )
-_PERMUTES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default, aten.movedim.int)
+_PERMUTES = (
+    aten.transpose.int,
+    aten.permute.default,
+    aten.t.default,
+    aten.mT.default,
+    aten.movedim.int,
+)
 _COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default)
 _SQUEEZES = (aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
-VIEWS = (*RESHAPES, *_PERMUTES, *_COPIES, *_SQUEEZES, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor)
+VIEWS = (
+    *RESHAPES,
+    *_PERMUTES,
+    *_COPIES,
+    *_SQUEEZES,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+)
 
 
 def shape(node: Any) -> torch.Size:
@@ -56,7 +70,7 @@ def after(node: Node, dims: Dims) -> Dims | None:
 
 
 def before(node: Node, dims: Dims) -> Dims | None:
-    """The dims of the input of a view with ``dims``; an axis the view repeats is missing in them."""
+    """The dims of the input of a view with ``dims``; an axis it repeats is missing in them."""
     source = node.args[0]
     if node.target in RESHAPES:
         return regroup(dims, shape(source))
@@ -107,7 +121,9 @@ def _before_repeat(node: Node, dims: Dims) -> Dims | None:
 
 
 def stages(node: Node, dims: Dims) -> list[tuple[Node, Dims]]:
-    """The tensor and what it is a view of, each with its dims: from ``node`` itself down to what computes it."""
+    """The tensor and what it is a view of, each with its dims: from ``node`` itself down to what
+    computes it.
+    """
     found = [(node, dims)]
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         if not isinstance(node.args[0].meta.get("val"), torch.Tensor):
@@ -124,14 +140,15 @@ def _order(node: Node) -> list[int]:
     """For each dim of the result, the dim of the input it is."""
     rank = len(shape(node.args[0]))
     order = list(range(rank))
+    arguments: Any = node.args
     if node.target is aten.permute.default:
-        return [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator, misc]
+        return [d % rank for d in arguments[1]]
     if node.target is aten.movedim.int:
-        start, end = (d % rank for d in node.args[1:3])  # type: ignore[operator]
+        start, end = (d % rank for d in arguments[1:3])
         order.insert(end, order.pop(start))
         return order
-    pair = (rank - 2, rank - 1) if node.target is not aten.transpose.int else node.args[1:3]
-    one, other = (d % rank for d in pair)  # type: ignore[operator]
+    pair = arguments[1:3] if node.target is aten.transpose.int else (rank - 2, rank - 1)
+    one, other = (d % rank for d in pair)
     order[one], order[other] = order[other], order[one]
     return order
 
@@ -141,7 +158,8 @@ def _squeezed(node: Node) -> list[int]:
     if node.target is aten.squeeze.default:
         asked = list(range(len(extents)))
     else:
-        asked = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])  # type: ignore[arg-type, assignment]
+        given: Any = node.args[1]
+        asked = [given] if isinstance(given, int) else list(given)
     return [d % len(extents) for d in asked if known(extents[d] == 1)]
 
 

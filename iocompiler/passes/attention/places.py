@@ -1,0 +1,109 @@
+"""Where a view reads its input, and the tensors whose elements follow from their place alone."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch.fx import Node
+
+from iocompiler.graph import view
+from iocompiler.passes.attention import views
+from iocompiler.passes.attention.axes import expression, fresh, known
+from iocompiler.passes.attention.scores import constant
+from iocompiler.passes.attention.values import Index, Number, Unknown, Value
+
+aten = torch.ops.aten
+At: TypeAlias = tuple[sympy.Expr, ...]
+
+
+def moved(node: Node, at: At) -> At | None:
+    """Where the input of a view is read for the element at ``at`` of the view."""
+    if node.target is aten.slice.Tensor:
+        _, dim, start, _, step = view.spelled_out(node)
+        start = 0 if start is None else start
+        if not isinstance(start, int) or start < 0 or not isinstance(step, int):
+            return None
+        dim %= len(at)
+        return (*at[:dim], at[dim] * step + start, *at[dim + 1 :])
+    if node.target is aten.select.int:
+        dim, place = int(node.args[1]) % (len(at) + 1), node.args[2]  # type: ignore[arg-type]
+        if not isinstance(place, int) or place < 0:
+            return None
+        return (*at[:dim], sympy.Integer(place), *at[dim:])
+    if node.target is aten.expand.default:
+        shape = views.shape(node.args[0])
+        return tuple(zero(n, x) for n, x in zip(shape, at[len(at) - len(shape) :], strict=True))
+    if node.target in views.VIEWS:
+        return _through_groups(node, at)
+    return None
+
+
+def _through_groups(node: Node, at: At) -> At | None:
+    """Views that only permute, insert or drop dims, seen through a fresh axis for each dim."""
+    dims = fresh(views.shape(node))
+    places = {dims[d][0]: at[d] for d in range(len(at))}
+    source = views.before(node, dims)
+    if source is None:
+        return None
+    found: list[sympy.Expr] = []
+    for group in source:
+        place: sympy.Expr = sympy.Integer(0)
+        for axis in group:
+            if axis not in places or axis.parts is not None:
+                return None
+            place = place * expression(axis.size) + places[axis]
+        found.append(sympy.expand(place))
+    return tuple(found)
+
+
+def zero(extent: Any, place: sympy.Expr) -> sympy.Expr:
+    return sympy.Integer(0) if known(extent == 1) else place
+
+
+def arange(node: Node, at: At) -> Value | None:
+    values = [whole(each) for each in node.args]
+    if any(each is None for each in values):
+        return None
+    start = values[0] if len(values) > 1 else sympy.Integer(0)
+    step = values[2] if len(values) > 2 else sympy.Integer(1)
+    return Index(sympy.expand(start + step * at[0]))
+
+
+def whole(value: Any) -> sympy.Expr | None:
+    """An integer argument as an expression."""
+    if isinstance(value, Node):
+        value = view.value(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return (
+        expression(value)
+        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+        else None
+    )
+
+
+def filled(node: Node) -> Value | None:
+    """The one value of a tensor made full of it."""
+    name = getattr(node.target, "_opname", "")
+    if name in ("ones", "ones_like", "new_ones"):
+        return Number(1.0)
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return Number(0.0)
+    if name in ("full", "full_like", "scalar_tensor"):
+        value = node.args[0] if name == "scalar_tensor" else node.args[1]
+        return Number(float(value)) if isinstance(value, (bool, int, float)) else None
+    if name == "new_full":
+        return Number(float(node.args[2])) if isinstance(node.args[2], (bool, int, float)) else None
+    return None
+
+
+def attribute(node: Node) -> Value | None:
+    number = constant(node) if node.op == "get_attr" else None
+    return None if number is None else Number(number)
+
+
+def scalar(node: Node) -> Value:
+    number = whole(node)
+    return Unknown() if number is None else Index(number)
