@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.engines import Boxed
 from iocompiler.errors import FallbackWarning, StrictFallback
+from iocompiler.graph import view
+from iocompiler.graph.autocast import region_entered
 from iocompiler.graph.capture import capture
 from iocompiler.graph.findings import findings
 from iocompiler.graph.printer import show
@@ -125,16 +127,24 @@ class _Walk:
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
         graph = capture(gm, inputs)
-        self.compilation.passes = Summary()
+        self.compilation.passes = Summary(_bytes_moved if self.folder is not None else None)
         observers: list[Observer] = [self.compilation.passes]
         if self.folder is not None:
             observers.append(Dump(self.folder, self.compilation.passes))
         if self.options.verify:
             observers.append(Verify(inputs))
-        self.compilation.changed = self.pipeline.stage("graph").run(graph, observers)
+        self._run_passes(graph, observers)
         self.compilation.graph = graph
-        self.compilation.add(findings(graph))
         return graph
+
+    def _run_passes(self, graph: GraphModule, observers: Sequence[Observer]) -> None:
+        """Checkpointed regions first, each a graph of its own; a pass never sees into one."""
+        regions = view.regions(graph)
+        for node, inner in view.checkpoints(graph):
+            with region_entered(regions[node]):
+                self._run_passes(inner, ())
+        self.compilation.changed += self.pipeline.stage("graph").run(graph, observers)
+        self.compilation.add(findings(graph))
 
     def _differentiate(self, graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
         """AOTAutograd, which hands back functional graphs with nothing but tensors in and out."""
@@ -162,7 +172,7 @@ class _Walk:
         self.compilation.plans[name] = plan
         run = engines.load(plan, flat, self.options, name)
         if self.folder is not None:
-            dump_text(self.folder / f"{name}.txt", show(flat))
+            dump_text(self.folder / f"{name}.txt", show(flat, _bytes_moved))
             if engines.source(run):
                 dump_text(self.folder / "kernels" / f"{name}.py", engines.source(run))
         return self._recorded(run, plan, flat, name)
@@ -202,9 +212,13 @@ class _Walk:
         warnings.warn(text, FallbackWarning, stacklevel=2)
 
 
+def _bytes_moved(node: Node) -> Any:
+    from iocompiler.cost_model.rules import cost
+
+    return cost(node).bytes
+
+
 def _decompositions() -> dict[Any, Any]:
-    try:
-        from iocompiler.ops.decompositions import table
-    except ModuleNotFoundError:
-        return {}
+    from iocompiler.ops.decompositions import table
+
     return table()

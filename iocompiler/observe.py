@@ -69,7 +69,7 @@ class Dump:
 
 
 _opened: dict[str, int] = {}
-"""How many graphs this process has dumped into each folder; nothing but file names depends on it."""
+"""How many graphs this process has dumped into each folder; only file names depend on it."""
 
 
 def dump_folder(root: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
@@ -49,6 +50,17 @@ def test_rewrites_are_recorded() -> None:
     assert found.pattern == "relu_of_relu"
     assert found.where.startswith("test_backend.py:")
     assert records[0].changed == 1
+
+
+def test_rewrites_inside_a_checkpointed_region() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = checkpoint(lambda t: (t @ t).relu().relu(), x, use_reentrant=False)
+        return y.float().sum()
+
+    pipeline = ioc.DEFAULT.after("normalise", relu_of_relu)
+    records = check(f, grad(3, 3), pipeline=pipeline)
+    assert [found.pattern for found in records[0].rewrites] == ["relu_of_relu"]
 
 
 def test_the_callback_gets_the_table_of_passes() -> None:

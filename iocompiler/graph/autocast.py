@@ -79,6 +79,14 @@ def autocast(dtypes: Mapping[str, torch.dtype | None]) -> Iterator[None]:
             torch.set_autocast_dtype(device, dtype)
 
 
+@contextmanager
+def region_entered(region: view.Region) -> Iterator[None]:
+    """Run under the grad mode and autocast of a region of a graph."""
+    dtypes = {**dict.fromkeys(view.AUTOCAST_DEVICES), **dict(region.autocast)}
+    with torch.set_grad_enabled(region.grad), autocast(dtypes):
+        yield
+
+
 class _Casts(NamedTuple):
     """What autocast does to a call: a dtype for each tensor argument (None: as it is), and one for
     ``dtype=``.

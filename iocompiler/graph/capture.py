@@ -30,7 +30,8 @@ from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, Shap
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from iocompiler.errors import CaptureFailed
-from iocompiler.graph.autocast import autocast
+from iocompiler.graph import view
+from iocompiler.graph.autocast import autocast, region_entered
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
@@ -63,6 +64,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         ) from error
     _copy_input_meta(gm, traced)
     traced.meta.update(gm.meta)
+    _enter_checkpoints(traced)
     return traced
 
 
@@ -110,6 +112,18 @@ def _copy_input_meta(gm: GraphModule, traced: GraphModule) -> None:
         new.meta = {**kept, **new.meta}
         new.name = old.name
         new.target = old.target if isinstance(old.target, str) else old.name
+
+
+def _enter_checkpoints(traced: GraphModule) -> None:
+    """Capture what stands inside checkpointed regions too; one that cannot be is left as it is."""
+    regions = view.regions(traced)
+    for node, inner in view.checkpoints(traced):
+        inputs = [view.value(read) if isinstance(read, Node) else read for read in node.args[1:]]
+        try:
+            with region_entered(regions[node]):
+                setattr(traced, str(node.args[0].target), capture(inner, inputs))  # type: ignore[union-attr]
+        except CaptureFailed:
+            continue
 
 
 class _Retrace(PropagateUnbackedSymInts):

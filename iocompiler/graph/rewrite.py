@@ -4,7 +4,7 @@ fake-tensor metadata.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,19 +47,31 @@ def substitute(gm: GraphModule, old: Node, build: Callable[..., Any], *arguments
     return redirect(gm, old, new)
 
 
-def insert(gm: GraphModule, build: Callable[..., Any], *arguments: Any, near: Node) -> Any:
+def insert(
+    gm: GraphModule,
+    build: Callable[..., Any],
+    *arguments: Any,
+    near: Node,
+    values: Sequence[Any] | None = None,
+) -> Any:
     """Insert what ``build`` computes before ``near``; returns the node (or tuple of nodes) of its
-    result.
+    result. ``values`` are the fake values of those nodes, where known: computing one takes longer
+    than all the rest.
     """
     before = dict.fromkeys(gm.graph.nodes)
     tracer = GraphAppendingTracer(gm.graph)
     with gm.graph.inserting_before(near):
         result = build(*tree_map_only(Node, lambda node: Proxy(node, tracer), arguments))
+    result = tree_map_only(Proxy, lambda proxy: proxy.node, result)
+    known = {} if values is None else dict(zip(result, values, strict=True))
     added = [node for node in gm.graph.nodes if node not in before]
     for node in added:
         _inherit(node, near)
-        compute_value(node)
-    return tree_map_only(Proxy, lambda proxy: proxy.node, result)
+        if node in known:
+            node.meta["val"] = known[node]
+        else:
+            compute_value(node)
+    return result
 
 
 def redirect(gm: GraphModule, old: Node, new: Node) -> Node:

@@ -172,6 +172,22 @@ def _entered(
     return tuple(sorted(others + mine, key=lambda pair: pair[0]))
 
 
+def checkpoints(gm: GraphModule) -> list[tuple[Node, GraphModule]]:
+    """The checkpointed regions that may be entered: calls with the graph inside, one call a graph.
+
+    A region with a context function of its own (selective checkpointing) is none: its policy knows
+    the operators it was written for.
+    """
+    found: list[tuple[Node, GraphModule]] = []
+    for node in calls(gm, torch.ops.higher_order.tag_activation_checkpoint):
+        body = node.args[0]
+        inner = getattr(gm, str(body.target), None) if isinstance(body, Node) else None
+        alone = isinstance(body, Node) and len(body.users) == 1
+        if alone and isinstance(inner, GraphModule) and "_checkpoint_context_fn" not in inner.meta:
+            found.append((node, inner))
+    return found
+
+
 def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
     """For each node, those whose storage its tensors may share: itself where it makes new ones."""
     found: dict[Node, frozenset[Node]] = {}

@@ -8,7 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from iocompiler.errors import CaptureFailed
 from iocompiler.graph import view
@@ -109,13 +113,31 @@ def test_grad_mode_and_autocast_are_nodes(captured: Captured) -> None:
     assert regions[product] == regions[gm.graph.find_nodes(op="placeholder")[0]]
 
 
-def test_a_checkpointed_region_is_left_alone(captured: Captured) -> None:
+def test_a_checkpointed_region_is_entered(captured: Captured) -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(lambda t: t.sin().cos(), x, use_reentrant=False) * 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return checkpoint(lambda t: t.sin() @ t, x, use_reentrant=False) * 2
+
+    gm = captured(f, torch.randn(3, 3, requires_grad=True))
+    ((node, inner),) = view.checkpoints(gm)
+    assert _targets(inner) == [aten.sin.default, aten.matmul.default]
+    assert view.value(list(view.calls(inner))[-1]).dtype == torch.bfloat16
+    assert view.regions(gm)[node].autocast == (("cpu", torch.bfloat16),)
+
+
+def test_a_region_with_its_own_policy_is_left_alone(captured: Captured) -> None:
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda t: t.sin(), x, use_reentrant=False, context_fn=contexts)
 
     gm = captured(f, torch.randn(3, requires_grad=True))
     assert torch.ops.higher_order.tag_activation_checkpoint in _targets(gm)
-    assert aten.sin.default not in _targets(gm)
+    assert view.checkpoints(gm) == []
 
 
 def test_sizes_stay_symbols(captured: Captured) -> None:
