@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import RestartAnalysis
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 
 from iocompiler import engines
@@ -23,6 +22,8 @@ from iocompiler.graph.capture import capture
 from iocompiler.graph.findings import findings
 from iocompiler.graph.printer import show
 from iocompiler.observe import Dump, Summary, Verify, dump_folder, dump_text
+from iocompiler.ops.decompositions import table
+from iocompiler.ops.partition import partition
 from iocompiler.options import Options
 from iocompiler.pipeline import DEFAULT, Observer, Pipeline
 from iocompiler.plan.data import Plan
@@ -152,8 +153,10 @@ class _Walk:
             fw_compiler=lambda flat, _: self._run_flat(flat, "forward"),
             bw_compiler=lambda flat, _: self._run_flat(flat, "backward"),
             inference_compiler=lambda flat, _: self._run_flat(flat, "inference"),
-            decompositions=_decompositions(),
-            partition_fn=min_cut_rematerialization_partition,
+            decompositions=table(),
+            partition_fn=partition,
+            # overwritten inputs are written by our kernels, not by a copy after each call
+            keep_inference_input_mutations=True,
         )(graph, inputs)
         return compiled
 
@@ -216,9 +219,3 @@ def _bytes_moved(node: Node) -> Any:
     from iocompiler.cost_model.rules import cost
 
     return cost(node).bytes
-
-
-def _decompositions() -> dict[Any, Any]:
-    from iocompiler.ops.decompositions import table
-
-    return table()

@@ -15,6 +15,8 @@ from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import Stage
 from iocompiler.graph.normalise import normalise
 from iocompiler.passes.attention import attention
+from iocompiler.passes.dropout import dropout
+from iocompiler.passes.foreach import foreach
 
 
 class Pass(Protocol):
@@ -169,4 +171,6 @@ def _complete(gm: GraphModule, name: str) -> None:
 DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
     attention,  # while its dropout and its masks still stand as they were written
+    dropout,  # what attention did not take: masks made again from seeds instead of being stored
+    foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
 )
