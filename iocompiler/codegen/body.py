@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from iocompiler.codegen.pytext import Names, argument_text, elements_text, size_text, tuple_text
+from iocompiler.codegen.pytext import (
+    Names,
+    argument_text,
+    elements_text,
+    size_text,
+    tuple_text,
+    wrapped,
+)
 from iocompiler.codegen.values import Values, references
 from iocompiler.plan.data import (
     Argument,
@@ -100,11 +107,10 @@ class Body:
                 variables.append(name)
             else:
                 variables.append(self._names.add(name))
-        lines = (
-            [f"{', '.join(variables)}{',' if len(variables) == 1 else ''} = args"]
-            if variables
-            else []
-        )
+        unpacked = f"{', '.join(variables)}{',' if len(variables) == 1 else ''}"
+        lines = [f"({unpacked}) = args" if len(unpacked) > 80 else f"{unpacked} = args"]
+        if not variables:
+            lines = []
         given = {name for name, spec in plan.inputs if spec is None}
         for (_, spec), variable in zip(plan.inputs, variables, strict=True):
             for dim, size in enumerate(spec.shape if spec else ()):
@@ -244,16 +250,25 @@ class Body:
             last.update(dict.fromkeys(statement.variables, position))
         module_level = {line.split(" = ")[0] for line in self.globals}
         lines = ["def call(args):"]
+        comment = ""
         for position, statement in enumerate(self._statements):
-            lines += [f"    {line}" for line in statement.lines]
+            for line in statement.lines:
+                if line != comment:  # one line of the user's often makes several steps
+                    lines += wrapped(f"    {line}")
+                if line.startswith("#"):
+                    comment = line
             dead = sorted(
                 v
                 for v in statement.variables
                 if last[v] == position and v not in kept | module_level
             )
             if dead:
-                lines.append(f"    del {', '.join(dead)}")
-        lines.append(f"    return [{', '.join(outputs)}]")
+                lines += wrapped(
+                    f"    del {', '.join(dead)}"
+                    if len(dead) < 8
+                    else f"    del ({', '.join(dead)})"
+                )
+        lines += wrapped(f"    return [{', '.join(outputs)}]")
         return "\n".join(lines)
 
     def _output(self, output: Argument) -> str:

@@ -7,6 +7,7 @@ kernel with the prelude and runs the call cell alone, so loading a file runs no 
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,7 @@ class _Kernels:
         registration = (
             f"{name} = module.kernel(\n"
             f"    {quoted(kernel.name)},\n"
-            f"    {quoted(signature)},\n"
+            f"    {_signature_text(signature)},\n"
             f"    num_warps={warps}, num_stages={stages}{where},\n"
             ")"
         )
@@ -115,6 +116,12 @@ class _Kernels:
         found = Launcher(name, registration, grid)
         self.launchers[kernel.name, signature] = found
         return found
+
+
+def _signature_text(signature: str) -> str:
+    """The signature as one or more string literals, each on a line."""
+    parts = textwrap.wrap(signature, 80) or [""]
+    return "\n    ".join(quoted(part + " " * (part is not parts[-1])) for part in parts)
 
 
 def _cell(kernel: _Kernel) -> str:

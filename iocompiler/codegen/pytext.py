@@ -6,6 +6,7 @@ import json
 import keyword
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import sympy
@@ -126,6 +127,29 @@ def helpers_for(prelude: str, kernels: str) -> str:
 def quoted(text: str) -> str:
     """The text as a Python literal in double quotes."""
     return json.dumps(text)
+
+
+def wrapped(line: str, width: int = 100) -> list[str]:
+    """A statement on as many lines as it needs; one that cannot be broken inside brackets stays as
+    it is.
+    """
+    if len(line) <= width or '"' in line or line.lstrip().startswith("#"):
+        return [line]
+    indent = line[: len(line) - len(line.lstrip())]
+    parts = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + "    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    depth = 0
+    for part in parts[:-1]:
+        depth += sum(part.count(c) for c in "([") - sum(part.count(c) for c in ")]")
+        if depth <= 0:
+            return [line]
+    return parts
 
 
 class Names:

@@ -189,7 +189,7 @@ class Module:
         if self._binder is not None:
             self.bound = {name: self._binder(spec) for name, spec in self.kernels.items()}
         else:
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             if not self.images:
                 self.compile(self._capability)
             self.bound = {name: self._launch(spec) for name, spec in self.kernels.items()}

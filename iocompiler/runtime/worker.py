@@ -108,9 +108,7 @@ def serve(connection: socket.socket) -> None:
 
 def main(descriptors: list[int]) -> None:
     """Import Triton, fork one worker a socket, and wait for them."""
-    import triton.backends.compiler
-    import triton.compiler  # noqa: F401  # imported before the fork: paid once
-
+    _import_triton()
     sockets = [socket.socket(fileno=d) for d in descriptors]
     for connection in sockets:
         if os.fork() == 0:
@@ -125,6 +123,17 @@ def main(descriptors: list[int]) -> None:
     with contextlib.suppress(ChildProcessError, KeyboardInterrupt):
         while True:
             os.wait()
+
+
+def _import_triton() -> None:
+    """Import what a compilation needs, before the fork: it is paid once."""
+    import triton.compiler.code_generator
+    import triton.language.extra.libdevice
+    import triton.runtime.cache
+
+    # Triton names its cache entries by a hash of all its files, libtriton.so too: 0.4 s in every
+    # process. What is compiled here is never looked up there.
+    triton.runtime.cache.triton_key = lambda: triton.__version__
 
 
 if __name__ == "__main__":

@@ -344,6 +344,16 @@ def test_scalars_by_value() -> None:
         agree(graph, [torch.randn(4), factor])
 
 
+def test_long_lines_are_broken() -> None:
+    inputs = {f"input_{i}": spec(4) for i in range(40)}
+    step = AtenStep("aten.cat.default", ([Ref(n) for n in inputs],), (), (("c", spec(160)),), False)
+    many = kernel("add", binary("add", 160), ("c", "c", "out"), spec(160))
+    graph = plan(inputs, [step, many], (Ref("out"), *(Ref(n) for n in list(inputs)[:20])))
+    text = emit_module(graph, "graph")
+    assert max(len(line) for line in text.splitlines()) <= 100
+    agree(graph, [torch.randn(4) for _ in inputs])
+
+
 def test_names_that_are_taken() -> None:
     names = {"stream": spec(4), "torch": spec(4), "empty": spec(4), "run_add": spec(4)}
     graph = plan(
