@@ -132,8 +132,8 @@ def _kernels(report: Report) -> Table:
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("tile, or why a call", ratio=5)
     if compiled:
-        table.add_column("regs/spill/smem", no_wrap=True)
-    table.add_column("where", ratio=5, overflow="fold")
+        table.add_column("regs/spill/\nsmem", no_wrap=True)
+    table.add_column("where", min_width=21, overflow="fold")
     for group in groups[:MOST_KERNELS]:
         _row(table, *_kernel_cells(group, compiled))
     rest = sum(g.bytes for g in groups[MOST_KERNELS:])
@@ -154,7 +154,7 @@ def _kernel_cells(group: Group, compiled: bool) -> list[str]:
         show_bytes(group.bytes),
         f"{first.bytes / first.bound:.2f}" if first.bound else "",
         show_time(group.time_us),
-        first.tile,
+        first.tile if not first.tile.endswith(first.name) else "",
     ]
     if compiled:
         r = first.resources

@@ -140,6 +140,7 @@ def test_a_cpu_row_has_nothing_to_compile(device):
 @pytest.mark.slow
 def test_kernels_are_compiled_with_no_gpu(cache):
     report = explain(Mlp(), torch.randn(512, 64))
+    assert report.fallbacks == ()
     ours = [k for k in report.kernels if k.generated]
     assert all(k.resources is not None and k.resources.registers > 0 for k in ours)
     assert all(k.resources is None for k in report.kernels if not k.generated)

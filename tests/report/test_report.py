@@ -227,7 +227,7 @@ def test_long_reports_are_cut_and_say_so():
 
 def test_resources_appear_once_something_was_compiled():
     found = report()
-    assert "regs/spill/smem" not in as_text(found)
+    assert "regs/spill" not in as_text(found)
     first = replace(found.kernels[0], resources=Resources(32, 0, 1024))
     assert "32/0/1024" in as_text(replace(found, kernels=(first, found.kernels[1])))
 
