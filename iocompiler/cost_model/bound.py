@@ -104,7 +104,9 @@ def _bytes_read(node: Node) -> Size:
     """The most any one reader needs of a tensor, be it through a view."""
     value = node.meta.get("val")
     most: Size = 0
-    for user in node.users if isinstance(value, torch.Tensor) else ():
+    if not isinstance(value, torch.Tensor):
+        return most
+    for user in node.users:
         if user.op != "call_function":
             continue
         call = call_of_node(user)

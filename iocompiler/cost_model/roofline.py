@@ -26,8 +26,8 @@ UNALIGNED = 0.35
 see above)."""
 
 FILL_K = 192
-"""A tile's prologue and epilogue take as long as this much of its inner dimension in bf16: they wait
-for memory, so at a lower rate of arithmetic they are that much less."""
+"""A tile's prologue and epilogue take as long as this much of its inner dimension in bf16: they
+wait for memory, so at a lower rate of arithmetic they are that much less."""
 
 
 @dataclass(frozen=True)
