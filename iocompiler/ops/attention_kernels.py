@@ -166,6 +166,10 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, s.causal, attn_mask=bias, scale=s.scale
     )
+    rows = lse == 0.0
+    if rows.any():  # it takes a row of NaN scores for one that is masked altogether
+        broken = rows & q.isnan().any(-1)
+        out = out.masked_fill(broken.unsqueeze(-1), float("nan"))
     return out, lse, *_no_state(q)
 
 
