@@ -17,8 +17,13 @@ from iocompiler.backend import Compiler
 # what Dynamo needs for fewer graph breaks; in force only inside the calls of what `compile` returns
 _SETTINGS: dict[str, Any] = {
     "capture_dynamic_output_shape_ops": True,  # an expert loop with torch.where is one graph
-    "capture_scalar_outputs": True,
 }
+# the setting that names the logger calls to skip; older torch has it under the second name
+_IGNORED = next(
+    name
+    for name in ("ignore_logging_functions", "ignore_logger_methods")
+    if hasattr(torch._dynamo.config, name)
+)
 _LOGGERS = ("debug", "info", "warning", "warning_once", "error")
 
 
@@ -52,14 +57,14 @@ def compile(
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**_SETTINGS, ignore_logging_functions=_loggers()):
+        with torch._dynamo.config.patch({**_SETTINGS, _IGNORED: _loggers()}):
             return function(*args, **kwargs)
 
     return call
 
 
 def _loggers() -> set[Any]:
-    found: set[Any] = set(torch._dynamo.config.ignore_logging_functions)
+    found: set[Any] = set(getattr(torch._dynamo.config, _IGNORED))
     for name in _LOGGERS:
         if hasattr(logging.Logger, name):
             found.add(getattr(logging.Logger, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from iocompiler.graph import view
 from tests.compiling import check, compiled, grad
 
 aten = torch.ops.aten
+logger = logging.getLogger("a.library")
 
 
 @ioc.rewrite(lambda x: aten.relu.default(aten.relu.default(x)))
@@ -172,6 +174,19 @@ def test_compile_scopes_dynamos_settings() -> None:
     assert torch.equal(f(x), expert(x))
     assert len(records) == 1
     assert not torch._dynamo.config.capture_dynamic_output_shape_ops
+
+
+def test_compile_skips_logger_calls() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        logger.warning("a guess")
+        return y.cos()
+
+    records: list[Compilation] = []
+    x = torch.randn(3)
+    run = ioc.compile(f, engine="aten", on_compiled=records.append)
+    torch.testing.assert_close(run(x), x.sin().cos())
+    assert len(records) == 1
 
 
 def test_compile_keeps_a_module_a_module() -> None:

@@ -7,6 +7,7 @@ Autocast acts below what is captured: ``linear`` stands in the graph with float3
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -154,11 +155,12 @@ def _find_casts(target: Any, args: Any, kwargs: Any, dtypes: Mapping[str, Any]) 
     plain = _watch(target, args, kwargs, off)
     if plain.same(under) and plain.casts == under.casts:
         return unchanged
-    casts = _Casts(tuple(under.casts.get(id(x)) for x in tensors))
+    first = dict(under.casts)
+    casts = _Casts(tuple(first.get(id(x)) for x in tensors))
     to = {id(x): x.to(d) for x, d in zip(tensors, casts.inputs, strict=True) if d is not None}
     cast = tree_map_only(torch.Tensor, lambda x: to.get(id(x), x), (args, kwargs))
     again = _watch(target, cast[0], cast[1], off)
-    if again.same(under) and not again.casts:
+    if again.same(under, casts=len(under.casts)):
         return casts
     if not any(a.name == "dtype" for a in target._schema.arguments) or kwargs.get("dtype"):
         return None
@@ -167,39 +169,57 @@ def _find_casts(target: Any, args: Any, kwargs: Any, dtypes: Mapping[str, Any]) 
 
 
 class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What a call dispatches, the casts of its own inputs kept apart, and what it returns."""
+    """What a call dispatches and returns; ``casts`` are those of its inputs that come first."""
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._inputs = {id(x) for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)}
-        self.casts: dict[int, torch.dtype] = {}
+        self.casts: list[tuple[int, torch.dtype]] = []
         self.called: list[Any] = []
         self.result: list[Any] = []
+        self.failed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func is aten._to_copy.default
-            and id(args[0]) in self._inputs
-            and set(kwargs) == {"dtype"}
-        ):
-            self.casts[id(args[0])] = kwargs["dtype"]
-        elif func.namespace != "prim":  # questions about a tensor, not work on it
+        if func.namespace != "prim":  # questions about a tensor, not work on it
+            cast = func is aten._to_copy.default and set(kwargs) == {"dtype"}
+            first = len(self.called) == len(self.casts)
+            if cast and first and id(args[0]) in self._inputs:
+                self.casts.append((id(args[0]), kwargs["dtype"]))
             self.called.append(func)
         return func(*args, **kwargs)
 
-    def same(self, other: _Watched) -> bool:
-        return self.called == other.called and self.result == other.result
+    def same(self, other: _Watched, casts: int = 0) -> bool:
+        """True where ``other`` does this and nothing else, after its first ``casts`` calls."""
+        if self.failed or other.failed:
+            return False
+        return self.called == other.called[casts:] and self.result == other.result
 
 
 def _watch(target: Any, args: Any, kwargs: Any, dtypes: Mapping[str, Any]) -> _Watched:
     watched = _Watched((args, kwargs))
-    with autocast(dtypes), watched:
-        result = target(*args, **kwargs)
+    try:
+        with _unlogged(), autocast(dtypes), watched:
+            result = target(*args, **kwargs)
+    except Exception:  # mixed dtypes without the casts that would make them one
+        watched.failed = True
+        return watched
     watched.result = [
         (x.dtype, x.device) for x in tree_leaves(result) if isinstance(x, torch.Tensor)
     ]
     return watched
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Fake tensors log a call that fails as an error; here it is a question answered no."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _kind(leaf: Any) -> Any:

@@ -107,6 +107,23 @@ def test_what_casts_inside_keeps_its_switches(captured: Captured) -> None:
         )
 
 
+def test_mixed_dtypes_that_only_autocast_makes_one(
+    captured: Captured, caplog: pytest.LogCaptureFixture
+) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = x.bfloat16()
+            attended = torch.nn.functional.scaled_dot_product_attention(x, x, h)
+            return torch.bmm(x, attended).float()
+
+    x = torch.randn(2, 3, 3)
+    gm = captured(f, x)
+    targets = _normal(gm)
+    assert torch.amp.autocast_mode._enter_autocast not in targets
+    torch.testing.assert_close(gm(x)[0], f(x))
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 def test_the_cuda_lists_without_cuda() -> None:
     graph = torch.fx.symbolic_trace(lambda x, w: (torch.softmax(x @ w, -1), (x @ w).exp()))
     with FakeTensorMode():
