@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import RestartAnalysis
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.engines import Boxed
-from iocompiler.errors import FallbackWarning, StrictFallback
+from iocompiler.errors import CannotPlan, FallbackWarning, StrictFallback
 from iocompiler.graph import view
 from iocompiler.graph.autocast import region_entered
 from iocompiler.graph.capture import capture
@@ -171,6 +172,9 @@ class _Walk:
         self.pipeline.stage("flat").run(flat, start=name)
         self.compilation.flat[name] = flat
         self.compilation.add(findings(flat))
+        for node in view.calls(flat):
+            if isinstance(node.target, HigherOrderOperator):
+                raise CannotPlan(operator=node.target.name(), where=view.where(node))
         plan = build_plan(flat, engines.device_row(flat, self.options), name)
         self.compilation.plans[name] = plan
         run = engines.load(plan, flat, self.options, name)

@@ -91,6 +91,12 @@ class BadReplacement(IOCompilerError):
     message = "rewrite {name!r}: the replacement gives {new} where {old} stood"
 
 
+class CannotPlan(IOCompilerError):
+    """A flat graph calls something that has no place in a plan."""
+
+    message = "{operator} cannot stand in a plan"
+
+
 class InvalidGraph(IOCompilerError):
     """A pass left a graph that is not well formed."""
 
