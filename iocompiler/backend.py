@@ -174,7 +174,7 @@ class _Walk:
         self.compilation.add(findings(flat))
         for node in view.calls(flat):
             if isinstance(node.target, HigherOrderOperator):
-                raise CannotPlan(operator=node.target.name(), where=view.where(node))
+                raise CannotPlan(operator=node.target.__name__, where=view.where(node))
         plan = build_plan(flat, engines.device_row(flat, self.options), name)
         self.compilation.plans[name] = plan
         run = engines.load(plan, flat, self.options, name)
