@@ -32,7 +32,7 @@ def _cases() -> list[object]:
 def test_is_as_accurate_as_eager(case: Case, train: bool, dtype: torch.dtype) -> None:
     assert_as_accurate_as_eager(
         case.module,
-        case.inputs(),
+        case.draws(dtype),
         lambda module: torch.compile(module, backend=Compiler()),
         dtype=dtype,
         train=train,
@@ -53,7 +53,7 @@ def test_autocast(name: str) -> None:
     case = CASES[name]
     assert_as_accurate_as_eager(
         case.module,
-        case.inputs(),
+        case.draws(BFLOAT16),
         lambda module: torch.compile(module, backend=Compiler()),
         dtype=FLOAT32,
         autocast=BFLOAT16,

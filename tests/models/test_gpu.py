@@ -33,7 +33,7 @@ def test_is_as_accurate_as_eager(case: Case, train: bool, dtype: torch.dtype) ->
     records: list[Compilation] = []
     assert_as_accurate_as_eager(
         lambda: case.module(MEDIUM),
-        case.inputs(MEDIUM),
+        case.draws(dtype, MEDIUM),
         lambda module: _compiled(module, records),
         dtype=dtype,
         device="cuda",
@@ -55,7 +55,7 @@ def test_a_compiled_optimizer_steps_like_eager(dtype: torch.dtype) -> None:
 def test_autocast(case: Case) -> None:
     assert_as_accurate_as_eager(
         lambda: case.module(MEDIUM),
-        case.inputs(MEDIUM),
+        case.draws(BFLOAT16, MEDIUM),
         _compiled,
         dtype=FLOAT32,
         device="cuda",

@@ -44,13 +44,15 @@ def _cases() -> list[object]:
 def test_is_as_accurate_as_eager(case: Case, train: bool, dtype: torch.dtype) -> None:
     records: list[Compilation] = []
     assert_as_accurate_as_eager(
-        case.module, case.inputs(), _planned(records), dtype=dtype, train=train
+        case.module, case.draws(dtype), _planned(records), dtype=dtype, train=train
     )
     assert not [fallback for record in records for fallback in record.fallbacks]
     graphs = {name for record in records for name in record.plans}
     assert graphs == ({"forward", "backward"} if train else {"inference"})
     steps = [step for record in records for plan in record.plans.values() for step in plan.steps]
-    assert any(isinstance(step, KernelStep) for step in steps)
+    # in evaluation PyTorch itself runs the whole encoder layer as one operator
+    fused = case.name == "encoder-layer" and not train
+    assert fused or any(isinstance(step, KernelStep) for step in steps)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -67,7 +69,7 @@ def test_a_compiled_optimizer_steps_like_eager(dtype: torch.dtype) -> None:
 def test_autocast(name: str) -> None:
     case = CASES[name]
     assert_as_accurate_as_eager(
-        case.module, case.inputs(), _planned(), dtype=FLOAT32, autocast=BFLOAT16
+        case.module, case.draws(BFLOAT16), _planned(), dtype=FLOAT32, autocast=BFLOAT16
     )
 
 

@@ -53,6 +53,10 @@ class Case:
         """Floating inputs require a gradient."""
         return self.draw(size, torch.Generator().manual_seed(seed))
 
+    def draws(self, dtype: torch.dtype, size: Size = TINY) -> list[dict[str, Tensor]]:
+        """One draw of inputs in float32; four below, where one may be luck (tests/accuracy.py)."""
+        return [self.inputs(size, seed) for seed in range(1 if dtype == torch.float32 else 4)]
+
     def __str__(self) -> str:
         return self.name
 
@@ -173,6 +177,7 @@ def _t5(attention: str) -> Callable[[Size, float], nn.Module]:
             num_layers=size.layers,
             num_heads=HEADS,
             dropout_rate=dropout,
+            feed_forward_proj="gated-gelu",  # T5 1.1; errors of a ReLU that flips are luck
             decoder_start_token_id=0,
             use_cache=False,
             attn_implementation=attention,
