@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import sympy
 import torch
@@ -21,7 +22,14 @@ _INT32 = 2**31 - 1
 
 
 class _SizePrinter(StrPrinter):
-    """Sizes as Triton reads them: floor division by ``//``."""
+    """Sizes as Triton reads them: floor division by ``//``; each symbol through the format ``symbol``."""
+
+    def __init__(self, symbol: str = "{}"):
+        super().__init__()
+        self._symbol = symbol
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:  # noqa: N802  # sympy names the method after the class
+        return self._symbol.format(expr.name)
 
     def _print_floor(self, expr: sympy.Expr) -> str:
         numerator, denominator = expr.args[0].as_numer_denom()
@@ -46,6 +54,27 @@ def size(value: Size) -> str:
     return str(value) if isinstance(value, int) else str(_SizePrinter().doprint(value))
 
 
+def fits_int32(value: Size) -> bool:
+    """Whether numbers below a size have 32 bits: a number tells, and one symbol is passed as an i32."""
+    return abs(value) <= _INT32 if isinstance(value, int) else isinstance(value, sympy.Symbol)
+
+
+def extent(value: Size) -> str:
+    """A size as text, computed in 64 bits where 32 may not hold it."""
+    if fits_int32(value):
+        return size(value)
+    return str(value) if isinstance(value, int) else str(_SizePrinter("tl.cast({}, tl.int64)").doprint(value))
+
+
+def passes_int32(index: Affine, extents: Mapping[str, Size]) -> bool:
+    """Whether the value of an index may pass 32 bits; an indirect term is 64 bits wide by itself."""
+    reach: Size = abs(index.const)
+    for name, coefficient in index.terms:
+        if not name.startswith("%"):
+            reach = reach + abs(coefficient) * extents[name]
+    return not fits_int32(reach)
+
+
 def affine(index: Affine, names: dict[str, str], wide: bool = False) -> str:
     """An index as text; ``names`` gives the text of axes and values, ``wide`` multiplies in 64 bits."""
     parts = []
@@ -58,7 +87,7 @@ def affine(index: Affine, names: dict[str, str], wide: bool = False) -> str:
         elif coefficient == -1:
             parts.append(f"-{text}")
         else:
-            factor = size(coefficient)
+            factor = extent(coefficient) if wide else size(coefficient)
             parts.append(f"{text} * {factor}" if isinstance(coefficient, int) else f"{text} * ({factor})")
     if index.const != 0 or not parts:
         parts.append(size(index.const) if isinstance(index.const, int) else f"({size(index.const)})")

@@ -67,10 +67,11 @@ class KernelWriter:
 
     def bounded(self, direction: str, position: str, total: Size, block: int) -> None:
         """Write the bounds mask of a direction, unless the blocks cover it exactly."""
-        if block == 1 or (isinstance(total, int) and total % block == 0):
+        # no block covers an empty extent exactly: each would read one element of it
+        if total != 0 and (block == 1 or (isinstance(total, int) and total % block == 0)):
             self.masks.pop(direction, None)
             return
-        self.line(f"{direction}_mask = {position} < {expressions.size(total)}")
+        self.line(f"{direction}_mask = {position} < {expressions.extent(total)}")
         self.masks[direction] = f"{direction}_mask"
 
     # --- which directions a value varies over
@@ -150,7 +151,8 @@ class KernelWriter:
 
     def _iota(self, op: Op) -> str:
         assert op.index is not None
-        return f"({expressions.affine(op.index, self.names)})"
+        wide = expressions.passes_int32(op.index, self.extent)
+        return f"({expressions.affine(op.index, self.names, wide)})"
 
     def _map(self, op: Op) -> str:
         inputs = op.inputs
@@ -167,14 +169,16 @@ class KernelWriter:
         op = self.program.ops[position]
         if op.kind != "const" or not isinstance(op.value, (bool, int, float)):
             return self.value(position)
-        return f"tl.full([1], {expressions.constant(op.value, op.dtype)}, {expressions.TYPES[op.dtype]})"
+        shape = "[1]" if self.rank == 1 else "[1, 1]"
+        return f"tl.full({shape}, {expressions.constant(op.value, op.dtype)}, {expressions.TYPES[op.dtype]})"
 
     def _cast(self, op: Op) -> str:
         return f"{self._tensor(op.inputs[0])}.to({expressions.TYPES[op.dtype]})"
 
     def _rand(self, op: Op) -> str:
         assert op.index is not None
-        return f"tl.rand({self.value(op.inputs[0])}, {expressions.affine(op.index, self.names)})"
+        wide = expressions.passes_int32(op.index, self.extent)
+        return f"tl.rand({self.value(op.inputs[0])}, {expressions.affine(op.index, self.names, wide)})"
 
     # --- reductions
 

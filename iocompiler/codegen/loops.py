@@ -81,7 +81,9 @@ def write_looped(writer: KernelWriter) -> None:
     _open(writer, "tl.program_id(0)")
     program = writer.program
     level = _levels(writer)
-    along_r = [("r" in _row_spans(writer, i)) for i in range(len(program.ops))]
+    along_r: list[bool] = []
+    for position in range(len(program.ops)):
+        along_r.append(_along_row(writer, position, along_r))
     last = max(
         (level[i] for i, op in enumerate(program.ops) if along_r[i] and op.kind == "store"), default=-1
     )
@@ -90,6 +92,16 @@ def write_looped(writer: KernelWriter) -> None:
         _write_settled(writer, level, along_r, number)
         _write_pass(writer, level, along_r, number)
     _write_settled(writer, level, along_r, last + 1)
+
+
+def _along_row(writer: KernelWriter, position: int, earlier: list[bool]) -> bool:
+    """Whether a result differs from place to place in the row; that of a scan does, even over a constant."""
+    op = writer.program.ops[position]
+    if op.kind == "reduce":
+        return False
+    if op.kind == "scan" or any(earlier[r] for r in op.reads):
+        return True
+    return "r" in _row_spans(writer, position)
 
 
 def _row_spans(writer: KernelWriter, position: int) -> set[str]:

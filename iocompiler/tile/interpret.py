@@ -84,9 +84,11 @@ class _Run:
         if inputs:
             address, mask = torch.broadcast_tensors(address, inputs[0])
             other = torch.tensor(self.size(op.value), dtype=op.dtype)
+            self._check(op, address[mask], buffer)
             if not buffer.numel():
                 return other.expand(address.shape)
             return torch.where(mask, buffer[torch.where(mask, address, 0)], other)
+        self._check(op, address, buffer)
         return buffer[address] if address.numel() else torch.empty(address.shape, dtype=op.dtype)
 
     def _store(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -96,6 +98,7 @@ class _Run:
             keep = inputs[1].expand(address.shape)
             address, value = address[keep], value[keep]
         address, value = address.reshape(-1), value.reshape(-1)
+        self._check(op, address, buffer)
         if op.fn == "partial":
             self._partial(op, buffer)
         if op.fn == "atomic_add":
@@ -103,6 +106,12 @@ class _Run:
         else:
             buffer[address] = value
         return inputs[0]
+
+    def _check(self, op: Op, address: torch.Tensor, buffer: torch.Tensor) -> None:
+        # torch counts negative places from the end; a kernel reads what lies before the buffer
+        if address.numel() and not (int(address.min()) >= 0 and int(address.max()) < buffer.numel()):
+            reach = f"{int(address.min())} to {int(address.max())}"
+            raise IndexError(f"{op.kind} of {op.buffer}[{op.index}]: {reach} of {buffer.numel()} elements")
 
     def _partial(self, op: Op, buffer: torch.Tensor) -> None:
         """The whole result goes to the first program's row; every other row holds what changes nothing."""
@@ -116,6 +125,9 @@ class _Run:
         return self.at(op.index)
 
     def _map(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
+        if op.fn in ("int_trunc_div", "int_trunc_mod"):
+            # a lane nobody selects may divide by zero: undefined on the GPU, an exception in torch
+            inputs = [inputs[0], torch.where(inputs[1] == 0, 1, inputs[1])]
         return MAPS[op.fn].torch(*inputs).to(op.dtype)
 
     def _cast(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
