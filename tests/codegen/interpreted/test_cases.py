@@ -1,0 +1,33 @@
+"""The hand-written programs as Triton text in Triton's interpreter (started by ``tests/codegen/test_interpreted.py``)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+
+from iocompiler.plan.data import Schedule
+from tests.codegen.cases import CASES
+from tests.codegen.checks import assert_results
+from tests.codegen.kernels import run_kernel
+
+RUNS = [
+    pytest.param(name, schedule, id=f"{name}-{schedule.kind}-{schedule.x_block}x{schedule.r_block}")
+    for name, case in CASES.items()
+    for schedule in case.schedules
+    if not case.libdevice  # libdevice has no interpreter
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of NaN and of overflow, which are meant
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter in loops
+@pytest.mark.parametrize(("name", "schedule"), RUNS)
+def test_case(name: str, schedule: Schedule) -> None:
+    case = CASES[name]
+    buffers = case.buffers()
+    before = {n: t.clone() for n, t in buffers.items()}
+    run_kernel(case.program, buffers, case.sizes, schedule)
+    assert_results(case, before, buffers, schedule)
