@@ -1,7 +1,8 @@
 """The one table of decompositions AOTAutograd uses for our graphs.
 
-What comes out: pointwise operators on basic functions, plain reductions, views, gathers and concatenations,
-contractions, and opaque calls. Every decomposition of short floats computes in float32 and casts its result.
+What comes out: pointwise operators on basic functions, plain reductions, views, gathers and
+concatenations, contractions, and opaque calls. Every decomposition of short floats computes in
+float32 and casts its result.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from iocompiler.ops.decomposed import indexing, losses, norms
+from iocompiler.ops.decomposed import indexing, losses, moments, norms
 
 aten = torch.ops.aten
 
-# kept whole though torch decomposes them; what a rule of the planner generates, or a library does better
+# kept whole though torch decomposes them; what a rule of the planner generates, or a library does
+# better
 _KEPT: tuple[Any, ...] = (
     # one row each in the planner
     aten.silu.default,
@@ -71,7 +73,6 @@ _KEPT: tuple[Any, ...] = (
 _TAKEN: tuple[Any, ...] = (
     aten._softmax,
     aten._log_softmax,
-    aten.native_group_norm,
     aten.native_batch_norm,
     aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_functional,
@@ -103,13 +104,15 @@ def _built() -> dict[OpOverload, Callable[..., Any]]:
             rules[operator] = decomposition_table[operator]
     for operator in _overloads(_KEPT):
         rules.pop(operator, None)
-    for family in (norms, losses, indexing):
+    for family in (moments, norms, losses, indexing):
         rules.update(family.DECOMPOSITIONS)
     return rules
 
 
 def table() -> dict[OpOverload, Callable[..., Any]]:
-    """For AOTAutograd's ``decompositions``: each operator that does not stand in our flat graphs, and what it means."""
+    """For AOTAutograd's ``decompositions``: each operator that does not stand in our flat graphs,
+    and what it means.
+    """
     return dict(_built())
 
 
@@ -117,7 +120,8 @@ def _overloads(operators: tuple[Any, ...]) -> list[OpOverload]:
     found: list[OpOverload] = []
     for operator in operators:
         if isinstance(operator, OpOverloadPacket):
-            found += [getattr(operator, name) for name in operator.overloads()]
+            names: list[str] = operator.overloads()  # type: ignore[no-untyped-call]
+            found += [getattr(operator, name) for name in names]
         else:
             found.append(operator)
     return found

@@ -1,8 +1,9 @@
-"""What is saved for the backward and what is computed again there: a minimum cut by bytes, with our classes of operators.
+"""What is saved for the backward and what is computed again there: a minimum cut by bytes, with our
+classes of operators.
 
-The cut itself is AOTAutograd's. Told to it here: what our kernels compute inside another kernel at no cost in memory
-traffic (pointwise functions, gathers, numbers made from a seed), and what must never run twice (contractions,
-attention, anything random, anything that is a kernel of its own).
+The cut itself is AOTAutograd's. Told to it here: what our kernels compute inside another kernel at
+no cost in memory traffic (pointwise functions, gathers, numbers made from a seed), and what must
+never run twice (contractions, attention, anything random, anything that is a kernel of its own).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from iocompiler.ops.random import UNIFORM
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-# recomputed at no traffic of their own beside what stands in the default list, which is pointwise operators and views
+# recomputed at no traffic of their own beside what stands in the default list, which is pointwise
+# operators and views
 _ALSO_FREE = frozenset({
     UNIFORM,
     aten.embedding.default,
@@ -56,6 +58,7 @@ _ALSO_FREE = frozenset({
     aten.exp2.default,
     prims.fma.default,
 })  # fmt: skip
+
 
 class _OurOps(partitioners.OpTypes):
     """The default classes of operators, and ours by overload."""
@@ -94,7 +97,7 @@ def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphMo
         keywords: ``num_fwd_outputs`` and what else AOTAutograd passes.
     """
     ours = _op_types()
-    with mock.patch.object(partitioners, "get_default_op_list", lambda: ours):
+    with mock.patch.object(partitioners, "get_default_op_list", return_value=ours):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
 
 
@@ -108,7 +111,9 @@ class Saved:
 
 
 def saved(forward: GraphModule, backward: GraphModule) -> tuple[Saved, ...]:
-    """What a partitioned forward keeps for its backward: each storage once, those of its inputs left out."""
+    """What a partitioned forward keeps for its backward: each storage once, those of its inputs
+    left out.
+    """
     made = {node.name: node for node in forward.graph.nodes}
     found: dict[Node, Saved] = {}
     for node in backward.graph.find_nodes(op="placeholder"):

@@ -1,4 +1,5 @@
-"""Random numbers that can be made again: a few seeds are drawn, the numbers themselves are a pure function of them.
+"""Random numbers that can be made again: a few seeds are drawn, the numbers themselves are a pure
+function of them.
 
     iocompiler::seeds(int n, Device device) -> Tensor
     iocompiler::uniform(Tensor seeds, int which, SymInt[] shape) -> Tensor
@@ -9,30 +10,32 @@ A backward pass reads the seeds and makes the same numbers again, so that no mas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from iocompiler.tile import philox
 
-_LIBRARY = torch.library.Library("iocompiler", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("seeds(int n, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define(
-    "seeds(int n, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
-)
-_LIBRARY.define(
-    "uniform(Tensor seeds, int which, SymInt[] shape) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "uniform(Tensor seeds, int which, SymInt[] shape) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 SEEDS = torch.ops.iocompiler.seeds.default
 UNIFORM = torch.ops.iocompiler.uniform.default
 
 
 def _seeds(n: int, device: torch.device) -> Tensor:
-    """int64 [n], from the device's default generator: ``torch.manual_seed`` makes them repeatable."""
+    """int64 [n], from the device's default generator: repeatable by ``torch.manual_seed``."""
     return torch.randint(2**63 - 1, (n,), dtype=torch.int64, device=device)
 
 
 def _uniform(seeds: Tensor, which: int, shape: Sequence[int]) -> Tensor:
-    """float32 in [0, 1) of ``shape``: Philox under ``seeds[which]``, counter = the row-major position."""
+    """float32 in [0, 1) of ``shape``: Philox under ``seeds[which]``, counter = the row-major
+    position.
+    """
     count = 1
     for size in shape:
         count *= size

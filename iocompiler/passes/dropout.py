@@ -24,7 +24,8 @@ _OTHERS = (
 
 @graph_pass
 def dropout(gm: GraphModule) -> int:
-    """Each training dropout on a GPU draws its mask from a seed; one call draws all seeds of a graph.
+    """Each training dropout on a GPU draws its mask from a seed; one call draws all seeds of a
+    graph.
 
     Before::
 
@@ -36,19 +37,22 @@ def dropout(gm: GraphModule) -> int:
         keep = aten.ge.Scalar(iocompiler.uniform(seeds, 0, x.shape), 0.1)
         y = aten.mul.Tensor(aten.mul.Tensor(x, keep), 1 / 0.9)
 
-    Left alone: what drops nothing (p = 0, evaluation) or everything (p = 1), the dropout inside attention, and dropouts
-    that are not elementwise or rescale differently (alpha_dropout, feature_dropout).
+    Left alone: what drops nothing (p = 0, evaluation) or everything (p = 1), the dropout inside
+    attention, and dropouts that are not elementwise or rescale differently (alpha_dropout,
+    feature_dropout).
     """
     return replace_dropouts(gm, ("cuda",))
 
 
 def replace_dropouts(gm: GraphModule, devices: Collection[str]) -> int:
-    """The pass `dropout` for tensors on any device of the given types; returns the number of sites."""
+    """The pass `dropout` for tensors on devices of the given types; returns the number of sites."""
     sites: dict[torch.device, list[Node]] = {}
     for node in view.calls(gm):
         reason = _declined(node)
-        if reason is None and view.tensors(node.args[0])[0].device.type in devices:  # type: ignore[arg-type]
-            sites.setdefault(view.tensors(node.args[0])[0].device, []).append(node)  # type: ignore[arg-type]
+        if reason is None:
+            device = view.tensors(node)[0].device
+            if device.type in devices:
+                sites.setdefault(device, []).append(node)
         elif reason:
             record(gm, Miss("dropout", view.where(node), reason))
     for device, nodes in sites.items():
@@ -64,7 +68,9 @@ def _probability(node: Node) -> Any:
 
 
 def _declined(node: Node) -> str | None:
-    """None for a dropout to replace, "" for what is none (or drops nothing), else why it is left alone."""
+    """None for a dropout to replace, "" for what is none (or drops nothing), else why it is left
+    alone.
+    """
     if node.target in _OTHERS:
         return "the mask is not one number an element" if node.args[2] and node.args[1] else ""
     if node.target is aten.dropout.default:
@@ -91,7 +97,8 @@ def _replace(gm: GraphModule, node: Node, seeds: Node, which: int) -> None:
 
     def dropped(x: Any, seeds: Any) -> Any:
         sizes = [
-            size if isinstance(size, int) else aten.sym_size.int(x, dim) for dim, size in enumerate(shape)
+            size if isinstance(size, int) else aten.sym_size.int(x, dim)
+            for dim, size in enumerate(shape)
         ]
         keep = aten.ge.Scalar(UNIFORM(seeds, which, sizes), p)
         return aten.mul.Tensor(aten.mul.Tensor(x, keep), 1 / (1 - p)), keep

@@ -1,4 +1,6 @@
-"""Multi-tensor operators, one plain operator a tensor, so that the planner sees what it can fuse and batch."""
+"""Multi-tensor operators, one plain operator a tensor, so that the planner sees what it can fuse
+and batch.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,13 @@ Element = Callable[..., Any]
 """Called with one element of every list (and what is no list as it is); computes one result."""
 
 # operators that are one operator an element, by name
+# fmt: off
 _UNARY = (
-    "abs acos asin atan ceil cos cosh erf erfc exp expm1 floor log log10 log1p log2 neg reciprocal "
-    "round rsqrt sigmoid sign sin sinh sqrt tan tanh trunc"
-).split()
+    "abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "erf", "erfc", "exp", "expm1", "floor",
+    "log", "log10", "log1p", "log2", "neg", "reciprocal", "round", "rsqrt", "sigmoid", "sign",
+    "sin", "sinh", "sqrt", "tan", "tanh", "trunc",
+)
+# fmt: on
 _BINARY = {
     "add": aten.add.Tensor,
     "sub": aten.sub.Tensor,

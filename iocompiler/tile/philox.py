@@ -1,7 +1,8 @@
-"""Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11) in plain torch.
+"""Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+SC11) in plain torch.
 
-The bits are those of Triton's ``tl.rand(seed, offset)``: key = the seed's two halves, counter = (offset's low half,
-its high half, 0, 0), of the four results the first.
+The bits are those of Triton's ``tl.rand(seed, offset)``: key = the seed's two halves, counter =
+(offset's low half, its high half, 0, 0), of the four results the first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def uniform(seed: Tensor | int, offset: Tensor) -> Tensor:
     bits = random_bits(seed, offset)
     signed = torch.where(bits > 0x7FFFFFFF, bits - (_LOW + 1), bits)
     folded = torch.where(signed < 0, -signed - 1, signed)
-    return folded.to(torch.float32) * torch.tensor(_SCALE, dtype=torch.float32, device=folded.device)
+    return folded.to(torch.float32) * torch.tensor(
+        _SCALE, dtype=torch.float32, device=folded.device
+    )
 
 
 def random_bits(seed: Tensor | int, offset: Tensor) -> Tensor:

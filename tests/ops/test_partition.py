@@ -25,7 +25,11 @@ Parts = tuple[GraphModule, GraphModule]
 
 
 def parts_of(
-    function: Callable[..., Any], *args: Any, cut: Callable[..., Parts] = partition, ours: bool = True, **kwargs: Any
+    function: Callable[..., Any],
+    *args: Any,
+    cut: Callable[..., Parts] = partition,
+    ours: bool = True,
+    **kwargs: Any,
 ) -> Parts:
     """The forward and the backward graph of one call."""
     found: list[Parts] = []
@@ -44,7 +48,10 @@ def parts_of(
         graph.recompile()
         compiler = lambda flat, _: make_boxed_func(flat.forward)
         return aot_autograd(
-            fw_compiler=compiler, bw_compiler=compiler, decompositions=decompositions.table(), partition_fn=keep
+            fw_compiler=compiler,
+            bw_compiler=compiler,
+            decompositions=decompositions.table(),
+            partition_fn=keep,
         )(graph, inputs)
 
     torch._dynamo.reset()
@@ -72,15 +79,21 @@ def test_gpt2_saves_less_than_the_default_partition() -> None:
 
     usual = parts_of(step, ids, cut=min_cut_rematerialization_partition, ours=False)
     cut = parts_of(step, ids)
-    masks = 7 * 2 * 16 * 32  # embedding, and per layer attention (2 x 2 x 16 x 16), its output and the MLP's
+    masks = (
+        7 * 2 * 16 * 32
+    )  # embedding, and per layer attention (2 x 2 x 16 x 16), its output and the MLP's
     assert total(cut) <= total(usual) - masks
     assert not [each for each in saved(*cut) if each.dtype == torch.bool and each.bytes > 2 * 16]
-    assert not [each for each in saved(*cut) if each.dtype == torch.float32 and each.bytes > 2 * 16 * 4]
+    assert not [
+        each for each in saved(*cut) if each.dtype == torch.float32 and each.bytes > 2 * 16 * 4
+    ]
     assert [each.name for each in saved(*cut) if each.name.startswith("seeds")]
 
 
 def test_layer_norm_saves_its_statistics_only() -> None:
-    """The input is there already: the mean and the reciprocal deviation of each row are what is added."""
+    """The input is there already: the mean and the reciprocal deviation of each row are what is
+    added.
+    """
     w, b = torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True)
     x = torch.randn(50, 64, requires_grad=True)
     parts = parts_of(lambda x: F.layer_norm(x, (64,), w, b), x)
@@ -123,7 +136,7 @@ def test_saved_counts_a_storage_once_and_no_inputs() -> None:
     w = torch.randn(64, 64, requires_grad=True)
     x = torch.randn(50, 64)
     forward, backward = parts_of(lambda x: (x @ w.t()).t().sin().t(), x)
-    assert [each for each in saved(forward, backward)] == [Saved("mm", torch.float32, 50 * 64 * 4)]
+    assert list(saved(forward, backward)) == [Saved("mm", torch.float32, 50 * 64 * 4)]
 
 
 def test_the_default_partition_is_left_as_it_was() -> None:

@@ -1,4 +1,6 @@
-"""Dropout from seeds: what is rewritten, what is not, that forward and backward agree, that seeds repeat."""
+"""Dropout from seeds: what is rewritten, what is not, that forward and backward agree, that seeds
+repeat.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ def test_sites_share_one_draw_of_seeds(captured: Captured) -> None:
     (seeds,) = [node for node in gm.graph.nodes if node.target is SEEDS]
     assert seeds.args == (2, torch.device("cpu"))
     assert [node.args[1] for node in gm.graph.nodes if node.target is UNIFORM] == [0, 1]
-    assert [each.variant for each in findings(gm) if isinstance(each, Rewrite)] == ["p=0.25", "p=0.5"]
+    assert [each.variant for each in findings(gm) if isinstance(each, Rewrite)] == [
+        "p=0.25",
+        "p=0.5",
+    ]
     assert all(each.where.startswith("test_dropout.py:") for each in findings(gm))
 
 
@@ -178,7 +183,8 @@ def test_backward_drops_what_the_forward_dropped_and_stores_no_mask(dynamic: boo
     kept = out.detach() != 0
     (wanted,) = torch.autograd.grad((F.gelu(x @ w) * kept / 0.6).sum(), w)
     torch.testing.assert_close(found, wanted)
-    assert parts.forward is not None and parts.backward is not None
+    assert parts.forward is not None
+    assert parts.backward is not None
     kinds = [each.dtype for each in saved(parts.forward, parts.backward)]
     assert torch.bool not in kinds
     assert any(node.target is UNIFORM for node in parts.backward.graph.nodes)
@@ -188,5 +194,7 @@ def test_backward_drops_what_the_forward_dropped_and_stores_no_mask(dynamic: boo
 def test_infinite_and_empty_inputs_as_in_eager() -> None:
     f = torch.compile(lambda x: F.dropout(x, 0.5), backend=Parts(), dynamic=False)
     out = f(torch.full((40,), float("inf")))
-    assert (out.isnan() | out.isinf()).all() and out.isnan().any() and out.isinf().any()
+    assert (out.isnan() | out.isinf()).all()
+    assert out.isnan().any()
+    assert out.isinf().any()
     assert f(torch.empty(0, 3)).shape == (0, 3)

@@ -87,7 +87,7 @@ def test_norms_stay_one_call() -> None:
 
 
 def test_step_counts_on_the_host_stay_one_call() -> None:
-    """The counts are results of the graph; what kernels need of them is computed from the old ones."""
+    """The counts are results; what kernels need of them is computed from the old ones."""
 
     def f(steps: list[Tensor], parameters: list[Tensor]) -> Any:
         new = torch._foreach_add(steps, 1)
@@ -111,7 +111,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam, maximize": lambda p: torch.optim.Adam(p, lr=0.01, maximize=True, foreach=True),
     "adam, lr tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True),
-    "sgd, nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "sgd, nesterov": lambda p: torch.optim.SGD(
+        p, lr=0.1, momentum=0.9, nesterov=True, foreach=True
+    ),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, foreach=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, foreach=True),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01, foreach=True),
@@ -149,7 +151,9 @@ def test_optimizer_steps(name: str) -> None:
                 step()
         return [p.detach() for p in model.parameters()]
 
-    for ours, theirs in zip(stepped(True, torch.float32), stepped(False, torch.float32), strict=True):
+    for ours, theirs in zip(
+        stepped(True, torch.float32), stepped(False, torch.float32), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert seen
     assert not any(multi(gm) for gm in seen)

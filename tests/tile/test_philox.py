@@ -67,16 +67,21 @@ def test_bits_are_those_of_tl_rand(drawn: list[list[int]], case: int) -> None:
 
 def test_seed_may_be_a_number_and_offsets_any_shape() -> None:
     flat = philox.uniform(9, torch.arange(12))
-    assert torch.equal(philox.uniform(torch.tensor(9), torch.arange(12).reshape(3, 4)), flat.reshape(3, 4))
+    assert torch.equal(
+        philox.uniform(torch.tensor(9), torch.arange(12).reshape(3, 4)), flat.reshape(3, 4)
+    )
     assert torch.equal(philox.uniform(9, torch.arange(12, dtype=torch.int32)), flat)
 
 
 def test_numbers_are_uniform_in_the_half_open_interval() -> None:
     x = philox.uniform(3, torch.arange(1 << 16)).double()
-    assert 0 <= x.min() and x.max() < 1
+    assert x.min() >= 0
+    assert x.max() < 1
     assert abs(x.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 2**8
     counts = torch.histc(x, 16, 0, 1)
-    assert ((counts - 4096) ** 2 / 4096).sum() < 40  # chi-squared with 15 degrees of freedom: p < 0.0005
+    assert (
+        (counts - 4096) ** 2 / 4096
+    ).sum() < 40  # chi-squared with 15 degrees of freedom: p < 0.0005
     lagged = ((x[1:] - 0.5) * (x[:-1] - 0.5)).mean() * 12
     assert abs(lagged) < 4 / 2**8
 

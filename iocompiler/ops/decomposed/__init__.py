@@ -1,1 +1,3 @@
-"""Our own decompositions, one file a family; `iocompiler.ops.decompositions.table` puts them together."""
+"""Our own decompositions, one file a family; `iocompiler.ops.decompositions.table` puts them
+together.
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import get_computation_dtype
 
-SHORT = (torch.bfloat16, torch.float16)
+DECLINED: typing.Never = typing.cast(typing.Never, NotImplemented)
+"""What a decomposition returns for arguments it is not for: the operator then stays as it is."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -34,8 +36,3 @@ def positive(dims: int | Sequence[int] | None, rank: int) -> list[int]:
 def count(x: Tensor, dims: Sequence[int]) -> Any:
     """The number of elements of ``x`` that fold into one along ``dims``; an int or a SymInt."""
     return math.prod(x.shape[d] for d in dims)
-
-
-def unsqueezed(x: Tensor, rank: int) -> Tensor:
-    """``x`` with dimensions of size one behind its own, up to ``rank``."""
-    return x.reshape([*x.shape, *[1] * (rank - x.dim())]) if x.dim() < rank else x

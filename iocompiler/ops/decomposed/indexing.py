@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from iocompiler.ops.decomposed.arithmetic import cast
+from iocompiler.ops.decomposed.arithmetic import DECLINED, cast
 
 aten = torch.ops.aten
 
 
 def _line_of(base: Tensor, dim: int, index: Tensor) -> Tensor | None:
-    """Where ``index`` points in ``base``, as a mask, if it names one element of every line along ``dim``."""
+    """Where ``index`` points in ``base``, as a mask, if it names one element of every line along
+    ``dim``.
+    """
     if base.dim() == 0 or index.dim() != base.dim():
         return None
     dim = dim % base.dim()
@@ -30,15 +32,17 @@ def scatter_value(base: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     """One place a line gets ``value``: ``where(iota == index, value, base)``."""
     here = _line_of(base, dim, index)
     if here is None:
-        return NotImplemented
-    return torch.where(here, aten.scalar_tensor.default(value, dtype=base.dtype, device=base.device), base)
+        return DECLINED
+    return torch.where(
+        here, aten.scalar_tensor.default(value, dtype=base.dtype, device=base.device), base
+    )
 
 
 def scatter_src(base: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """As `scatter_value`, the value of each line read from ``src``."""
     here = _line_of(base, dim, index)
     if here is None or src.shape != index.shape:
-        return NotImplemented
+        return DECLINED
     return torch.where(here, src, base)
 
 
@@ -46,7 +50,7 @@ def scatter_add(base: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """One place a line is added to (the gradient of a gather of one element a line)."""
     here = _line_of(base, dim, index)
     if here is None or src.shape != index.shape:
-        return NotImplemented
+        return DECLINED
     return base + torch.where(here, src, 0)
 
 
@@ -59,10 +63,12 @@ def roll(x: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
     for shift, dim in zip(shifts, dims, strict=True):
         size = x.shape[dim]
         if not isinstance(size, int):
-            return NotImplemented
+            return DECLINED
         cut = size - shift % size if size else 0
         if cut % max(size, 1):
-            x = torch.cat([aten.slice.Tensor(x, dim, cut, size), aten.slice.Tensor(x, dim, 0, cut)], dim)
+            x = torch.cat(
+                [aten.slice.Tensor(x, dim, cut, size), aten.slice.Tensor(x, dim, 0, cut)], dim
+            )
     return x.clone() if x._is_view() else x
 
 
@@ -71,7 +77,9 @@ def split(x: Tensor, size: Any, dim: int = 0) -> tuple[Tensor, ...]:
     from torch.fx.experimental.symbolic_shapes import guard_int
 
     total = x.shape[dim]
-    pieces = 1 if isinstance(size, int) and size == 0 else max(1, guard_int((total + size - 1) // size))
+    pieces = (
+        1 if isinstance(size, int) and size == 0 else max(1, guard_int((total + size - 1) // size))
+    )
     return split_with_sizes(x, [*[size] * (pieces - 1), total - size * (pieces - 1)], dim)
 
 
@@ -101,13 +109,19 @@ def to_copy(
 ) -> Tensor:
     """A change of dtype is a cast, one of device stays a copy, aten's own."""
     moved = device is not None and torch.device(device) != x.device
-    if moved or layout not in (None, x.layout) or x.is_complex() or (dtype is not None and dtype.is_complex):
-        return NotImplemented
-    kept = memory_format in (None, torch.preserve_format)
+    if (
+        moved
+        or layout not in (None, x.layout)
+        or x.is_complex()
+        or (dtype is not None and dtype.is_complex)
+    ):
+        return DECLINED
     if dtype is None or dtype == x.dtype:
-        return x.clone() if kept else x.clone(memory_format=memory_format)
+        return x.clone(memory_format=memory_format)
     converted = cast(x, dtype)
-    return converted if kept else converted.contiguous(memory_format=memory_format)
+    if memory_format is None or memory_format == torch.preserve_format:
+        return converted
+    return converted.contiguous(memory_format=memory_format)
 
 
 DECOMPOSITIONS = {

@@ -1,4 +1,7 @@
-"""Negative log likelihood without a scatter: the class is picked by comparing positions with the target."""
+"""Negative log likelihood without a scatter, the class picked by comparing positions with the
+target; and gradients of means that divide by the number of elements as a tensor does (0 of them, or
+a symbol).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ def _channel(x: Tensor) -> int:
     return 1 if x.dim() > 1 else 0
 
 
-def _factors(target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _factors(
+    target: Tensor, weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which targets count, the targets with the others set to 0, and the (wide) weight of each."""
     counts = target != ignore_index
     safe = torch.where(counts, target, 0)
@@ -28,7 +33,7 @@ def _factors(target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[
 def nll_loss_forward(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """aten.nll_loss_forward, and nll_loss2d_forward: x [N, C, ...] or [C], target [N, ...] or []."""
+    """aten.nll_loss_forward, and nll_loss2d_forward: x [N, C, ...] or [C]."""
     channel = _channel(x)
     counts, safe, factor = _factors(target, weight, ignore_index)
     factor = cast(factor, wide(x).dtype)
@@ -53,7 +58,9 @@ def nll_loss_backward(
     ignore_index: int,
     total_weight: Tensor,
 ) -> Tensor:
-    """-grad * weight[target] at the target's place, 0 elsewhere: a comparison with an iota, no scatter."""
+    """-grad * weight[target] at the target's place, 0 elsewhere: a comparison with an iota, no
+    scatter.
+    """
     channel = _channel(x)
     counts, safe, factor = _factors(target, weight, ignore_index)
     scale = -wide(grad) * cast(factor, wide(x).dtype)
@@ -67,11 +74,39 @@ def nll_loss_backward(
 
 
 def _total(factor: Tensor, total_weight: Tensor) -> Tensor:
-    """The sum of weights, exact where it is stored rounded (a bfloat16 holds no count above 256)."""
+    """The sum of weights, made again where it was rounded (no bfloat16 counts beyond 256)."""
     return wide(total_weight) if wide(total_weight).dtype == total_weight.dtype else factor.sum()
 
 
+def mse_loss_backward(grad: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    """2 * grad * (x - y), over the number of elements for a mean."""
+    return _scaled(2 * wide(grad) * (wide(x) - wide(y)), x, reduction)
+
+
+def smooth_l1_loss_backward(
+    grad: Tensor, x: Tensor, y: Tensor, reduction: int, beta: float
+) -> Tensor:
+    """grad * d / beta within beta of zero, else grad * sign(d), for d = x - y."""
+    way = wide(x) - wide(y)
+    slope = way.sign()
+    if beta > 0:
+        slope = torch.where(way.abs() < beta, way / beta, slope)
+    return _scaled(wide(grad) * slope, x, reduction)
+
+
+def huber_loss_backward(grad: Tensor, x: Tensor, y: Tensor, reduction: int, delta: float) -> Tensor:
+    """grad * clamp(x - y, -delta, delta)."""
+    return _scaled(wide(grad) * (wide(x) - wide(y)).clamp(-delta, delta), x, reduction)
+
+
+def _scaled(gradient: Tensor, x: Tensor, reduction: int) -> Tensor:
+    return cast(gradient / x.numel() if reduction == _MEAN else gradient, x.dtype)
+
+
 DECOMPOSITIONS = {
+    aten.mse_loss_backward.default: mse_loss_backward,
+    aten.smooth_l1_loss_backward.default: smooth_l1_loss_backward,
+    aten.huber_loss_backward.default: huber_loss_backward,
     aten.nll_loss_forward.default: nll_loss_forward,
     aten.nll_loss_backward.default: nll_loss_backward,
     aten.nll_loss2d_forward.default: nll_loss_forward,

@@ -1,78 +1,27 @@
-"""Variance, and the norms that need more than torch's own decompositions give.
-
-The variance is always two-pass, ``sum((x - mean)^2) / (n - correction)``: ``E[x^2] - E[x]^2`` loses every digit where
-the mean is large against the deviation.
-"""
+"""Layer, group and batch norm: statistics from two passes, gradients as plain sums."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from iocompiler.ops.decomposed.arithmetic import cast, count, positive, wide
+from iocompiler.ops.decomposed.arithmetic import cast, count, wide
+from iocompiler.ops.decomposed.moments import moments
 
 aten = torch.ops.aten
-
-
-def moments(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor]:
-    """Variance and mean of ``x`` (already wide) over ``dims``, kept as dimensions of size one."""
-    size = count(x, dims)
-    mean = aten.mean.dim(x, dims, True)
-    deviation = x - mean
-    total = aten.sum.dim_IntList(deviation * deviation, dims, True)
-    return total / _degrees(size, correction), mean
-
-
-def _degrees(size: Any, correction: float) -> Any:
-    free = size - (int(correction) if float(correction).is_integer() else correction)
-    if isinstance(free, (int, float)):
-        return max(free, 0)
-    return torch.sym_max(free, 0)
-
-
-def _squeezed(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
-    return x if keepdim else x.squeeze(list(dims))
-
-
-def var_mean(
-    x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
-) -> tuple[Tensor, Tensor]:
-    """aten.var_mean.correction; both results in x's dtype."""
-    if x.is_complex():
-        return NotImplemented
-    dims = positive(dim, x.dim())
-    found = moments(wide(x), dims, 1 if correction is None else correction)
-    variance, mean = (cast(_squeezed(f, dims, keepdim), x.dtype) for f in found)
-    return variance, mean
-
-
-def var(
-    x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
-) -> Tensor:
-    """aten.var.correction."""
-    if x.is_complex():
-        return NotImplemented
-    return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
-
-
-def std(
-    x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
-) -> Tensor:
-    """aten.std.correction: the root is taken before rounding."""
-    if x.is_complex():
-        return NotImplemented
-    dims = positive(dim, x.dim())
-    variance, _ = moments(wide(x), dims, 1 if correction is None else correction)
-    return cast(_squeezed(variance, dims, keepdim).sqrt(), x.dtype)
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def native_layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """aten.native_layer_norm: (result in x's dtype, mean, 1 / standard deviation), the latter two wide."""
+    """aten.native_layer_norm: (result in x's dtype, mean, 1 / standard deviation)."""
     rank = x.dim()
     dims = list(range(rank - len(normalized_shape), rank))
     value = wide(x)
@@ -84,7 +33,7 @@ def native_layer_norm(
     if bias is not None:
         out = out + wide(bias)
     stored = value.dtype if x.device.type != "cpu" else x.dtype  # as aten's kernels do
-    return cast(out, x.dtype), cast(mean, stored), cast(rstd, stored)
+    return cast(out, x.dtype).contiguous(), cast(mean, stored), cast(rstd, stored)
 
 
 def native_layer_norm_backward(
@@ -96,15 +45,15 @@ def native_layer_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """With n the normalised value and g = grad * weight: dx = rstd * (g - mean(g) - n * mean(g * n))."""
+) -> Gradients:
+    """dx = rstd * (g - mean(g) - n * mean(g * n)), n the normalised x and g = grad * weight."""
     axis = x.dim() - len(normalized_shape)
     inner, outer = list(range(axis, x.dim())), list(range(axis))
     wide_grad, normal = wide(grad), (wide(x) - wide(mean)) * wide(rstd)
     dx = dweight = dbias = None
     if mask[0]:
         scaled = wide_grad if weight is None else wide_grad * wide(weight)
-        dx = cast(_normal_backward(scaled, normal, wide(rstd), inner), x.dtype)
+        dx = cast(_normal_backward(scaled, normal, wide(rstd), inner), x.dtype).contiguous()
     if mask[1] and weight is not None:
         dweight = cast(_summed(wide_grad * normal, outer), weight.dtype)
     if mask[2] and bias is not None:
@@ -115,17 +64,110 @@ def native_layer_norm_backward(
 def _normal_backward(grad: Tensor, normal: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
     centre = aten.mean.dim(grad, dims, True)
     along = aten.mean.dim(grad * normal, dims, True)
-    return (grad - centre - normal * along) * rstd
+    result: Tensor = (grad - centre - normal * along) * rstd
+    return result
 
 
 def _summed(x: Tensor, dims: list[int]) -> Tensor:
     return aten.sum.dim_IntList(x, dims) if dims else x
 
 
+def native_group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    channels: int,
+    inner: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aten.native_group_norm of x [n, channels, ...]: (result, mean, rstd [n, groups])."""
+    value = wide(x).reshape(n, groups, channels // groups, inner)
+    variance, mean = moments(value, [2, 3], 0)
+    rstd = (variance + eps).rsqrt()
+    out = (value - mean) * rstd
+    if weight is not None:
+        out = out * _by_group(weight, groups)
+    if bias is not None:
+        out = out + _by_group(bias, groups)
+    mean, rstd = (cast(s.reshape(n, groups), x.dtype) for s in (mean, rstd))
+    return cast(out.reshape(x.shape), x.dtype), mean, rstd
+
+
+def native_group_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: int,
+    channels: int,
+    inner: int,
+    groups: int,
+    mask: Sequence[bool],
+) -> Gradients:
+    """As `native_layer_norm_backward`, over [n, groups, channels / groups, inner]."""
+    shape = (n, groups, channels // groups, inner)
+    kept = x.dtype if weight is None else weight.dtype
+    wide_grad, scale = wide(grad).reshape(shape), wide(rstd).reshape(n, groups, 1, 1)
+    normal = (wide(x).reshape(shape) - wide(mean).reshape(n, groups, 1, 1)) * scale
+    dx = dweight = dbias = None
+    if mask[0]:
+        scaled = wide_grad if weight is None else wide_grad * _by_group(weight, groups)
+        dx = cast(_normal_backward(scaled, normal, scale, [2, 3]).reshape(x.shape), x.dtype)
+    if mask[1]:
+        dweight = cast(_summed(wide_grad * normal, [0, 3]).reshape(channels), kept)
+    if mask[2]:
+        dbias = cast(_summed(wide_grad, [0, 3]).reshape(channels), kept)
+    return dx, dweight, dbias
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    return wide(x).reshape(1, groups, -1, 1)
+
+
+def native_batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_rstd: Tensor | None,
+    train: bool,
+    eps: float,
+    mask: Sequence[bool],
+) -> Gradients:
+    """aten.native_batch_norm_backward of x [n, channels, ...]."""
+    dims = [0, *range(2, x.dim())]
+
+    def spread(per_channel: Tensor) -> Tensor:
+        return wide(per_channel).reshape(-1, *[1] * (x.dim() - 2))
+
+    mean, rstd = save_mean, save_rstd
+    if not train:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, rstd = running_mean, (wide(running_var) + eps).rsqrt()
+    assert mean is not None
+    assert rstd is not None
+    wide_grad, normal = wide(grad), (wide(x) - spread(mean)) * spread(rstd)
+    dbias, dweight = _summed(wide_grad, dims), _summed(wide_grad * normal, dims)
+    dx = wide_grad
+    if train:
+        size = count(x, dims)
+        dx = wide_grad - spread(dbias / size) - normal * spread(dweight / size)
+    dx = dx * spread(rstd if weight is None else wide(rstd) * wide(weight))
+    kept = x.dtype if weight is None else weight.dtype
+    found = cast(dx, x.dtype), cast(dweight, kept), cast(dbias, kept)
+    return found[0], found[1] if mask[1] else None, found[2] if mask[2] else None
+
+
 DECOMPOSITIONS = {
-    aten.var.correction: var,
-    aten.var_mean.correction: var_mean,
-    aten.std.correction: std,
     aten.native_layer_norm.default: native_layer_norm,
     aten.native_layer_norm_backward.default: native_layer_norm_backward,
+    aten.native_group_norm.default: native_group_norm,
+    aten.native_group_norm_backward.default: native_group_norm_backward,
+    aten.native_batch_norm_backward.default: native_batch_norm_backward,
 }
