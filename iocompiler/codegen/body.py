@@ -4,8 +4,8 @@ after its last use.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import sympy
 import torch
@@ -22,6 +22,7 @@ from iocompiler.codegen.values import Values, references
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
+    BatchStep,
     ConstantStep,
     KernelStep,
     Plan,
@@ -58,6 +59,14 @@ class Launcher:
     grid: tuple[Size, Size, Size]
 
 
+class Launchers(Protocol):
+    """Where the body gets the launch functions of its kernels."""
+
+    def launcher(self, step: KernelStep, signature: str) -> Launcher: ...
+
+    def batch(self, step: BatchStep) -> str: ...
+
+
 @dataclass
 class _Statement:
     """Lines of ``call`` and the variables they read or make."""
@@ -71,11 +80,11 @@ class Body:
     often it calls aten.
     """
 
-    def __init__(self, plan: Plan, names: Names, launcher: Callable[[KernelStep, str], Launcher]):
+    def __init__(self, plan: Plan, names: Names, launchers: Launchers):
         self.globals: list[str] = []
         self.aten_calls = 0
         self._plan = plan
-        self._launcher = launcher
+        self._launchers = launchers
         self._values = Values(plan)
         self._names = names
         self._operators: dict[str, str] = {}
@@ -86,6 +95,8 @@ class Body:
             match step:
                 case KernelStep():
                     self._kernel(step)
+                case BatchStep():
+                    self._batch(step)
                 case AtenStep():
                     self._aten(step)
                 case ViewStep():
@@ -118,7 +129,7 @@ class Body:
                     given.add(size.name)
                     lines.append(f"{size.name} = {variable}.shape[{dim}]")
         lines.append("args.clear()")
-        if any(isinstance(step, KernelStep) for step in plan.steps):
+        if any(isinstance(step, (KernelStep, BatchStep)) for step in plan.steps):
             lines.append("stream = current_stream()")
         self._emit(lines, set(variables))
 
@@ -127,7 +138,7 @@ class Body:
         variables: set[str] = set()
         for name, spec in step.outputs:
             lines.append(f"{self._names.add(name)} = {self._empty(spec)}")
-        launcher = self._launcher(step, self._signature(step))
+        launcher = self._launchers.launcher(step, self._signature(step))
         arguments = ["stream", *map(size_text, launcher.grid)]
         for buffer, name in zip(step.program.buffers, step.args, strict=True):
             text, variable = self._kernel_argument(buffer, name)
@@ -137,6 +148,21 @@ class Body:
         if 0 not in launcher.grid:
             lines.append(f"{launcher.name}({', '.join(arguments)})")
         self._emit(lines, variables | {self._names.of[name] for name, _ in step.outputs})
+
+    def _batch(self, step: BatchStep) -> None:
+        lines = [f"# {', '.join(step.where)}"] if step.where else []
+        lines += [f"{self._names.add(name)} = {self._empty(spec)}" for name, spec in step.outputs]
+        variables = {self._names.of[name] for name, _ in step.outputs}
+        lines.append(f"{self._launchers.batch(step)}(stream, [")
+        for args, length in step.members:
+            cells = []
+            for buffer, name in zip(step.program.buffers, args, strict=True):
+                text, variable = self._kernel_argument(buffer, name)
+                cells.append(text)
+                variables.add(variable)
+            lines.append(f"    ({', '.join([*cells, size_text(length)])}),")
+        lines.append("])")
+        self._emit(lines, variables)
 
     def _signature(self, step: KernelStep) -> str:
         parts = []

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from iocompiler.codegen import triton as emitter
+from iocompiler.codegen.batch import SIGNATURE, emit_batch
 from iocompiler.codegen.body import Body, Launcher
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, tuple_text
 from iocompiler.codegen.values import symbols
-from iocompiler.plan.data import KernelStep, Plan, Schedule, TensorSpec
+from iocompiler.plan.data import BatchStep, KernelStep, Plan, Schedule, TensorSpec
 from iocompiler.tile.program import TileProgram
 
 _ABOUT = '''\
@@ -58,8 +59,8 @@ def emit_module(plan: Plan, name: str) -> str:
     """
     names = Names(symbols(plan))
     kernels = _Kernels(names)
-    body = Body(plan, names, kernels.launcher)
-    launches = sum(isinstance(step, KernelStep) for step in plan.steps)
+    body = Body(plan, names, kernels)
+    launches = sum(isinstance(step, (KernelStep, BatchStep)) for step in plan.steps)
     about = _ABOUT.format(
         name=name,
         kernels=len(kernels.found),
@@ -87,6 +88,7 @@ class _Kernels:
     def __init__(self, names: Names) -> None:
         self.found: dict[tuple[TileProgram, Schedule], _Kernel] = {}
         self.launchers: dict[tuple[str, str], Launcher] = {}
+        self.batches: dict[tuple[TileProgram, Schedule], Launcher] = {}
         self._claim = names.claim
 
     def launcher(self, step: KernelStep, signature: str) -> Launcher:
@@ -99,6 +101,36 @@ class _Kernels:
         found = self.launchers.get((kernel.name, signature))
         if found is None:
             found = self._register(kernel, signature, step)
+        return found
+
+    def batch(self, step: BatchStep) -> str:
+        """The name of the launch function of a batch."""
+        key = (step.program, step.schedule)
+        if key not in self.batches:
+            name = self._claim(step.name)
+            text = emit_batch(step.program, step.schedule, name)
+            self.found[key] = _Kernel(name, step.where, text)
+            self.batches[key] = self._register_batch(self.found[key], step)
+        return self.batches[key].name
+
+    def _register_batch(self, kernel: _Kernel, step: BatchStep) -> Launcher:
+        name = self._claim(f"run_{kernel.name}")
+        numbers = "".join(
+            "p" if b.role != "scalar" else "f" if b.dtype.is_floating_point else "i"
+            for b in step.program.buffers
+        )
+        where = f", where={quoted(kernel.where[0])}" if kernel.where else ""
+        warps, stages = step.schedule.num_warps, step.schedule.num_stages
+        registration = (
+            f"{name} = module.batch(\n"
+            f"    {quoted(kernel.name)},\n"
+            f"    {quoted(SIGNATURE)},\n"
+            f"    block={step.schedule.x_block}, numbers={quoted(numbers)},\n"
+            f"    num_warps={warps}, num_stages={stages}{where},\n"
+            ")"
+        )
+        found = Launcher(name, registration, (1, 1, 1))
+        self.launchers[kernel.name, SIGNATURE] = found
         return found
 
     def _register(self, kernel: _Kernel, signature: str, step: KernelStep) -> Launcher:

@@ -22,23 +22,30 @@ def pointwise_grid(program: TileProgram, schedule: Schedule) -> tuple[Size, Size
 
 
 def write_pointwise(writer: KernelWriter) -> None:
-    tiling = pointwise_tiling(writer.program)
-    if tiling.y is None:
-        _one_dimension(writer)
+    """Write the kernel of a program without reductions."""
+    if pointwise_tiling(writer.program).y is None:
+        write_row_of_points(writer, "tl.program_id(0)")
     else:
         _two_dimensions(writer)
+        _operations(writer)
+
+
+def _operations(writer: KernelWriter) -> None:
     for position in range(len(writer.program.ops)):
         writer.write(position)
 
 
-def _one_dimension(writer: KernelWriter) -> None:
+def write_row_of_points(writer: KernelWriter, number: str, masked: bool = True) -> None:
+    """All points as one row; ``number`` is the text of the program's block, ``masked`` False where it is whole."""
     writer.rank = 1
     axes, block = writer.program.parallel, writer.schedule.x_block
     total = product([a.size for a in axes])
     wide = ".to(tl.int64)" if isinstance(total, int) and total > 2**31 - 1 else ""
-    writer.line(f"x = tl.program_id(0){wide} * {block} + tl.arange(0, {block})")
-    writer.bounded("x", "x", total, block)
+    writer.line(f"x = {number}{wide} * {block} + tl.arange(0, {block})")
+    if masked:
+        writer.bounded("x", "x", total, block)
     writer.flat_axes(axes, "x", "x")
+    _operations(writer)
 
 
 def _two_dimensions(writer: KernelWriter) -> None:

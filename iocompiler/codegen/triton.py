@@ -13,7 +13,7 @@ from iocompiler.tile.merged import merge_axes
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import TileProgram
 
-_WRITERS: dict[str, Callable[[KernelWriter], None]] = {
+_WRITERS: dict[str, Callable[..., None]] = {
     "pointwise": write_pointwise,
     "persistent": write_persistent,
     "looped": write_looped,

@@ -16,6 +16,7 @@ import sympy
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
+    BatchStep,
     ConstantStep,
     KernelStep,
     Plan,
@@ -55,6 +56,12 @@ class Values:
                 for buffer, name in zip(step.program.buffers, step.args, strict=True):
                     if buffer.role in ("out", "inout"):
                         self.written.add(name)
+            case BatchStep():
+                self.specs.update(step.outputs)
+                for args, _ in step.members:
+                    for buffer, name in zip(step.program.buffers, args, strict=True):
+                        if buffer.role in ("out", "inout"):
+                            self.written.add(name)
             case AtenStep():
                 self.specs.update({name: spec for name, spec in step.outputs if name is not None})
                 for ref in references((step.args, [value for _, value in step.kwargs])):

@@ -21,7 +21,25 @@ _LARGE_POINTS = 1 << 26
 
 
 def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[Step]:
-    """The same work in fewer launches."""
+    """The same work in fewer launches.
+
+    Families that can move as a whole go first: what they leave behind no longer stands in the way of the others.
+    """
+    for whole in (True, False):
+        changed = True
+        while changed:
+            changed = False
+            for program, members in _families(steps, hints).items():
+                movable = _movable(steps, members)
+                if len(movable) > 1 and (len(movable) == len(members) or not whole):
+                    steps = _with_batch(steps, movable, program, device, hints)
+                    changed = True
+                    break
+    return steps
+
+
+def _families(steps: list[Step], hints: Mapping[str, int]) -> dict[TileProgram, list[tuple[int, Size]]]:
+    """Places and lengths of the kernels that run each flat program more than once."""
     families: dict[TileProgram, list[tuple[int, Size]]] = {}
     for place, step in enumerate(steps):
         if not isinstance(step, KernelStep):
@@ -29,13 +47,16 @@ def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[S
         flat = flat_program(step.program)
         if flat is not None and value_at(flat[1], hints) <= _LARGE_POINTS:
             families.setdefault(flat[0], []).append((place, flat[1]))
+    return {program: members for program, members in families.items() if len(members) > 1}
+
+
+def _with_batch(
+    steps: list[Step], members: list[tuple[int, Size]], program: TileProgram, device: Device, hints: Mapping[str, int]
+) -> list[Step]:
     result: dict[int, Step] = dict(enumerate(steps))
-    for program, members in families.items():
-        movable = _movable(steps, members)
-        if len(movable) > 1:
-            for place, _ in movable:
-                del result[place]
-            result[movable[-1][0]] = _launch_together(steps, movable, program, device, hints)
+    for place, _ in members:
+        del result[place]
+    result[members[-1][0]] = _launch_together(steps, members, program, device, hints)
     return [result[place] for place in sorted(result)]
 
 
@@ -81,6 +102,11 @@ def written(step: Step) -> set[str]:
         fresh = {name for name, _ in step.outputs}
         pairs = zip(step.args, step.program.buffers, strict=True)
         return {a for a, b in pairs if b.role in ("out", "inout") and a not in fresh}
+    if isinstance(step, BatchStep):
+        fresh = {name for name, _ in step.outputs}
+        roles = [b.role for b in step.program.buffers]
+        pairs = [(a, r) for args, _ in step.members for a, r in zip(args, roles, strict=True)]
+        return {a for a, r in pairs if r in ("out", "inout") and a not in fresh}
     if isinstance(step, AtenStep) and step.target == "aten.copy_.default":
         return set(_references(step.args[:1]))
     return set()

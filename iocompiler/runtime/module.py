@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.pytext import helpers_for
+from iocompiler.runtime.batch import BatchLaunch
 from iocompiler.runtime.cache import default_cache, key_of
 from iocompiler.runtime.compile import Job
 from iocompiler.runtime.kernels import KernelSpec, cells, compiled_images
@@ -101,6 +102,28 @@ class Module:
 
         first.kernel = spec  # type: ignore[attr-defined]  # how `bind` finds the globals to replace
         return first
+
+    def batch(
+        self,
+        name: str,
+        signature: str,
+        *,
+        block: int,
+        numbers: str,
+        num_warps: int,
+        num_stages: int,
+        where: str = "",
+    ) -> BatchLaunch:
+        """Register a kernel over many sets of tensors; ``block`` and ``numbers`` as `BatchLaunch`."""
+        self.kernel(name, signature, num_warps=num_warps, num_stages=num_stages, where=where)
+        launcher = f"{name}({signature})"
+
+        def bound() -> Launch:
+            if launcher not in self.bound:
+                self.bind()
+            return self.bound[launcher]
+
+        return BatchLaunch(bound, block, numbers, self.device)
 
     def constant(
         self,

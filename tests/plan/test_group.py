@@ -63,7 +63,10 @@ def test_no_cycle_through_a_matmul() -> None:
 
 def test_equal_layers_give_equal_programs() -> None:
     layers = torch.nn.Sequential(
-        *[torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.GELU()) for _ in range(3)]
+        *[
+            torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.GELU())
+            for _ in range(3)
+        ]
     )
     planned = Planned()
     with torch.no_grad():

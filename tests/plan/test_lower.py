@@ -70,7 +70,9 @@ def test_matches_eager(name: str) -> None:
     want = fn(*[i.double() for i in inputs])
     eager = fn(*inputs)
     assert planned.plans, "nothing was compiled"
-    for g, w, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want, eager)), strict=True):
+    for g, w, e in zip(
+        *(x if isinstance(x, tuple) else (x,) for x in (got, want, eager)), strict=True
+    ):
         assert g.shape == e.shape and g.stride() == e.stride() and g.dtype == e.dtype
         assert relative_error(g, w) <= 2 * relative_error(e, w) + 1e-5
 
@@ -96,7 +98,9 @@ def test_gradients_match_eager(name: str) -> None:
         assert relative_error(g, w) <= 3 * relative_error(e, w) + 1e-5
 
 
-@pytest.mark.parametrize("name", ["layer norm", "softmax", "split heads", "merge heads", "cat", "sum of columns", "pad"])
+@pytest.mark.parametrize(
+    "name", ["layer norm", "softmax", "split heads", "merge heads", "cat", "sum of columns", "pad"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_float_dtypes(name: str, dtype: torch.dtype) -> None:
     fn, shapes = FUNCTIONS[name]
@@ -137,7 +141,14 @@ def test_gathers() -> None:
     rows = torch.tensor([-1, 2, 0])
 
     def fn(t, i, r):
-        return F.embedding(i, t) * 2, t[r], t[:, r], t[r, r], t.gather(1, i[:, :2] % 6), t.index_select(1, r.abs())
+        return (
+            F.embedding(i, t) * 2,
+            t[r],
+            t[:, r],
+            t[r, r],
+            t.gather(1, i[:, :2] % 6),
+            t.index_select(1, r.abs()),
+        )
 
     for g, w in zip(Planned()(fn)(table, ids, rows), fn(table, ids, rows), strict=True):
         assert torch.equal(g, w)
@@ -148,7 +159,14 @@ def test_nan_and_inf_pass_through() -> None:
     a[0, 3], a[1, 2], a[2, 5] = float("nan"), float("inf"), float("-inf")
 
     def fn(x):
-        return x.relu(), x.amax(1), x.softmax(-1), x.clamp(-1, 1), torch.maximum(x, -x), x.isnan() | x.isinf()
+        return (
+            x.relu(),
+            x.amax(1),
+            x.softmax(-1),
+            x.clamp(-1, 1),
+            torch.maximum(x, -x),
+            x.isnan() | x.isinf(),
+        )
 
     for g, w in zip(Planned()(fn)(a), fn(a), strict=True):
         torch.testing.assert_close(g, w, equal_nan=True)
@@ -164,7 +182,9 @@ def test_empty_tensors() -> None:
         assert torch.equal(g, w)
 
 
-@pytest.mark.parametrize("view", [lambda a: a[::2, 1:], lambda a: a.t(), lambda a: a[:, :1].expand(10, 8)])
+@pytest.mark.parametrize(
+    "view", [lambda a: a[::2, 1:], lambda a: a.t(), lambda a: a[:, :1].expand(10, 8)]
+)
 def test_strided_inputs(view) -> None:
     a = view(rand(10, 8))
 
@@ -202,7 +222,13 @@ def test_swap_in_place_keeps_old_values() -> None:
 def test_one_plan_serves_every_size() -> None:
     def fn(x, w):
         y = F.layer_norm(x, (16,), w)
-        return torch.cat([y, x[:, 1:]], 1).softmax(1).view(x.shape[0], -1, 4, 4).transpose(1, 2).contiguous()
+        return (
+            torch.cat([y, x[:, 1:]], 1)
+            .softmax(1)
+            .view(x.shape[0], -1, 4, 4)
+            .transpose(1, 2)
+            .contiguous()
+        )
 
     planned = Planned()
     run = planned(fn, dynamic=True)
