@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iocompiler.ops.decomposed.arithmetic import cast, wide
+from iocompiler.ops.decomposed.arithmetic import cast, count, wide
 
 aten = torch.ops.aten
 _NONE, _MEAN, _SUM = 0, 1, 2
@@ -100,7 +100,7 @@ def huber_loss_backward(grad: Tensor, x: Tensor, y: Tensor, reduction: int, delt
 
 
 def _scaled(gradient: Tensor, x: Tensor, reduction: int) -> Tensor:
-    return cast(gradient / x.numel() if reduction == _MEAN else gradient, x.dtype)
+    return cast(gradient / count(x, range(x.dim())) if reduction == _MEAN else gradient, x.dtype)
 
 
 DECOMPOSITIONS = {
