@@ -40,7 +40,7 @@ def write_row_of_points(writer: KernelWriter, number: str, masked: bool = True) 
     writer.rank = 1
     axes, block = writer.program.parallel, writer.schedule.x_block
     total = product([a.size for a in axes])
-    wide = ".to(tl.int64)" if isinstance(total, int) and total > 2**31 - 1 else ""
+    wide = "" if expressions.fits_int32(total) else ".to(tl.int64)"
     writer.line(f"x = {number}{wide} * {block} + tl.arange(0, {block})")
     if masked:
         writer.bounded("x", "x", total, block)
