@@ -4,6 +4,7 @@ accurate as eager's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ SIZE: dict[str, Any] = {
     "intermediate_size": 64,
 }
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STILL: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+GROUPED: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 SITES = {
     "bert": ["full"],
     "gpt2": ["causal"],
@@ -172,6 +175,75 @@ def test_dropout_goes_with_it(name: str) -> None:
         node.meta["val"].shape[-2:] for node in compiled.graphs[0].graph.nodes if _is_random(node)
     ]
     assert (13, 13) not in lengths
+
+
+SMALL: dict[str, Any] = {"vocab_size": 101, "use_cache": False}
+CAUSAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "bloom": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=4, **SMALL, **STILL)
+        ),
+        "causal+bias",
+    ),
+    "falcon": (
+        lambda: transformers.FalconForCausalLM(
+            transformers.FalconConfig(**GROUPED, **SMALL, **STILL, alibi=True)
+        ),
+        "gqa+causal+bias",
+    ),
+    "mistral": (
+        lambda: transformers.MistralForCausalLM(
+            transformers.MistralConfig(**SIZE, **SMALL, num_key_value_heads=2, sliding_window=4)
+        ),
+        "gqa+mask",
+    ),
+    "gpt_neox": (
+        lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZE, **SMALL)),
+        "causal",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_other_spellings_of_models(name: str) -> None:
+    make, variant = CAUSAL[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    model.set_attn_implementation("eager")
+    compiled = Compiled(Outputs(model))
+    out, expected = compiled(input_ids=_ids()), model(input_ids=_ids()).logits
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert compiled.variants == [variant], compiled.misses
+
+
+def test_a_softcap_is_declined_by_its_name() -> None:
+    config = transformers.Gemma2Config(**SIZE, **SMALL, num_key_value_heads=2, head_dim=8)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    compiled = Compiled(Outputs(model))
+    torch.testing.assert_close(compiled(input_ids=_ids()), model(input_ids=_ids()).logits)
+    assert compiled.variants == []
+    assert "tanh" in compiled.misses[0]
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multihead_attention(need_weights: bool) -> None:
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def run(x: Tensor) -> Tensor:
+        return module(x, x, x, need_weights=need_weights)[0]
+
+    compiled, x = Compiled(run), torch.randn(2, 13, 32)
+    torch.testing.assert_close(compiled(x), run(x))
+    assert compiled.variants == ["full"]
+
+
+def test_multihead_attention_that_returns_its_weights_is_declined() -> None:
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+    compiled, x = Compiled(lambda x: module(x, x, x)), torch.randn(2, 13, 32)
+    torch.testing.assert_close(compiled(x), module(x, x, x))
+    assert compiled.variants == []
+    assert "elsewhere" in compiled.misses[0]
 
 
 def _is_random(node: torch.fx.Node) -> bool:

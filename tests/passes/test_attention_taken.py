@@ -234,6 +234,45 @@ def one_key_head(q, k, v):
     return plain(q, k[:, :1], v[:, :1])
 
 
+def alibi(q, k, v):
+    s = scores(q, k)
+    slopes = torch.pow(0.25, torch.arange(1, q.shape[1] + 1)).to(s.dtype)[:, None, None]
+    distance = torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None]
+    s = s + slopes * distance.to(s.dtype)
+    return s.masked_fill(above(s), torch.finfo(s.dtype).min).softmax(-1) @ v
+
+
+def scaled_after_bias(q, k, v, table):
+    s = (q @ k.mT + table).masked_fill(above(q @ k.mT), -1e9)
+    return (s / 3.0).softmax(-1) @ v
+
+
+def masked_bias(q, k, v, table):
+    keep = ~above(q @ k.mT)
+    low = torch.finfo(q.dtype).min
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(keep, table, low))
+
+
+def windows(q, k, v, table):
+    """Batches of windows, each with a mask of its own, as in Swin."""
+    s = scores(q, k)
+    b, h, rows, columns = s.shape
+    s = s.view(b // 2, 2, h, rows, columns) + table[0, :2, None]
+    return s.view(b, h, rows, columns).softmax(-1) @ v
+
+
+def packed_projection(q, k, v):
+    packed = torch.stack([q, k, v], 3).transpose(1, 2)
+    b, s, h, _, d = packed.shape
+    x = packed.permute(3, 0, 2, 1, 4)
+    q, k, v = x.unbind(0)
+    return plain(q, k, v).transpose(1, 2).reshape(b, s, h * d)
+
+
+def learned_temperature(q, k, v, table):
+    return (q @ k.mT * table[0, 0, 0, 0].exp()).softmax(-1) @ v
+
+
 def library(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, scale=0.2)
 
@@ -311,6 +350,12 @@ def cases() -> list[Any]:
         (padding_and_causal, "causal+mask", {**square, "mask": _mask()}),
         (added_mask, "bias", {**square, "mask": _mask()}),
         (bias, "bias", {**square, "table": _table()}),
+        *((f, "bias", {**square, "table": _table()}) for f in (windows,)),
+        (learned_temperature, "full", {**square, "table": _table()}),
+        (packed_projection, "full", square),
+        (alibi, "causal+bias", square),
+        (scaled_after_bias, "mask+bias", {**square, "table": _table()}),
+        (masked_bias, "mask+bias", {**square, "table": _table()}),
         (library_bias, "bias", {**square, "table": _table()}),
         (window, "causal+mask", square),
         *(

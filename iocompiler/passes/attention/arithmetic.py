@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,8 @@ from iocompiler.passes.attention.values import (
     at_least,
     both,
     either,
-    is_mild,
+    extremes,
+    magnitude,
     negate,
     select,
 )
@@ -96,7 +98,13 @@ def combine(name: str, left: Value, right: Value, alpha: float) -> Value:
         times = sympy.Integer(int(alpha))
         table = {"add": a + times * b, "sub": a - times * b, "rsub": b - times * a, "mul": a * b}
         return Index(sympy.expand(table[name]))
-    return Unknown(is_mild(left) and is_mild(right) and abs(alpha) <= 1e3)
+    x, y = magnitude(left), abs(alpha) * magnitude(right)
+    if name == "mul":
+        return Unknown(x * y if x and y else 0.0)
+    if name == "div":
+        least = abs(right.value) if isinstance(right, Number) else 0.0
+        return Unknown(x / least if least else math.inf)
+    return Unknown(max(x, y) if name in ("minimum", "maximum") else x + y)
 
 
 def affine(value: Value) -> sympy.Expr | None:
@@ -126,3 +134,14 @@ def _numbers(name: str, left: float, right: float, alpha: float) -> Value:
         "maximum": lambda: max(left, right),
     }
     return Number(table[name]())
+
+
+def power(base: Value, exponent: Value, bounds: Bounds) -> Value:
+    """``base ** exponent`` as a bound, where the exponent's range is known."""
+    whole = affine(exponent)
+    if not isinstance(base, Number) or base.value <= 0.0 or whole is None:
+        return Unknown()
+    ends = [end for end in extremes(whole, bounds) if end is not None and end.is_number]
+    if len(ends) < 2 or max(abs(float(end)) for end in ends) > 64:
+        return Unknown()
+    return Unknown(max(base.value ** float(end) for end in ends))

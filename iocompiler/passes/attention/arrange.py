@@ -79,8 +79,10 @@ class Arranger:
             target = tuple(group if present & set(group) else () for group in target)
         if dims == target and len(dims) == len(views.shape(node)):
             return node
-        node = self._reshape(node, dims, tuple((axis,) for axis in flat(dims)))
         have, wanted = list(flat(dims)), flat(target)
+        if have == list(wanted):
+            return self._reshape(node, dims, target)
+        node = self._reshape(node, dims, tuple((axis,) for axis in have))
         order = [have.index(axis) for axis in wanted if axis in have]
         if order != list(range(len(order))):
             node = self.call(aten.permute.default, node, order)

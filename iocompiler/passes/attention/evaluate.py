@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
 from iocompiler.passes.attention import gather, views
-from iocompiler.passes.attention.arithmetic import COMPARISONS, combine, compare, plain
+from iocompiler.passes.attention.arithmetic import COMPARISONS, combine, compare, plain, power
 from iocompiler.passes.attention.places import At, arange, attribute, filled, moved, scalar, zero
 from iocompiler.passes.attention.values import (
     FORMULAS,
@@ -28,7 +28,7 @@ from iocompiler.passes.attention.values import (
     at_least,
     both,
     either,
-    is_mild,
+    magnitude,
     negate,
     select,
 )
@@ -36,6 +36,7 @@ from iocompiler.passes.attention.values import (
 aten = torch.ops.aten
 _WHOLE = (torch.int32, torch.int64, torch.float32, torch.float64)  # what holds a position exactly
 _DEEPEST = 200
+LEARNED = 1e3  # what no entry of a learned table of biases exceeds
 _SAME = (
     aten.contiguous.default,
     aten.clone.default,
@@ -52,22 +53,8 @@ _AND = ("logical_and", "bitwise_and", "__and__")
 _OR = ("logical_or", "bitwise_or", "__or__")
 _NOT = ("logical_not", "bitwise_not")
 _ARITHMETIC = ("add", "sub", "mul", "div", "rsub", "minimum", "maximum")
-_MILD = (
-    "abs",
-    "neg",
-    "log",
-    "log2",
-    "sqrt",
-    "min",
-    "max",
-    "exp2",
-    "tanh",
-    "sigmoid",
-    "floor",
-    "clamp",
-    "pow",
-    "embedding",
-)
+_BOUNDED = {"tanh": 1.0, "sigmoid": 1.0, "embedding": LEARNED}
+_NO_LARGER = ("abs", "neg", "min", "max", "floor", "clamp", "clamp_min", "clamp_max", "relu")
 
 
 class Evaluator:
@@ -116,19 +103,17 @@ class _Reading:
         if found is None or (views.dtype(node) == torch.bool and not isinstance(found, FORMULAS)):
             return self.opaque(node, at)
         if isinstance(found, Index) and views.dtype(node) not in _WHOLE:
-            return Unknown(mild=True)
+            return Unknown(magnitude(found))
         return found
 
-    def opaque(self, node: Node, at: At, mild: bool = False) -> Value:
-        if views.dtype(node) == torch.bool:
-            return Opaque((node, at))
-        return Unknown(mild)
+    def opaque(self, node: Node, at: At) -> Value:
+        return Opaque((node, at)) if views.dtype(node) == torch.bool else Unknown()
 
     def _call(self, node: Node, at: At) -> Value | None:
         name = str(getattr(node.target, "_opname", node.target))
         if node.target in _SAME:
             return self._converted(node, self.value(node.args[0], at))
-        place = moved(node, at)
+        place = moved(node, at, self.bounds)
         if place is not None:
             return self.value(node.args[0], place)
         if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
@@ -144,9 +129,11 @@ class _Reading:
             return self._logic(name, node, at)
         if name in _ARITHMETIC:
             return self._arithmetic(name, node, at)
-        if name in _MILD:
-            return self._mild(name, node, at)
-        return None
+        if name == "pow":
+            return power(*self._operands(node, at), self.bounds)
+        if name in _BOUNDED:
+            return Unknown(_BOUNDED[name])
+        return self._no_larger(name, node, at) if name in _NO_LARGER else None
 
     # conversions
 
@@ -210,23 +197,17 @@ class _Reading:
                 return None
             return both(left, right) if name == "mul" else either(left, right)
         if node.kwargs.get("rounding_mode") is not None:
-            return Unknown(is_mild(left) and is_mild(right))
+            return None
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
         if not isinstance(alpha, (int, float)):
             return None
         return combine(name, plain(left), plain(right), float(alpha))
 
-    def _mild(self, name: str, node: Node, at: At) -> Value:
-        if name == "embedding":
-            return Unknown(mild=True)  # a learned table
-        values = [self._operand(node, each, at) for each in node.args if isinstance(each, Node)]
-        if name == "neg" and isinstance(values[0], (Number, Index)):
-            return (
-                Number(-values[0].value)
-                if isinstance(values[0], Number)
-                else Index(-values[0].expr)
-            )
-        return Unknown(all(is_mild(each) for each in values))
+    def _no_larger(self, name: str, node: Node, at: At) -> Value | None:
+        values = [self._operand(node, each, at) for each in node.args]
+        if name != "neg":
+            return Unknown(max(magnitude(each) for each in values))
+        return combine("mul", values[0], Number(-1.0), 1.0)
 
     def _where(self, node: Node, at: At) -> Value | None:
         if len(node.args) != 3:

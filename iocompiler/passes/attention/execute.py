@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from iocompiler.passes.attention.description import (
     Operand,
     Pointwise,
     Scale,
+    Step,
 )
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import Mask, Masking
@@ -74,23 +75,28 @@ def plan(found: Attention, evaluator: Evaluator) -> Call:
     for operand in (found.query, found.key, found.value):
         if not views.dtype(operand.node).is_floating_point:
             raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
+    scale, factors, steps = _folded(found.steps)
+    found = replace(found, steps=steps)
     masking = masks.read(found, evaluator)
-    for mask in masking.masks:
-        if (
-            isinstance(mask.step, Fill)
-            and math.isfinite(mask.value)
-            and found.dtype == torch.float16
-        ):
-            raise Declined(
-                "a row may be masked altogether, and float16 cannot tell such a row by a bias"
-            )
     for term in masking.terms:
         _precise(views.dtype(term.node), found.dtype)
     for mask in masking.masks:
-        if isinstance(mask.step, Bias) and not views.dtype(mask.step.node).is_floating_point:
-            raise Declined("an integer mask is added to the scores")
-    scale, factors = _scale(found)
+        _check(mask, found, alone=masking.is_one_mask)
     return Call(found, masking, scale, factors)
+
+
+def _check(mask: Mask, found: Attention, *, alone: bool) -> None:
+    """Raise `Declined` where a bias does not do what the mask does, in every row."""
+    if isinstance(mask.step, Causal):
+        raise Declined("a causal mask of a single query")
+    if isinstance(mask.step, Bias) and not views.dtype(mask.step.node).is_floating_point:
+        raise Declined("an integer mask is added to the scores")
+    if not isinstance(mask.step, Fill) or not math.isfinite(mask.value):
+        return
+    if found.dtype == torch.float16:
+        raise Declined("float16 has no bias for a row that may be masked altogether")
+    if not alone and mask.value > masks.DROWNS:
+        raise Declined(f"several masks or biases, one of only {mask.value:g}, may hide a row")
 
 
 def _precise(bias: torch.dtype, kernel: torch.dtype) -> None:
@@ -100,25 +106,33 @@ def _precise(bias: torch.dtype, kernel: torch.dtype) -> None:
         )
 
 
-def _scale(found: Attention) -> tuple[float, tuple[Any, ...]]:
-    """The product of all scales by numbers, and the factors that are known only at run time."""
-    scale, factors, shifted = 1.0, [], False
-    for step in found.steps:
+def _folded(steps: tuple[Step, ...]) -> tuple[float, tuple[Any, ...], tuple[Step, ...]]:
+    """The product of the scales that are numbers, those known only at run time, and the other
+    steps, what was added or filled in before a scale multiplied by it.
+    """
+    scale, factors, rest = 1.0, [], list[Step]()
+    for step in reversed(steps):
         if isinstance(step, Pointwise):
             raise Declined(f"{step.target} on the scores: no library kernel applies it")
         if isinstance(step, Cast) and not step.dtype.is_floating_point:
             raise Declined(f"the scores are rounded to {step.dtype}")
-        if isinstance(step, (Bias, Fill, Causal)):
-            shifted = True
         if isinstance(step, Scale):
-            if shifted and step.factor != 1.0:
-                raise Declined("masked or biased scores are scaled")
             number = _number(step.factor)
             if number is None:
                 factors.append(step.factor)
             else:
                 scale *= number
-    return scale, tuple(factors)
+        elif not isinstance(step, Cast):
+            if factors or (scale <= 0.0 and isinstance(step, Fill)):
+                raise Declined("masked or biased scores are scaled by what is not known before")
+            rest.append(_scaled(step, scale))
+    return scale, tuple(factors), tuple(reversed(rest))
+
+
+def _scaled(step: Step, scale: float) -> Step:
+    if isinstance(step, Bias):
+        return replace(step, factor=step.factor * scale)
+    return replace(step, value=step.value * scale) if isinstance(step, Fill) else step
 
 
 def _number(factor: Any) -> float | None:
@@ -127,9 +141,7 @@ def _number(factor: Any) -> float | None:
         return None if number is None or number == 0.0 else 1.0 / number
     if isinstance(factor, Node) and isinstance(view.value(factor), (torch.SymFloat, float, int)):
         try:
-            return float(
-                view.value(factor)
-            )  # a guard: the scale of a module is as good as constant
+            return float(view.value(factor))  # a guard: a module's scale is as good as constant
         except Exception:
             return None
     return constant(factor)
@@ -225,17 +237,22 @@ def _term(arranger: Arranger, call: Call, term: Bias, frame: Frame) -> Node:
 
 
 def _mask(arranger: Arranger, call: Call, mask: Mask, frame: Frame) -> Node:
-    value = max(mask.value, _MOST_NEGATIVE) if math.isfinite(mask.value) else mask.value
     step, dtype = mask.step, call.found.dtype
     if isinstance(step, Fill):
+        # alone, it makes a row it hides altogether uniform, whatever the scores there were
+        alone = math.isfinite(mask.value) and call.masking.is_one_mask
+        value = _MOST_NEGATIVE if alone else _limited(mask.value)
         pair = (0.0, value) if step.keep else (value, 0.0)
         node = arranger.call(aten.where.Scalar, step.condition, *pair)
         return arranger.arranged(_cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
-    if isinstance(step, Causal):
-        raise AssertionError("a causal call is structure")
+    assert isinstance(step, Bias)
     node = step.node
     if step.factor != 1.0:
         node = arranger.call(aten.mul.Tensor, node, step.factor)
-    if math.isfinite(mask.value) and mask.value < _MOST_NEGATIVE:
+    if _limited(mask.value) != mask.value:
         node = arranger.call(aten.clamp_min.default, node, _MOST_NEGATIVE)
     return arranger.arranged(_cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
+
+
+def _limited(value: float) -> float:
+    return max(value, _MOST_NEGATIVE) if math.isfinite(value) else value

@@ -28,7 +28,7 @@ from iocompiler.passes.attention.values import (
     Select,
     Value,
     conjuncts,
-    is_mild,
+    magnitude,
     negate,
 )
 
@@ -37,6 +37,10 @@ MASKS = -1e4
 """A score set to this or less, or that has this added, is out: what scores themselves never come
 near.
 """
+
+
+DROWNS = -1e8
+"""A number so negative that a score or bias added to it is lost in rounding."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,18 @@ class Masking:
     masks: tuple[Mask, ...]
     terms: tuple[Bias, ...]
 
+    @property
+    def is_one_mask(self) -> bool:
+        """Nothing but one mask is left."""
+        return len(self.masks) == 1 and not self.terms
+
 
 def read(found: Attention, evaluator: Evaluator) -> Masking:
     """The masks of an attention.
 
     A causal mask is taken as structure where that changes no row: where it sets scores to -inf, or
-    where nothing else masks, so that every row keeps its first key.
+    where nothing else masks and the biases are known to be small beside it, so that every row keeps
+    a key.
 
     Raises:
         Declined: a number written over scores does not mask them.
@@ -71,7 +81,7 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
     bounds = {axis.index: expression(axis.size) for axis in (*found.rows, found.column)}
     masks: list[Mask] = []
     terms: list[Bias] = []
-    mild = True
+    size = 0.0
     for step in _parted(found.steps):
         if isinstance(step, Causal):
             masks.append(Mask(_lower(found), -math.inf, step))
@@ -84,8 +94,8 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
                 masks += [mask] if mask.keeps is not True else []
             elif value != Number(0.0):
                 terms.append(step)
-                mild = mild and is_mild(value)
-    return _combined(found, masks, terms, mild)
+                size += abs(step.factor) * magnitude(value)
+    return _combined(found, masks, terms, size)
 
 
 def _parted(steps: Iterable[Step]) -> Iterator[Step]:
@@ -128,7 +138,7 @@ def _parts(step: Bias) -> list[Step] | None:
     ):
         return None
     its, under = (broadcast(step.dims, views.shape(each)) for each in (source, condition))
-    if value is None or value > MASKS or not _is_float(source) or its is None or under is None:
+    if value is None or value > DROWNS or not _is_float(source) or its is None or under is None:
         return None
     return [Bias(source, its), Fill(condition, under, value, keep)]
 
@@ -137,7 +147,7 @@ def _is_float(node: Node) -> bool:
     return isinstance(view.value(node), torch.Tensor) and views.dtype(node).is_floating_point
 
 
-def _combined(found: Attention, masks: list[Mask], terms: list[Bias], mild: bool) -> Masking:
+def _combined(found: Attention, masks: list[Mask], terms: list[Bias], size: float) -> Masking:
     lower = _lower(found)
     pure = [
         mask
@@ -145,7 +155,9 @@ def _combined(found: Attention, masks: list[Mask], terms: list[Bias], mild: bool
         if conjuncts(mask.keeps) and all(c == lower for c in conjuncts(mask.keeps))
     ]
     rest = [mask for mask in masks if mask not in pure]
-    exact = [mask for mask in pure if mask.value == -math.inf or (not rest and mild)]
+    exact = [mask for mask in pure if mask.value == -math.inf or not rest]
+    if any(mask.value > -4.0 * size for mask in exact):
+        exact = [mask for mask in exact if mask.value == -math.inf]
     if found.row is None:
         exact = []
     partly = any(lower in conjuncts(mask.keeps) and mask.value == -math.inf for mask in rest)
@@ -172,8 +184,6 @@ def _fill(step: Fill, evaluator: Evaluator, bounds: Bounds) -> list[Mask]:
 
 def _added(value: Value, step: Bias, bounds: Bounds) -> Mask | None:
     """The mask that adding this is: 0 where it keeps, a large negative number elsewhere."""
-    if isinstance(value, Number) and value.value <= MASKS and step.factor == 1.0:
-        return Mask(False, value.value, step)
     if not isinstance(value, Select) or step.factor <= 0.0:
         return None
     then, other = value.then, value.other

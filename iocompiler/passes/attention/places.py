@@ -10,15 +10,15 @@ from torch.fx import Node
 
 from iocompiler.graph import view
 from iocompiler.passes.attention import views
-from iocompiler.passes.attention.axes import expression, fresh, known
+from iocompiler.passes.attention.axes import Axis, expression, fresh, known, resolve
 from iocompiler.passes.attention.scores import constant
-from iocompiler.passes.attention.values import Index, Number, Unknown, Value
+from iocompiler.passes.attention.values import Bounds, Index, Number, Unknown, Value, extremes
 
 aten = torch.ops.aten
 At: TypeAlias = tuple[sympy.Expr, ...]
 
 
-def moved(node: Node, at: At) -> At | None:
+def moved(node: Node, at: At, bounds: Bounds) -> At | None:
     """Where the input of a view is read for the element at ``at`` of the view."""
     if node.target is aten.slice.Tensor:
         _, dim, start, _, step = view.spelled_out(node)
@@ -36,26 +36,46 @@ def moved(node: Node, at: At) -> At | None:
         shape = views.shape(node.args[0])
         return tuple(zero(n, x) for n, x in zip(shape, at[len(at) - len(shape) :], strict=True))
     if node.target in views.VIEWS:
-        return _through_groups(node, at)
+        return _through_groups(node, at, bounds)
     return None
 
 
-def _through_groups(node: Node, at: At) -> At | None:
-    """Views that only permute, insert or drop dims, seen through a fresh axis for each dim."""
+def _through_groups(node: Node, at: At, bounds: Bounds) -> At | None:
+    """Views that permute, insert, drop, merge or part dims, seen through an axis for each dim."""
     dims = fresh(views.shape(node))
-    places = {dims[d][0]: at[d] for d in range(len(at))}
     source = views.before(node, dims)
     if source is None:
+        return None
+    places: dict[Axis, sympy.Expr] = {}
+    if not all(_put(dims[d][0], at[d], places, bounds) for d in range(len(at))):
         return None
     found: list[sympy.Expr] = []
     for group in source:
         place: sympy.Expr = sympy.Integer(0)
-        for axis in group:
-            if axis not in places or axis.parts is not None:
-                return None
+        for axis in resolve(group):
             place = place * expression(axis.size) + places[axis]
         found.append(sympy.expand(place))
     return tuple(found)
+
+
+def _put(axis: Axis, at: sympy.Expr, places: dict[Axis, sympy.Expr], bounds: Bounds) -> bool:
+    """Note the place along an axis, or along those it was parted into; false where they mix."""
+    places[axis] = at
+    if axis.parts is None:
+        return True
+    outer, inner = axis.parts
+    size = expression(inner.size)
+    terms = sympy.Add.make_args(sympy.expand(at))
+    whole = sum((term for term in terms if (term / size).is_integer), sympy.Integer(0))
+    rest = sympy.expand(at - whole)
+    low, high = extremes(rest, bounds)
+    if low is None or high is None:
+        return False
+    if not low.is_nonnegative or not (size - 1 - high).is_nonnegative:
+        return False
+    return _put(outer, sympy.expand(whole / size), places, bounds) and _put(
+        inner, rest, places, bounds
+    )
 
 
 def zero(extent: Any, place: sympy.Expr) -> sympy.Expr:

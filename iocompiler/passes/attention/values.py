@@ -7,6 +7,7 @@ folded where the bounds of the indices decide it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -39,11 +40,9 @@ class Select:
 
 @dataclass(frozen=True)
 class Unknown:
-    """Not known. ``mild``: of moderate size, as what comes from index arithmetic or a learned table
-    is.
-    """
+    """Not known, but not larger than ``bound`` either way."""
 
-    mild: bool = False
+    bound: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,9 @@ Formula: TypeAlias = bool | AtLeast | Both | Either | Opaque
 Value: TypeAlias = Index | Number | Select | Unknown | bool | AtLeast | Both | Either | Opaque
 Bounds: TypeAlias = Mapping[sympy.Symbol, sympy.Expr]
 """For each index, its size."""
+
+LONGEST = 2**20
+"""No index, and no size that is symbolic, is larger."""
 
 FORMULAS = (bool, AtLeast, Both, Either, Opaque)
 
@@ -150,18 +152,21 @@ def select(condition: Formula, then: Value, other: Value) -> Value:
     if condition is False:
         return other
     if isinstance(then, FORMULAS) and isinstance(other, FORMULAS):
-        if isinstance(other, bool) and isinstance(then, bool):
-            return condition if then else Unknown(mild=True)
-        if other is False:
-            return both(condition, then)
-        return Unknown(mild=True)
+        if then is True and other is False:
+            return condition
+        return both(condition, then) if other is False else Unknown()
     return Select(condition, then, other)
 
 
-def is_mild(value: Value, limit: float = 1e3) -> bool:
-    """True where the value is of moderate size, so that it never masks."""
+def magnitude(value: Value) -> float:
+    """What the value does not exceed, either way; inf where that is not known."""
     if isinstance(value, Number):
-        return abs(value.value) <= limit
+        return abs(value.value)
     if isinstance(value, Select):
-        return is_mild(value.then, limit) and is_mild(value.other, limit)
-    return value.mild if isinstance(value, Unknown) else True
+        return max(magnitude(value.then), magnitude(value.other))
+    if isinstance(value, Unknown):
+        return value.bound
+    if isinstance(value, Index):
+        terms = sympy.Add.make_args(sympy.expand(value.expr))
+        return float(sum(abs(t.subs(dict.fromkeys(t.free_symbols, LONGEST))) for t in terms))
+    return 1.0
