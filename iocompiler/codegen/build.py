@@ -1,4 +1,4 @@
-"""One emitted kernel to a cubin in this process, with no GPU: its resources, and whether it compiles at all."""
+"""One emitted kernel to a cubin in this process, with no GPU: its resources, if it compiles."""
 
 from __future__ import annotations
 
@@ -16,18 +16,29 @@ from iocompiler.plan.data import Schedule
 from iocompiler.tile.program import Buffer, TileProgram
 
 _TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.bool: "i1", torch.int8: "i8",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.uint16: "u16",
-    torch.uint32: "u32", torch.uint64: "u64",
-}  # fmt: skip
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.bool: "i1",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.uint16: "u16",
+    torch.uint32: "u32",
+    torch.uint64: "u64",
+}
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 @dataclass(frozen=True)
 class Built:
-    """A cubin; ``registers`` of one thread, ``spills`` in bytes (stores and loads), ``shared`` bytes of one block."""
+    """A cubin; ``registers`` of a thread, ``spills`` in bytes, ``shared`` bytes of a block."""
 
     cubin: bytes
     ptx: str
@@ -51,7 +62,7 @@ def _parameter(buffer: Buffer) -> tuple[str, str]:
 
 
 def divisible(program: TileProgram, aligned: frozenset[str]) -> tuple[int, ...]:
-    """Positions of the pointers known to be 16-byte aligned: those of the buffers named in ``aligned``."""
+    """Positions of the pointers known to be 16-byte aligned: the buffers in ``aligned``."""
     return tuple(
         i for i, b in enumerate(program.buffers) if b.role != "scalar" and b.name in aligned
     )
@@ -65,10 +76,11 @@ def compile_source(
     capability: tuple[int, int] = (9, 0),
     aligned: frozenset[str] | None = None,
 ) -> Built:
-    """Compile the kernel ``name`` of ``source`` (without the prelude) for a CUDA device of this compute capability.
+    """Compile the kernel ``name`` of ``source``, which has no prelude, for a compute capability.
 
     Args:
-        aligned: names of the buffers that start at a multiple of 16 bytes; all of them by default, as torch allocates.
+        aligned: names of the buffers that start at a multiple of 16 bytes; by default all, as
+            torch allocates them.
 
     Raises:
         triton.CompilationError: the text is no valid kernel.
@@ -83,7 +95,7 @@ def compile_source(
     attrs = {(i,): [["tt.divisibility", 16]] for i in divisible(program, aligned)}
     function = _function(f"{PRELUDE}\n\n{source}", name)
     log = io.StringIO()
-    # ptxas prints registers and spills nowhere else, and not at all for a kernel taken from the cache
+    # ptxas prints registers and spills nowhere else, and nothing for a cached kernel
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
@@ -107,7 +119,7 @@ def _built(compiled: Any, log: str) -> Built:
 
 
 def _function(text: str, name: str) -> Any:
-    """The jitted function; Triton reads its text back by the lines of a file, which need not exist."""
+    """The jitted function; Triton reads its text back by lines of a file that need not exist."""
     path = f"<kernel {name} {hash(text):x}>"
     linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
     namespace: dict[str, Any] = {"__name__": "kernel", "__file__": path}

@@ -34,4 +34,6 @@ def assert_results(
 
 def same(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     """Equal to the last bit, NaN equal to NaN."""
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )

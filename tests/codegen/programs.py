@@ -1,4 +1,4 @@
-"""Tile programs written by hand, each with its schedules and the same computation in plain torch."""
+"""Tile programs by hand, each with its schedules and the same computation in plain torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from iocompiler.tile.index import Affine, Axis, Size, product
 from iocompiler.tile.program import Buffer, Builder, TileProgram
 
 F32, F64, BF16, I32, I64, BOOL = (
-    torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool,
-)  # fmt: skip
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
 N = sympy.Symbol("s0", integer=True, positive=True)
 M = sympy.Symbol("s1", integer=True, positive=True)
 X0, X1, R0 = Affine.of("x0"), Affine.of("x1"), Affine.of("r0")
@@ -76,8 +81,14 @@ def number(build: Builder, value: Any, dtype: torch.dtype = F32) -> int:
     return build.const(value, dtype)
 
 
-def unary(fn: str, dtype: torch.dtype, reference: Callable[..., torch.Tensor], values: torch.Tensor,
-          libdevice: bool = False, result: torch.dtype | None = None) -> Case:  # fmt: skip
+def unary(
+    fn: str,
+    dtype: torch.dtype,
+    reference: Callable[..., torch.Tensor],
+    values: torch.Tensor,
+    libdevice: bool = False,
+    result: torch.dtype | None = None,
+) -> Case:
     """``out = fn(in)`` over as many points as there are values."""
     build, count = Builder(), values.numel()
     made = build.map(fn, build.load("a", X0, dtype), dtype=result or dtype)
@@ -85,9 +96,12 @@ def unary(fn: str, dtype: torch.dtype, reference: Callable[..., torch.Tensor], v
     buffers = ins(a=(dtype, count)) + outs(out=(result or dtype, count))
     wide = F64 if dtype in (F32, F64) else dtype
     return Case(
-        build.program(axes(count), (), buffers), lambda: {"a": values},
-        lambda b: {"out": reference(b["a"].to(wide))}, pointwise(8), libdevice=libdevice,
-    )  # fmt: skip
+        build.program(axes(count), (), buffers),
+        lambda: {"a": values},
+        lambda b: {"out": reference(b["a"].to(wide))},
+        pointwise(8),
+        libdevice=libdevice,
+    )
 
 
 def rows(
@@ -102,7 +116,7 @@ def rows(
     symbolic: bool = False,
     **flags: Any,
 ) -> Case:
-    """``out[x0, r0]`` (or ``out[x0]``) from row x0 of ``a``; ``body`` makes the value from the loaded element."""
+    """``out[x0, r0]`` (or ``out[x0]``) from row x0 of ``a``; ``body`` makes it from the element."""
     count, width = (N, M) if symbolic else shape
     build = Builder()
     value = build.load("a", X0 * width + R0, dtype)
@@ -118,10 +132,13 @@ def rows(
     source = values or (lambda: torch.randn(shape).to(dtype))
     precise = F64 if dtype.is_floating_point else dtype
     return Case(
-        build.program(axes(count), axes(width, reduced=True), buffers), lambda: {"a": source()},
-        lambda b: {"out": reference(b["a"].reshape(shape).to(precise))}, schedules,
-        {"s0": shape[0], "s1": shape[1]} if symbolic else {}, **flags,
-    )  # fmt: skip
+        build.program(axes(count), axes(width, reduced=True), buffers),
+        lambda: {"a": source()},
+        lambda b: {"out": reference(b["a"].reshape(shape).to(precise))},
+        schedules,
+        {"s0": shape[0], "s1": shape[1]} if symbolic else {},
+        **flags,
+    )
 
 
 def softmax(build: Builder, x: int) -> int:

@@ -1,4 +1,4 @@
-"""Every hand-written program compiles for the GPUs we have none of, and what the compiler says of it is plausible."""
+"""Every hand-written program compiles with no GPU, and its resources are plausible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ RUNS = [
 
 def build(name: str, schedule: Schedule, capability: tuple[int, int]) -> Built:
     program = CASES[name].program
-    return compile_source(emit(program, schedule, "kernel"), "kernel", program, schedule, capability)
+    return compile_source(
+        emit(program, schedule, "kernel"), "kernel", program, schedule, capability
+    )
 
 
 @pytest.mark.slow
@@ -48,7 +50,11 @@ def test_aligned_rows_are_read_sixteen_bytes_at_once() -> None:
 
 
 def test_signature() -> None:
-    assert signature(CASES["in place"].program) == {"a_ptr": "*fp32", "factor": "fp32", "b_ptr": "*fp32"}
+    assert signature(CASES["in place"].program) == {
+        "a_ptr": "*fp32",
+        "factor": "fp32",
+        "b_ptr": "*fp32",
+    }
     any_size = signature(CASES["softmax, any size"].program)
     assert list(any_size.items())[-2:] == [("s0", "i32"), ("s1", "i32")]
     assert signature(CASES["bool"].program)["a_ptr"] == "*i1"

@@ -1,4 +1,4 @@
-"""The reference interpreter against the same computation in plain torch, in float64 where it is floating point."""
+"""The reference interpreter against the same computation in plain torch and float64."""
 
 from __future__ import annotations
 

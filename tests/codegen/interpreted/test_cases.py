@@ -1,4 +1,4 @@
-"""The hand-written programs as Triton text in Triton's interpreter (started by ``tests/codegen/test_interpreted.py``)."""
+"""The hand-written programs in Triton's interpreter; ``test_interpreted.py`` starts this."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ RUNS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of NaN and of overflow, which are meant
-@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter in loops
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy warns of NaN and of overflow, which are meant
+@pytest.mark.filterwarnings(
+    "ignore:Conversion of an array:DeprecationWarning"
+)  # Triton's interpreter in loops
 @pytest.mark.parametrize(("name", "schedule"), RUNS)
 def test_case(name: str, schedule: Schedule) -> None:
     case = CASES[name]

@@ -1,0 +1,117 @@
+"""Schedules: legal for every program; where it matters, what a person would choose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iocompiler.codegen.triton import emit, grid
+from iocompiler.cost_model.device import DEVICES
+from iocompiler.cost_model.schedule import candidates, choose, split_factor
+from iocompiler.plan.data import Schedule
+from iocompiler.tile.index import Affine
+from iocompiler.tile.program import Builder, TileProgram
+from tests.codegen.cases import CASES
+from tests.codegen.programs import BF16, F32, R0, X0, X1, axes, fold, ins, outs, rows, softmax
+
+H200 = DEVICES["h200"]
+MOST_IN_A_TILE = 1 << 20  # Triton's own limit
+
+
+def is_legal(program: TileProgram, schedule: Schedule) -> bool:
+    blocks = (schedule.x_block, schedule.y_block, schedule.r_block)
+    powers = all(b >= 1 and b & (b - 1) == 0 for b in (*blocks, schedule.num_warps))
+    covers = True
+    if schedule.kind in ("persistent", "rows"):
+        extent = 1
+        for axis in program.reduced:
+            extent = extent * axis.size
+        covers = isinstance(extent, int) and extent <= schedule.r_block
+    small = blocks[0] * blocks[1] * blocks[2] <= MOST_IN_A_TILE
+    return powers and covers and small and schedule.num_warps <= 32
+
+
+@pytest.mark.parametrize("device", ["h200", "a100", "rtx4090"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_choice_is_legal(name: str, device: str) -> None:
+    program = CASES[name].program
+    for schedule in [choose(program, DEVICES[device]), *candidates(program, DEVICES[device])]:
+        assert is_legal(program, schedule), schedule
+        if schedule.kind != "rows" or all(op.fn != "partial" for op in program.ops):
+            assert "@triton.jit" in emit(program, schedule, "kernel")
+            assert len(grid(program, schedule)) == 3
+
+
+@pytest.mark.parametrize("hint", [1, 3, 1000, 10**6])
+def test_hints_steer_but_never_make_a_schedule_wrong(hint: int) -> None:
+    program = CASES["softmax, any size"].program
+    schedule = choose(program, H200, {"s0": hint, "s1": hint})
+    assert is_legal(program, schedule)
+    assert schedule.kind == "looped"
+
+
+def row_softmax(width: int) -> TileProgram:
+    return rows(softmax, softmax, (8192, width), (), BF16).program  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [64, 768, 1024, 4096, 16384])
+def test_rows_that_fit_are_read_once(width: int) -> None:
+    schedule = choose(row_softmax(width), H200)
+    assert schedule.kind == "persistent"
+    assert (
+        schedule.x_block * schedule.r_block // (32 * schedule.num_warps) <= 64
+    )  # elements a thread holds
+
+
+def test_rows_that_do_not_fit_are_walked() -> None:
+    assert choose(row_softmax(65536), H200).kind == "looped"
+
+
+def test_small_rows_share_a_program() -> None:
+    assert choose(row_softmax(32), H200).x_block >= 8
+
+
+def columns(deep: int, wide: int) -> TileProgram:
+    build = Builder()
+    build.store("out", X0, build.reduce("sum", build.load("a", R0 * wide + X0, F32), F32))
+    return build.program(
+        axes(wide), axes(deep, reduced=True), ins(a=(F32, deep * wide)) + outs(out=(F32, wide))
+    )
+
+
+def test_a_column_sum_reads_whole_lines() -> None:
+    # a warp reads along x: 32 floats are one line of 128 bytes
+    assert choose(columns(8192, 1024), H200).x_block >= 32
+
+
+def test_a_transpose_is_tiled_both_ways() -> None:
+    build = Builder()
+    build.store("out", X0 * 4096 + X1, build.load("a", X1 * 4096 + X0, F32))
+    program = build.program(axes(4096, 4096), (), ins(a=(F32, 4096**2)) + outs(out=(F32, 4096**2)))
+    schedule = choose(program, H200)
+    assert min(schedule.x_block, schedule.y_block) >= 16
+
+
+def test_a_copy_fills_the_device_and_reads_sixteen_bytes_a_thread() -> None:
+    build, at = Builder(), Affine.of("x0")
+    build.store("out", at, build.load("a", at, torch.bfloat16))
+    program = build.program(axes(1 << 26), (), ins(a=(BF16, 1 << 26)) + outs(out=(BF16, 1 << 26)))
+    schedule = choose(program, H200)
+    assert 2 * schedule.x_block // (32 * schedule.num_warps) >= 16
+
+
+def test_sums_with_little_parallelism_are_split() -> None:
+    assert split_factor(columns(8192, 1024), H200) > 1
+    whole = rows(fold("sum", F32), torch.sum, (1, 1 << 24), (), row_result=True)
+    assert split_factor(whole.program, H200) > 1
+
+
+def test_what_fills_the_device_or_is_small_is_not_split() -> None:
+    assert (
+        split_factor(
+            rows(fold("sum", F32), torch.sum, (8192, 1024), (), row_result=True).program, H200
+        )
+        == 1
+    )
+    assert split_factor(columns(64, 64), H200) == 1
+    assert split_factor(CASES["broadcasting"].program, H200) == 1

@@ -1,0 +1,113 @@
+"""Merging axes and cutting reductions: the programs made compute what the first one did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iocompiler.tile.index import Affine, Axis
+from iocompiler.tile.interpret import run
+from iocompiler.tile.merged import merge_axes
+from iocompiler.tile.program import Builder, TileProgram
+from iocompiler.tile.split import split_reduction
+from tests.codegen.cases import CASES
+from tests.codegen.checks import assert_results
+from tests.codegen.programs import F32, X0, Case, axes, ins, outs, rows, softmax
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_axes_compute_the_same(name: str) -> None:
+    case = CASES[name]
+    buffers = case.buffers()
+    before = {n: t.clone() for n, t in buffers.items()}
+    run(merge_axes(case.program), buffers, case.sizes, case.schedules[0])
+    assert_results(case, before, buffers, case.schedules[0])
+
+
+def test_adjacent_axes_become_one() -> None:
+    build, at = Builder(), Affine.build({"x0": 40, "x1": 8, "x2": 1, "x3": 5})
+    build.store("out", at, build.load("a", at, F32))
+    merged = merge_axes(
+        build.program(axes(3, 5, 8, 1), (), ins(a=(F32, 120)) + outs(out=(F32, 120)))
+    )
+    assert merged.parallel == (Axis("x2", 120),)
+
+
+def test_axes_an_access_tells_apart_stay() -> None:
+    program = CASES["broadcasting"].program
+    assert merge_axes(program).parallel == program.parallel
+
+
+def both(case: Case, first: TileProgram, second: TileProgram) -> None:
+    """Run the two halves and compare the result with the whole's."""
+    buffers = case.buffers()
+    before = {n: t.clone() for n, t in buffers.items()}
+    for buffer in first.buffers:
+        if buffer.name.startswith("partial"):
+            assert buffer.role == "out"
+            buffers[buffer.name] = torch.full((case.at(buffer.elements),), 77, dtype=buffer.dtype)
+    run(first, buffers, case.sizes)
+    run(second, buffers, case.sizes)
+    assert_results(case, before, buffers, case.schedules[0])
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 7, 37, 64])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "column sum",
+        "full sum",
+        "max with NaN",
+        "min with NaN",
+        "prod",
+        "int64 sum",
+        "int64 max",
+        "sum of a constant row",
+        "bool",
+    ],
+)
+def test_parts_fold_to_the_whole(name: str, parts: int) -> None:
+    halves = split_reduction(CASES[name].program, parts)
+    assert halves is not None
+    both(CASES[name], *halves)
+
+
+@pytest.mark.parametrize("parts", [2, 5, 16])
+def test_any_size(parts: int) -> None:
+    case = CASES["column sum, any size"]
+    halves = split_reduction(case.program, parts)
+    assert halves is not None
+    both(case, *halves)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_what_follows_the_reduction_is_in_the_second_half(parts: int) -> None:
+    """mean(a, 1) + b: the addition waits for all parts."""
+    build = Builder()
+    total = build.reduce("sum", build.load("a", X0 * 9 + Affine.of("r0"), F32), F32)
+    mean = build.map("div", total, build.const(9.0, F32))
+    build.store("out", X0, build.map("add", mean, build.load("b", X0, F32)))
+    case = Case(
+        build.program(
+            axes(4), axes(9, reduced=True), ins(a=(F32, 36), b=(F32, 4)) + outs(out=(F32, 4))
+        ),
+        lambda: {"a": torch.randn(36), "b": torch.randn(4)},
+        lambda t: {"out": t["a"].double().view(4, 9).mean(1) + t["b"]},
+        CASES["softmax"].schedules,
+    )
+    halves = split_reduction(case.program, parts)
+    assert halves is not None
+    assert "b" not in {b.name for b in halves[0].buffers}
+    both(case, *halves)
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "layer norm", "argmax", "cumsum", "norm backward", "broadcasting", "gather"]
+)
+def test_declined(name: str) -> None:
+    assert split_reduction(CASES[name].program, 4) is None
+
+
+def test_a_result_read_by_every_element_of_the_row_is_declined() -> None:
+    case = rows(lambda b, x: b.map("div", x, b.reduce("sum", x, F32)), softmax, (4, 9), ())  # type: ignore[arg-type]
+    assert split_reduction(case.program, 3) is None
