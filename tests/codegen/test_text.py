@@ -1,5 +1,7 @@
 """The text of three kernels, whole: what a reader of a generated file sees."""
 
+# ruff: noqa: E501  # the lines are the kernels own
+
 from __future__ import annotations
 
 from iocompiler.codegen.triton import emit
