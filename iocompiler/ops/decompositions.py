@@ -15,7 +15,7 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from iocompiler.ops.decomposed import indexing, losses, moments, norms
+from iocompiler.ops.decomposed import indexing, losses, moments, norms, recurrent
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ def _built() -> dict[OpOverload, Callable[..., Any]]:
             rules[operator] = decomposition_table[operator]
     for operator in _overloads(_KEPT):
         rules.pop(operator, None)
-    for family in (moments, norms, losses, indexing):
+    for family in (moments, norms, losses, indexing, recurrent):
         rules.update(family.DECOMPOSITIONS)
     return rules
 

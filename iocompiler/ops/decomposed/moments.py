@@ -17,13 +17,15 @@ from iocompiler.ops.decomposed.arithmetic import DECLINED, cast, count, positive
 aten = torch.ops.aten
 
 
-def moments(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor]:
-    """Variance and mean of ``x`` (already wide) over ``dims``, kept as dimensions of size one."""
+def moments(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Variance and mean of ``x`` (already wide) over ``dims``, kept as dimensions of size one, and
+    ``x`` less its mean.
+    """
     size = count(x, dims)
     mean = aten.mean.dim(x, dims, True)
     deviation = x - mean
     total = aten.sum.dim_IntList(deviation * deviation, dims, True)
-    return total / _degrees(size, correction), mean
+    return total / _degrees(size, correction), mean, deviation
 
 
 def _degrees(size: Any, correction: float) -> Any:
@@ -48,7 +50,7 @@ def var_mean(
     if x.is_complex():
         return DECLINED
     dims = positive(dim, x.dim())
-    found = moments(wide(x), dims, 1 if correction is None else correction)
+    *found, _ = moments(wide(x), dims, 1 if correction is None else correction)
     variance, mean = (cast(_squeezed(f, dims, keepdim), x.dtype) for f in found)
     return variance, mean
 
@@ -77,7 +79,7 @@ def std(
     if x.is_complex():
         return DECLINED
     dims = positive(dim, x.dim())
-    variance, _ = moments(wide(x), dims, 1 if correction is None else correction)
+    variance, *_ = moments(wide(x), dims, 1 if correction is None else correction)
     return cast(_squeezed(variance, dims, keepdim).sqrt(), x.dtype)
 
 

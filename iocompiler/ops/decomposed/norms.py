@@ -21,19 +21,20 @@ def native_layer_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """aten.native_layer_norm: (result in x's dtype, mean, 1 / standard deviation)."""
+    """aten.native_layer_norm: (result in x's dtype, mean, 1 / standard deviation), statistics wide.
+
+    aten's CPU kernel rounds the statistics to x's dtype, its CUDA kernel does not; nor do we.
+    """
     rank = x.dim()
     dims = list(range(rank - len(normalized_shape), rank))
-    value = wide(x)
-    variance, mean = moments(value, dims, 0)
+    variance, mean, deviation = moments(wide(x), dims, 0)
     rstd = (variance + eps).rsqrt()
-    out = (value - mean) * rstd
+    out = deviation * rstd
     if weight is not None:
         out = out * wide(weight)
     if bias is not None:
         out = out + wide(bias)
-    stored = value.dtype if x.device.type != "cpu" else x.dtype  # as aten's kernels do
-    return cast(out, x.dtype).contiguous(), cast(mean, stored), cast(rstd, stored)
+    return cast(out, x.dtype).contiguous(), mean, rstd
 
 
 def native_layer_norm_backward(
@@ -84,9 +85,9 @@ def native_group_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten.native_group_norm of x [n, channels, ...]: (result, mean, rstd [n, groups])."""
     value = wide(x).reshape(n, groups, channels // groups, inner)
-    variance, mean = moments(value, [2, 3], 0)
+    variance, mean, deviation = moments(value, [2, 3], 0)
     rstd = (variance + eps).rsqrt()
-    out = (value - mean) * rstd
+    out = deviation * rstd
     if weight is not None:
         out = out * _by_group(weight, groups)
     if bias is not None:
