@@ -35,6 +35,7 @@ class Setting:
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
+    q, k, v = (_rows(x) for x in (q, k, v))
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, _spread_bias(q, k, bias), True, s.dropout_p, s.causal, False, scale=s.scale
     )
@@ -52,6 +53,7 @@ def cudnn_backward(
     _: bool,
 ) -> Backward:
     out, lse, seed, offset = _saved(saved)
+    grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         grad,
         q,
@@ -162,7 +164,7 @@ def efficient_backward(
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
-    q, k, v = _grouped(q, k, v)
+    q, k, v = (_rows(x) for x in _grouped(q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, s.causal, attn_mask=bias, scale=s.scale
     )
@@ -186,7 +188,8 @@ def cpu_backward(
     if bias_grad and bias is not None:  # the library's backward has none for its mask
         return blockwise_backward(grad, q, k, v, bias, saved, s, bias_grad)
     groups = k.shape[1]
-    q, k, v = _grouped(q, k, v)
+    q, k, v = (_rows(x) for x in _grouped(q, k, v))
+    grad = _rows(grad)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, saved[0], saved[1], 0.0, s.causal, attn_mask=bias, scale=s.scale
     )
@@ -248,9 +251,14 @@ BACKWARD: dict[str, Callable[..., Backward]] = {
 }
 
 
+def _rows(x: Tensor) -> Tensor:
+    """With the head dim contiguous, as every kernel wants it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _pad_head(x: Tensor) -> Tensor:
     """Head dim up to a multiple of 8, as the kernels load it; zeros change no dot product."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _rows(x)
     return x if x.shape[-1] % 8 == 0 else F.pad(x, (0, 8 - x.shape[-1] % 8))
 
 

@@ -16,7 +16,7 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.attention_choice import choose
-from iocompiler.passes.attention import masks, views
+from iocompiler.passes.attention import masks, strides, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
 from iocompiler.passes.attention.description import (
     Attention,
@@ -185,7 +185,9 @@ def apply(gm: GraphModule, call: Call) -> None:
         choice.layout,
     )
     out = arranger.arranged(arranger.call(operator.getitem, results, 0), frame.out, dims)
-    edit.redirect(gm, anchor, _cast(arranger, out, views.dtype(anchor)))
+    out = _cast(arranger, out, views.dtype(anchor))
+    strides.note(out, view.value(anchor))
+    edit.redirect(gm, anchor, out)
     for node in reversed(list(gm.graph.nodes)):
         if node in found.interior:
             edit.erase(gm, node)  # a dropout is never erased for being unread alone
