@@ -302,5 +302,5 @@ def _saved(saved: Forward) -> Forward:
     out, lse, seed, _ = saved
     if seed.numel():
         return saved
-    none = torch.zeros((), dtype=torch.int64, device=out.device)
+    none = torch.empty((), dtype=torch.int64, device=out.device)
     return out, lse, none, none

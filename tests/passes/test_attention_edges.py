@@ -143,6 +143,24 @@ def test_a_scale_that_grows_with_the_length() -> None:
     assert check(function, *(draw(3, 4, 7, 8) for _ in range(3)), dynamic=True) == ["full"]
 
 
+@pytest.mark.parametrize("library", [False, True])
+def test_numbers_that_dynamo_made_symbolic(library: bool) -> None:
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.scale = 0.25, 0.3
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if library:
+                return F.scaled_dot_product_attention(q, k, v, None, self.p, scale=self.scale)
+            return F.dropout((q @ k.mT * self.scale).softmax(-1), self.p) @ v
+
+    compiled = Compiled(Module(), dynamic=True)
+    compiled(*(draw(3, 4, 7, 8) for _ in range(3))).sum().backward()
+    assert compiled.variants == ["dropout"]
+    assert compiled.calls[0].args[4:7] == (0.3, False, 0.25)
+
+
 def test_a_cache_of_keys() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor) -> Tensor:
         k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)

@@ -32,7 +32,7 @@ from iocompiler.passes.attention.description import (
 )
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import Mask, Masking
-from iocompiler.passes.attention.scores import Inverse, constant
+from iocompiler.passes.attention.scores import Inverse, number
 
 aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -117,11 +117,11 @@ def _folded(steps: tuple[Step, ...]) -> tuple[float, tuple[Any, ...], tuple[Step
         if isinstance(step, Cast) and not step.dtype.is_floating_point:
             raise Declined(f"the scores are rounded to {step.dtype}")
         if isinstance(step, Scale):
-            number = _number(step.factor)
-            if number is None:
+            factor = _number(step.factor)
+            if factor is None:
                 factors.append(step.factor)
             else:
-                scale *= number
+                scale *= factor
         elif not isinstance(step, Cast):
             if factors or (scale <= 0.0 and isinstance(step, Fill)):
                 raise Declined("masked or biased scores are scaled by what is not known before")
@@ -137,14 +137,9 @@ def _scaled(step: Step, scale: float) -> Step:
 
 def _number(factor: Any) -> float | None:
     if isinstance(factor, Inverse):
-        number = _number(factor.of)
-        return None if number is None or number == 0.0 else 1.0 / number
-    if isinstance(factor, Node) and isinstance(view.value(factor), (torch.SymFloat, float, int)):
-        try:
-            return float(view.value(factor))  # a guard: a module's scale is as good as constant
-        except Exception:
-            return None
-    return constant(factor)
+        below = _number(factor.of)
+        return None if below is None or below == 0.0 else 1.0 / below
+    return number(factor)
 
 
 def apply(gm: GraphModule, call: Call) -> None:

@@ -20,6 +20,7 @@ from iocompiler.passes.attention.description import (
     Scale,
     Step,
 )
+from iocompiler.passes.attention.scores import number
 
 TARGET = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -34,6 +35,9 @@ def read(node: Node) -> Attention:
         zip((a.name for a in TARGET._schema.arguments), view.spelled_out(node), strict=True)
     )
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    dropout_p = number(arguments["dropout_p"])
+    if dropout_p is None:
+        raise Declined("a dropout known only at run time")
     shapes = [views.shape(each) for each in (query, key, value)]
     if len({len(shape) for shape in shapes}) != 1 or len(shapes[0]) < 3:
         raise Declined("query, key and value of different ranks, or with no batch")
@@ -58,7 +62,7 @@ def read(node: Node) -> Attention:
     return Attention(
         **{**vars(operands), "row": own_row[0] if own_row else None},
         steps=_steps(arguments, float(shapes[0][-1]) ** -0.5, (*batch, (row,), (column,))),
-        dropout_p=float(arguments["dropout_p"]),
+        dropout_p=dropout_p,
         dtype=views.dtype(node),
         anchor=node,
         dims=output,

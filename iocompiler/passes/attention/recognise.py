@@ -70,7 +70,9 @@ def _probabilities(node: Node) -> _Probabilities | None:
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
             return None
         if node.target is aten.dropout.default:
-            p, train = float(node.args[1]), bool(node.args[2])  # type: ignore[arg-type]
+            p, train = scores.number(node.args[1]), bool(node.args[2])
+            if p is None:
+                raise Declined("a dropout known only at run time")
             if train and p and dropout_p:
                 raise Declined("dropout twice")
             dropout_p = p if train and p else dropout_p

@@ -188,6 +188,18 @@ def _against(dims: Dims, other: Node) -> Dims:
     return found
 
 
+def number(value: Any) -> float | None:
+    """`constant`, or a symbolic number the graph is then guarded on: a module's scale or dropout is
+    as good as constant.
+    """
+    if isinstance(value, Node) and isinstance(view.value(value), (torch.SymFloat, float, int)):
+        try:
+            return float(view.value(value))
+        except Exception:  # known at run time only
+            return None
+    return constant(value)
+
+
 def constant(value: Any) -> float | None:
     """The number a value is: a Python one, or a tensor of one element made from one."""
     if isinstance(value, (int, float)):
