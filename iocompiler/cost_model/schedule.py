@@ -129,20 +129,3 @@ def split_factor(program: TileProgram, device: Device, hints: Mapping[str, int] 
     deepest = at_hint(merged.reduced[0].size, hints)
     least = max(1, 4096 * deepest // max(depth * min(points(merged.parallel, hints), schedule.x_block), 1))
     return max(1, min(wanted // max(programs, 1), deepest // max(least, 1)))
-
-
-def candidates(program: TileProgram, device: Device, hints: Mapping[str, int] | None = None) -> list[Schedule]:
-    """Schedules worth measuring, the chosen one first: the neighbours in block sizes and warps."""
-    first = choose(program, device, hints)
-    found = [first]
-    for warps in (1, 2, 4, 8, 16):
-        for scale in (0.25, 0.5, 1, 2, 4):
-            x = int(first.x_block * scale)
-            if x < 1 or x * first.r_block * first.y_block > 32768:
-                continue
-            other = replace(first, x_block=x, num_warps=warps)
-            if other not in found:
-                found.append(other)
-    if first.kind == "looped":
-        found += [replace(first, r_block=r) for r in (512, 1024, 2048, 8192) if r != first.r_block]
-    return found

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from iocompiler.codegen.triton import emit, grid
+from iocompiler.cost_model.candidates import candidates
 from iocompiler.cost_model.device import DEVICES
-from iocompiler.cost_model.schedule import candidates, choose, split_factor
+from iocompiler.cost_model.schedule import choose, split_factor
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine
 from iocompiler.tile.program import Builder, TileProgram

@@ -1,0 +1,220 @@
+"""Schedules worth measuring for a tile program: the chosen one and its legal neighbours.
+
+A neighbour differs in block sizes, in warps, or in holding the reduced extent in registers rather
+than walking it. Those a rough model of occupancy expects to be clearly slower are left out; the
+model only prunes, a clock decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.kernel import kernel_seconds
+from iocompiler.cost_model.schedule import choose, points, power_of_two
+from iocompiler.plan.data import Schedule
+from iocompiler.tile.index import product
+from iocompiler.tile.merged import merge_axes, pointwise_tiling, rows_contiguous
+from iocompiler.tile.program import TileProgram
+
+MOST = 8
+_WARPS = (1, 2, 4, 8, 16)
+_LARGEST_TILE = 1 << 15
+_SHORTEST_PIECE = 256
+# what a load waits for when the memory is busy; times the bandwidth, the bytes to have in flight
+_LATENCY_S = 8e-7
+# registers of a thread that hold addresses, masks and loop counters
+_FIXED_REGISTERS = 24
+_MOST_REGISTERS = 255
+_WARPS_OF_AN_SM = 64
+_BLOCKS_OF_AN_SM = 32
+# a neighbour modeled this much slower than the chosen schedule is not measured
+_SLOWER = 1.3
+# each doubling away from the chosen schedule must promise this much
+_STEP = 1.1
+
+
+def candidates(
+    program: TileProgram,
+    device: Device,
+    hints: Mapping[str, int] | None = None,
+    most: int = MOST,
+) -> list[Schedule]:
+    """At most ``most`` schedules, the chosen one first.
+
+    All are legal for every value of symbolic sizes. A "rows" schedule keeps its number of programs,
+    which the size of the program's partial buffers fixes.
+    """
+    hints = hints or {}
+    first = choose(program, device, hints)
+    space = _Space(merge_axes(program), device, hints)
+    limit = _SLOWER * space.seconds(first)
+    others = {s for s in space.neighbours(first) if space.fits(s)} - {first}
+    ranked = sorted(others, key=lambda s: (space.seconds(s) * _STEP ** _distance(s, first), str(s)))
+    # the model is least sure of holding a row against walking it: one of the other kind goes in
+    kept = [s for s in ranked if space.seconds(s) <= limit and s.kind == first.kind][: most - 2]
+    kept += [s for s in ranked if s.kind != first.kind][:1]
+    kept += [s for s in ranked if space.seconds(s) <= limit and s not in kept]
+    return [first, *kept[: most - 1]]
+
+
+def _distance(a: Schedule, b: Schedule) -> float:
+    """Doublings between two schedules; another kind counts as one, its blocks then not at all."""
+    pairs = [(a.num_warps, b.num_warps), (a.x_block, b.x_block), (a.y_block, b.y_block)]
+    steps = 1.0 if a.kind != b.kind else abs(math.log2(a.r_block / b.r_block))
+    return steps + sum(abs(math.log2(one / other)) for one, other in pairs)
+
+
+@dataclass(frozen=True)
+class _Space:
+    """A merged program and where it runs."""
+
+    program: TileProgram
+    device: Device
+    hints: Mapping[str, int]
+
+    # --- the neighbours
+
+    def neighbours(self, first: Schedule) -> Iterator[Schedule]:
+        for shape in self._shapes(first):
+            for warps in _WARPS:
+                yield replace(shape, num_warps=warps)
+
+    def _shapes(self, first: Schedule) -> Iterator[Schedule]:
+        for base in (first, *self._other_kind(first)):
+            for x in _around(base.x_block):
+                for y in _around(base.y_block) if base.y_block > 1 else (base.y_block,):
+                    yield replace(base, x_block=x, y_block=y)
+            if base.kind == "looped":
+                for r in _around(base.r_block):
+                    yield replace(base, r_block=r)
+                    yield replace(base, r_block=r, x_block=max(1, base.x_block * base.r_block // r))
+
+    def _other_kind(self, first: Schedule) -> Iterator[Schedule]:
+        """A row held whole where it was walked, and walked where it was held."""
+        width = product([a.size for a in self.program.reduced])
+        if first.kind == "looped" and isinstance(width, int):
+            block = power_of_two(width)
+            yield replace(first, kind="persistent", r_block=block)
+            yield replace(first, kind="persistent", r_block=block, x_block=1)
+        # a walk reads again what it has already written in place
+        if first.kind == "persistent" and not any(b.role == "inout" for b in self.program.buffers):
+            for piece in (1024, 2048, 4096):
+                if _SHORTEST_PIECE <= piece < first.r_block:
+                    yield replace(first, kind="looped", r_block=piece)
+
+    # --- what is pruned
+
+    def fits(self, schedule: Schedule) -> bool:
+        tile = _tile(schedule)
+        each = tile / (32 * schedule.num_warps)
+        if tile > _LARGEST_TILE or (each < 1 and schedule.num_warps > 1):
+            return False
+        # the compiler may order loads so that fewer values live at once, unless a row is held
+        held = schedule.kind in ("persistent", "rows")
+        if self._registers(schedule) > _MOST_REGISTERS * (1 if held else 2):
+            return False
+        return schedule.x_block <= self._widest(schedule) and self._reads_whole_lines(schedule)
+
+    def _widest(self, schedule: Schedule) -> int:
+        """The block along x beyond which a tile is mostly mask."""
+        axes = self.program.parallel
+        if schedule.kind == "pointwise":
+            axes = pointwise_tiling(self.program).x
+        return power_of_two(points(axes, self.hints))
+
+    def _reads_whole_lines(self, schedule: Schedule) -> bool:
+        """A column reduction reads along x: eight elements are the least that is no waste."""
+        if not self.program.reduced or schedule.kind == "rows" or rows_contiguous(self.program):
+            return True
+        return schedule.x_block >= min(8, self._widest(schedule))
+
+    # --- the rough model
+
+    def seconds(self, schedule: Schedule) -> float:
+        """The kernel's roofline time, longer where too few bytes are in flight or the last programs
+        run alone.
+        """
+        device = self.device
+        registers = min(self._registers(schedule), _MOST_REGISTERS)
+        resident = min(_WARPS_OF_AN_SM, device.registers_per_sm // int(32 * registers))
+        blocks = max(1, min(resident // schedule.num_warps, _BLOCKS_OF_AN_SM))
+        programs = self._programs(schedule)
+        slots = min(programs, blocks * device.sm_count)
+        flying = slots * _tile(schedule) * self._point_bytes
+        share = min(1.0, flying / (_LATENCY_S * device.memory_rate))
+        waves = programs / slots
+        tail = math.ceil(waves) / waves
+        return (
+            kernel_seconds(self.program, device, self.hints)
+            * self._passes(schedule)
+            * tail
+            / max(share, 1e-3)
+        )
+
+    def _programs(self, schedule: Schedule) -> int:
+        if schedule.kind == "rows":
+            return schedule.programs
+        across = points(self.program.parallel, self.hints)
+        return max(1, -(-across // (schedule.x_block * schedule.y_block)))
+
+    def _registers(self, schedule: Schedule) -> float:
+        each = max(1.0, _tile(schedule) / (32 * schedule.num_warps))
+        return _FIXED_REGISTERS + each * self._words_held(schedule)
+
+    def _words_held(self, schedule: Schedule) -> float:
+        """32-bit words a point of the tile holds: what is loaded (widened, where it is reduced),
+        and the column sums.
+        """
+        if not self.program.reduced:
+            return self._point_bytes / 4
+        sums = sum(op.kind == "reduce" and op.over == "parallel" for op in self.program.ops)
+        return max(1, len(self._wide_loads)) + sums
+
+    def _passes(self, schedule: Schedule) -> float:
+        """How often a walk reads its row; a row read again comes from L2 in good part."""
+        if schedule.kind != "looped":
+            return 1.0
+        level: list[int] = []
+        for op in self.program.ops:
+            level.append(max((level[r] for r in op.reads), default=0) + (op.kind == "reduce"))
+        readers = [op for op in self.program.ops if op.kind == "reduce"]
+        last = max(
+            [level[op.inputs[0]] for op in readers] + self._wide_store_levels(level), default=0
+        )
+        return 1 + last * self.device.memory_rate / self.device.l2_bytes_per_s / 2
+
+    def _wide_store_levels(self, level: list[int]) -> list[int]:
+        reduced = {a.name for a in self.program.reduced}
+        return [
+            level[i]
+            for i, op in enumerate(self.program.ops)
+            if op.kind == "store" and self.program.varies[i] & reduced
+        ]
+
+    @cached_property
+    def _wide_loads(self) -> tuple[int, ...]:
+        """Bytes of an element of each load that differs at every point of the tile."""
+        varies, ops = self.program.varies, self.program.ops
+        widest = max((len(v) for v in varies), default=0)
+        return tuple(
+            op.dtype.itemsize
+            for i, op in enumerate(ops)
+            if op.kind == "load" and len(varies[i]) == widest
+        )
+
+    @property
+    def _point_bytes(self) -> int:
+        return max(1, sum(self._wide_loads))
+
+
+def _tile(schedule: Schedule) -> int:
+    return schedule.x_block * schedule.y_block * schedule.r_block
+
+
+def _around(block: int) -> tuple[int, ...]:
+    """A block size, and up to two doublings either way."""
+    return tuple(block * n for n in (1, 2, 4)) + tuple(block // n for n in (2, 4) if block >= n)
