@@ -54,23 +54,9 @@ def cudnn_backward(
 ) -> Backward:
     out, lse, seed, offset = _saved(saved)
     grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
+    state = (seed, offset, _spread_bias(q, k, bias), None, None, q.shape[2], k.shape[2])
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse.unsqueeze(-1),
-        seed,
-        offset,
-        _spread_bias(q, k, bias),
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        s.dropout_p,
-        s.causal,
-        scale=s.scale,
+        grad, q, k, v, out, lse.unsqueeze(-1), *state, s.dropout_p, s.causal, scale=s.scale
     )
     return dq, dk, dv, None
 
@@ -97,22 +83,10 @@ def flash_backward(
     width = q.shape[3]
     out, lse, seed, offset = _saved(saved)
     grad, q, k, v, out = (_pad_head(x) for x in (grad, q, k, v, out))
+    lengths = (None, None, q.shape[2], k.shape[2])
+    setting = (s.dropout_p, s.causal, seed, offset)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        s.dropout_p,
-        s.causal,
-        seed,
-        offset,
-        scale=s.scale,
+        grad, q, k, v, out, lse, *lengths, *setting, scale=s.scale
     )
     return dq[..., :width], dk[..., :width], dv[..., :width], None
 

@@ -91,6 +91,16 @@ def test_biases_of_every_shape(bias: tuple[int, ...], join: Callable[..., Any]) 
     assert check(function, *x) == ["bias"]
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 1, 1, 1), (7, 1), (2, 4, 7, 1)])
+def test_a_temperature_that_does_not_depend_on_the_key(shape: tuple[int, ...]) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        s = q @ k.mT
+        return (s * t / 2.0).softmax(-1) @ v
+
+    x = draw(2, 4, 7, 8), draw(2, 4, 9, 8), draw(2, 4, 9, 8), draw(*shape)
+    assert check(function, *x) == ["full"]
+
+
 def _positions(q: Tensor, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
     i = torch.arange(q.shape[-2], dtype=dtype)
     return i[:, None], i[None, :]

@@ -31,11 +31,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Scale:
-    """The scores are multiplied by a number: a Python one, a symbolic one or a tensor of one
-    element.
+    """The scores are multiplied by a number: a Python one, a symbolic one, a tensor of one element;
+    or, where ``dims`` are given, by a tensor with these.
     """
 
     factor: Any
+    dims: Dims = ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.attention_choice import choose
 from iocompiler.passes.attention import masks, strides, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
+from iocompiler.passes.attention.axes import flat
 from iocompiler.passes.attention.description import (
     Attention,
     Bias,
@@ -49,7 +50,7 @@ class Call:
     found: Attention
     masking: Masking
     scale: float
-    factors: tuple[Any, ...]  # nodes the query is multiplied by, or `Inverse` of one
+    factors: tuple[Scale, ...]  # what the query is multiplied by
 
     @property
     def variant(self) -> str:
@@ -76,6 +77,8 @@ def plan(found: Attention, evaluator: Evaluator) -> Call:
         if not views.dtype(operand.node).is_floating_point:
             raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
     scale, factors, steps = _folded(found.steps)
+    if any(found.column in flat(factor.dims) for factor in factors):
+        raise Declined("the scores are multiplied by a tensor that differs from key to key")
     found = replace(found, steps=steps)
     masking = masks.read(found, evaluator)
     for term in masking.terms:
@@ -106,20 +109,20 @@ def _precise(bias: torch.dtype, kernel: torch.dtype) -> None:
         )
 
 
-def _folded(steps: tuple[Step, ...]) -> tuple[float, tuple[Any, ...], tuple[Step, ...]]:
+def _folded(steps: tuple[Step, ...]) -> tuple[float, tuple[Scale, ...], tuple[Step, ...]]:
     """The product of the scales that are numbers, those known only at run time, and the other
     steps, what was added or filled in before a scale multiplied by it.
     """
-    scale, factors, rest = 1.0, [], list[Step]()
+    scale, factors, rest = 1.0, list[Scale](), list[Step]()
     for step in reversed(steps):
         if isinstance(step, Pointwise):
             raise Declined(f"{step.target} on the scores: no library kernel applies it")
         if isinstance(step, Cast) and not step.dtype.is_floating_point:
             raise Declined(f"the scores are rounded to {step.dtype}")
         if isinstance(step, Scale):
-            factor = _number(step.factor)
+            factor = None if step.dims else _number(step.factor)
             if factor is None:
-                factors.append(step.factor)
+                factors.append(step)
             else:
                 scale *= factor
         elif not isinstance(step, Cast):
@@ -157,11 +160,13 @@ def apply(gm: GraphModule, call: Call) -> None:
     )
     query, key, value = (_cast(arranger, each, found.dtype) for each in (query, key, value))
     for factor in call.factors:
-        inverse = isinstance(factor, Inverse)
-        by = factor.of if inverse else factor
-        query = arranger.call(
-            aten.div.Tensor if inverse else aten.mul.Tensor, query, _single(arranger, by)
-        )
+        inverse = isinstance(factor.factor, Inverse)
+        by = factor.factor.of if inverse else factor.factor
+        if factor.dims:  # [B, H, S, 1] of the scores, as of the query
+            by = arranger.arranged(by, factor.dims, frame.scores, widen=False)
+        else:
+            by = _single(arranger, by)
+        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, by)
         query = _cast(arranger, query, found.dtype)
     bias = _bias(arranger, call, frame)
     values = [view.value(each) if each is not None else None for each in (query, key, value, bias)]

@@ -75,12 +75,8 @@ def _check_alone(gm: GraphModule, found: Attention) -> None:
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     roots = view.roots(gm)
     read = [node for operand in (found.query, found.key, found.value) for node, _ in operand.stages]
-    read += [
-        step_node
-        for step in found.steps
-        for step_node in vars(step).values()
-        if isinstance(step_node, Node)
-    ]
+    held = [getattr(each, "of", each) for step in found.steps for each in vars(step).values()]
+    read += [each for each in held if isinstance(each, Node)]
     storages = frozenset().union(*(roots[node] for node in read))
     start, end = min(order[node] for node in (*read, *found.interior)), order[found.anchor]
     for node in writes:

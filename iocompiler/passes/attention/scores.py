@@ -136,9 +136,8 @@ def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool
     if node.target in (*_MUL, *_DIV):
         if node.target in _DIV and not first:
             raise Declined("the scores are divided by")
-        if not single:
-            raise Declined("the scores are multiplied by a tensor")
-        return [Scale(_inverse(other) if node.target in _DIV else other)]
+        factor = _inverse(other) if node.target in _DIV else other
+        return [Scale(factor) if single else Scale(factor, _against(dims, other))]
     if not isinstance(other, Node) or not _is_tensor(other):
         raise Declined("a number is added to the scores")
     if node.target in _ADD:
