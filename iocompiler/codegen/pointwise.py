@@ -5,7 +5,7 @@ from __future__ import annotations
 from iocompiler.codegen import expressions
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.plan.data import Schedule
-from iocompiler.tile.merged import pointwise_tiling
+from iocompiler.tile.arrange import pointwise_tiling
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import TileProgram
 

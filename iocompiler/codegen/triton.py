@@ -9,7 +9,7 @@ from iocompiler.codegen.loops import write_looped, write_persistent, write_rows
 from iocompiler.codegen.pointwise import pointwise_grid, write_pointwise
 from iocompiler.codegen.prelude import PRELUDE
 from iocompiler.plan.data import Schedule
-from iocompiler.tile.merged import merge_axes
+from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import TileProgram
 

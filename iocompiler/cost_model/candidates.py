@@ -17,7 +17,7 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.schedule import choose, points, power_of_two
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import product
-from iocompiler.tile.merged import merge_axes, pointwise_tiling, rows_contiguous
+from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.program import TileProgram
 
 MOST = 8

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from iocompiler.cost_model.device import Device
 from iocompiler.plan.data import Schedule
-from iocompiler.tile.merged import merge_axes, pointwise_tiling, rows_contiguous
+from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.index import Size, product
 from iocompiler.tile.program import TileProgram
 

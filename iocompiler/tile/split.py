@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from iocompiler.tile.merged import merge_axes
+from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import Affine, Axis, Size, ceil_div, product, row_major
 from iocompiler.tile.ops import REDUCES
 from iocompiler.tile.program import Buffer, Builder, Op, TileProgram, drop_dead

@@ -7,7 +7,7 @@ import torch
 
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.interpret import run
-from iocompiler.tile.merged import merge_axes
+from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.program import Builder, TileProgram
 from iocompiler.tile.split import split_reduction
 from tests.codegen.cases import CASES
