@@ -176,6 +176,9 @@ class _Walk:
             if isinstance(node.target, HigherOrderOperator):
                 raise CannotPlan(operator=node.target.__name__, where=view.where(node))
         plan = build_plan(flat, engines.device_row(flat, self.options), name)
+        plan, measured = engines.tuned(plan, flat, self.options)
+        if measured:
+            self.compilation.tuned[name] = measured
         self.compilation.plans[name] = plan
         run = engines.load(plan, flat, self.options, name)
         if self.folder is not None:

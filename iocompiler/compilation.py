@@ -13,6 +13,7 @@ from iocompiler.graph.findings import Miss, Rewrite
 if TYPE_CHECKING:
     from iocompiler.observe import Summary
     from iocompiler.plan.data import Plan
+    from iocompiler.runtime.tune import Tuned
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Compilation:
         flat: the flat graphs themselves, under the same names.
         fallbacks: what runs on aten, or unrecorded, and why.
         recorded: names of the flat graphs that are replayed as CUDA graphs.
+        tuned: what was measured of the kernels of each flat graph, under mode="max-autotune".
         changed: sites changed by passes that do more than respell.
         passes: the table of passes, with sites and milliseconds.
     """
@@ -52,6 +54,7 @@ class Compilation:
     flat: dict[str, GraphModule] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     recorded: set[str] = field(default_factory=set)
+    tuned: dict[str, tuple[Tuned, ...]] = field(default_factory=dict)
     changed: int = 0
     passes: Summary | None = None
 

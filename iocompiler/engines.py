@@ -5,7 +5,7 @@ tests, aten last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch._guards import TracingContext
@@ -14,6 +14,9 @@ from torch.fx import GraphModule
 from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.options import Options
 from iocompiler.plan.data import Plan
+
+if TYPE_CHECKING:
+    from iocompiler.runtime.tune import Tuned
 
 Boxed: TypeAlias = Callable[[list[Any]], Any]
 """Called with one list of inputs, which it empties, so that an input dies as soon as it is dead."""
@@ -30,6 +33,28 @@ def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
     from iocompiler.runtime.load import load as load_plan
 
     return load_plan(plan, torch.device(plan.device), name)
+
+
+def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Tuned, ...]]:
+    """The plan with its kernels' schedules measured, and the measurements; as it is where the
+    options do not ask for it, or nothing can be measured: without a GPU, or inside a CUDA graph.
+    """
+    device = torch.device(plan.device)
+    if options.mode != "max-autotune" or options.engine != "auto" or device.type != "cuda":
+        return plan, ()
+    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return plan, ()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from iocompiler.plan.build import size_hints
+    from iocompiler.runtime.cache import default_cache
+    from iocompiler.runtime.measure import GpuBench
+    from iocompiler.runtime.tune import tune
+
+    hints, row = size_hints(gm), device_row(gm, options)
+    with unset_fake_temporarily():
+        name = torch.cuda.get_device_name(device)
+        return tune(plan, row, hints, GpuBench(device), default_cache(), name)
 
 
 def replayed(

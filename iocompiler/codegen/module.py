@@ -82,6 +82,17 @@ def emit_module(plan: Plan, name: str) -> str:
     return "\n\n".join(cell.strip("\n") + "\n" for cell in cells)
 
 
+def kernel_names(plan: Plan) -> dict[tuple[TileProgram, Schedule], tuple[str, str]]:
+    """Name and first launch signature of each distinct kernel, as `emit_module` writes them."""
+    names = Names(symbols(plan))
+    kernels = _Kernels(names)
+    Body(plan, names, kernels)
+    signatures: dict[str, str] = {}
+    for name, signature in kernels.launchers:
+        signatures.setdefault(name, signature)
+    return {key: (found.name, signatures[found.name]) for key, found in kernels.found.items()}
+
+
 class _Kernels:
     """The distinct kernels of a module and their launchers: one a kernel and signature."""
 

@@ -1,0 +1,182 @@
+"""Kernels compiled and timed one by one: several schedules of each, on a GPU, with cold caches."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from iocompiler.errors import CompileError, LaunchError
+from iocompiler.plan.data import BatchStep, Schedule
+from iocompiler.runtime.batch import BatchLaunch
+from iocompiler.runtime.cache import default_cache, key_of
+from iocompiler.runtime.compile import worker_count
+from iocompiler.runtime.kernels import compiled_images
+from iocompiler.runtime.launch import Image, Launch, Signature, make_launch
+from iocompiler.runtime.stimulus import index_limits, number_for, tensor_for
+from iocompiler.runtime.subject import Subject
+
+_REPEATS = 7
+_MOST_SETS = 24
+# how often the sets of arguments together cover the L2 cache
+_COVER_L2 = 3
+# share of the free memory that arguments may take
+_SHARE_OF_MEMORY = 0.4
+# host time of one launch, from above, and clock rate, from above: the device sleeps that long
+_LAUNCH_S = 2e-5
+_CYCLES_PER_S = 2e9
+
+Call = Callable[[], None]
+
+
+class DoesNotFit(Exception):
+    """The arguments of a kernel do not fit into the memory that is free."""
+
+
+class Bench(Protocol):
+    """What `tune` measures with; a test has its own."""
+
+    def compile(self, wanted: Sequence[tuple[Subject, Schedule]]) -> list[Image | None]:
+        """Compiled kernels in order, None for one that does not compile."""
+
+    def time(self, subject: Subject, built: Sequence[tuple[Schedule, Image]]) -> list[float | None]:
+        """Seconds of each, None for one that cannot be launched."""
+
+
+class GpuBench:
+    """Compiles in the worker processes and times on a CUDA device.
+
+    Every launch reads and writes other memory than the last ones did, so caches are cold; the
+    device sleeps while the host queues the launches, so that host time does not count. Schedules
+    take turns.
+    """
+
+    def __init__(self, device: torch.device):
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", self.index)
+        properties: Any = torch.cuda.get_device_properties(self.index)
+        self._capability = 10 * properties.major + properties.minor
+        self._l2_bytes = int(properties.L2_cache_size)
+
+    def compile(self, wanted: Sequence[tuple[Subject, Schedule]]) -> list[Image | None]:
+        with ThreadPoolExecutor(worker_count()) as threads:
+            return list(threads.map(lambda pair: self._image(*pair), wanted))
+
+    def _image(self, subject: Subject, schedule: Schedule) -> Image | None:
+        job = subject.job(schedule, self._capability)
+        key = key_of("kernel", job.as_json())
+        try:
+            return compiled_images({key: job}, default_cache())[key]
+        except CompileError:
+            return None
+
+    def time(self, subject: Subject, built: Sequence[tuple[Schedule, Image]]) -> list[float | None]:
+        """Medians of several batches of launches.
+
+        Raises:
+            DoesNotFit: there is too little memory for the arguments.
+            UnknownRange: no safe arguments can be made up.
+        """
+        with torch.no_grad(), torch.cuda.device(self.index):
+            sets = self._argument_sets(subject)
+            calls = [self._calls(subject, schedule, image, sets) for schedule, image in built]
+            samples: list[list[float]] = [[] for _ in built]
+            for _ in range(_REPEATS + 1):
+                for found, batch in zip(samples, calls, strict=True):
+                    if batch:
+                        found.append(_batch(batch))
+            del sets, calls
+        # the first round loads code and maps memory
+        return [statistics.median(found[1:]) if found else None for found in samples]
+
+    def _argument_sets(self, subject: Subject) -> list[list[list[torch.Tensor]]]:
+        """For each set, for each member of a batch (a plain kernel is one), its tensors."""
+        members = self._members(subject)
+        one = sum(
+            elements * b.dtype.itemsize
+            for sizes in members
+            for elements, b in zip(sizes, subject.program.buffers, strict=True)
+        )
+        free = torch.cuda.mem_get_info(self.index)[0]
+        most = int(_SHARE_OF_MEMORY * free) // max(one, 1)
+        if most < 1:
+            raise DoesNotFit(f"{one} bytes of arguments, {free} are free")
+        count = min(_MOST_SETS, most, max(2, -(-_COVER_L2 * self._l2_bytes // max(one, 1))))
+        limits = index_limits(subject.program, subject.sizes)
+        return [
+            [
+                [
+                    tensor_for(b, elements, limits.get(b.name), self.device, seed)
+                    for b, elements in zip(subject.program.buffers, sizes, strict=True)
+                ]
+                for sizes in members
+            ]
+            for seed in range(count)
+        ]
+
+    def _members(self, subject: Subject) -> list[list[int]]:
+        if isinstance(subject.step, BatchStep):
+            return [subject.elements(length) for length in subject.lengths]
+        return [subject.elements()]
+
+    def _calls(
+        self,
+        subject: Subject,
+        schedule: Schedule,
+        image: Image,
+        sets: list[list[list[torch.Tensor]]],
+    ) -> list[Call]:
+        """One launch for each set of arguments; none where the driver refuses the kernel."""
+        from iocompiler.runtime.driver import driver
+
+        stream = torch.cuda.current_stream(self.index).cuda_stream
+        try:
+            signature = Signature.parse(subject.signature)
+            launch = make_launch(signature, image, driver(), self.index)
+            return [self._call(subject, schedule, launch, stream, given) for given in sets]
+        except LaunchError:
+            return []
+
+    def _call(
+        self,
+        subject: Subject,
+        schedule: Schedule,
+        launch: Launch,
+        stream: int,
+        given: list[list[torch.Tensor]],
+    ) -> Call:
+        buffers = subject.program.buffers
+        rows = [
+            [
+                number_for(b) if b.role == "scalar" else tensor.data_ptr()
+                for b, tensor in zip(buffers, tensors, strict=True)
+            ]
+            for tensors in given
+        ]
+        if not isinstance(subject.step, BatchStep):
+            return partial(launch, stream, *subject.grid(schedule), *rows[0], *subject.numbers)
+        numbers = "".join(
+            "p" if b.role != "scalar" else "f" if b.dtype.is_floating_point else "i"
+            for b in buffers
+        )
+        batch = BatchLaunch(lambda: launch, schedule.x_block, numbers, self.device)
+        table = [(*row, length) for row, length in zip(rows, subject.lengths, strict=True)]
+        return partial(batch, stream, table)
+
+
+def _batch(calls: Sequence[Call]) -> float:
+    """Seconds of one of the calls, run back to back."""
+    cuda: Any = torch.cuda
+    start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    cuda._sleep(int(_CYCLES_PER_S * _LAUNCH_S * (len(calls) + 5)))
+    start.record()
+    for call in calls:
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / len(calls)
