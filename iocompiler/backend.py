@@ -151,9 +151,9 @@ class _Walk:
     def _differentiate(self, graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
         """AOTAutograd, which hands back functional graphs with nothing but tensors in and out."""
         compiled: Compiled = aot_autograd(
-            fw_compiler=lambda flat, _: self._run_flat(flat, "forward"),
-            bw_compiler=lambda flat, _: self._run_flat(flat, "backward"),
-            inference_compiler=lambda flat, _: self._run_flat(flat, "inference"),
+            fw_compiler=lambda flat, given: self._run_flat(flat, given, "forward"),
+            bw_compiler=lambda flat, given: self._run_flat(flat, given, "backward"),
+            inference_compiler=lambda flat, given: self._run_flat(flat, given, "inference"),
             decompositions=table(),
             partition_fn=partition,
             # overwritten inputs are written by our kernels, not by a copy after each call
@@ -161,13 +161,15 @@ class _Walk:
         )(graph, inputs)
         return compiled
 
-    def _run_flat(self, flat: GraphModule, name: str) -> Boxed:
+    def _run_flat(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
         if self.options.engine == "aten":
             return engines.aten(flat)
-        return self._try(name, lambda: self._plan(flat, name)) or engines.aten(flat)
+        return self._try(name, lambda: self._plan(flat, inputs, name)) or engines.aten(flat)
 
-    def _plan(self, flat: GraphModule, name: str) -> Boxed:
-        from iocompiler.plan.build import build_plan  # a CPU graph never needs the planner
+    def _plan(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
+        # a CPU graph never needs the planner
+        from iocompiler.plan.build import build_plan
+        from iocompiler.plan.padding import report_strides, settle_strides
 
         self.pipeline.stage("flat").run(flat, start=name)
         self.compilation.flat[name] = flat
@@ -175,6 +177,7 @@ class _Walk:
         for node in view.calls(flat):
             if isinstance(node.target, HigherOrderOperator):
                 raise CannotPlan(operator=node.target.__name__, where=view.where(node))
+        settle_strides(flat, name, inputs)
         plan = build_plan(flat, engines.device_row(flat, self.options), name)
         plan, measured = engines.tuned(plan, flat, self.options)
         if measured:
@@ -185,6 +188,7 @@ class _Walk:
             dump_text(self.folder / f"{name}.txt", show(flat, _bytes_moved))
             if engines.source(run):
                 dump_text(self.folder / "kernels" / f"{name}.py", engines.source(run))
+        report_strides(flat)
         return self._recorded(run, plan, flat, name)
 
     def _recorded(self, run: Boxed, plan: Plan, flat: GraphModule, name: str) -> Boxed:

@@ -1,0 +1,192 @@
+"""Row strides the matrix units like: a matmul's operands and result with an odd row length get padded rows.
+
+cuBLAS has fast kernels only where rows start at multiples of 16 bytes; a vocabulary of 50257 columns in bfloat16 falls onto
+kernels four to seven times slower. The remedy costs nothing: the intermediate is stored with a longer row stride, the
+padding is never read or written. Only what leaves the graph must lie as the user's program has it: that is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._guards import TracingContext
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph.rewrite import call
+from iocompiler.plan.rules import has_rule
+from iocompiler.plan.views import is_view, storage_owner
+from iocompiler.tile.index import Size
+
+aten = torch.ops.aten
+
+CONTRACTIONS = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+)
+
+# Rows start at multiples of this many bytes: a memory line.
+_LINE = 128
+_ALIGNED = 16
+# Below this many elements a slow matmul is not worth a second layout.
+_SMALL = 1 << 22
+
+# where matmuls care
+PADDED_DEVICES: tuple[str, ...] = ("cuda",)
+
+# the strides a node had before
+_EXACT = "iocompiler_exact_stride"
+
+Strides = tuple[Size, ...]
+
+
+def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any]) -> None:
+    """Fix the strides of everything in the flat graph ``name`` before it is planned; ``inputs`` are its fake inputs."""
+    adopt_strides(gm, inputs)
+    pad_rows(gm, exact_outputs(name))
+
+
+def pad_rows(gm: GraphModule, exact_outputs: int | None) -> int:
+    """Give unaligned matmul operands and results padded rows; returns how many tensors.
+
+    ``exact_outputs`` is how many of the graph's first outputs must keep their strides; None: all of them.
+    """
+    padded = 0
+    for node in list(gm.graph.nodes):
+        if _wants_padding(node) and _restride(node, _padded(node.meta["val"])):
+            padded += 1
+    if padded:
+        _copy_exact_outputs(gm, exact_outputs)
+    return padded
+
+
+def adopt_strides(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    """Take over the strides the inputs really have: a forward graph may have saved tensors with padded rows."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=False):
+        have = node.meta.get("val")
+        if isinstance(have, torch.Tensor) and isinstance(value, torch.Tensor) and have.stride() != value.stride():
+            _restride(node, tuple(value.stride()))
+
+
+def report_strides(gm: GraphModule) -> None:
+    """Tell AOTAutograd the strides of the outputs, so that the backward graph is compiled for them."""
+    context = TracingContext.try_get()
+    if context is None or context.output_strides is None:
+        return
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    for arg in output.args[0]:
+        value = arg.meta.get("val") if isinstance(arg, Node) else None
+        context.output_strides.append(tuple(value.stride()) if isinstance(value, torch.Tensor) else None)
+
+
+def exact_outputs(name: str) -> int | None:
+    """How many outputs of the graph ``name`` the user's program sees; the rest are saved for the backward."""
+    context = TracingContext.try_get()
+    if name != "forward" or context is None:
+        return None
+    return getattr(context.fw_metadata, "num_forward", None)
+
+
+# --- which
+
+
+def _wants_padding(node: Node) -> bool:
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or is_view(node):
+        return False
+    if value.device.type not in PADDED_DEVICES or value.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if not _unaligned(value):
+        return False
+    if node.target in CONTRACTIONS:
+        return True
+    return has_rule(node) and any(user.target in CONTRACTIONS for user in _readers(node))
+
+
+def _unaligned(value: torch.Tensor) -> bool:
+    """Whether rows are contiguous, of a length that is known and not a multiple of 16 bytes, and many."""
+    if value.dim() < 2 or not isinstance(value.shape[-1], int):
+        return False
+    width = value.shape[-1]
+    return (
+        value.stride(-1) == 1
+        and isinstance(value.stride(-2), int)
+        and value.stride(-2) == width
+        and width * value.element_size() % _ALIGNED != 0
+        and bool(value.numel() >= _SMALL)
+        and value.is_contiguous()
+    )
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        if is_view(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _padded(value: torch.Tensor) -> Strides:
+    elements = _LINE // value.element_size()
+    row = -(-value.shape[-1] // elements) * elements
+    strides: list[Size] = [1, row]
+    for size in reversed(value.shape[1:-1]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+# --- how
+
+
+def _restride(node: Node, strides: Strides) -> bool:
+    """Give a node other strides, and the views of it theirs; all or nothing."""
+    old: dict[Node, Any] = {node: node.meta["val"]}
+    value = node.meta["val"]
+    with value.fake_mode:
+        node.meta["val"] = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+        try:
+            _refresh_views(node, old)
+        except (RuntimeError, ValueError):
+            for changed, before in old.items():
+                changed.meta["val"] = before
+            return False
+    for changed, before in old.items():
+        changed.meta.setdefault(_EXACT, tuple(before.stride()))
+    return True
+
+
+def _refresh_views(node: Node, old: dict[Node, Any]) -> None:
+    for user in node.users:
+        if not is_view(user):
+            continue
+        old[user] = user.meta["val"]
+        args = [_value(a) for a in user.args]
+        user.meta["val"] = user.target(*args, **user.kwargs)  # type: ignore[operator]
+        _refresh_views(user, old)
+
+
+def _value(arg: Any) -> Any:
+    if isinstance(arg, Node):
+        return arg.meta["val"]
+    if isinstance(arg, (list, tuple)):
+        return [_value(a) for a in arg]
+    return arg
+
+
+def _copy_exact_outputs(gm: GraphModule, exact: int | None) -> None:
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    outputs = list(output.args[0])
+    count = len(outputs) if exact is None else exact
+    for place, arg in enumerate(outputs[:count]):
+        if not isinstance(arg, Node) or not isinstance(arg.meta.get("val"), torch.Tensor):
+            continue
+        if _EXACT in arg.meta and storage_owner(arg).op == "call_function":
+            copy = call(gm, aten.clone.default, (arg,), {}, near=output)
+            value = arg.meta["val"]
+            with value.fake_mode:
+                copy.meta["val"] = torch.empty_strided(
+                    value.shape, arg.meta[_EXACT], dtype=value.dtype, device=value.device
+                )
+            outputs[place] = copy
+    output.args = (tuple(outputs),)
