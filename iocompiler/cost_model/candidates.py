@@ -42,14 +42,15 @@ def candidates(
     device: Device,
     hints: Mapping[str, int] | None = None,
     most: int = MOST,
+    first: Schedule | None = None,
 ) -> list[Schedule]:
-    """At most ``most`` schedules, the chosen one first.
+    """At most ``most`` schedules, the chosen one first: ``first``, or what `choose` says.
 
     All are legal for every value of symbolic sizes. A "rows" schedule keeps its number of programs,
     which the size of the program's partial buffers fixes.
     """
     hints = hints or {}
-    first = choose(program, device, hints)
+    first = first or choose(program, device, hints)
     space = _Space(merge_axes(program), device, hints)
     limit = _SLOWER * space.seconds(first)
     others = {s for s in space.neighbours(first) if space.fits(s)} - {first}
@@ -145,7 +146,8 @@ class _Space:
         programs = self._programs(schedule)
         slots = min(programs, blocks * device.sm_count)
         flying = slots * _tile(schedule) * self._point_bytes
-        share = min(1.0, flying / (_LATENCY_S * device.memory_rate))
+        everything = points(self.program.axes, self.hints) * self._point_bytes
+        share = min(1.0, flying / min(_LATENCY_S * device.memory_rate, max(everything, 1)))
         waves = programs / slots
         tail = math.ceil(waves) / waves
         return (

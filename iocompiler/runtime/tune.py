@@ -159,7 +159,7 @@ def _measured(
     clock: Callable[[], float],
 ) -> Iterator[Tuned]:
     start = clock()
-    found = {s.name: candidates(s.program, device, s.sizes) for s in subjects}
+    found = {s.name: candidates(s.program, device, s.sizes, first=s.chosen) for s in subjects}
     built: dict[str, _Built] = {s.name: {} for s in subjects}
     _compile([(s, s.chosen) for s in subjects], bench, built)
     allowed = max(_LEAST_S, _PATIENCE * (clock() - start))
