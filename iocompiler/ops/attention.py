@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import attention_kernels as kernels
-from iocompiler.ops.attention_choice import choose
+from iocompiler.ops.attention_choice import MEMORY, choose
 
 _SETTING = "float scale, bool causal, float dropout_p, str kernel, str layout"
 _LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -220,16 +220,17 @@ def _fake_state(query: Tensor, dropout_p: float, kernel: str) -> tuple[Tensor, T
 
 
 def _empty(like: Tensor, shape: Any, order: str) -> Tensor:
-    batch, heads, rows, width = shape
-    if order == "h":
-        return like.new_empty((batch, heads, rows, width))
-    return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    dims = MEMORY[order]
+    return like.new_empty([shape[d] for d in dims]).permute(_inverse(dims))
 
 
 def _arranged(x: Tensor, shape: Any, order: str) -> Tensor:
     """``x`` in the promised memory order, copied only where it lies otherwise."""
     if x.shape != shape:
         x = x.reshape(shape)
-    if order == "h":
-        return x.contiguous()
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    dims = MEMORY[order]
+    return x.permute(dims).contiguous().permute(_inverse(dims))
+
+
+def _inverse(dims: tuple[int, ...]) -> list[int]:
+    return [dims.index(d) for d in range(len(dims))]

@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 KERNELS = ("cudnn", "flash", "efficient", "cpu", "blockwise")
+MEMORY = {"h": (0, 1, 2, 3), "s": (0, 2, 1, 3), "t": (2, 0, 1, 3)}
+"""Memory orders of a [B, H, S, D] tensor, outermost dim first: heads apart, [B, S, H, D] of a split
+projection, [S, B, H, D] of one whose batch does not come first."""
 _HALF = (torch.float16, torch.bfloat16)
 _NO_GPU = (9, 0)  # what is compiled for where no GPU is present
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel``, one of `KERNELS`; ``layout``: for query, key, value and output in turn, "s" where
-    the memory order
-    is [B, S, H, D] (a transposed view), "h" where it is [B, H, S, D]."""
+    """``kernel``, one of `KERNELS`; ``layout``: a letter of `MEMORY` for query, key, value and
+    output in turn."""
 
     kernel: str
     layout: str
@@ -86,7 +88,10 @@ def _cudnn_takes(q: Tensor, k: Tensor, dropout_p: float) -> bool:
 
 
 def _order(x: Tensor) -> str:
-    return "h" if _true(x.stride(2) < x.stride(1)) and not _true(x.shape[1] == 1) else "s"
+    if _true(x.stride(2) < x.stride(1)) and not _true(x.shape[1] == 1):
+        return "h"
+    outermost = _true(x.stride(0) < x.stride(2)) and not _true(x.shape[0] == 1)
+    return "t" if outermost else "s"
 
 
 def _equal(a: int, b: int) -> bool:

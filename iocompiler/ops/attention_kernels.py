@@ -54,6 +54,9 @@ def cudnn_backward(
 ) -> Backward:
     out, lse, seed, offset = _saved(saved)
     grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
+    # the graph cuDNN keeps from call to call is found by the strides of q, k and v alone: an output
+    # laid out otherwise than by its own forward would be read with the strides of another call
+    out = _laid_out_like(out, q)
     state = (seed, offset, _spread_bias(q, k, bias), None, None, q.shape[2], k.shape[2])
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, out, lse.unsqueeze(-1), *state, s.dropout_p, s.causal, scale=s.scale
@@ -134,7 +137,10 @@ def efficient_backward(
     dq, dk, dv = (x[..., :width] for x, width in zip((dq, dk, dv), widths, strict=True))
     if groups != dk.shape[1]:
         dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
-    return dq, dk, dv, _sum_bias(db, bias) if wants[3] else None
+    if not wants[3]:
+        return dq, dk, dv, None
+    # blocks above the diagonal are skipped, their part of the gradient is never written
+    return dq, dk, dv, _sum_bias(db.tril() if s.causal else db, bias)
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
@@ -228,6 +234,14 @@ BACKWARD: dict[str, Callable[..., Backward]] = {
 def _rows(x: Tensor) -> Tensor:
     """With the head dim contiguous, as every kernel wants it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _laid_out_like(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the memory order in which a kernel allocates a result of ``like``'s shape."""
+    wanted = torch.empty_like(like, device="meta").stride()
+    if all(n <= 1 or a == b for n, a, b in zip(x.shape, x.stride(), wanted, strict=True)):
+        return x
+    return torch.empty_strided(x.shape, wanted, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _pad_head(x: Tensor) -> Tensor:

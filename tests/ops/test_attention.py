@@ -5,6 +5,8 @@ scores.
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iocompiler.ops import attention_blockwise as blockwise
+from iocompiler.ops import attention_kernels as kernels
 from iocompiler.ops.attention import BACKWARD, FORWARD, attention
 from iocompiler.ops.attention_choice import KERNELS, choose
 from tests.ops.attention_reference import accuracy, inputs, reference
@@ -34,7 +37,7 @@ def test_value_width_of_its_own() -> None:
     torch.testing.assert_close(attention(q, k, v), reference(q, k, v, None, 8**-0.5, False))
 
 
-@pytest.mark.parametrize("layout", ["ssss", "hhhh", "shsh"])
+@pytest.mark.parametrize("layout", ["ssss", "hhhh", "shst", "ttht"])
 @pytest.mark.parametrize(("kernel", "dropout_p"), [("cpu", 0.0), ("blockwise", 0.2)])
 def test_promised_strides_are_kept(kernel: str, dropout_p: float, layout: str) -> None:
     q, k, v, bias = (x.float() for x in inputs(7, 9, 2, (1, 4)))  # type: ignore[union-attr]
@@ -65,6 +68,50 @@ def test_what_is_promised_has_the_layout_asked_for(kernel: str) -> None:
     assert out.transpose(1, 2).is_contiguous()
     assert all(x.transpose(1, 2).is_contiguous() for x in (dq, dk, dv))
     assert lse.shape == (2, 4, 64 if kernel == "efficient" else 33)
+
+
+def test_memory_with_the_batch_inside_is_kept() -> None:
+    """As `nn.MultiheadAttention` splits its packed projection."""
+    with FakeTensorMode():
+        q = torch.empty(33, 2, 4, 64, dtype=torch.bfloat16, device="cuda").permute(1, 2, 0, 3)
+        choice = choose(q, q, q, None, causal=False, dropout_p=0.0)
+        out = FORWARD(q, q, q, None, 0.125, False, 0.0, choice.kernel, choice.layout)[0]
+    assert choice.layout == "tttt"
+    assert out.stride() == q.stride()
+
+
+def test_cudnn_gets_its_output_back_as_it_lays_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
+        seen.append(out)
+        return grad, k, v
+
+    library = SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=backward)
+    monkeypatch.setattr(kernels, "aten", library)
+    packed = torch.randn(2, 5, 3, 4, 8).select(2, 0).transpose(1, 2)
+    out = torch.randn(2, 4, 5, 8)
+    saved = (out, torch.zeros(2, 4, 5), torch.empty(0), torch.empty(0))
+    setting = kernels.Setting(1.0, False, 0.0)
+    kernels.cudnn_backward(out, packed, packed, packed, None, saved, setting, False)
+    assert seen[0].stride() == torch.empty_like(packed).stride() != out.stride()
+    assert torch.equal(seen[0], out)
+
+
+def test_blocks_skipped_by_the_causal_kernel_are_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
+        above = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        return grad, k, v, torch.ones(2, 4, 5, 5).masked_fill(above, float("nan"))
+
+    library = SimpleNamespace(_scaled_dot_product_efficient_attention_backward=backward)
+    monkeypatch.setattr(kernels, "aten", library)
+    q, bias = torch.randn(2, 4, 5, 8), torch.randn(1, 4, 5, 5)
+    saved = (q, torch.zeros(2, 4, 32), torch.empty(0), torch.empty(0))
+    setting = kernels.Setting(1.0, True, 0.0)
+    *_, found = kernels.efficient_backward(q, q, q, q, bias, saved, setting, True)
+    assert torch.equal(found, 2 * torch.ones(1, 4, 5, 5).tril())
 
 
 def test_the_operator_is_well_formed() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iocompiler.ops.attention import BACKWARD, FORWARD, attention
-from tests.ops.attention_reference import accuracy, inputs
+from tests.ops.attention_reference import accuracy, inputs, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +74,50 @@ def test_wide_heads(kernel: str) -> None:
 def test_bias_and_its_gradient(dtype: torch.dtype, bias: tuple[int, int], length: int) -> None:
     _check("efficient", dtype, length, length, bias=bias)
     _check("efficient", dtype, length, length, bias=bias, causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [135, 300])
+def test_bias_gradient_where_causal_blocks_are_skipped(dtype: torch.dtype, length: int) -> None:
+    """What the library's kernel never writes must not be read: its memory held NaN before."""
+    for size in (1 << 20, 1 << 21, 1 << 22, 1 << 23):
+        torch.full((size,), float("nan"), device="cuda")
+    _check("efficient", dtype, length, length, bias=(1, 4), causal=True)
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("memory", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+@pytest.mark.parametrize("length", [128, 135])
+def test_cudnn_backward_beside_eagers(
+    ours_first: bool, memory: tuple[int, ...], length: int
+) -> None:
+    """Both build the graph cuDNN keeps for these strides, and both are right on the other's."""
+    shape, width = (3, 4, length + ours_first, 64), 64  # sizes of no other test
+    back = [memory.index(d) for d in range(4)]
+    q, k, v, grad = (
+        torch.randn([shape[d] for d in memory], device="cuda").permute(back).bfloat16()
+        for _ in range(4)
+    )
+    grad = grad.contiguous()
+
+    def eager(*inputs: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*inputs)
+
+    def gradients(f: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(f(*leaves), leaves, grad.to(dtype))
+
+    runs = {
+        "eager": eager,
+        "ours": lambda *x: attention(*x, kernel="cudnn"),
+        "chosen": lambda *x: attention(*x),
+    }
+    exact = gradients(lambda *x: reference(*x, None, width**-0.5, False), torch.float64)
+    for name in sorted(runs, reverse=ours_first):
+        for place, one, true in zip("qkv", gradients(runs[name], q.dtype), exact, strict=True):
+            error = (one.double() - true).norm() / true.norm()
+            assert error < 0.01, f"{name}: gradient of {place} errs by {error.item():.3g}"
 
 
 @pytest.mark.parametrize("length", [128, 130])
