@@ -17,6 +17,10 @@ from iocompiler.tile.program import TileProgram
 
 LONGEST_PERSISTENT_ROW = 16384
 _DEFAULT_HINT = 1024
+# A reduction this low is done at once by a program of few columns.
+_LOW_REDUCTION = 1024
+# A row from which weights read anew for every row weigh as much as the row.
+_LONG_ROW = 8192
 
 
 def choose(program: TileProgram, device: Device, hints: Mapping[str, int] | None = None) -> Schedule:
@@ -28,8 +32,10 @@ def choose(program: TileProgram, device: Device, hints: Mapping[str, int] | None
     if not program.reduced:
         return _pointwise(merged, device, hints)
     if any(op.kind == "scan" for op in program.ops):
-        return _row_reduction(merged, hints)
-    return _row_reduction(merged, hints) if rows_contiguous(merged) else _column_reduction(merged, device, hints)
+        return _row_reduction(merged, device, hints)
+    if rows_contiguous(merged):
+        return _row_reduction(merged, device, hints)
+    return _column_reduction(merged, device, hints)
 
 
 def at_hint(size: Size, hints: Mapping[str, int]) -> int:
@@ -72,25 +78,55 @@ def _pointwise(program: TileProgram, device: Device, hints: Mapping[str, int]) -
 # --- rows
 
 
-def _row_reduction(program: TileProgram, hints: Mapping[str, int]) -> Schedule:
+def _row_reduction(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
     width = product([a.size for a in program.reduced])
     rows = points(program.parallel, hints)
     if isinstance(width, int) and width <= LONGEST_PERSISTENT_ROW:
         block = power_of_two(width)
         x = max(1, min(2048 // block, power_of_two(rows), 64))
-        return Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, 16))
+        schedule = Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, 16))
+        if x == 1 and _rereads_much(program) and rows > 4 * device.sm_count:
+            return replace(schedule, kind="rows", programs=2 * device.sm_count)
+        return schedule
     block = min(4096, max(64, power_of_two(at_hint(width, hints))))
     x = max(1, min(2048 // block, power_of_two(rows)))
     return Schedule("looped", x_block=x, r_block=block, num_warps=_warps(x * block, 8))
 
 
+def _rereads_much(program: TileProgram) -> bool:
+    """Whether long rows need so much that is the same for every row (weights) that L2 would be the limit.
+
+    A program that walks many rows keeps it in registers instead.
+    """
+    reduced = {a.name for a in program.reduced}
+    if product([a.size for a in program.reduced]) < _LONG_ROW:  # type: ignore[operator]
+        return False
+    same = own = 0
+    for position, op in enumerate(program.ops):
+        if op.kind in ("load", "store") and op.index is not None and reduced & set(op.index.names):
+            if program.varies[position] <= reduced and op.kind == "load":
+                same += op.dtype.itemsize
+            else:
+                own += op.dtype.itemsize
+    return same * 2 >= own and same > 0
+
+
 # --- columns
 
 
-def _column_reduction(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
+def _column_reduction(
+    program: TileProgram, device: Device, hints: Mapping[str, int], widest: bool = False
+) -> Schedule:
+    """Columns side by side: as many a program as fill memory lines; fewer where a low reduction has few programs.
+
+    (A high one is split instead: ``widest`` is what `split_factor` starts from.)
+    """
     width = points(program.parallel, hints)
     height = product([a.size for a in program.reduced])
     x = min(128, power_of_two(width))
+    low = at_hint(height, hints) <= _LOW_REDUCTION and not widest
+    while low and x > 8 and -(-width // x) < device.sm_count:
+        x //= 2
     r = max(1, min(4096 // x, power_of_two(at_hint(height, hints))))
     schedule = Schedule("looped", x_block=x, r_block=r, num_warps=_warps(x * r, 16))
     if isinstance(height, int) and power_of_two(height) <= r:
@@ -120,7 +156,10 @@ def split_factor(program: TileProgram, device: Device, hints: Mapping[str, int] 
     merged = merge_axes(program)
     if not merged.reduced:
         return 1
-    schedule = choose(program, device, hints)
+    by_column = not rows_contiguous(merged) and not any(op.kind == "scan" for op in merged.ops)
+    schedule = (
+        _column_reduction(merged, device, hints, widest=True) if by_column else choose(program, device, hints)
+    )
     programs = -(-points(merged.parallel, hints) // schedule.x_block)
     depth = points(merged.reduced, hints)
     wanted = 4 * device.sm_count

