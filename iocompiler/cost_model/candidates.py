@@ -16,8 +16,8 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.schedule import choose, points, power_of_two
 from iocompiler.plan.data import Schedule
-from iocompiler.tile.index import product
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
+from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
 
 MOST = 8

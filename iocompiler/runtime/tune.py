@@ -89,7 +89,7 @@ def tune(
         hints: an example value for every size symbol.
         machine: the name of the GPU, for the cache.
     """
-    subjects = _subjects(plan, device, hints)
+    subjects = subjects_of(plan, device, hints, SHORTEST_S)
     keys = {s.name: _cache_key(s, device, machine) for s in subjects}
     known: dict[str, Tuned | None] = {s.name: _remembered(cache, keys[s.name], s) for s in subjects}
     missing = [s for s in subjects if known[s.name] is None]
@@ -117,8 +117,12 @@ def _rescheduled(plan: Plan, chosen: Mapping[_Key, Schedule]) -> Plan:
 # --- what is measured
 
 
-def _subjects(plan: Plan, device: Device, hints: Mapping[str, int]) -> list[Subject]:
-    """The distinct kernels that take long enough, the one with most time in the plan first."""
+def subjects_of(
+    plan: Plan, device: Device, hints: Mapping[str, int], shortest: float = SHORTEST_S
+) -> list[Subject]:
+    """The distinct kernels modeled to take ``shortest`` seconds or more, the one with most time in
+    the plan first.
+    """
     steps = [step for step in plan.steps if isinstance(step, (KernelStep, BatchStep))]
     first: dict[_Key, KernelStep | BatchStep] = {}
     weight: dict[_Key, float] = {}
@@ -126,7 +130,7 @@ def _subjects(plan: Plan, device: Device, hints: Mapping[str, int]) -> list[Subj
         key = (step.program, step.schedule)
         sizes = _sizes(step, hints)
         seconds = kernel_seconds(step.program, device, sizes)
-        if seconds >= SHORTEST_S and has_safe_arguments(step.program, sizes):
+        if seconds >= shortest and has_safe_arguments(step.program, sizes):
             first.setdefault(key, step)
             weight[key] = weight.get(key, 0.0) + seconds
     if not first:

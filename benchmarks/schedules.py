@@ -1,0 +1,235 @@
+"""Every candidate schedule of the memory-bound kernels, timed: is the model's choice the best?
+
+One line a kernel: its program kind, the model's choice with its time and rate, the fastest
+candidate with its own, and how many times longer the choice takes. Rates are of the bytes the cost
+model counts. Kernels are compiled in parallel while the next ones are planned; without a GPU they
+are planned only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import timing
+from benchmarks.harness import first_line, wanted
+from benchmarks.kernel_zoo import KERNELS, Kernel
+from benchmarks.kernels import ROWS, WIDTHS
+from benchmarks.table import environment, geometric_mean
+from iocompiler.backend import Compiler
+from iocompiler.compilation import Compilation
+from iocompiler.cost_model.candidates import candidates
+from iocompiler.cost_model.device import DEVICES, Device, current_device
+from iocompiler.pipeline import DEFAULT, Pipeline
+from iocompiler.plan.data import Plan, Schedule
+from iocompiler.report.fakes import Retarget
+from iocompiler.runtime.launch import Image
+from iocompiler.runtime.measure import Bench, GpuBench
+from iocompiler.runtime.subject import Subject
+from iocompiler.runtime.tune import subjects_of
+from iocompiler.tile.traffic import traffic
+
+_KINDS = {"pointwise": "point", "persistent": "whole", "looped": "loop", "rows": "rows"}
+
+
+def main() -> None:
+    args = arguments()
+    started = time.perf_counter()
+    gpu = timing.on_gpu()
+    device = current_device(torch.device("cuda")) if gpu else DEVICES["h200"]
+    bench = GpuBench(torch.device("cuda")) if gpu else None
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(1) as compiler:
+        work = list(_planned(args, device, bench, compiler, started))
+        print(f"planned {len(work)} kernels in {time.perf_counter() - started:.0f} s", flush=True)
+        for kernel in work:
+            if time.perf_counter() - started > args.limit:
+                kernel.built and kernel.built.cancel()
+                continue
+            rows.append(_row(kernel, bench))
+            print(_line(rows[-1]), flush=True)
+    _summary(args, rows, len(work), started)
+
+
+def arguments() -> argparse.Namespace:
+    found = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = found.add_argument
+    add("--only", default="", help="comma-separated: kernels whose name contains one of these")
+    add("--widths", default=",".join(map(str, WIDTHS)), help=f"default {WIDTHS}")
+    add("--rows", type=int, default=ROWS, help=f"default {ROWS}")
+    add("--most", type=int, default=12, help="candidates of a kernel at most (default 12)")
+    add("--limit", type=float, default=220.0, help="seconds after which the rest is skipped")
+    add("--json", metavar="PATH", help="write every candidate's time there")
+    return found.parse_args()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One kernel of a zoo function's plan, being compiled."""
+
+    name: str
+    width: int
+    subject: Subject
+    schedules: list[Schedule]
+    built: Future[list[Image | None]] | None
+
+
+def _planned(
+    args: argparse.Namespace,
+    device: Device,
+    bench: Bench | None,
+    compiler: ThreadPoolExecutor,
+    started: float,
+) -> Iterator[_Work]:
+    # wide kernels last: they take longest to compile, and the limit then costs whole widths
+    for width in map(int, args.widths.split(",")):
+        for zoo in KERNELS:
+            if not wanted(zoo.name, args.only) or time.perf_counter() - started > args.limit:
+                continue
+            for subject in _subjects(zoo, args.rows, width, device):
+                chosen = subject.chosen
+                found = candidates(
+                    subject.program, device, subject.sizes, most=args.most, first=chosen
+                )
+                pairs = [(subject, schedule) for schedule in found]
+                built = compiler.submit(bench.compile, pairs) if bench is not None else None
+                yield _Work(zoo.name, width, subject, found, built)
+
+
+def _subjects(zoo: Kernel, rows: int, width: int, device: Device) -> list[Subject]:
+    try:
+        plan = plan_of(zoo, rows, width)
+    except Exception as error:
+        print(f"note: {zoo.name} {width}: {type(error).__name__}: {first_line(error)}")
+        return []
+    return subjects_of(plan, device, {}, shortest=0.0)
+
+
+def plan_of(zoo: Kernel, rows: int, width: int) -> Plan:
+    """Our plan of a zoo function (of its backward, where that is what is timed) in bfloat16, made
+    on fake tensors.
+    """
+    records: list[Compilation] = []
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    torch._dynamo.reset()
+    # fakes of the CPU, retargeted: those of CUDA need a torch built with it
+    stages = (*DEFAULT.stage("graph"), Retarget(), *DEFAULT.stage("flat"))
+    settings: dict[str, Any] = {"engine": _on_fakes, "strict": True}
+    backend = Compiler(Pipeline(*stages), on_compiled=records.append, **settings)
+    with mode, warnings.catch_warnings(), torch.set_grad_enabled(zoo.backward):
+        warnings.simplefilter("ignore")
+        given = {
+            name: torch.empty(shape, dtype=torch.bfloat16, device="cpu").requires_grad_(
+                zoo.backward and name not in zoo.fixed
+            )
+            for name, shape in zoo.shapes(rows, width).items()
+        }
+        result = torch.compile(zoo.function, backend=backend, dynamic=False)(**given)
+        if zoo.backward:
+            result.backward(torch.empty_like(result))
+    plans = records[0].plans
+    return plans["backward"] if zoo.backward else plans[next(iter(plans))]
+
+
+def _on_fakes(plan: Plan, gm: torch.fx.GraphModule) -> Any:
+    return lambda args: torch.fx.Interpreter(gm).boxed_run(args)
+
+
+def _row(work: _Work, bench: Bench | None) -> dict[str, Any]:
+    subject = work.subject
+    moved = traffic(subject.program)
+    row: dict[str, Any] = {
+        "name": work.name,
+        "width": work.width,
+        "kernel": subject.name,
+        "bytes": int(moved.read_bytes) + int(moved.written_bytes),
+        "model": asdict(subject.chosen),
+        "candidates": [asdict(s) for s in work.schedules],
+    }
+    if bench is None or work.built is None:
+        return row
+    try:
+        _measure(row, work, bench, work.built.result())
+    except Exception as error:  # whatever a kernel raises is its result
+        row["note"] = f"{type(error).__name__}: {first_line(error)}"
+    return row
+
+
+def _measure(
+    row: dict[str, Any], work: _Work, bench: Bench, images: Sequence[Image | None]
+) -> None:
+    built = [(s, i) for s, i in zip(work.schedules, images, strict=True) if i is not None]
+    times = bench.time(work.subject, built)
+    row["candidates"] = [
+        {
+            "schedule": asdict(schedule),
+            "us": seconds * 1e6,
+            "registers": image.metadata["registers"],
+            "spills": image.metadata["spills"],
+        }
+        for (schedule, image), seconds in zip(built, times, strict=True)
+        if seconds is not None
+    ]
+    row["failed"] = len(images) - len(row["candidates"])
+    clean = [c for c in row["candidates"] if c["spills"] <= 0]
+    chosen = next(c for c in row["candidates"] if c["schedule"] == row["model"])
+    best = min(clean or row["candidates"], key=lambda c: c["us"])
+    row["model us"], row["best us"], row["best"] = chosen["us"], best["us"], best["schedule"]
+    row["ratio"] = chosen["us"] / best["us"]
+    row["model GB/s"] = row["bytes"] / chosen["us"] / 1e3
+    row["best GB/s"] = row["bytes"] / best["us"] / 1e3
+    row["model spills"] = chosen["spills"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    place = f"{row['name'][:21]:21} {row['width']:>5} {row['kernel'][-14:]:14}"
+    model = f"{_KINDS[row['model']['kind']]:5} {_shown(row['model']):16}"
+    if "best us" not in row:
+        count = len(row["candidates"])
+        return f"{place} {model} {row.get('note', f'{count} candidates')}"
+    spills = f" spills {row['model spills']}" if row["model spills"] > 0 else ""
+    best = f"{_KINDS[row['best']['kind']]:5} {_shown(row['best']):16}"
+    return (
+        f"{place} {model}{row['model us']:7.1f} {row['model GB/s']:5.0f}  "
+        f"{best}{row['best us']:7.1f} {row['best GB/s']:5.0f} {row['ratio']:5.2f}{spills}"
+    )
+
+
+def _shown(schedule: dict[str, Any]) -> str:
+    """ "x2 r1024 w4"."""
+    parts = {"x": schedule["x_block"], "y": schedule["y_block"], "r": schedule["r_block"]}
+    blocks = [f"{name}{size}" for name, size in parts.items() if size > 1 or name == "x"]
+    return " ".join([*blocks, f"w{schedule['num_warps']}"])
+
+
+def _summary(
+    args: argparse.Namespace, rows: list[dict[str, Any]], planned: int, started: float
+) -> None:
+    ratios = [row["ratio"] for row in rows if "ratio" in row]
+    mean = geometric_mean(ratios)
+    facts = {
+        "kernels": f"{len(ratios)} of {planned}",
+        "geometric mean of choice / best": None if mean is None else round(mean, 3),
+        "choices within 3 % of the best": sum(ratio <= 1.03 for ratio in ratios),
+        "seconds": round(time.perf_counter() - started),
+    }
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        found = {"title": "schedules", "facts": environment() | facts, "rows": rows}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
