@@ -28,6 +28,8 @@ from iocompiler.ops.partition import partition
 from iocompiler.options import Options
 from iocompiler.pipeline import DEFAULT, Observer, Pipeline
 from iocompiler.plan.data import Plan
+from iocompiler.runtime.graph_cache import Slot, slot
+from iocompiler.runtime.kernels import warm_workers
 
 Compiled = Callable[..., Any]
 Result = TypeVar("Result")
@@ -118,13 +120,27 @@ class _Walk:
     folder: Path | None
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        place = self._place(gm, inputs)
+        return place.look() or self._compile(gm, inputs, place)
+
+    def _place(self, gm: GraphModule, inputs: Sequence[Any]) -> Slot:
+        """Where the disk cache has this graph, or would have it."""
+        load_text = engines.text_loader(self.options)
+        if self.options.engine == "auto" and not engines.on_cuda(gm, inputs):
+            load_text = None  # Inductor has a cache of its own
+        return slot(gm, inputs, self.options, self.pipeline, self.compilation, load_text)
+
+    def _compile(self, gm: GraphModule, inputs: Sequence[Any], place: Slot) -> Compiled:
+        if self.options.engine == "auto" and engines.on_cuda(gm, inputs):
+            warm_workers()  # they start while the graph is traced
         graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten") or gm
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us
             chosen = graph if self.compilation.changed else gm
             run = self._try("graph", lambda: engines.inductor(chosen, inputs))
         else:
-            run = self._try("graph", lambda: self._differentiate(graph, inputs))
+            place.lifted(graph)
+            run = self._try("graph", lambda: self._differentiate(graph, inputs, place))
         return run or gm.forward
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
@@ -148,12 +164,12 @@ class _Walk:
         self.compilation.changed += self.pipeline.stage("graph").run(graph, observers)
         self.compilation.add(findings(graph))
 
-    def _differentiate(self, graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def _differentiate(self, graph: GraphModule, inputs: Sequence[Any], place: Slot) -> Compiled:
         """AOTAutograd, which hands back functional graphs with nothing but tensors in and out."""
         compiled: Compiled = aot_autograd(
-            fw_compiler=lambda flat, given: self._run_flat(flat, given, "forward"),
-            bw_compiler=lambda flat, given: self._run_flat(flat, given, "backward"),
-            inference_compiler=lambda flat, given: self._run_flat(flat, given, "inference"),
+            fw_compiler=lambda flat, given: self._run_flat(flat, given, "forward", place),
+            bw_compiler=lambda flat, given: self._run_flat(flat, given, "backward", place),
+            inference_compiler=lambda flat, given: self._run_flat(flat, given, "inference", place),
             decompositions=table(),
             partition_fn=partition,
             # overwritten inputs are written by our kernels, not by a copy after each call
@@ -161,10 +177,12 @@ class _Walk:
         )(graph, inputs)
         return compiled
 
-    def _run_flat(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
+    def _run_flat(self, flat: GraphModule, inputs: Sequence[Any], name: str, place: Slot) -> Boxed:
         if self.options.engine == "aten":
             return engines.aten(flat)
-        return self._try(name, lambda: self._plan(flat, inputs, name)) or engines.aten(flat)
+        run = self._try(name, lambda: self._plan(flat, inputs, name)) or engines.aten(flat)
+        place.add(name, flat, run)
+        return run
 
     def _plan(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
         # a CPU graph never needs the planner

@@ -45,6 +45,9 @@ class Compilation:
         tuned: what was measured of the kernels of each flat graph, under mode="max-autotune".
         changed: sites changed by passes that do more than respell.
         passes: the table of passes, with sites and milliseconds.
+        cache: "found" where the graph came from the disk cache (then there are neither graphs nor
+            plans here, and the lines in the findings are those of when it was made), "stored" where
+            it went there, or "not cached: " and why.
     """
 
     graph: GraphModule | None = None
@@ -57,6 +60,7 @@ class Compilation:
     tuned: dict[str, tuple[Tuned, ...]] = field(default_factory=dict)
     changed: int = 0
     passes: Summary | None = None
+    cache: str = ""
 
     def add(self, found: Iterable[Rewrite | Miss]) -> None:
         """Sort what passes recorded on a graph into rewrites and misses."""

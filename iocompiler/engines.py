@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.options import Options
 from iocompiler.plan.data import Plan
+from iocompiler.runtime.graph_cache import LoadText
 
 if TYPE_CHECKING:
     from iocompiler.runtime.tune import Tuned
@@ -23,7 +24,9 @@ Boxed: TypeAlias = Callable[[list[Any]], Any]
 
 
 def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
-    """Make the plan of the flat graph ``gm`` run on the engine of the options."""
+    """Make the plan of the flat graph ``gm`` run on the engine of the options. What has the
+    attribute ``source`` can be loaded again from that text.
+    """
     if callable(options.engine):
         return boxed(options.engine(plan, gm))
     if options.engine == "reference":
@@ -55,6 +58,17 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Tu
     with unset_fake_temporarily():
         name = torch.cuda.get_device_name(device)
         return tune(plan, row, hints, GpuBench(device), default_cache(), name)
+
+
+def text_loader(options: Options) -> LoadText | None:
+    """How the engine of the options runs the text of a module: `runtime.load.load_text`, or the
+    ``load_text`` of an engine of one's own; None for an engine that knows only plans.
+    """
+    if options.engine == "auto":
+        from iocompiler.runtime.load import load_text
+
+        return load_text
+    return getattr(options.engine, "load_text", None)
 
 
 def replayed(
@@ -123,6 +137,8 @@ def source(run: Boxed) -> str:
 
 def boxed(function: Callable[[list[Any]], Any]) -> Boxed:
     """Mark a function of one list as such for AOTAutograd."""
+    if getattr(function, "_boxed_call", False):
+        return function
 
     def run(args: list[Any]) -> Any:
         return function(args)
@@ -133,7 +149,11 @@ def boxed(function: Callable[[list[Any]], Any]) -> Boxed:
 
 def on_cuda(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
     """True where any tensor of the graph lives on a CUDA device."""
-    values = [*example_inputs, *(node.meta.get("val") for node in gm.graph.nodes)]
+    nodes = gm.graph.nodes
+    values = [
+        *example_inputs,
+        *(node.meta.get("val", node.meta.get("example_value")) for node in nodes),
+    ]
     return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in values)
 
 

@@ -97,6 +97,14 @@ class CannotPlan(IOCompilerError):
     message = "{operator} cannot stand in a plan"
 
 
+class NotCacheable(IOCompilerError):
+    """What is compiled for a graph cannot be kept for other processes; the graph runs all the
+    same.
+    """
+
+    message = "{cause}"
+
+
 class InvalidGraph(IOCompilerError):
     """A pass left a graph that is not well formed."""
 

@@ -32,6 +32,8 @@ class Options:
             "reference" (the
             tile interpreter, on the CPU, slow: for tests) or "aten" (no plan); or a function
             ``(plan, graph) -> callable(list) -> list`` of one's own.
+        cache: look for the graph in the disk cache before compiling it, and keep it there. Passes
+            do not run for a graph that is found.
     """
 
     mode: str = "default"
@@ -40,12 +42,13 @@ class Options:
     verify: bool = False
     device: str = ""
     engine: str | Callable[..., Any] = "auto"
+    cache: bool = True
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
         if not isinstance(self.dump, str):
             raise InvalidOption(name="dump", expected="a path", value=self.dump)
-        for name in ("strict", "verify"):
+        for name in ("strict", "verify", "cache"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(name=name, expected="True or False", value=getattr(self, name))
         _one_of("device", self.device, ("", *DEVICES))

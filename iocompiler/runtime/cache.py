@@ -129,6 +129,10 @@ class Cache:
             self._warn(f"cannot write the cache: {error}")
             return None
 
+    def discard(self, kind: str, key: str, reason: str) -> None:
+        """Remove an entry whose contents make no sense, with one warning per cache."""
+        self._drop_damaged(self.folder(kind, key), reason)
+
     def info(self) -> Info:
         entries = self._entries()
         counts: dict[str, int] = {}

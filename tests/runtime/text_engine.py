@@ -1,0 +1,79 @@
+"""An engine that runs emitted modules on the CPU, their kernels by Triton's interpreter: what it
+compiles can be cached, and run by another process from the text alone.
+
+Triton must be imported under TRITON_INTERPRET=1 for kernels to run; a module without any needs no
+such thing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from iocompiler.codegen.module import emit_module
+from iocompiler.plan.data import Plan
+from iocompiler.runtime import load
+from iocompiler.runtime.kernels import KernelSpec, cells
+
+_DTYPES = {
+    "fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16,
+    "i1": torch.bool, "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32,
+    "i64": torch.int64,
+}  # fmt: skip
+_folder = tempfile.TemporaryDirectory(prefix="iocompiler-tests-")
+_count = itertools.count()
+
+
+class TextEngine:
+    """``Compiler(engine=TextEngine())``."""
+
+    def __call__(self, plan: Plan, gm: GraphModule) -> Callable[[list[Any]], list[Any]]:
+        return self.load_text(emit_module(plan, "graph"), "graph", plan.device)
+
+    def load_text(self, text: str, name: str, device: str) -> Callable[[list[Any]], list[Any]]:
+        return load.load_text(text, name, device, lambda spec: _bind(text, spec))
+
+
+def _bind(text: str, spec: KernelSpec) -> Callable[..., None]:
+    function = _function(text, spec.name)
+    types = [p.type for p in spec.signature.parameters]
+
+    def launch(stream: int, gx: int, gy: int, gz: int, *arguments: Any) -> None:
+        assert all(isinstance(g, int) for g in (gx, gy, gz))
+        if 0 in (gx, gy, gz):
+            return
+        taken = [
+            _behind(value, _DTYPES[kind[1:]]) if kind.startswith("*") else value
+            for kind, value in zip(types, arguments, strict=True)
+        ]
+        function[(gx, gy, gz)](*taken)
+
+    return launch
+
+
+def _behind(address: int, dtype: torch.dtype) -> torch.Tensor:
+    """One element there; the interpreter goes on from its address."""
+    memory = (ctypes.c_char * dtype.itemsize).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def _function(text: str, name: str) -> Any:
+    prelude, kernels, _ = cells(text)
+    module_name = f"interpreted_{next(_count)}"
+    path = Path(_folder.name) / f"{module_name}.py"
+    path.write_text(f"{prelude}\n\n{re.sub(' +$', '', kernels[name])}")
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
