@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 
 import sympy
 import torch
@@ -41,6 +42,18 @@ class _SizePrinter(StrPrinter):
 
     def _print_FloorDiv(self, expr: sympy.Expr) -> str:  # noqa: N802  # sympy names the method after the class
         return f"(({self._print(expr.args[0])}) // ({self._print(expr.args[1])}))"
+
+    def _print_Max(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return reduce(lambda a, b: f"tl.maximum({a}, {b})", map(self._print, expr.args))
+
+    def _print_Min(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return reduce(lambda a, b: f"tl.minimum({a}, {b})", map(self._print, expr.args))
+
+    def _print_PythonMod(self, expr: sympy.Expr) -> str:  # noqa: N802
+        # of sizes: neither side is negative
+        return f"(({self._print(expr.args[0])}) % ({self._print(expr.args[1])}))"
+
+    _print_Mod = _print_PythonMod
 
     def _print_Pow(self, expr: sympy.Expr, rational: bool = False) -> str:  # noqa: N802
         base, exponent = expr.args

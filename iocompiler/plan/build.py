@@ -137,6 +137,8 @@ class _Builder:
             return self._argument(value)
         if isinstance(arg, torch.SymInt):
             return size_of(arg)
+        if isinstance(arg, (torch.SymFloat, torch.SymBool)):
+            return arg.node.expr
         if isinstance(arg, (list, tuple)):
             return tuple(self._argument(a) for a in arg)
         if isinstance(arg, slice):

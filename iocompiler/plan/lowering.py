@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
+from iocompiler.plan.numbers import NoNumber, number
 from iocompiler.plan.sizes import divide, size_of
 from iocompiler.plan.views import (
     Index,
@@ -158,7 +159,16 @@ class Lowering:
             value = self.value(arg, inner, mask)
             return value if dtype is None else self.convert(value, dtype)
         assert dtype is not None
+        number_of = arg.meta["val"] if isinstance(arg, Node) else arg
+        if isinstance(number_of, torch.SymFloat):
+            return self._computed(number_of, dtype)
         return self.builder.const(literal(arg), dtype)
+
+    def _computed(self, arg: torch.SymFloat, dtype: torch.dtype) -> int:
+        try:
+            return number(self.builder, arg.node.expr, dtype)
+        except NoNumber as error:
+            raise Unsupported(str(error)) from error
 
     def convert(self, value: int, dtype: torch.dtype) -> int:
         """``value`` as ``dtype``; to bool it is compared with zero, as torch does."""
