@@ -21,7 +21,7 @@ from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
 
 MOST = 8
-_WARPS = (1, 2, 4, 8, 16)
+_WARPS = (1, 2, 4, 8, 16, 32)
 _LARGEST_TILE = 1 << 15
 _SHORTEST_PIECE = 256
 # what a load waits for when the memory is busy; times the bandwidth, the bytes to have in flight
@@ -46,8 +46,8 @@ def candidates(
 ) -> list[Schedule]:
     """At most ``most`` schedules, the chosen one first: ``first``, or what `choose` says.
 
-    All are legal for every value of symbolic sizes. A "rows" schedule keeps its number of programs,
-    which the size of the program's partial buffers fixes.
+    All are legal for every value of symbolic sizes. Where a program stores partial rows, their
+    buffers fix the number of programs, and it stays.
     """
     hints = hints or {}
     first = first or choose(program, device, hints)
@@ -55,17 +55,20 @@ def candidates(
     limit = _SLOWER * space.seconds(first)
     others = {s for s in space.neighbours(first) if space.fits(s)} - {first}
     ranked = sorted(others, key=lambda s: (space.seconds(s) * _STEP ** _distance(s, first), str(s)))
-    # the model is least sure of holding a row against walking it: one of the other kind goes in
-    kept = [s for s in ranked if space.seconds(s) <= limit and s.kind == first.kind][: most - 2]
-    kept += [s for s in ranked if s.kind != first.kind][:1]
-    kept += [s for s in ranked if space.seconds(s) <= limit and s not in kept]
+    near = [s for s in ranked if s.kind == first.kind and space.seconds(s) <= limit]
+    # the model is least sure of how a row is held: the best of every other way is always measured
+    others_best = {s.kind: s for s in reversed(ranked) if s.kind != first.kind}
+    kept = near[: most - 1 - len(others_best)] + list(others_best.values())
+    kept += [s for s in ranked if s not in kept and space.seconds(s) <= limit]
     return [first, *kept[: most - 1]]
 
 
 def _distance(a: Schedule, b: Schedule) -> float:
     """Doublings between two schedules; another kind counts as one, its blocks then not at all."""
     pairs = [(a.num_warps, b.num_warps), (a.x_block, b.x_block), (a.y_block, b.y_block)]
-    steps = 1.0 if a.kind != b.kind else abs(math.log2(a.r_block / b.r_block))
+    if a.kind == b.kind:
+        pairs += [(a.r_block, b.r_block), (max(a.programs, 1), max(b.programs, 1))]
+    steps = float(a.kind != b.kind)
     return steps + sum(abs(math.log2(one / other)) for one, other in pairs)
 
 
@@ -89,23 +92,41 @@ class _Space:
             for x in _around(base.x_block):
                 for y in _around(base.y_block) if base.y_block > 1 else (base.y_block,):
                     yield replace(base, x_block=x, y_block=y)
+            if base.kind == "rows" and not self._stores_partial_rows:
+                for each in (1, 2, 4):
+                    yield replace(base, programs=each * self.device.sm_count)
             if base.kind == "looped":
                 for r in _around(base.r_block):
                     yield replace(base, r_block=r)
                     yield replace(base, r_block=r, x_block=max(1, base.x_block * base.r_block // r))
 
     def _other_kind(self, first: Schedule) -> Iterator[Schedule]:
-        """A row held whole where it was walked, and walked where it was held."""
+        """A row held by a program of its own, held by one that walks many rows, and walked."""
         width = product([a.size for a in self.program.reduced])
-        if first.kind == "looped" and isinstance(width, int):
-            block = power_of_two(width)
-            yield replace(first, kind="persistent", r_block=block)
-            yield replace(first, kind="persistent", r_block=block, x_block=1)
+        if not self.program.reduced or not isinstance(width, int) or self._stores_partial_rows:
+            return
+        whole = replace(first, kind="persistent", r_block=power_of_two(width), programs=0)
+        if first.kind == "looped":
+            yield replace(whole, x_block=1)
+        if first.kind != "persistent":
+            yield whole
+        many = points(self.program.parallel, self.hints) > 4 * self.device.sm_count
+        plain = not any(op.kind == "scan" for op in self.program.ops) and not self._writes_in_place
+        if first.kind != "rows" and plain and many and rows_contiguous(self.program):
+            yield replace(whole, kind="rows", x_block=1, programs=2 * self.device.sm_count)
         # a walk reads again what it has already written in place
-        if first.kind == "persistent" and not any(b.role == "inout" for b in self.program.buffers):
+        if first.kind != "looped" and not self._writes_in_place:
             for piece in (1024, 2048, 4096):
                 if _SHORTEST_PIECE <= piece < first.r_block:
-                    yield replace(first, kind="looped", r_block=piece)
+                    yield replace(whole, kind="looped", r_block=piece)
+
+    @property
+    def _writes_in_place(self) -> bool:
+        return any(b.role == "inout" for b in self.program.buffers)
+
+    @property
+    def _stores_partial_rows(self) -> bool:
+        return any(op.fn == "partial" for op in self.program.ops)
 
     # --- what is pruned
 
@@ -115,8 +136,9 @@ class _Space:
         if tile > _LARGEST_TILE or (each < 1 and schedule.num_warps > 1):
             return False
         # the compiler may order loads so that fewer values live at once, unless a row is held
-        held = schedule.kind in ("persistent", "rows")
-        if self._registers(schedule) > _MOST_REGISTERS * (1 if held else 2):
+        slack = 1.25 if schedule.kind in ("persistent", "rows") else 2
+        most = min(_MOST_REGISTERS, self.device.registers_per_sm // (32 * schedule.num_warps))
+        if self._registers(schedule) > slack * most:
             return False
         return schedule.x_block <= self._widest(schedule) and self._reads_whole_lines(schedule)
 
@@ -169,12 +191,23 @@ class _Space:
 
     def _words_held(self, schedule: Schedule) -> float:
         """32-bit words a point of the tile holds: what is loaded (widened, where it is reduced),
-        and the column sums.
+        and what a walk over rows keeps.
         """
         if not self.program.reduced:
             return self._point_bytes / 4
+        words = max(1, len(self._wide_loads))
+        if schedule.kind != "rows":
+            return words
         sums = sum(op.kind == "reduce" and op.over == "parallel" for op in self.program.ops)
-        return max(1, len(self._wide_loads)) + sums
+        return words + sums + self._weights
+
+    @cached_property
+    def _weights(self) -> int:
+        """Loads that are the same for every row, which a program that walks rows keeps."""
+        reduced = {a.name for a in self.program.reduced}
+        varies = self.program.varies
+        loads = [i for i, op in enumerate(self.program.ops) if op.kind == "load"]
+        return sum(bool(varies[i]) and varies[i] <= reduced for i in loads)
 
     def _passes(self, schedule: Schedule) -> float:
         """How often a walk reads its row; a row read again comes from L2 in good part."""
