@@ -134,7 +134,7 @@ def plan_of(zoo: Kernel, rows: int, width: int) -> Plan:
             )
             for name, shape in zoo.shapes(rows, width).items()
         }
-        result = torch.compile(zoo.function, backend=backend, dynamic=False)(**given)
+        result: Any = torch.compile(zoo.function, backend=backend, dynamic=False)(**given)
         if zoo.backward:
             result.backward(torch.empty_like(result))
     plans = records[0].plans

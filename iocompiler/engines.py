@@ -57,7 +57,10 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Tu
     hints, row = size_hints(gm), device_row(gm, options)
     with unset_fake_temporarily():
         name = torch.cuda.get_device_name(device)
-        return tune(plan, row, hints, GpuBench(device), default_cache(), name)
+        bench = GpuBench(device)
+        found = tune(plan, row, hints, bench, default_cache(), name)
+        bench.release()
+        return found
 
 
 def text_loader(options: Options) -> LoadText | None:

@@ -61,6 +61,7 @@ class GpuBench:
         properties: Any = torch.cuda.get_device_properties(self.index)
         self._capability = 10 * properties.major + properties.minor
         self._l2_bytes = int(properties.L2_cache_size)
+        self._used = False
 
     def compile(self, wanted: Sequence[tuple[Subject, Schedule]]) -> list[Image | None]:
         with ThreadPoolExecutor(worker_count()) as threads:
@@ -81,6 +82,7 @@ class GpuBench:
             DoesNotFit: there is too little memory for the arguments.
             UnknownRange: no safe arguments can be made up.
         """
+        self._used = True
         with torch.no_grad(), torch.cuda.device(self.index):
             sets = self._argument_sets(subject)
             calls = [self._calls(subject, schedule, image, sets) for schedule, image in built]
@@ -92,6 +94,13 @@ class GpuBench:
             del sets, calls
         # the first round loads code and maps memory
         return [statistics.median(found[1:]) if found else None for found in samples]
+
+    def release(self) -> None:
+        """Give the memory of the arguments back to the driver: the program wants it in other
+        pieces.
+        """
+        if self._used:
+            torch.cuda.empty_cache()
 
     def _argument_sets(self, subject: Subject) -> list[list[list[torch.Tensor]]]:
         """For each set, for each member of a batch (a plain kernel is one), its tensors."""

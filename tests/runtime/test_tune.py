@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx import Graph, GraphModule
 
+from iocompiler import engines
 from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.candidates import candidates
 from iocompiler.cost_model.device import DEVICES
+from iocompiler.options import Options
 from iocompiler.plan.data import BatchStep, KernelStep, Plan, Ref, Schedule
 from iocompiler.runtime import module as module_file
 from iocompiler.runtime.cache import default_cache
@@ -276,6 +279,23 @@ def test_a_tuned_kernel_is_compiled_as_the_module_compiles_it(
     module.execute()
     module.compile(90)
     assert subjects[0].job(record.chosen, 90) in asked.values()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(mode="max-autotune", engine="reference"),
+        Options(mode="max-autotune", engine=lambda plan, gm: None),
+        Options(mode="default"),
+        Options(mode="max-autotune"),  # the plan of a device that is not here
+    ],
+)
+def test_only_what_runs_on_a_gpu_is_measured(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    graph = dataclasses.replace(large(), device="cuda:0")
+    assert engines.tuned(graph, GraphModule({}, Graph()), options) == (graph, ())
 
 
 # --- arguments
