@@ -121,7 +121,7 @@ class _Walk:
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
         place = self._place(gm, inputs)
-        return place.look() or self._compile(gm, inputs, place)
+        return place.look(gm) or self._compile(gm, inputs, place)
 
     def _place(self, gm: GraphModule, inputs: Sequence[Any]) -> Slot:
         """Where the disk cache has this graph, or would have it."""
@@ -139,7 +139,7 @@ class _Walk:
             chosen = graph if self.compilation.changed else gm
             run = self._try("graph", lambda: engines.inductor(chosen, inputs))
         else:
-            place.lifted(graph)
+            place.lifted(graph, gm)
             run = self._try("graph", lambda: self._differentiate(graph, inputs, place))
         return run or gm.forward
 

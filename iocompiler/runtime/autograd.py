@@ -7,21 +7,16 @@ from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
-import torch._dynamo
+from torch._functorch._aot_autograd import runtime_wrappers
 
 from iocompiler.runtime.convention import Convention, Tangent, Training
 
 Boxed: TypeAlias = Callable[[list[Any]], Any]
 # what tells Dynamo which sizes of a result vary, for the graph that comes next
-_DYNAMIC = next(
-    (
-        name
-        for name, module in (
-            ("_dynamo_propagated_dynamic_indices", torch._functorch._aot_autograd.runtime_wrappers),
-        )
-        if hasattr(module, "mark_dynamo_propagated_dynamic_indices")
-    ),
-    "_dynamo_weak_dynamic_indices",
+_DYNAMIC = (
+    "_dynamo_propagated_dynamic_indices"
+    if hasattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices")
+    else "_dynamo_weak_dynamic_indices"
 )
 
 
@@ -116,8 +111,7 @@ def _function(
     checked = made + training.checked
     unchecked = checked + training.unchecked
     amp: Any = torch._C._DisableAutocast if torch._C._is_any_autocast_enabled() else nullcontext
-    fresh = [position for position, output in enumerate(outputs) if output.source is None]
-    silent = [position for position in fresh if not outputs[position].differentiable]
+    silent = [position for position, output in enumerate(outputs) if not output.differentiable]
 
     class CompiledGraph(torch.autograd.Function):
         @staticmethod
@@ -126,8 +120,10 @@ def _function(
             ctx.save_for_backward(*map(_plain, results[made:checked]))
             ctx.unchecked = list(map(_plain, results[checked:unchecked]))
             ctx.sizes = results[unchecked:]
-            found = [_unviewed(results[position]) if position in fresh else None
-                     for position in range(made)]  # fmt: skip
+            found = [
+                _unviewed(result) if output.source is None else None
+                for result, output in zip(results, outputs, strict=False)
+            ]
             ctx.mark_non_differentiable(
                 *(found[p] for p in silent if isinstance(found[p], torch.Tensor))
             )
