@@ -17,7 +17,7 @@ from iocompiler.compilation import Compilation
 from iocompiler.plan.data import KernelStep
 from tests.accuracy import assert_as_accurate_as_eager, compare
 from tests.models.stepping import adamw_steps
-from tests.models.zoo import CASES, LAYERS, PLAIN, SDPA, TINY, Case, Size
+from tests.models.zoo import CASES, LAYERS, PLAIN, SDPA, T5_RELU, TINY, Case, Size, with_signs
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SLOW = pytest.mark.slow
@@ -53,6 +53,15 @@ def test_is_as_accurate_as_eager(case: Case, train: bool, dtype: torch.dtype) ->
     # in evaluation PyTorch itself runs the whole encoder layer as one operator
     fused = case.name == "encoder-layer" and not train
     assert fused or any(isinstance(step, KernelStep) for step in steps)
+
+
+def test_t5_with_relu() -> None:
+    inputs, signs = T5_RELU.inputs(), dict[str, torch.Tensor]()
+    assert_as_accurate_as_eager(T5_RELU.module, inputs, _planned(), dtype=FLOAT32)
+    assert_as_accurate_as_eager(
+        lambda: with_signs(T5_RELU.module(), signs), inputs, _planned(), dtype=BFLOAT16
+    )
+    assert len(signs) == 4  # two layers, in the encoder and in the decoder
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
