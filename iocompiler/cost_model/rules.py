@@ -157,7 +157,7 @@ ROWS: tuple[Row, ...] = (
     Row("embedding_dense_backward", embedding_backward),
     Row("scatter index_put _unsafe_index_put index_fill masked_scatter", scattered("self")),
     Row("scatter_add scatter_reduce index_add index_reduce", scattered("self", flops=1)),
-    Row("mm", contractions.mm),
+    Row("mm iocompiler.aligned_mm", contractions.mm),
     Row("addmm", contractions.addmm),
     Row("bmm", contractions.bmm),
     Row("baddbmm", contractions.baddbmm),

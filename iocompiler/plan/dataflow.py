@@ -24,6 +24,13 @@ from iocompiler.tile.index import product
 
 aten = torch.ops.aten
 
+# What a library does best: a call of it is no gap in the planner.
+_LIBRARY = {
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "aligned_mm"), "contraction: cuBLAS"),
+    **dict.fromkeys(("convolution", "convolution_backward"), "contraction: cuDNN"),
+    **dict.fromkeys(("attention_forward", "attention_backward"), "attention: cuDNN, flash or efficient"),
+}
+
 # Beyond this many operations a shared value is stored rather than recomputed by each of its readers.
 _RECOMPUTE_OPS = 40
 
@@ -87,7 +94,8 @@ class Dataflow:
 
     def _why_opaque(self, node: Node) -> str | None:
         if not has_rule(node):
-            return f"no rule for {node.target}"
+            name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+            return _LIBRARY.get(name, f"no rule for {node.target}")
         made = tensors(node)
         if made[0].device != self.device:
             return f"on {made[0].device}"

@@ -1,8 +1,8 @@
 """Row strides the matrix units like: a matmul's operands and result with an odd row length get padded rows.
 
-cuBLAS has fast kernels only where rows start at multiples of 16 bytes; a vocabulary of 50257 columns in bfloat16 falls onto
-kernels four to seven times slower. The remedy costs nothing: the intermediate is stored with a longer row stride, the
-padding is never read or written. Only what leaves the graph must lie as the user's program has it: that is copied.
+cuBLAS has fast kernels only where rows start at multiples of 16 bytes and extents are multiples of as much. The
+intermediate is therefore stored with a longer row stride, whose padding is never read or written, and the product is
+done in aligned parts (`ops/aligned_mm.py`). Only what leaves the graph must lie as the user's program has it: it is copied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
 
-from iocompiler.graph.rewrite import call
+from iocompiler.graph.rewrite import call, redirect
+from iocompiler.ops.aligned_mm import ALIGNED_MM
 from iocompiler.plan.rules import has_rule
 from iocompiler.plan.views import is_view, storage_owner
 from iocompiler.tile.index import Size
@@ -47,7 +48,7 @@ def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any]) -> None:
 
 
 def pad_rows(gm: GraphModule, exact_outputs: int | None) -> int:
-    """Give unaligned matmul operands and results padded rows; returns how many tensors.
+    """Give unaligned matmul operands and results padded rows, and odd matmuls aligned parts; returns how many tensors.
 
     ``exact_outputs`` is how many of the graph's first outputs must keep their strides; None: all of them.
     """
@@ -57,7 +58,32 @@ def pad_rows(gm: GraphModule, exact_outputs: int | None) -> int:
             padded += 1
     if padded:
         _copy_exact_outputs(gm, exact_outputs)
+    for node in list(gm.graph.nodes):
+        if _is_odd(node):
+            _align(gm, node)
     return padded
+
+
+def _is_odd(node: Node) -> bool:
+    """Whether a large matmul has an extent that keeps the library from its fast kernels."""
+    if node.target not in (aten.mm.default, aten.addmm.default):
+        return False
+    a, b = (arg.meta["val"] for arg in node.args[-2:])  # type: ignore[union-attr]
+    value = node.meta["val"]
+    if value.device.type not in PADDED_DEVICES or value.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    extents = [e for e in (*a.shape, b.shape[1]) if isinstance(e, int)]
+    odd = any(e * value.element_size() % _ALIGNED for e in extents)
+    plain = not node.kwargs and (len(node.args) == 2 or node.args[0].meta["val"].dim() == 1)  # type: ignore[union-attr]
+    return odd and plain and bool(max(a.numel(), b.numel(), value.numel()) >= _SMALL)
+
+
+def _align(gm: GraphModule, node: Node) -> None:
+    value = node.meta["val"]
+    bias = node.args[0] if node.target is aten.addmm.default else None
+    arguments = (*node.args[-2:], bias, value.stride(0))
+    new = call(gm, ALIGNED_MM, arguments, {}, near=node)
+    redirect(gm, node, new)
 
 
 def adopt_strides(gm: GraphModule, inputs: Sequence[Any]) -> None:

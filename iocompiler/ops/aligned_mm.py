@@ -1,0 +1,70 @@
+"""Matrix products with odd extents, in parts the matrix units like.
+
+    iocompiler::aligned_mm(Tensor a, Tensor b, Tensor? bias, SymInt row) -> Tensor
+
+cuBLAS takes its fast kernels on Hopper only where every extent and row stride is a multiple of 16 bytes; a vocabulary of
+50257 columns in bfloat16 falls onto kernels four to seven times slower. Here each odd extent is cut into an aligned part
+and a tail of at most 63: the aligned product does the work, the tails are small. Nothing is copied or padded in memory but the
+rows of the result, whose stride is ``row``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Parts begin at multiples of this many elements.
+STEP = 64
+
+_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "aligned_mm(Tensor a, Tensor b, Tensor? bias, SymInt row) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+ALIGNED_MM = torch.ops.iocompiler.aligned_mm.default
+
+
+def _aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None, row: int) -> Tensor:
+    """``a @ b (+ bias)`` for a [M, K], b [K, N], bias [N]; the result is [M, N] with strides (row, 1)."""
+    out = _empty(a, b, row)
+    inner = a.shape[1] - a.shape[1] % STEP
+    for rows in _parts(a.shape[0]):
+        for columns in _parts(b.shape[1]):
+            part = out[rows, columns]
+            started = False
+            if bias is not None:
+                part.copy_(bias[columns].expand(part.shape))
+                started = True
+            # the short tail first: what is rounded between the two products is then the smaller one
+            for depth in (slice(inner, a.shape[1]), slice(0, inner)):
+                if depth.start == depth.stop:
+                    continue
+                left, right = a[rows, depth], b[depth, columns]
+                if started:
+                    part.addmm_(left, right)
+                else:
+                    torch.mm(left, right, out=part)
+                started = True
+            if not started:
+                part.zero_()
+    return out
+
+
+def _parts(extent: int) -> list[slice]:
+    """An extent as its aligned part and its tail, the empty ones left out."""
+    cut = extent - extent % STEP
+    return [part for part in (slice(0, cut), slice(cut, extent)) if part.start < part.stop]
+
+
+def _empty(a: Tensor, b: Tensor, row: int) -> Tensor:
+    return torch.empty_strided((a.shape[0], b.shape[1]), (row, 1), dtype=a.dtype, device=a.device)
+
+
+def _aligned_mm_fake(a: Tensor, b: Tensor, bias: Tensor | None, row: int) -> Tensor:
+    return _empty(a, b, row)
+
+
+_LIBRARY.impl("aligned_mm", _aligned_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("iocompiler::aligned_mm", _aligned_mm_fake, lib=_LIBRARY)
