@@ -140,7 +140,7 @@ class KernelWriter:
         address = self._address(op)
         if not spans:
             # a block of one address takes a scalar and a block of one value alike
-            address += f" + tl.full({'[1]' if self.rank == 1 else '[1, 1]'}, 0, tl.int32)"
+            address += f" + tl.full({self._point}, 0, tl.int32)"
         tail = f", {mask}" if mask else ""
         call = "tl.atomic_add" if op.fn == "atomic_add" else "tl.store"
         sem = ", sem='relaxed'" if op.fn == "atomic_add" else ""
@@ -165,12 +165,17 @@ class KernelWriter:
         operands = [o if _atomic(o) else f"({o})" for o in operands]
         return expressions.mapped(op.fn, operands, self.program.ops[inputs[-1]].dtype)
 
+    @property
+    def _point(self) -> str:
+        """The shape of a tile of one value."""
+        return "[1]" if self.rank == 1 else "[1, 1]"
+
     def _tensor(self, position: int) -> str:
         op = self.program.ops[position]
         if op.kind != "const" or not isinstance(op.value, (bool, int, float)):
             return self.value(position)
-        shape = "[1]" if self.rank == 1 else "[1, 1]"
-        return f"tl.full({shape}, {expressions.constant(op.value, op.dtype)}, {expressions.TYPES[op.dtype]})"
+        value = expressions.constant(op.value, op.dtype)
+        return f"tl.full({self._point}, {value}, {expressions.TYPES[op.dtype]})"
 
     def _cast(self, op: Op) -> str:
         return f"{self._tensor(op.inputs[0])}.to({expressions.TYPES[op.dtype]})"
@@ -178,7 +183,10 @@ class KernelWriter:
     def _rand(self, op: Op) -> str:
         assert op.index is not None
         wide = expressions.passes_int32(op.index, self.extent)
-        return f"tl.rand({self.value(op.inputs[0])}, {expressions.affine(op.index, self.names, wide)})"
+        counter = expressions.affine(op.index, self.names, wide)
+        if not op.index.terms:  # a number has no type
+            counter = f"tl.full({self._point}, {counter}, tl.int64)"
+        return f"_uniform({self.value(op.inputs[0])}, {counter})"
 
     # --- reductions
 

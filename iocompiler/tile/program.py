@@ -16,7 +16,7 @@ map    a row of ``tile/ops.py`` MAPS applied to the inputs, elementwise
 cast   the input converted to ``dtype``
 reduce a row of REDUCES over all reduced axes (``over="reduced"``) or all parallel axes (``over="parallel"``)
 scan   an inclusive scan (row of SCANS) along the one reduced axis
-rand   Philox4x32-10 at counter ``index`` under the seed input: float32 uniform in [0, 1)
+rand   Philox2x32-7 (``tile/philox.py``) at counter ``index`` under the seed input: float32 uniform in [0, 1)
 ====== =========================================================================================
 """
 

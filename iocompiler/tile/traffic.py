@@ -10,8 +10,9 @@ from iocompiler.tile.program import Op, TileProgram
 
 # Rows of the op table at or above this cost go through the special function unit or a polynomial.
 _TRANSCENDENTAL = 8
-# Philox4x32-10 and its conversion, in integer operations
-_RAND_FLOPS = 60
+# Philox2x32-7 (a wide multiplication and a three-way xor a round) and its conversion: 20
+# instructions of sm_90, each in the time of a multiply-add, which counts as two
+_RAND_FLOPS = 40
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,22 @@ def random_numbers() -> Case:
     )
 
 
+def one_random_number() -> Case:
+    """out[i, j] = a[i, j] * uniform(seed, 3): a counter no axis moves."""
+    build = Builder()
+    draw = build.rand(build.load("seed", Affine(), I64), Affine.constant(3))
+    build.store("out", X0 * 5 + X1, build.map("mul", build.load("a", X0 + X1 * 7, F32), draw))
+    buffers = ins(seed=(I64, 1), a=(F32, 35)) + outs(out=(F32, 35))
+    tiled = (Schedule("pointwise", x_block=8, y_block=4, num_warps=1),)
+    return Case(
+        build.program(axes(7, 5), (), buffers),
+        lambda: {"seed": torch.tensor([2**62 + 3]), "a": torch.randn(35)},
+        lambda t: {"out": t["a"].view(5, 7).t() * uniform(t["seed"], torch.tensor(3))},
+        pointwise(4) + tiled,
+        exact=True,
+    )
+
+
 def in_place(fn: str = "") -> Case:
     """a += factor * b, the factor passed by value."""
     build = Builder()

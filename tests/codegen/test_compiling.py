@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -64,3 +66,15 @@ def test_divisible_leaves_out_numbers_and_views_off_the_grid() -> None:
     program = CASES["in place"].program
     assert divisible(program, frozenset({"a", "factor", "b"})) == (0, 2)
     assert divisible(program, frozenset({"b"})) == (2,)
+
+
+def test_a_round_of_random_numbers_is_one_multiplication() -> None:
+    build, x = Builder(), Affine.of("x0")
+    seed = build.load("seed", Affine(), torch.int64)
+    build.store("out", x, build.rand(seed, x))
+    buffers = (Buffer("seed", torch.int64, "in", 1), Buffer("out", torch.float32, "out", 4096))
+    program = build.program((Axis("x0", 4096),), (), buffers)
+    schedule = Schedule("pointwise", x_block=128, num_warps=4)  # one number to a thread
+    ptx = compile_source(emit(program, schedule, "kernel"), "kernel", program, schedule).ptx
+    # seven rounds, and one for the address if not a shift
+    assert 7 <= len(re.findall(r"\bmul\.(?:wide|lo|hi)\.", ptx)) <= 8
