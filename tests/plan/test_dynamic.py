@@ -1,4 +1,4 @@
-"""One plan for every size: results and gradients where sizes enter shapes, numbers and saved values."""
+"""One plan for every size: results and gradients where sizes enter shapes and numbers."""
 
 from __future__ import annotations
 
