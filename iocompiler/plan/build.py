@@ -179,9 +179,9 @@ class _Builder:
         )
 
     def _results(self, node: Node) -> tuple[tuple[tuple[str | None, TensorSpec | None], ...], bool]:
-        if node.target is aten.copy_.default:
+        value = node.meta.get("val")
+        if node.target is aten.copy_.default or value is None:
             return ((None, None),), False
-        value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             self.values[node] = node.name
             return ((node.name, spec_of(value)),), False

@@ -24,6 +24,9 @@ from iocompiler.tile.index import product
 
 aten = torch.ops.aten
 
+# Calls made for what they raise, not for what they return.
+_CHECKS = frozenset({aten._assert_async.msg, aten._assert_async.default})
+
 # What a library does best: a call of it is no gap in the planner.
 _LIBRARY = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "aligned_mm"), "contraction: cuBLAS"),
@@ -79,6 +82,8 @@ class Dataflow:
 
     def _classify(self) -> None:
         for node in self.graph.nodes:
+            if node.target in _CHECKS:
+                self.opaque[node] = "a check of the user's values"
             if node.op != "call_function" or is_view(node) or not tensors(node):
                 continue
             if node.target is operator.getitem or node.target in SPLITS:

@@ -236,3 +236,13 @@ def test_one_plan_serves_every_size() -> None:
         x, w = rand(batch, length, 16), rand(16)
         torch.testing.assert_close(run(x, w), fn(x, w))
     assert len(planned.plans) == 1
+
+
+def test_a_check_of_values_is_kept() -> None:
+    def fn(ids):
+        return F.one_hot(ids, 5).float() * 2
+
+    run = Planned()(fn)
+    torch.testing.assert_close(run(torch.tensor([0, 4])), fn(torch.tensor([0, 4])))
+    with pytest.raises(RuntimeError):
+        run(torch.tensor([0, 7]))
