@@ -46,6 +46,9 @@ def _later_minimum(value, place, other, other_place):
 @triton.jit
 def _uniform(seed, counter):
     """Philox2x32-7 (Salmon et al., SC11) at each counter: float32 in [0, 1)."""
+    # a block of two words serves two counters: computed once where a thread holds both
+    odd = (counter & 1) != 0
+    counter = counter >> 1
     key = seed.to(tl.uint32)
     low = counter.to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
@@ -56,5 +59,5 @@ def _uniform(seed, counter):
         low = (product >> 32).to(tl.uint32) ^ (key ^ high)
         high = product.to(tl.uint32)
         key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)
-    return (low >> 8).to(tl.float32) * 5.9604644775390625e-08
+    return (tl.where(odd, high, low) >> 8).to(tl.float32) * 5.9604644775390625e-08
 '''

@@ -1,9 +1,10 @@
 """Philox2x32-7 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
 SC11, table 2: seven rounds pass BigCrush) in plain torch.
 
-The counter's words are the low half of the element's counter, and its high half xor the seed's high
-half; the key is the seed's low half. Of the two results the first is used. The generated kernels
-draw the same bits (``_uniform`` of ``codegen/prelude.py``).
+A block of two words serves two neighbouring elements: element c is word c % 2 of block c // 2. The
+block's counter words are the low half of its number, and the high half xor the seed's high half;
+the key is the seed's low half. The generated kernels draw the same bits (``_uniform`` of
+``codegen/prelude.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def uniform(seed: Tensor | int, counter: Tensor) -> Tensor:
 
 def random_bits(seed: Tensor | int, counter: Tensor) -> Tensor:
     """32 random bits for each counter, as int64 in [0, 2 ** 32). Arguments as of `uniform`."""
-    counter = counter.to(torch.int64)
+    odd, counter = (counter & 1).bool(), counter.to(torch.int64) >> 1
     seed = torch.as_tensor(seed, dtype=torch.int64, device=counter.device)
     key = seed & _LOW
     low, high = counter & _LOW, ((counter ^ seed) >> 32) & _LOW
@@ -41,4 +42,4 @@ def random_bits(seed: Tensor | int, counter: Tensor) -> Tensor:
         product = low * _MULTIPLIER  # wraps around at 64 bits, which keeps the bits right
         low, high = ((product >> 32) & _LOW) ^ key ^ high, product & _LOW
         key = (key + _WEYL) & _LOW
-    return low
+    return torch.where(odd, high, low)
