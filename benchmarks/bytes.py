@@ -173,7 +173,7 @@ def _child(args: argparse.Namespace) -> None:
     inputs = model.inputs(args.quick, device, torch.bfloat16, seed=1)
     if on_gpu:
         records: list[Any] = []
-        compiled = torch.compile(module, backend=Compiler(on_compiled=records.append))
+        compiled = torch.compile(module, backend=Compiler(on_compiled=records.append, cache=False))
         step = training_step(module, compiled, inputs)
         for _ in range(2):
             step()

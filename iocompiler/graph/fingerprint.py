@@ -62,9 +62,11 @@ class _Writer:
         self._nodes: dict[Node, int] = {}
         self._symbols: dict[sympy.Symbol, sympy.Symbol] = {}
         self._shapes = shape_environment()
-        self._dynamic = False
 
     def text(self, example_inputs: Sequence[Any]) -> str:
+        for node in self._gm.graph.nodes:
+            if isinstance(node.target, HigherOrderOperator):
+                raise NotCacheable(cause=f"it calls the higher-order operator {node.target.name()}")
         inputs = iter(example_inputs)
         lines = []
         for node in self._gm.graph.nodes:
@@ -169,8 +171,6 @@ def _leaves(node: Node) -> Any:
 
 def _target(target: Any) -> str:
     """The name of what is called, where the name says all there is to know."""
-    if isinstance(target, HigherOrderOperator):
-        raise NotCacheable(cause=f"it calls the higher-order operator {target.name()}")
     if isinstance(target, (OpOverload, OpOverloadPacket)):
         name = str(target)
         known = name.split(".")[0] in _NAMESPACES

@@ -148,6 +148,9 @@ def read(metadata: Any, forward: GraphModule, backward: GraphModule | None = Non
 
 
 def _refuse(metadata: Any) -> None:
+    for position, info in enumerate(metadata.input_info):
+        if info.mutation_type.name not in _KEPT or info.mutates_metadata:
+            raise NotCacheable(cause=f"input {position} is changed outside of the graph")
     for field in dataclasses.fields(metadata):
         if field.name not in _READ and getattr(metadata, field.name) not in (None, 0, [], {}, ()):
             raise NotCacheable(cause=f"AOTAutograd's {field.name}")
@@ -159,9 +162,6 @@ def _refuse(metadata: Any) -> None:
     for each in (*subclasses[0], *subclasses[1], *metadata.subclass_tangent_meta):
         if not isinstance(each, int) and type(each).__name__ != "PlainTensorMeta":
             raise NotCacheable(cause="a tensor subclass")
-    for position, info in enumerate(metadata.input_info):
-        if info.mutation_type.name not in _KEPT or info.mutates_metadata:
-            raise NotCacheable(cause=f"input {position} is changed outside of the graph")
 
 
 def _read_output(info: Any) -> Output:

@@ -80,7 +80,8 @@ def _fields(value: Any) -> dict[str, Any]:
 def _function(function: types.FunctionType, seen: set[int]) -> str:
     """Its place and its code, and the values it reads, followed in turn."""
     name = f"{function.__module__}.{function.__qualname__}"
-    if _known(function.__module__) and function.__closure__ is None:
+    known = _known(str(function.__module__))
+    if known and function.__closure__ is None:
         return name
     around = inspect.getclosurevars(function)
     code = function.__code__
@@ -90,7 +91,7 @@ def _function(function: types.FunctionType, seen: set[int]) -> str:
             read[inner] = function.__globals__[inner]
     place = f"{name}:{code.co_firstlineno} {hashlib.sha256(code.co_code).hexdigest()}"
     rest = _text([function.__defaults__, function.__kwdefaults__, sorted(read.items())], seen)
-    file = "" if _known(function.__module__) else _file(function)
+    file = "" if known else _file(function)
     return f"{place} {file} {rest}"
 
 

@@ -1,13 +1,14 @@
-"""An engine that runs emitted modules on the CPU, their kernels by Triton's interpreter: what it
-compiles can be cached, and run by another process from the text alone.
+"""An engine that runs emitted modules on the CPU: what it compiles can be cached, and run by
+another process from the text alone.
 
-Triton must be imported under TRITON_INTERPRET=1 for kernels to run; a module without any needs no
-such thing.
+Kernels of a plan this process has made run in the tile interpreter, as in the other tests; those
+that are known only as text by Triton's, under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import itertools
 import re
@@ -20,9 +21,11 @@ import torch
 from torch.fx import GraphModule
 
 from iocompiler.codegen.module import emit_module
-from iocompiler.plan.data import Plan
+from iocompiler.plan.data import BatchStep, Plan
 from iocompiler.runtime import load
 from iocompiler.runtime.kernels import KernelSpec, cells
+from iocompiler.runtime.reference import run_plan
+from tests.runtime.plans import interpreter
 
 _DTYPES = {
     "fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16,
@@ -37,10 +40,32 @@ class TextEngine:
     """``Compiler(engine=TextEngine())``."""
 
     def __call__(self, plan: Plan, gm: GraphModule) -> Callable[[list[Any]], list[Any]]:
-        return self.load_text(emit_module(plan, "graph"), "graph", plan.device)
+        text = emit_module(plan, "graph")
+        _plans()[text] = plan
+        return self.load_text(text, "graph", plan.device)
 
     def load_text(self, text: str, name: str, device: str) -> Callable[[list[Any]], list[Any]]:
-        return load.load_text(text, name, device, lambda spec: _bind(text, spec))
+        plan = _plans().get(text)
+        if plan is not None and any(isinstance(step, BatchStep) for step in plan.steps):
+            return _planned(plan, text)
+        binder = interpreter(plan) if plan is not None else lambda spec: _bind(text, spec)
+        return load.load_text(text, name, device, binder)
+
+
+def _planned(plan: Plan, text: str) -> Callable[[list[Any]], list[Any]]:
+    """What the tile interpreter cannot run from pointers."""
+
+    def call(args: list[Any]) -> list[Any]:
+        return run_plan(plan, args)
+
+    call.source = text  # type: ignore[attr-defined]
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+@functools.lru_cache(maxsize=1)
+def _plans() -> dict[str, Plan]:
+    return {}
 
 
 def _bind(text: str, spec: KernelSpec) -> Callable[..., None]:
