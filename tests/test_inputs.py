@@ -1,4 +1,4 @@
-"""Inputs and outputs of every kind: dtypes, empty and strided tensors, aliases, constants, numbers."""
+"""Inputs and outputs of every kind: dtypes, empty and strided tensors, aliases, constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled optimizer steps: parameters and states as in eager over several steps, in a few launches."""
+"""Compiled optimizer steps: parameters and states as in eager over steps, in few launches."""
 
 from __future__ import annotations
 
