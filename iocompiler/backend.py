@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,7 +133,8 @@ class _Walk:
 
     def _compile(self, gm: GraphModule, inputs: Sequence[Any], place: Slot) -> Compiled:
         if self.options.engine == "auto" and engines.on_cuda(gm, inputs):
-            warm_workers()  # they start while the graph is traced
+            with suppress(Exception):  # where they are needed, a failure is told
+                warm_workers()  # they start while the graph is traced
         graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten") or gm
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us

@@ -66,7 +66,7 @@ class _Writer:
     def text(self, example_inputs: Sequence[Any]) -> str:
         for node in self._gm.graph.nodes:
             if isinstance(node.target, HigherOrderOperator):
-                raise NotCacheable(cause=f"it calls the higher-order operator {node.target.name()}")
+                raise NotCacheable(cause=f"it calls the higher-order operator {node.target}")
         inputs = iter(example_inputs)
         lines = []
         for node in self._gm.graph.nodes:

@@ -21,7 +21,7 @@ def settings() -> dict[str, Any]:
         "deterministic": [
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
+            torch._C._get_deterministic_fill_uninitialized_memory(),
         ],
         "float32 matmul": torch.get_float32_matmul_precision(),
         "cuda": _cuda(),
@@ -37,7 +37,7 @@ def _autocast(device: str) -> list[Any]:
 
 
 def _cuda() -> list[Any]:
-    backend = torch.backends.cuda
+    backend: Any = torch.backends.cuda
     return [
         str(torch.version.cuda),
         backend.matmul.allow_tf32,

@@ -91,7 +91,8 @@ def _without_autocast(run: Boxed) -> Boxed:
 def _differentiable(
     convention: Convention, training: Training, forward: Boxed, backward: Boxed
 ) -> Boxed:
-    apply = _function(convention, training, forward, backward).apply
+    function: Any = _function(convention, training, forward, backward)
+    apply = function.apply
 
     def run(args: list[Any]) -> Any:
         for position in training.detached:

@@ -111,9 +111,13 @@ def _training(data: Mapping[str, Any]) -> Training:
         Tangent(int(t["output"]), str(t["memory_format"]), tuple(t["size"]), tuple(t["stride"]))
         for t in data["tangents"]
     )
-    counts = (int(data[name]) for name in ("checked", "unchecked", "sizes"))
     return Training(
-        *counts, tuple(tangents), tuple(map(int, data["detached"])), bool(data["deterministic"])
+        checked=int(data["checked"]),
+        unchecked=int(data["unchecked"]),
+        sizes=int(data["sizes"]),
+        tangents=tuple(tangents),
+        detached=tuple(map(int, data["detached"])),
+        deterministic=bool(data["deterministic"]),
     )
 
 

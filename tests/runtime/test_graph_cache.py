@@ -51,7 +51,7 @@ def outcome(run: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Any]:
     if wanted:
         # weights with strides of their own: not those the backward was traced for
         weights = [torch.linspace(0.5, 2, w.numel()).reshape(w.shape[::-1]).permute(
-            *reversed(range(w.dim()))) for w in wanted]  # fmt: skip
+            *reversed(range(w.dim()))).to(w.device) for w in wanted]  # fmt: skip
         torch.autograd.backward(wanted, weights)  # type: ignore[no-untyped-call]
     gradients = [x.grad for x in given if isinstance(x, Tensor)]
     return [*results, *gradients, *(x.detach() if isinstance(x, Tensor) else x for x in given)]
@@ -225,6 +225,17 @@ def test_constants_made_by_tracing() -> None:
         return torch.where(x > 0, x, torch.tensor(-7.5)) * torch.tensor([1.0, 2.0, 3.0])
 
     found_again(f, grad(4, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [True, False])
+def test_on_a_gpu(train: bool) -> None:
+    def f(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        y = mlp(x, w, b)
+        return y, y.argmax(-1), y * torch.tensor(0.5, device=y.device)
+
+    given = (torch.randn(*shape, device="cuda") for shape in ((4, 8), (8, 6), (6,)))
+    found_again(f, *(x.requires_grad_(train) for x in given), engine="auto")
 
 
 # sizes
