@@ -89,6 +89,7 @@ class Body:
         self._names = names
         self._operators: dict[str, str] = {}
         self._statements: list[_Statement] = []
+        self._sizes: set[str] = set()  # that have a variable
         self._numbers: set[str] = set()  # variables that hold no memory: sizes and numbers
         self._unpack()
         for step in plan.steps:
@@ -122,16 +123,22 @@ class Body:
         lines = [f"({unpacked}) = args" if len(unpacked) > 80 else f"{unpacked} = args"]
         if not variables:
             lines = []
-        given = {name for name, spec in plan.inputs if spec is None}
+        self._sizes = {name for name, spec in plan.inputs if spec is None}
         for (_, spec), variable in zip(plan.inputs, variables, strict=True):
-            for dim, size in enumerate(spec.shape if spec else ()):
-                if isinstance(size, sympy.Symbol) and size.name not in given:
-                    given.add(size.name)
-                    lines.append(f"{size.name} = {variable}.shape[{dim}]")
+            lines += self._found_sizes(spec, variable)
         lines.append("args.clear()")
         if any(isinstance(step, (KernelStep, BatchStep)) for step in plan.steps):
             lines.append("stream = current_stream()")
         self._emit(lines, set(variables))
+
+    def _found_sizes(self, spec: TensorSpec | None, variable: str) -> list[str]:
+        """Lines that name the sizes a tensor's shape is the first to tell."""
+        lines = []
+        for dim, size in enumerate(spec.shape if spec else ()):
+            if isinstance(size, sympy.Symbol) and size.name not in self._sizes:
+                self._sizes.add(size.name)
+                lines.append(f"{size.name} = {variable}.shape[{dim}]")
+        return lines
 
     def _kernel(self, step: KernelStep) -> None:
         lines = [f"# {', '.join(step.where)}"] if step.where else []
@@ -172,7 +179,12 @@ class Body:
             else:
                 hint = ":16" if self._values.aligned(name) else ""
                 parts.append(f"{buffer.name}_ptr:*{_POINTER[buffer.dtype]}{hint}")
-        return " ".join(parts + [f"{symbol}:i32:16" for symbol in step.program.size_symbols])
+        # a number that is no extent of any tensor may be of any size
+        parts += [
+            f"{symbol}:{'i32' if symbol in self._values.extents else 'i64'}:16"
+            for symbol in step.program.size_symbols
+        ]
+        return " ".join(parts)
 
     def _kernel_argument(self, buffer: Buffer, name: str) -> tuple[str, str]:
         """The text of a kernel's argument and the variable it reads."""
@@ -253,7 +265,9 @@ class Body:
         for name, (_, _, spec) in zip(names, wanted, strict=True):
             if spec is None:
                 self._numbers.add(name)
+                self._sizes.add(name)
             else:
+                lines += self._found_sizes(spec, name)
                 shape, stride = tuple_text(spec.shape), tuple_text(spec.stride)
                 lines.append(f"{name} = laid_out({name}, {shape}, {stride})")
         return set(names)

@@ -39,7 +39,7 @@ class Place:
 
 
 class Values:
-    """Specs, places and uses of every value of a plan."""
+    """Specs, places and uses of every value of a plan; ``extents``: the symbols in shapes."""
 
     def __init__(self, plan: Plan):
         self.specs: dict[str, TensorSpec | None] = dict(plan.inputs)
@@ -48,6 +48,13 @@ class Values:
         self.written: set[str] = set()
         for step in plan.steps:
             self._add(step)
+        self.extents = {
+            symbol.name
+            for spec in self.specs.values()
+            for size in (spec.shape if spec else ())
+            if not isinstance(size, int)
+            for symbol in size.free_symbols
+        }
 
     def _add(self, step: Step) -> None:
         match step:

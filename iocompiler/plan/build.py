@@ -16,6 +16,7 @@ from iocompiler.plan.batch import batch
 from iocompiler.plan.data import AtenStep, ConstantStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.finish import finish
+from iocompiler.plan.found import Symbolic
 from iocompiler.plan.group import Group, Grouper
 from iocompiler.plan.lowering import Unsupported, constant_values
 from iocompiler.plan.order import in_order
@@ -185,6 +186,9 @@ class _Builder:
         if isinstance(value, torch.Tensor):
             self.values[node] = node.name
             return ((node.name, spec_of(value)),), False
+        if isinstance(value, Symbolic):
+            # what is equal to a size known before is read for nothing
+            return ((value.node.expr.name if value.node.expr.is_Symbol else None, None),), False
         items: dict[int, Node] = {}
         for user in node.users:
             if user.target is operator.getitem:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
+from iocompiler.plan.found import Symbolic, finders, needed
 from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
@@ -25,7 +26,7 @@ from iocompiler.tile.index import product
 aten = torch.ops.aten
 
 # Calls made for what they raise, not for what they return.
-_CHECKS = frozenset({aten._assert_async.msg, aten._assert_async.default})
+_CHECKS = frozenset({aten._assert_async.msg, aten._assert_async.default, aten._assert_scalar.default})
 
 # What a library does best: a call of it is no gap in the planner.
 _LIBRARY = {
@@ -84,6 +85,8 @@ class Dataflow:
         for node in self.graph.nodes:
             if node.target in _CHECKS:
                 self.opaque[node] = "a check of the user's values"
+            if node.target is aten._local_scalar_dense.default and isinstance(node.meta["val"], Symbolic):
+                self.opaque[node] = "a number the host reads"
             if node.op != "call_function" or is_view(node) or not tensors(node):
                 continue
             if node.target is operator.getitem or node.target in SPLITS:
@@ -192,9 +195,10 @@ class Dataflow:
     # --- who reads what from memory
 
     def _connect(self) -> None:
+        found = finders(self.graph)
         for node in self.graph.nodes:
             if node in self.virtual or node in self.kernel or node in self.opaque or node.op == "output":
-                self.leaves[node] = frozenset(self._stored_operands(node))
+                self.leaves[node] = frozenset(self._stored_operands(node)) | frozenset(needed(node, found))
         for node in [*self.kernel, *self.opaque]:
             for leaf in self.leaves[node]:
                 self.readers.setdefault(leaf, set()).add(node)

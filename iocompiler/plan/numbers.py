@@ -1,4 +1,4 @@
-"""Numbers of the graph that are computed from sizes (``1 / (n - 1)``), as arithmetic inside of a kernel."""
+"""Numbers computed from sizes (``1 / (n - 1)``), as arithmetic inside of a kernel."""
 
 from __future__ import annotations
 

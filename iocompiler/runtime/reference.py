@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from iocompiler.plan.data import AtenStep, BatchStep, ConstantStep, KernelStep, Plan, ViewStep
-from iocompiler.runtime.values import fresh, input_sizes, laid_out, resolve, size_value, size_values
+from iocompiler.runtime.values import (
+    found_sizes,
+    fresh,
+    input_sizes,
+    laid_out,
+    resolve,
+    size_value,
+    size_values,
+)
 from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.interpret import run
 from iocompiler.tile.program import Buffer, TileProgram
@@ -98,7 +106,10 @@ def _aten(step: AtenStep, values: dict[str, Any], sizes: dict[str, int]) -> None
     for (name, spec), value in zip(step.outputs, results, strict=False):
         if name is None:
             continue
+        if spec is None and isinstance(value, int):
+            sizes[name] = value
         if spec is not None and isinstance(value, torch.Tensor):
+            found_sizes(spec, value, sizes)
             value = laid_out(value, size_values(spec.shape, sizes), size_values(spec.stride, sizes))
         values[name] = value
 

@@ -37,10 +37,15 @@ def input_sizes(plan: Plan, args: list[Any]) -> dict[str, int]:
             if isinstance(value, int) and not isinstance(value, bool):
                 found[name] = int(value)
             continue
-        for declared, actual in zip(spec.shape, value.shape, strict=True):
-            if isinstance(declared, sympy.Symbol):
-                found.setdefault(declared.name, int(actual))
+        found_sizes(spec, value, found)
     return found
+
+
+def found_sizes(spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+    """Enter the sizes that stand as a dimension of a tensor and are not known yet."""
+    for declared, actual in zip(spec.shape, tensor.shape, strict=True):
+        if isinstance(declared, sympy.Symbol):
+            sizes.setdefault(declared.name, int(actual))
 
 
 def storage_elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:

@@ -63,6 +63,8 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
     source = _tensor(node.args[0])
     given = list(node.args[1])  # type: ignore[arg-type]
     sizes = shape_of(source)
+    if any(ids is not None and ids.meta["val"].dtype not in (torch.int64, torch.int32) for ids in given):
+        raise Unsupported("an index that is a mask")
     given += [None] * (len(sizes) - len(given))
     dims = [d for d, ids in enumerate(given) if ids is not None]
     tensors = [_tensor(given[d]) for d in dims]
