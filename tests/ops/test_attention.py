@@ -220,3 +220,17 @@ def test_choice_on_a_gpu(
     assert choice.kernel == kernel
     by_rows = kernel in ("efficient", "blockwise") or shape[2] == 1
     assert choice.layout == ("ssss" if by_rows else "hhhh")
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "kernel"),
+    [(64, torch.bfloat16, "efficient"), (33, torch.bfloat16, "blockwise"), (100, torch.float16, "blockwise"),
+     (100, torch.float32, "efficient"), (33, torch.float32, "blockwise")],
+)  # fmt: skip
+def test_the_efficient_kernel_gets_whole_vectors_only(
+    width: int, dtype: torch.dtype, kernel: str
+) -> None:
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 16, width, dtype=dtype, device="cuda")
+        bias = torch.empty(2, 3, 16, 16, dtype=dtype, device="cuda")
+        assert choose(q, q, q, bias, causal=False, dropout_p=0.0).kernel == kernel

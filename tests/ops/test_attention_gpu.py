@@ -60,6 +60,8 @@ def test_groups(kernel: str, groups: int) -> None:
 @pytest.mark.parametrize("width", [16, 32, 33, 80, 96, 100, 128])
 @pytest.mark.parametrize("kernel", ["flash", "efficient", ""])
 def test_head_widths(kernel: str, width: int) -> None:
+    if kernel == "efficient" and width % 8:
+        pytest.skip("never chosen: see ops/attention_choice.py")
     _check(kernel, torch.bfloat16, 130, 130, width=width, causal=True)
 
 
