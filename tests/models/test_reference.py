@@ -21,6 +21,7 @@ from tests.models.zoo import CASES, LAYERS, PLAIN, SDPA, T5_RELU, TINY, Case, Si
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SLOW = pytest.mark.slow
+_TRAINED = ("bert", "gpt2", "llama", "t5")
 
 
 def _planned(records: list[Compilation] | None = None) -> Callable[[Any], Any]:
@@ -104,6 +105,31 @@ def test_one_compilation_serves_every_size(name: str) -> None:
         ours, theirs = (r if torch.is_tensor(r) else r["logits"] for r in (ours, theirs))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert len(records) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder-layer", *(pytest.param(f"{n}-eager", marks=SLOW) for n in _TRAINED)]
+)
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "default"])
+def test_a_step_on_every_size(name: str, dynamic: bool | None) -> None:
+    """One compilation where sizes are said to change, at most one more where they are seen to."""
+    case, records = CASES[name], list[Compilation]()
+    module = case.module().train()
+    backend = Compiler(engine="reference", strict=True, on_compiled=records.append)
+    compiled = torch.compile(module, backend=backend, dynamic=dynamic)
+    for seed, (batch, length) in enumerate([(2, 9), (3, 14), (5, 9), (4, 31)]):
+        size = Size(TINY.hidden, TINY.layers, TINY.vocabulary, batch, length)
+        inputs = case.inputs(size, seed)
+        found = []
+        for function in (compiled, module):
+            module.zero_grad()
+            output = function(**inputs)
+            loss = output.square().mean() if torch.is_tensor(output) else output["loss"]
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in module.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert len(records) <= (1 if dynamic else 2)
 
 
 def test_dropout_repeats_with_the_seed_and_its_backward_sees_the_same_mask() -> None:
