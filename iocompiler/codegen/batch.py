@@ -51,7 +51,11 @@ def _body(program: TileProgram, schedule: Schedule, whole: bool) -> list[str]:
 def _argument(buffer: Buffer, place: int, aligned: bool) -> str:
     if buffer.role == "scalar":
         kind = "tl.float64" if buffer.dtype.is_floating_point else "tl.int64"
-        held = torch.float32 if buffer.dtype.itemsize < 4 and buffer.dtype.is_floating_point else buffer.dtype
+        held = (
+            torch.float32
+            if buffer.dtype.itemsize < 4 and buffer.dtype.is_floating_point
+            else buffer.dtype
+        )
         return f"{buffer.name} = tl.load(row + {place}).to({kind}, bitcast=True).to({TYPES[held]})"
     pointer = f"tl.load(row + {place}).to(tl.pointer_type({TYPES[buffer.dtype]}))"
     return f"{buffer.name}_ptr = " + (f"tl.multiple_of({pointer}, 16)" if aligned else pointer)

@@ -76,7 +76,11 @@ def extent(value: Size) -> str:
     """A size as text, computed in 64 bits where 32 may not hold it."""
     if fits_int32(value):
         return size(value)
-    return str(value) if isinstance(value, int) else str(_SizePrinter("tl.cast({}, tl.int64)").doprint(value))
+    return (
+        str(value)
+        if isinstance(value, int)
+        else str(_SizePrinter("tl.cast({}, tl.int64)").doprint(value))
+    )
 
 
 def passes_int32(index: Affine, extents: Mapping[str, Size]) -> bool:
@@ -101,9 +105,13 @@ def affine(index: Affine, names: dict[str, str], wide: bool = False) -> str:
             parts.append(f"-{text}")
         else:
             factor = extent(coefficient) if wide else size(coefficient)
-            parts.append(f"{text} * {factor}" if isinstance(coefficient, int) else f"{text} * ({factor})")
+            parts.append(
+                f"{text} * {factor}" if isinstance(coefficient, int) else f"{text} * ({factor})"
+            )
     if index.const != 0 or not parts:
-        parts.append(size(index.const) if isinstance(index.const, int) else f"({size(index.const)})")
+        parts.append(
+            size(index.const) if isinstance(index.const, int) else f"({size(index.const)})"
+        )
     return " + ".join(parts).replace("+ -", "- ")
 
 

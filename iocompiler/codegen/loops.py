@@ -55,7 +55,9 @@ def _fold_tile(writer: KernelWriter, position: int, op: Op) -> None:
         place = writer.full(f"({_row_position(writer)})", _tile(writer))
         writer.line(f"_, {name} = tl.reduce(({value}, {place}), 1, {_pair(fn)}, keep_dims=True)")
         return
-    writer.line(f"{name} = {writer.folded(op.fn, writer.guarded(value, op.fn, dtype, ('r',)), 1, dtype)}")
+    writer.line(
+        f"{name} = {writer.folded(op.fn, writer.guarded(value, op.fn, dtype, ('r',)), 1, dtype)}"
+    )
 
 
 def _pair(fn: str) -> str:
@@ -85,9 +87,12 @@ def write_looped(writer: KernelWriter) -> None:
     for position in range(len(program.ops)):
         along_r.append(_along_row(writer, position, along_r))
     last = max(
-        (level[i] for i, op in enumerate(program.ops) if along_r[i] and op.kind == "store"), default=-1
+        (level[i] for i, op in enumerate(program.ops) if along_r[i] and op.kind == "store"),
+        default=-1,
     )
-    last = max(last, max((level[op.inputs[0]] for op in program.ops if op.kind == "reduce"), default=0))
+    last = max(
+        last, max((level[op.inputs[0]] for op in program.ops if op.kind == "reduce"), default=0)
+    )
     for number in range(last + 1):
         _write_settled(writer, level, along_r, number)
         _write_pass(writer, level, along_r, number)
@@ -125,7 +130,9 @@ def _levels(writer: KernelWriter) -> list[int]:
     return found
 
 
-def _write_settled(writer: KernelWriter, level: list[int], along_r: list[bool], number: int) -> None:
+def _write_settled(
+    writer: KernelWriter, level: list[int], along_r: list[bool], number: int
+) -> None:
     """Write what no longer depends on the place in the row, once its reductions are done."""
     for position, op in enumerate(writer.program.ops):
         if along_r[position] or level[position] > number or op.kind == "reduce":
@@ -139,10 +146,14 @@ def _write_settled(writer: KernelWriter, level: list[int], along_r: list[bool], 
 def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], number: int) -> None:
     program = writer.program
     folds = [
-        i for i, op in enumerate(program.ops) if op.kind == "reduce" and level[op.inputs[0]] == number
+        i
+        for i, op in enumerate(program.ops)
+        if op.kind == "reduce" and level[op.inputs[0]] == number
     ]
     stores = [
-        i for i, op in enumerate(program.ops) if op.kind == "store" and along_r[i] and level[i] == number
+        i
+        for i, op in enumerate(program.ops)
+        if op.kind == "store" and along_r[i] and level[i] == number
     ]
     if not folds and not stores:
         return
@@ -218,7 +229,9 @@ def _accumulate(writer: KernelWriter, position: int) -> None:
     if op.fn == "any":
         value = f"({value}).to(tl.int32)"
         dtype = torch.int32
-    writer.line(f"{acc} = {writer.combined(op.fn, acc, writer.guarded(value, op.fn, dtype, ('r',)))}")
+    writer.line(
+        f"{acc} = {writer.combined(op.fn, acc, writer.guarded(value, op.fn, dtype, ('r',)))}"
+    )
 
 
 def _finish_accumulator(writer: KernelWriter, position: int) -> None:
@@ -227,7 +240,9 @@ def _finish_accumulator(writer: KernelWriter, position: int) -> None:
     writer.names[f"%{position}"] = name
     if op.fn in ("argmax", "argmin"):
         pair = f"(acc_{position}, place_{position})"
-        writer.line(f"_, {name} = tl.reduce({pair}, 1, {_pair(op.fn.removeprefix('arg'))}, keep_dims=True)")
+        writer.line(
+            f"_, {name} = tl.reduce({pair}, 1, {_pair(op.fn.removeprefix('arg'))}, keep_dims=True)"
+        )
         return
     writer.line(f"{name} = {writer.folded(op.fn, f'acc_{position}', 1, op.dtype)}")
 
@@ -250,7 +265,9 @@ def _scan_piece(writer: KernelWriter, position: int) -> None:
 def write_rows(writer: KernelWriter) -> None:
     """Each program walks its share of the rows; column sums stay in registers until it ends."""
     program, block = writer.program, writer.schedule.x_block
-    columns = [i for i, op in enumerate(program.ops) if op.kind == "reduce" and op.over == "parallel"]
+    columns = [
+        i for i, op in enumerate(program.ops) if op.kind == "reduce" and op.over == "parallel"
+    ]
     partial = {i for i, op in enumerate(program.ops) if op.kind == "store" and op.fn == "partial"}
     _row(writer, "")
     for position in columns:
@@ -259,12 +276,17 @@ def write_rows(writer: KernelWriter) -> None:
         neutral = writer.neutral(program.ops[position].fn, dtype)
         writer.line(f"acc_{position} = tl.full({_tile(writer)}, {neutral}, {kind})")
     by_row = {a.name for a in program.parallel}
-    fixed = [not (program.varies[i] & by_row) and not _after(program.ops, i, columns) for i in range(len(program.ops))]
+    fixed = [
+        not (program.varies[i] & by_row) and not _after(program.ops, i, columns)
+        for i in range(len(program.ops))
+    ]
     for position, op in enumerate(program.ops):
         if fixed[position] and op.kind not in ("store", "reduce"):
             writer.write(position)
     total = expressions.size(writer.points(program.parallel))
-    writer.line(f"for first in range(tl.program_id(0) * {block}, {total}, {writer.schedule.programs * block}):")
+    writer.line(
+        f"for first in range(tl.program_id(0) * {block}, {total}, {writer.schedule.programs * block}):"
+    )
     writer.depth += 1
     writer.line(f"x = first + tl.arange(0, {block})[:, None]")
     writer.bounded("x", "x", writer.points(program.parallel), block)
@@ -296,7 +318,9 @@ def _accumulate_column(writer: KernelWriter, position: int) -> None:
     if op.fn == "any":
         value, dtype = f"({value}).to(tl.int32)", torch.int32
     acc = f"acc_{position}"
-    writer.line(f"{acc} = {writer.combined(op.fn, acc, writer.guarded(value, op.fn, dtype, ('x',)))}")
+    writer.line(
+        f"{acc} = {writer.combined(op.fn, acc, writer.guarded(value, op.fn, dtype, ('x',)))}"
+    )
     writer.names[f"%{position}"] = acc
 
 
@@ -308,4 +332,6 @@ def _store_partial(writer: KernelWriter, position: int) -> None:
     total = writer.folded(column.fn, f"acc_{op.inputs[0]}", 0, op.dtype)
     address = expressions.affine(op.index, writer.names)
     mask = f", {writer.masks['r']}" if "r" in writer.masks else ""
-    writer.line(f"tl.store({op.buffer}_ptr + tl.program_id(0) * {share} + ({address}), {total}{mask})")
+    writer.line(
+        f"tl.store({op.buffer}_ptr + tl.program_id(0) * {share} + ({address}), {total}{mask})"
+    )

@@ -56,7 +56,9 @@ def _two_dimensions(writer: KernelWriter) -> None:
     columns = expressions.size(ceil_div(x_axis.size, x_block))
     rows = expressions.size(ceil_div(tiling.y.size, y_block))
     writer.line(f"tile = tl.program_id(0) // ({columns})")
-    writer.line(f"x = (tl.program_id(0) % ({columns})) * {x_block} + tl.arange(0, {x_block})[None, :]")
+    writer.line(
+        f"x = (tl.program_id(0) % ({columns})) * {x_block} + tl.arange(0, {x_block})[None, :]"
+    )
     writer.line(f"y = (tile % ({rows})) * {y_block} + tl.arange(0, {y_block})[:, None]")
     writer.bounded("x", "x", x_axis.size, x_block)
     writer.bounded("y", "y", tiling.y.size, y_block)

@@ -18,7 +18,9 @@ def kernel_seconds(program: TileProgram, device: Device, hints: Mapping[str, int
     moved = traffic(program)
     read, written = _at(moved.read_bytes, hints), _at(moved.written_bytes, hints)
     work = _at(moved.flops, hints) + _TRANSCENDENTAL_FLOPS * _at(moved.transcendentals, hints)
-    return device.launch_s + max((read + written) / device.hbm_bytes_per_s, work / device.vector_flops)
+    return device.launch_s + max(
+        (read + written) / device.hbm_bytes_per_s, work / device.vector_flops
+    )
 
 
 def _at(size: Size, hints: Mapping[str, int]) -> float:

@@ -72,7 +72,12 @@ def _kernel(
         if torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
             return "flash"
     enabled = torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
-    if q.dtype in (torch.float32, *_HALF) and enabled and _efficient_takes(q) and _efficient_takes(v):
+    if (
+        q.dtype in (torch.float32, *_HALF)
+        and enabled
+        and _efficient_takes(q)
+        and _efficient_takes(v)
+    ):
         return "efficient"
     return "blockwise"
 

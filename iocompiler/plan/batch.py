@@ -38,7 +38,9 @@ def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[S
     return steps
 
 
-def _families(steps: list[Step], hints: Mapping[str, int]) -> dict[TileProgram, list[tuple[int, Size]]]:
+def _families(
+    steps: list[Step], hints: Mapping[str, int]
+) -> dict[TileProgram, list[tuple[int, Size]]]:
     """Places and lengths of the kernels that run each flat program more than once."""
     families: dict[TileProgram, list[tuple[int, Size]]] = {}
     for place, step in enumerate(steps):
@@ -51,7 +53,11 @@ def _families(steps: list[Step], hints: Mapping[str, int]) -> dict[TileProgram, 
 
 
 def _with_batch(
-    steps: list[Step], members: list[tuple[int, Size]], program: TileProgram, device: Device, hints: Mapping[str, int]
+    steps: list[Step],
+    members: list[tuple[int, Size]],
+    program: TileProgram,
+    device: Device,
+    hints: Mapping[str, int],
 ) -> list[Step]:
     result: dict[int, Step] = dict(enumerate(steps))
     for place, _ in members:
@@ -113,9 +119,15 @@ def written(step: Step) -> set[str]:
 
 
 def _launch_together(
-    steps: list[Step], members: list[tuple[int, Size]], program: TileProgram, device: Device, hints: Mapping[str, int]
+    steps: list[Step],
+    members: list[tuple[int, Size]],
+    program: TileProgram,
+    device: Device,
+    hints: Mapping[str, int],
 ) -> BatchStep:
-    kernels = [step for step in (steps[place] for place, _ in members) if isinstance(step, KernelStep)]
+    kernels = [
+        step for step in (steps[place] for place, _ in members) if isinstance(step, KernelStep)
+    ]
     total = sum(value_at(length, hints) for _, length in members)
     schedule = choose(program, device, {**hints, LENGTH.name: total})
     return BatchStep(

@@ -13,7 +13,16 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.graph.view import where
 from iocompiler.plan.batch import batch
-from iocompiler.plan.data import AtenStep, ConstantStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
+from iocompiler.plan.data import (
+    AtenStep,
+    ConstantStep,
+    KernelStep,
+    Plan,
+    Ref,
+    Step,
+    TensorSpec,
+    ViewStep,
+)
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.finish import finish
 from iocompiler.plan.found import Symbolic
@@ -81,7 +90,11 @@ class _Builder:
         outputs = tuple(self._argument(a) for a in output.args[0])
         steps = batch(self.steps, self.device, self.hints)
         return Plan(
-            tuple(inputs), tuple(steps), outputs, str(self.flow.device), unfused_edges(self.flow, self.grouper)
+            tuple(inputs),
+            tuple(steps),
+            outputs,
+            str(self.flow.device),
+            unfused_edges(self.flow, self.grouper),
         )
 
     # --- values
@@ -116,7 +129,9 @@ class _Builder:
     def _constant(self, node: Node) -> None:
         tensor = node.meta["val"]
         if tensor.numel() > _LARGEST_CONSTANT:
-            raise Unsupported(f"a constant of {tensor.numel()} elements in the graph; make it a buffer of the model")
+            raise Unsupported(
+                f"a constant of {tensor.numel()} elements in the graph; make it a buffer of the model"
+            )
         self.steps.append(ConstantStep(node.name, spec_of(tensor), constant_values(node)))
         self.values[node] = node.name
 
@@ -124,7 +139,9 @@ class _Builder:
         owner = storage_owner(node)
         base, spec = self._value(owner), spec_of(node.meta["val"])
         whole = spec_of(owner.meta["val"])
-        offset = size_of(node.meta["val"].storage_offset()) - size_of(owner.meta["val"].storage_offset())
+        offset = size_of(node.meta["val"].storage_offset()) - size_of(
+            owner.meta["val"].storage_offset()
+        )
         if spec == whole and equal(offset, 0):
             return base
         self.steps.append(ViewStep(node.name, base, spec, offset))
@@ -175,7 +192,14 @@ class _Builder:
         outputs, is_tuple = self._results(node)
         self.steps.append(
             AtenStep(
-                str(node.target), args, kwargs, outputs, is_tuple, node.name, where(node), self.flow.opaque[node]
+                str(node.target),
+                args,
+                kwargs,
+                outputs,
+                is_tuple,
+                node.name,
+                where(node),
+                self.flow.opaque[node],
             )
         )
 
@@ -209,7 +233,19 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     )
 
 
-_DULL = {"clone", "_to_copy", "convert_element_type", "copy_", "full", "where", "mul", "add", "sub", "div", "neg"}
+_DULL = {
+    "clone",
+    "_to_copy",
+    "convert_element_type",
+    "copy_",
+    "full",
+    "where",
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "neg",
+}
 
 
 def _title(nodes: list[Node], most: int = 4) -> str:

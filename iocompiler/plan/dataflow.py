@@ -26,13 +26,17 @@ from iocompiler.tile.index import product
 aten = torch.ops.aten
 
 # Calls made for what they raise, not for what they return.
-_CHECKS = frozenset({aten._assert_async.msg, aten._assert_async.default, aten._assert_scalar.default})
+_CHECKS = frozenset(
+    {aten._assert_async.msg, aten._assert_async.default, aten._assert_scalar.default}
+)
 
 # What a library does best: a call of it is no gap in the planner.
 _LIBRARY = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "aligned_mm"), "contraction: cuBLAS"),
     **dict.fromkeys(("convolution", "convolution_backward"), "contraction: cuDNN"),
-    **dict.fromkeys(("attention_forward", "attention_backward"), "attention: cuDNN, flash or efficient"),
+    **dict.fromkeys(
+        ("attention_forward", "attention_backward"), "attention: cuDNN, flash or efficient"
+    ),
 }
 
 # Beyond this many operations a shared value is stored rather than recomputed by each of its readers.
@@ -52,7 +56,8 @@ def tensors(node: Node) -> list[torch.Tensor]:
 def nbytes(node: Node, hints: dict[str, int]) -> int:
     """Bytes of the node's result, at the hinted sizes."""
     return sum(
-        value_at(product([size_of(s) for s in t.shape]), hints) * t.element_size() for t in tensors(node)
+        value_at(product([size_of(s) for s in t.shape]), hints) * t.element_size()
+        for t in tensors(node)
     )
 
 
@@ -85,7 +90,9 @@ class Dataflow:
         for node in self.graph.nodes:
             if node.target in _CHECKS:
                 self.opaque[node] = "a check of the user's values"
-            if node.target is aten._local_scalar_dense.default and isinstance(node.meta["val"], Symbolic):
+            if node.target is aten._local_scalar_dense.default and isinstance(
+                node.meta["val"], Symbolic
+            ):
                 self.opaque[node] = "a number the host reads"
             if node.op != "call_function" or is_view(node) or not tensors(node):
                 continue
@@ -129,7 +136,11 @@ class Dataflow:
         for node in reversed(self.graph.nodes):
             if node not in self.opaque or self.device.type == "cpu" or not is_elementwise(node):
                 continue
-            if any(t.dim() > 0 or t.device.type != "cpu" for a in (node, *node.all_input_nodes) for t in tensors(a)):
+            if any(
+                t.dim() > 0 or t.device.type != "cpu"
+                for a in (node, *node.all_input_nodes)
+                for t in tensors(a)
+            ):
                 continue
             if node.users and all(user in self.kernel or user in found for user in node.users):
                 found[node] = None
@@ -145,7 +156,12 @@ class Dataflow:
             reads[node] = self._bytes_read(node, reads)
             owners = {storage_owner(a) for a in node.all_input_nodes}
             weight[node] = 1 + sum(weight[owner] for owner in owners if owner in self.virtual)
-            if node in self.virtual or node in stored or is_reduction(node) or node.target is aten.copy_.default:
+            if (
+                node in self.virtual
+                or node in stored
+                or is_reduction(node)
+                or node.target is aten.copy_.default
+            ):
                 continue
             free = not reads[node]
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
@@ -197,8 +213,15 @@ class Dataflow:
     def _connect(self) -> None:
         found = finders(self.graph)
         for node in self.graph.nodes:
-            if node in self.virtual or node in self.kernel or node in self.opaque or node.op == "output":
-                self.leaves[node] = frozenset(self._stored_operands(node)) | frozenset(needed(node, found))
+            if (
+                node in self.virtual
+                or node in self.kernel
+                or node in self.opaque
+                or node.op == "output"
+            ):
+                self.leaves[node] = frozenset(self._stored_operands(node)) | frozenset(
+                    needed(node, found)
+                )
         for node in [*self.kernel, *self.opaque]:
             for leaf in self.leaves[node]:
                 self.readers.setdefault(leaf, set()).add(node)
@@ -216,6 +239,10 @@ class Dataflow:
 
     def item_source(self, node: Node) -> Node:
         """The opaque call behind a ``getitem``, or the node itself."""
-        if node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0] in self.opaque:
+        if (
+            node.target is operator.getitem
+            and isinstance(node.args[0], Node)
+            and node.args[0] in self.opaque
+        ):
             return node.args[0]
         return node

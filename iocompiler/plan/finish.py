@@ -15,7 +15,9 @@ from iocompiler.tile.rows import column_reductions, split_rows
 from iocompiler.tile.split import split_reduction
 
 
-def finish(step: KernelStep, device: Device, hints: Mapping[str, int], place: str) -> list[KernelStep]:
+def finish(
+    step: KernelStep, device: Device, hints: Mapping[str, int], place: str
+) -> list[KernelStep]:
     """The scheduled kernels that do the work of ``step``; workspaces between them live on ``place``."""
     program = step.program
     if column_reductions(program):
@@ -47,14 +49,20 @@ def _two(
     for buffer in first.buffers:
         if buffer.name not in names:
             names[buffer.name] = stem + buffer.name
-            workspaces.append((stem + buffer.name, TensorSpec((buffer.elements,), (1,), buffer.dtype, place)))
+            workspaces.append(
+                (stem + buffer.name, TensorSpec((buffer.elements,), (1,), buffer.dtype, place))
+            )
     made = dict(step.outputs)
     steps: list[KernelStep] = []
     for program, suffix, extra in ((first, "", workspaces), (second, "_fold", [])):
         schedule = choose(program, device, hints)
         if programs and not suffix:
             schedule = replace(schedule, programs=programs)
-        outputs = [(names[b.name], made[names[b.name]]) for b in program.buffers if names[b.name] in made and b.role == "out"]
+        outputs = [
+            (names[b.name], made[names[b.name]])
+            for b in program.buffers
+            if names[b.name] in made and b.role == "out"
+        ]
         steps.append(
             replace(
                 step,

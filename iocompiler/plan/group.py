@@ -78,7 +78,9 @@ class Grouper:
             self._above[number] = above
             if node in self.flow.kernel:
                 lowered = self.flow.singles[node]
-                self.groups[number] = Group(number, frozenset({node}), lowered, self.price(lowered.program))
+                self.groups[number] = Group(
+                    number, frozenset({node}), lowered, self.price(lowered.program)
+                )
         for pair in self._shared():
             self._propose(*pair)
 
@@ -129,9 +131,7 @@ class Grouper:
                 if seconds <= a.seconds + b.seconds:
                     self._merge(a, b, Group(max(a.number, b.number), nodes, lowered, seconds))
                     return
-                reason = (
-                    f"together {seconds * 1e6:.1f} us, apart {a.seconds * 1e6:.1f} + {b.seconds * 1e6:.1f} us"
-                )
+                reason = f"together {seconds * 1e6:.1f} us, apart {a.seconds * 1e6:.1f} + {b.seconds * 1e6:.1f} us"
         for x in a.nodes:
             for y in self._neighbours(x) & b.nodes:
                 first, second = sorted((x, y), key=lambda n: self.flow.order[n])
@@ -177,7 +177,10 @@ class Grouper:
     def _adjacent(self, group: Group) -> set[int]:
         found: set[int] = set()
         for tensor in self._touched(group):
-            if nbytes(tensor, self.flow.hints) < 4096 and len(self.flow.readers.get(tensor, ())) > 8:
+            if (
+                nbytes(tensor, self.flow.hints) < 4096
+                and len(self.flow.readers.get(tensor, ())) > 8
+            ):
                 continue
             near = self.flow.readers.get(tensor, set()) | {tensor}
             found |= {self.home[n] for n in near if n in self.home}

@@ -32,7 +32,10 @@ class Lowered:
 
 
 def lower(
-    home: frozenset[Node], virtual: Container[Node], outputs: tuple[Node, ...], order: Mapping[Node, int]
+    home: frozenset[Node],
+    virtual: Container[Node],
+    outputs: tuple[Node, ...],
+    order: Mapping[Node, int],
 ) -> Lowered:
     """Lower ``home`` nodes to a kernel that stores ``outputs``; raises `Unsupported` with the reason.
 
@@ -51,7 +54,9 @@ def lower(
     raise Unsupported("the axes would have to be split too often")
 
 
-def _lower_in(lowering: Lowering, seeds: Mapping[Node, Index], outputs: tuple[Node, ...]) -> Lowered:
+def _lower_in(
+    lowering: Lowering, seeds: Mapping[Node, Index], outputs: tuple[Node, ...]
+) -> Lowered:
     stored: dict[Node, Affine] = {}
     for output in outputs:
         target = stored_into(output)
@@ -67,16 +72,23 @@ def _lower_in(lowering: Lowering, seeds: Mapping[Node, Index], outputs: tuple[No
     return _finish(lowering, outputs)
 
 
-def _check_mutation(lowering: Lowering, outputs: tuple[Node, ...], stored: Mapping[Node, Affine]) -> None:
+def _check_mutation(
+    lowering: Lowering, outputs: tuple[Node, ...], stored: Mapping[Node, Affine]
+) -> None:
     """A kernel that overwrites an argument may read it only at the element it writes, and in one pass."""
     for output in outputs:
         target = stored_into(output)
         if target is output:
             continue
         if lowering.space.reduced:
-            raise Unsupported(f"{target.name} is overwritten in place and the kernel makes several passes")
+            raise Unsupported(
+                f"{target.name} is overwritten in place and the kernel makes several passes"
+            )
         name = lowering.names[target]
-        if any(op.kind == "load" and op.buffer == name and op.index != stored[target] for op in lowering.builder.ops):
+        if any(
+            op.kind == "load" and op.buffer == name and op.index != stored[target]
+            for op in lowering.builder.ops
+        ):
             raise Unsupported(f"{target.name} is overwritten in place and read at other elements")
 
 
@@ -87,7 +99,12 @@ def _finish(lowering: Lowering, outputs: tuple[Node, ...]) -> Lowered:
     for node, name in lowering.names.items():
         tensor = node.meta["val"]
         role: Any = "in" if name not in written else "inout" if name in loaded else "out"
-        if role == "in" and tensor.device.type == "cpu" and tensor.dim() == 0 and _on_accelerator(outputs):
+        if (
+            role == "in"
+            and tensor.device.type == "cpu"
+            and tensor.dim() == 0
+            and _on_accelerator(outputs)
+        ):
             role = "scalar"
         buffers.append(Buffer(name, tensor.dtype, role, _extent(tensor)))
     program = lowering.builder.program(
@@ -135,4 +152,3 @@ def _canonical(program: TileProgram, nodes: Mapping[str, Node]) -> Lowered:
         ops,
     )
     return Lowered(renamed, tuple(nodes[b.name] for b in ordered))
-

@@ -72,7 +72,9 @@ class Space:
         reduced = self.reduced
         if name in reduced:
             reduced = (reduced - {name}) | {f"{name}o", f"{name}i"}
-        return Space(tuple(axes), reduced), {name: Affine.of(f"{name}o") * inner + Affine.of(f"{name}i")}
+        return Space(tuple(axes), reduced), {
+            name: Affine.of(f"{name}o") * inner + Affine.of(f"{name}i")
+        }
 
 
 Rule: TypeAlias = "Callable[[Lowering, Node, Index, int | None], int]"
@@ -131,7 +133,10 @@ class Lowering:
 
     def _narrowed(self, value: int, dtype: torch.dtype) -> int:
         """Wrap short integers as their own dtype does; leave everything else."""
-        if dtype in (torch.int8, torch.int16, torch.uint8) and self.builder.ops[value].kind == "map":
+        if (
+            dtype in (torch.int8, torch.int16, torch.uint8)
+            and self.builder.ops[value].kind == "map"
+        ):
             return self.builder.cast(self.builder.cast(value, dtype), compute_dtype(dtype))
         return value
 

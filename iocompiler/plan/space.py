@@ -67,7 +67,9 @@ def stored_into(output: Node) -> Node:
     return output
 
 
-def output_index(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> tuple[Index, int]:
+def output_index(
+    lowering: Lowering, output: Node, seeds: Mapping[Node, Index]
+) -> tuple[Index, int]:
     """Where ``output`` lies in the space, and its value there. Raises `Unsupported` where it has no place."""
     reasons: list[str] = []
     for index in _candidates(lowering, output, seeds):
@@ -79,8 +81,12 @@ def output_index(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) 
         extra = lowering.varies(value) - lowering.axes_of(index)
         if not extra:
             return index, value
-        reasons.append(f"{output.name} varies over {', '.join(sorted(extra))} beside its own elements")
-    raise Unsupported(reasons[0] if reasons else f"{output.name} {list(shape_of(output))} does not fit the space")
+        reasons.append(
+            f"{output.name} varies over {', '.join(sorted(extra))} beside its own elements"
+        )
+    raise Unsupported(
+        reasons[0] if reasons else f"{output.name} {list(shape_of(output))} does not fit the space"
+    )
 
 
 def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> list[Index]:
@@ -122,7 +128,11 @@ def _neighbours(lowering: Lowering, node: Node, index: Index) -> list[tuple[Node
         if is_view(node):
             found.append(input_index(node, index, extents))
         elif lowering.computes(node):
-            found += [(p, index) for p in node.all_input_nodes if _same_shape(p, node) and is_elementwise(node)]
+            found += [
+                (p, index)
+                for p in node.all_input_nodes
+                if _same_shape(p, node) and is_elementwise(node)
+            ]
         for user in node.users:
             if is_view(user) and _leads_into(user, lowering):
                 inverse = _inverse(user, node, index, lowering)
@@ -140,7 +150,9 @@ def _leads_into(view: Node, lowering: Lowering) -> bool:
 
 
 def _same_shape(a: Node, b: Node) -> bool:
-    if not isinstance(a.meta.get("val"), torch.Tensor) or not isinstance(b.meta.get("val"), torch.Tensor):
+    if not isinstance(a.meta.get("val"), torch.Tensor) or not isinstance(
+        b.meta.get("val"), torch.Tensor
+    ):
         return False
     left, right = shape_of(a), shape_of(b)
     return len(left) == len(right) and all(equal(x, y) for x, y in zip(left, right, strict=True))

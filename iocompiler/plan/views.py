@@ -83,7 +83,9 @@ def _divide(flat: Affine, divisor: Size, extents: Mapping[str, Size]) -> tuple[A
     raise _split_request(rest, divisor, extents)
 
 
-def _split_request(rest: Mapping[str, Size], divisor: Size, extents: Mapping[str, Size]) -> Exception:
+def _split_request(
+    rest: Mapping[str, Size], divisor: Size, extents: Mapping[str, Size]
+) -> Exception:
     for name, coefficient in rest.items():
         inner = divide(divisor, coefficient)
         if inner is None or name not in extents or inner == 1:
@@ -95,7 +97,10 @@ def _split_request(rest: Mapping[str, Size], divisor: Size, extents: Mapping[str
 
 
 def reshape_index(
-    index: Sequence[Affine], out_shape: Sequence[Size], in_shape: Sequence[Size], extents: Mapping[str, Size]
+    index: Sequence[Affine],
+    out_shape: Sequence[Size],
+    in_shape: Sequence[Size],
+    extents: Mapping[str, Size],
 ) -> Index:
     """Index into a tensor of ``in_shape`` of the element at ``index`` of its row-major reshape to ``out_shape``."""
     result: list[Affine] = []
@@ -172,7 +177,7 @@ def _permute(node: Node, source: Node, index: Index, extents: Mapping[str, Size]
 def _transpose(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
     swapped = list(index)
     if len(index) > 1:
-        a, b = (node.args[1:3] if len(node.args) > 1 else (0, 1))
+        a, b = node.args[1:3] if len(node.args) > 1 else (0, 1)
         a, b = a % len(index), b % len(index)  # type: ignore[operator]
         swapped[a], swapped[b] = swapped[b], swapped[a]
     return tuple(swapped)
@@ -186,9 +191,15 @@ def _unsqueeze(node: Node, source: Node, index: Index, extents: Mapping[str, Siz
 def _squeeze(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
     sizes = shape_of(source)
     given = node.args[1] if len(node.args) > 1 else list(range(len(sizes)))
-    dims = {d % len(sizes) for d in (given if isinstance(given, (list, tuple)) else [given])} if sizes else set()
+    dims = (
+        {d % len(sizes) for d in (given if isinstance(given, (list, tuple)) else [given])}
+        if sizes
+        else set()
+    )
     remaining = iter(index)
-    return tuple(Affine() if d in dims and sizes[d] == 1 else next(remaining) for d in range(len(sizes)))
+    return tuple(
+        Affine() if d in dims and sizes[d] == 1 else next(remaining) for d in range(len(sizes))
+    )
 
 
 def _expand(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
@@ -286,6 +297,7 @@ VIEWS: dict[Any, Callable[[Node, Node, Index, Mapping[str, Size]], Index]] = {
     aten.detach.default: _same,
 }
 
+
 def is_view(node: Node) -> bool:
     """Whether the node's result shares its input's storage by an index map known here."""
     if node.op != "call_function":
@@ -301,5 +313,9 @@ def storage_owner(node: Node) -> Node:
     while is_view(node):
         source = node.args[0]
         assert isinstance(source, Node)
-        node = source.args[0] if source.target in SPLITS and node.target is operator.getitem else source  # type: ignore[assignment]
+        node = (
+            source.args[0]
+            if source.target in SPLITS and node.target is operator.getitem
+            else source
+        )  # type: ignore[assignment]
     return node

@@ -24,7 +24,9 @@ class BatchLaunch:
         device: where the table goes.
     """
 
-    def __init__(self, launch: Callable[[], Launch], block: int, numbers: str, device: torch.device):
+    def __init__(
+        self, launch: Callable[[], Launch], block: int, numbers: str, device: torch.device
+    ):
         self._launch, self._block, self._numbers, self._device = launch, block, numbers, device
         self._pointers = [i for i, kind in enumerate(numbers) if kind == "p"]
         self._rows: list[Row] = []
@@ -36,7 +38,13 @@ class BatchLaunch:
         if rows != self._rows:
             self._upload(rows)
         self._launch()(
-            stream, self._programs, 1, 1, self._table.data_ptr(), self._blocks.data_ptr(), self._aligned
+            stream,
+            self._programs,
+            1,
+            1,
+            self._table.data_ptr(),
+            self._blocks.data_ptr(),
+            self._aligned,
         )
 
     def _upload(self, rows: list[Row]) -> None:
@@ -44,7 +52,10 @@ class BatchLaunch:
         if lengths != [row[-1] for row in self._rows]:
             self._upload_blocks(lengths)
         self._rows = rows
-        bits = [[self._bits(kind, value) for kind, value in zip(self._numbers + "i", row, strict=True)] for row in rows]
+        bits = [
+            [self._bits(kind, value) for kind, value in zip(self._numbers + "i", row, strict=True)]
+            for row in rows
+        ]
         self._table = self._on_device(torch.tensor(bits, dtype=torch.int64), 0)
         self._aligned = int(not any(row[i] & 15 for row in rows for i in self._pointers))
 

@@ -65,7 +65,16 @@ def _with(
 def _reindexed(op: Op, rename: dict[str, Affine]) -> Op:
     if op.index is None:
         return op
-    return Op(op.kind, op.dtype, op.inputs, op.fn, op.buffer, op.index.substitute(rename), op.value, op.over)
+    return Op(
+        op.kind,
+        op.dtype,
+        op.inputs,
+        op.fn,
+        op.buffer,
+        op.index.substitute(rename),
+        op.value,
+        op.over,
+    )
 
 
 @dataclass(frozen=True)

@@ -38,4 +38,3 @@ def flat_program(program: TileProgram) -> tuple[TileProgram, Size] | None:
         return None
     buffers = tuple(replace(b, elements=LENGTH if b.name in swept else 1) for b in program.buffers)
     return TileProgram((Axis("x0", LENGTH),), (), buffers, tuple(ops)), points
-

@@ -34,14 +34,20 @@ def run(
 
 class _Run:
     def __init__(
-        self, program: TileProgram, buffers: Mapping[str, torch.Tensor], sizes: Mapping[str, int], programs: int
+        self,
+        program: TileProgram,
+        buffers: Mapping[str, torch.Tensor],
+        sizes: Mapping[str, int],
+        programs: int,
     ):
         self.program, self.buffers, self.sizes, self.programs = program, buffers, sizes, programs
         self.extents = [self.size(a.size) for a in program.axes]
         self.rank = len(self.extents)
         self.first_reduced = len(program.parallel)
         self.positions = {
-            axis.name: torch.arange(extent).reshape([-1 if d == dim else 1 for d in range(self.rank)])
+            axis.name: torch.arange(extent).reshape(
+                [-1 if d == dim else 1 for d in range(self.rank)]
+            )
             for dim, (axis, extent) in enumerate(zip(program.axes, self.extents, strict=True))
         }
         self.values: list[torch.Tensor] = []
@@ -109,9 +115,13 @@ class _Run:
 
     def _check(self, op: Op, address: torch.Tensor, buffer: torch.Tensor) -> None:
         # torch counts negative places from the end; a kernel reads what lies before the buffer
-        if address.numel() and not (int(address.min()) >= 0 and int(address.max()) < buffer.numel()):
+        if address.numel() and not (
+            int(address.min()) >= 0 and int(address.max()) < buffer.numel()
+        ):
             reach = f"{int(address.min())} to {int(address.max())}"
-            raise IndexError(f"{op.kind} of {op.buffer}[{op.index}]: {reach} of {buffer.numel()} elements")
+            raise IndexError(
+                f"{op.kind} of {op.buffer}[{op.index}]: {reach} of {buffer.numel()} elements"
+            )
 
     def _partial(self, op: Op, buffer: torch.Tensor) -> None:
         """The whole result goes to the first program's row; every other row holds what changes nothing."""

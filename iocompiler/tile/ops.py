@@ -126,11 +126,15 @@ REDUCES: dict[str, ReduceRow] = {
     "prod": ReduceRow("tl.reduce({0}, {1}, _multiply)", "{0} * {1}", 1, torch.prod),
     "max": ReduceRow(
         "tl.reduce({0}, {1}, _maximum)",
-        "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", "lowest", torch.amax,
+        "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        "lowest",
+        torch.amax,
     ),
     "min": ReduceRow(
         "tl.reduce({0}, {1}, _minimum)",
-        "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", "highest", torch.amin,
+        "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        "highest",
+        torch.amin,
     ),
     "any": ReduceRow("tl.reduce_or({0}.to(tl.int32), {1}) != 0", "({0} | {1})", 0, torch.any),
     # position (int64) of the first maximum / minimum in row-major order of the reduced axes; NaN wins

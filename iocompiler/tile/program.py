@@ -119,7 +119,9 @@ class TileProgram:
     def __str__(self) -> str:
         lines = [
             "program("
-            + ", ".join(f"{b.name}: {b.role} {str(b.dtype)[6:]}[{b.elements}]" for b in self.buffers)
+            + ", ".join(
+                f"{b.name}: {b.role} {str(b.dtype)[6:]}[{b.elements}]" for b in self.buffers
+            )
             + ")",
             "  parallel " + ", ".join(f"{a.name}<{a.size}" for a in self.parallel),
         ]
@@ -173,12 +175,19 @@ class Builder:
         return self.add(key)
 
     def load(
-        self, buffer: str, index: Affine, dtype: torch.dtype, mask: int | None = None, other: Literal_ = 0
+        self,
+        buffer: str,
+        index: Affine,
+        dtype: torch.dtype,
+        mask: int | None = None,
+        other: Literal_ = 0,
     ) -> int:
         inputs = () if mask is None else (mask,)
         return self.add(Op("load", dtype, inputs, buffer=buffer, index=index, value=other))
 
-    def store(self, buffer: str, index: Affine, value: int, mask: int | None = None, fn: str = "") -> int:
+    def store(
+        self, buffer: str, index: Affine, value: int, mask: int | None = None, fn: str = ""
+    ) -> int:
         inputs = (value,) if mask is None else (value, mask)
         return self.add(Op("store", self.dtype(value), inputs, fn, buffer, index))
 
@@ -219,7 +228,10 @@ def drop_dead(program: TileProgram) -> TileProgram:
     ops = tuple(_renumbered(program.ops[old], renumber) for old in sorted(live))
     touched = {op.buffer for op in ops}
     return TileProgram(
-        program.parallel, program.reduced, tuple(b for b in program.buffers if b.name in touched), ops
+        program.parallel,
+        program.reduced,
+        tuple(b for b in program.buffers if b.name in touched),
+        ops,
     )
 
 
@@ -228,5 +240,12 @@ def _renumbered(op: Op, renumber: dict[int, int]) -> Op:
     if index is not None and index.values:
         index = index.substitute({f"%{v}": Affine.of(f"%{renumber[v]}") for v in index.values})
     return Op(
-        op.kind, op.dtype, tuple(renumber[i] for i in op.inputs), op.fn, op.buffer, index, op.value, op.over
+        op.kind,
+        op.dtype,
+        tuple(renumber[i] for i in op.inputs),
+        op.fn,
+        op.buffer,
+        index,
+        op.value,
+        op.over,
     )

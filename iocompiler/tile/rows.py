@@ -23,7 +23,9 @@ class RowsTooLong(Exception):
 
 def column_reductions(program: TileProgram) -> tuple[int, ...]:
     """Positions of the reductions over the parallel axes."""
-    return tuple(i for i, op in enumerate(program.ops) if op.kind == "reduce" and op.over == "parallel")
+    return tuple(
+        i for i, op in enumerate(program.ops) if op.kind == "reduce" and op.over == "parallel"
+    )
 
 
 def check_rows(program: TileProgram) -> None:
@@ -33,10 +35,15 @@ def check_rows(program: TileProgram) -> None:
     length = product([a.size for a in program.reduced])
     columns = len(column_reductions(program))
     if not isinstance(length, int) or length * columns > LONGEST_ROW:
-        raise RowsTooLong(f"{columns} column sums over rows of {length} elements exceed {LONGEST_ROW} registers")
+        raise RowsTooLong(
+            f"{columns} column sums over rows of {length} elements exceed {LONGEST_ROW} registers"
+        )
     if any(op.kind == "scan" for op in program.ops):
         raise RowsTooLong("a scan beside column sums")
-    if any(program.ops[i].fn not in ("sum", "max", "min", "any", "prod") for i in column_reductions(program)):
+    if any(
+        program.ops[i].fn not in ("sum", "max", "min", "any", "prod")
+        for i in column_reductions(program)
+    ):
         raise RowsTooLong("an argmax down the columns")
     _check_order(program)
 
@@ -78,8 +85,12 @@ def split_rows(program: TileProgram, programs: int) -> tuple[TileProgram, TilePr
         name = f"partial{number}"
         buffers.append(Buffer(name, dtype, "out", length * programs))
         kept.append(Op("store", dtype, (column,), "partial", name, row))
-    first_ops = [op if op is not None else Op("const", program.ops[i].dtype) for i, op in enumerate(ops)]
-    first = replace(program, buffers=program.buffers + tuple(buffers), ops=tuple(first_ops) + tuple(kept))
+    first_ops = [
+        op if op is not None else Op("const", program.ops[i].dtype) for i, op in enumerate(ops)
+    ]
+    first = replace(
+        program, buffers=program.buffers + tuple(buffers), ops=tuple(first_ops) + tuple(kept)
+    )
     return drop_dead(first), _finish(program, columns, buffers, length, programs)
 
 
@@ -104,7 +115,9 @@ def _finish(
     for position, op in enumerate(program.ops):
         if position in columns:
             buffer = partials[columns.index(position)]
-            ops.append(Op("load", buffer.dtype, buffer=buffer.name, index=row + Affine.of("r0") * length))
+            ops.append(
+                Op("load", buffer.dtype, buffer=buffer.name, index=row + Affine.of("r0") * length)
+            )
             fold = Op("reduce", op.dtype, (len(ops) - 1,), op.fn)
         elif op.kind == "store" and position not in late:
             fold = Op("const", op.dtype)

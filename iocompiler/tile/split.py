@@ -29,8 +29,13 @@ def split_reduction(program: TileProgram, parts: int) -> tuple[TileProgram, Tile
         return None
     folds = [i for i, op in enumerate(program.ops) if op.kind == "reduce"]
     points = product([a.size for a in program.parallel])
-    partials = [Buffer(f"partial{n}", program.ops[i].dtype, "out", points * parts) for n, i in enumerate(folds)]
-    return _first(program, axis, parts, folds, partials), _second(program, parts, folds, partials, points)
+    partials = [
+        Buffer(f"partial{n}", program.ops[i].dtype, "out", points * parts)
+        for n, i in enumerate(folds)
+    ]
+    return _first(program, axis, parts, folds, partials), _second(
+        program, parts, folds, partials, points
+    )
 
 
 def _can_split(program: TileProgram) -> bool:
@@ -39,7 +44,9 @@ def _can_split(program: TileProgram) -> bool:
     for position, op in enumerate(program.ops):
         if op.kind == "scan" or op.fn == "atomic_add":
             return False
-        if op.kind == "reduce" and (op.over != "reduced" or op.fn not in _FOLDABLE or after[op.inputs[0]]):
+        if op.kind == "reduce" and (
+            op.over != "reduced" or op.fn not in _FOLDABLE or after[op.inputs[0]]
+        ):
             return False
         if op.kind == "store" and after[position] and program.varies[position] & reduced:
             return False
@@ -86,7 +93,9 @@ def _first(
         else:
             moved[position] = _move(build, op, moved, {axis.name: place}, inside)
     rest = tuple(replace(a, size=chunk) if a is axis else a for a in program.reduced)
-    return build.program((Axis("s", parts), *program.parallel), rest, program.buffers + tuple(partials))
+    return build.program(
+        (Axis("s", parts), *program.parallel), rest, program.buffers + tuple(partials)
+    )
 
 
 def _below(build: Builder, place: Affine, size: Size) -> int:
@@ -106,11 +115,17 @@ def _move(
     touched = False
     if index is not None:
         touched = any(name in places for name in index.names) or bool(index.values)
-        index = index.substitute(places | {f"%{v}": Affine.of(f"%{moved[v]}") for v in index.values})
+        index = index.substitute(
+            places | {f"%{v}": Affine.of(f"%{moved[v]}") for v in index.values}
+        )
     inputs = tuple(moved[i] for i in op.inputs)
     if inside is not None and touched and op.kind in ("load", "store"):
         plain = 1 if op.kind == "load" else 2
-        mask = inside if len(inputs) < plain else build.map("and", inputs[-1], inside, dtype=torch.bool)
+        mask = (
+            inside
+            if len(inputs) < plain
+            else build.map("and", inputs[-1], inside, dtype=torch.bool)
+        )
         inputs = (*inputs[: plain - 1], mask)
     return build.add(replace(op, inputs=inputs, index=index))
 

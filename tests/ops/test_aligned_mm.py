@@ -8,13 +8,21 @@ import torch
 import iocompiler.ops.aligned_mm  # noqa: F401  # registers the operator
 
 
-@pytest.mark.parametrize("extents", [(130, 70, 129), (64, 64, 50), (5, 7, 9), (128, 64, 128), (3, 200, 64), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "extents", [(130, 70, 129), (64, 64, 50), (5, 7, 9), (128, 64, 128), (3, 200, 64), (1, 1, 1)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_is_as_accurate_as_mm(extents: tuple[int, int, int], transposed: bool, with_bias: bool) -> None:
+def test_is_as_accurate_as_mm(
+    extents: tuple[int, int, int], transposed: bool, with_bias: bool
+) -> None:
     m, k, n = extents
     a = torch.randn(m, k, dtype=torch.bfloat16)
-    b = torch.randn(n, k, dtype=torch.bfloat16).t() if transposed else torch.randn(k, n, dtype=torch.bfloat16)
+    b = (
+        torch.randn(n, k, dtype=torch.bfloat16).t()
+        if transposed
+        else torch.randn(k, n, dtype=torch.bfloat16)
+    )
     bias = torch.randn(n, dtype=torch.bfloat16) if with_bias else None
     out = torch.ops.iocompiler.aligned_mm(a, b, bias, n + 3)
     exact = a.double() @ b.double() + (0 if bias is None else bias.double())

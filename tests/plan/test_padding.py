@@ -23,7 +23,9 @@ def compiled(fn, plans: list):
         plans.append(compilation)
 
     torch._dynamo.reset()
-    return torch.compile(fn, backend=ioc.Compiler(engine="reference", strict=True, on_compiled=keep))
+    return torch.compile(
+        fn, backend=ioc.Compiler(engine="reference", strict=True, on_compiled=keep)
+    )
 
 
 def rows(plans: list) -> set[int]:
@@ -65,7 +67,9 @@ def test_logits_are_padded_and_returned_as_they_were() -> None:
 def test_aligned_rows_stay() -> None:
     plans: list = []
     x, w = torch.randn(6, 16, dtype=torch.bfloat16), torch.randn(16, 40, dtype=torch.bfloat16)
-    torch.testing.assert_close(compiled(lambda x, w: (x @ w).relu() @ w.t(), plans)(x, w), (x @ w).relu() @ w.t())
+    torch.testing.assert_close(
+        compiled(lambda x, w: (x @ w).relu() @ w.t(), plans)(x, w), (x @ w).relu() @ w.t()
+    )
     assert rows(plans) <= {40, 16}
 
 

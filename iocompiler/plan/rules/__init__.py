@@ -47,4 +47,13 @@ def is_reduction(node: Node) -> bool:
     return folded_dims(node) is not None
 
 
-__all__ = ["DTYPES", "RULES", "Callable", "folded_dims", "has_rule", "is_elementwise", "is_reduction", "rule_of"]
+__all__ = [
+    "DTYPES",
+    "RULES",
+    "Callable",
+    "folded_dims",
+    "has_rule",
+    "is_elementwise",
+    "is_reduction",
+    "rule_of",
+]

@@ -108,7 +108,11 @@ def _quotient(low: Lowering, a: int, b: int, rounding: Any) -> int:
     build = low.builder
     if build.dtype(a).is_floating_point:
         quotient = build.map("div", a, b)
-        return quotient if rounding is None else build.map("floor" if rounding == "floor" else "trunc", quotient)
+        return (
+            quotient
+            if rounding is None
+            else build.map("floor" if rounding == "floor" else "trunc", quotient)
+        )
     if rounding == "trunc":
         return build.map("int_trunc_div", a, b)
     return _floor_div(low, a, b)
@@ -216,7 +220,9 @@ def _relu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 def _reciprocal(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     dtype = result_dtype(node)
-    return low.builder.map("div", low.builder.const(1.0, dtype), low.operand(node.args[0], node, index, mask, dtype))
+    return low.builder.map(
+        "div", low.builder.const(1.0, dtype), low.operand(node.args[0], node, index, mask, dtype)
+    )
 
 
 def _square(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
@@ -248,7 +254,9 @@ def _gelu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     if _keyword(node, 1, "approximate", "none") == "tanh":
         cube = build.map("mul", build.map("mul", x, x), x)
         inner = build.map("add", x, build.map("mul", cube, build.const(0.044715, dtype)))
-        bend = build.map("tanh", build.map("mul", inner, build.const(math.sqrt(2 / math.pi), dtype)))
+        bend = build.map(
+            "tanh", build.map("mul", inner, build.const(math.sqrt(2 / math.pi), dtype))
+        )
     else:
         bend = build.map("erf", build.map("mul", x, build.const(math.sqrt(0.5), dtype)))
     return build.map("mul", build.map("mul", x, half), build.map("add", bend, one))
@@ -304,7 +312,10 @@ _UNARY = (
 ELEMENTWISE: dict[Any, Rule] = {
     **{getattr(aten, name).default: _arithmetic(name, 1) for name in _UNARY},
     aten.abs.default: _arithmetic("abs", 1),
-    **{getattr(aten, name).default: _float_only(name) for name in ("floor", "ceil", "trunc", "round")},
+    **{
+        getattr(aten, name).default: _float_only(name)
+        for name in ("floor", "ceil", "trunc", "round")
+    },
     **{getattr(aten, name).default: _predicate(name) for name in ("isnan", "isinf", "logical_not")},
     aten.relu.default: _relu,
     aten.reciprocal.default: _reciprocal,
@@ -368,6 +379,9 @@ ELEMENTWISE: dict[Any, Rule] = {
         op: _constant(0)
         for op in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
     },
-    **{op: _constant(1) for op in (aten.ones.default, aten.ones_like.default, aten.new_ones.default)},
+    **{
+        op: _constant(1)
+        for op in (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+    },
     aten.new_full.default: _fill(2),
 }

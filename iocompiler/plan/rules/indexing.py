@@ -22,7 +22,9 @@ def _tensor(arg: Any) -> Node:
     return arg
 
 
-def _indirect(low: Lowering, ids: Node, index: Index, mask: int | None, size: Size, wrap: bool = True) -> Affine:
+def _indirect(
+    low: Lowering, ids: Node, index: Index, mask: int | None, size: Size, wrap: bool = True
+) -> Affine:
     """The integer element of ``ids`` at ``index``, as an index term; negative ones count from the end."""
     if ids.meta["val"].dtype not in (torch.int64, torch.int32):
         raise Unsupported(f"indices of dtype {ids.meta['val'].dtype}")
@@ -63,7 +65,9 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
     source = _tensor(node.args[0])
     given = list(node.args[1])  # type: ignore[arg-type]
     sizes = shape_of(source)
-    if any(ids is not None and ids.meta["val"].dtype not in (torch.int64, torch.int32) for ids in given):
+    if any(
+        ids is not None and ids.meta["val"].dtype not in (torch.int64, torch.int32) for ids in given
+    ):
         raise Unsupported("an index that is a mask")
     given += [None] * (len(sizes) - len(given))
     dims = [d for d, ids in enumerate(given) if ids is not None]
@@ -78,7 +82,9 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
         d: _indirect(low, t, broadcast_index(inner, shape, shape_of(t)), mask, sizes[d])
         for d, t in zip(dims, tensors, strict=True)
     }
-    return low.value(source, tuple(picked[d] if d in picked else next(rest) for d in range(len(sizes))), mask)
+    return low.value(
+        source, tuple(picked[d] if d in picked else next(rest) for d in range(len(sizes))), mask
+    )
 
 
 def _choose(low: Lowering, position: Affine, limit: Size, a: Callable[[int], int], b: Callable[[int], int],
@@ -99,7 +105,13 @@ def _cat(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def _cat_from(
-    low: Lowering, tensors: list[Node], dim: int, index: Index, start: Size, mask: int | None, dtype: torch.dtype
+    low: Lowering,
+    tensors: list[Node],
+    dim: int,
+    index: Index,
+    start: Size,
+    mask: int | None,
+    dtype: torch.dtype,
 ) -> int:
     """Element ``index`` of the concatenation of ``tensors``, whose first begins at ``start`` along ``dim``."""
     first, rest = tensors[0], tensors[1:]
@@ -115,7 +127,13 @@ def _cat_from(
     if limits is not None and nonnegative(normal(limits[0] - end)):
         return _cat_from(low, rest, dim, index, end, mask, dtype)
     return _choose(
-        low, index[dim], end, here, lambda m: _cat_from(low, rest, dim, index, end, m, dtype), mask, dtype
+        low,
+        index[dim],
+        end,
+        here,
+        lambda m: _cat_from(low, rest, dim, index, end, m, dtype),
+        mask,
+        dtype,
     )
 
 
@@ -145,7 +163,9 @@ def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     if inside is None:
         return low.value(source, tuple(place), mask)
     value = low.value(source, tuple(place), low.both(mask, inside))
-    return low.builder.map("where", inside, value, low.builder.const(literal(fill or 0), dtype), dtype=dtype)
+    return low.builder.map(
+        "where", inside, value, low.builder.const(literal(fill or 0), dtype), dtype=dtype
+    )
 
 
 def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
@@ -176,7 +196,9 @@ def _select_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -
     test = low.builder.map(
         "eq", low.builder.iota(index[dim]), low.builder.const(at, torch.int64), dtype=torch.bool
     )
-    new = low.convert(low.value(source, index[:dim] + index[dim + 1 :], low.both(mask, test)), dtype)
+    new = low.convert(
+        low.value(source, index[:dim] + index[dim + 1 :], low.both(mask, test)), dtype
+    )
     return low.builder.map("where", test, new, low.value(base, index, mask), dtype=dtype)
 
 
@@ -204,7 +226,9 @@ def _triangle(lower: bool) -> Rule:
         offset = literal(node.args[1]) if len(node.args) > 1 else 0
         value = low.value(_tensor(node.args[0]), index, mask)
         distance = build.iota(index[-1] - index[-2])
-        keep = build.map("le" if lower else "ge", distance, build.const(offset, torch.int64), dtype=torch.bool)
+        keep = build.map(
+            "le" if lower else "ge", distance, build.const(offset, torch.int64), dtype=torch.bool
+        )
         return build.map("where", keep, value, build.const(0, dtype), dtype=dtype)
 
     return rule
@@ -217,7 +241,9 @@ def _arange(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     if not dtype.is_floating_point and not isinstance(start, float) and not isinstance(step, float):
         return build.cast(build.iota(index[0] * step + start), dtype)
     position = build.cast(build.iota(index[0]), dtype)
-    return build.map("add", build.map("mul", position, build.const(step, dtype)), build.const(start, dtype))
+    return build.map(
+        "add", build.map("mul", position, build.const(step, dtype)), build.const(start, dtype)
+    )
 
 
 def _arange_bounds(node: Node) -> tuple[Any, Any]:

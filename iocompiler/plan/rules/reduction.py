@@ -124,7 +124,9 @@ def _truth(low: Lowering, value: int, fn: str, over: Over) -> int:
     if fn == "any":
         return low.builder.reduce("any", value, torch.bool, over)
     negated = low.builder.map("logical_not", value, dtype=torch.bool)
-    return low.builder.map("logical_not", low.builder.reduce("any", negated, torch.bool, over), dtype=torch.bool)
+    return low.builder.map(
+        "logical_not", low.builder.reduce("any", negated, torch.bool, over), dtype=torch.bool
+    )
 
 
 def _scan(fn: str) -> Rule:
@@ -134,7 +136,11 @@ def _scan(fn: str) -> Rule:
         (dim,) = folded_dims(node) or (0,)
         axes = low.space.part(reduced=True)
         along = [Affine.of(a.name) for a in axes]
-        if len(along) != 1 or index[dim] != along[0] or not equal(axes[0].size, shape_of(source)[dim]):
+        if (
+            len(along) != 1
+            or index[dim] != along[0]
+            or not equal(axes[0].size, shape_of(source)[dim])
+        ):
             raise Unsupported(f"{node.name} scans along another axis than the kernel's")
         if low.axes_of(index[:dim] + index[dim + 1 :]) & low.space.reduced:
             raise Unsupported(f"{node.name} varies along the axis it scans")
