@@ -1,7 +1,8 @@
 """Which schedule a tile program gets on a device, from its shape and its accesses alone.
 
-The rules say what a memory-bound kernel needs: enough bytes in flight on every multiprocessor, neighbouring threads on
-neighbouring addresses, and a row that fits the registers where its reductions are read twice.
+The rules say what a memory-bound kernel needs: enough bytes in flight on every multiprocessor,
+neighbouring threads on neighbouring addresses, and a row that fits the registers where its
+reductions are read twice. Block sizes follow measurements on an H200 (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ _LOW_REDUCTION = 1024
 _LONG_ROW = 8192
 
 
-def choose(program: TileProgram, device: Device, hints: Mapping[str, int] | None = None) -> Schedule:
-    """The schedule expected to be fastest. Legal for every value of symbolic sizes, ``hints`` only steer it."""
+def choose(
+    program: TileProgram, device: Device, hints: Mapping[str, int] | None = None
+) -> Schedule:
+    """The schedule expected to be fastest: legal for every value of symbolic sizes, which ``hints``
+    only steer.
+    """
     hints = hints or {}
     merged = merge_axes(program)
     if any(op.kind == "reduce" and op.over == "parallel" for op in program.ops):
@@ -32,9 +37,9 @@ def choose(program: TileProgram, device: Device, hints: Mapping[str, int] | None
     if not program.reduced:
         return _pointwise(merged, device, hints)
     if any(op.kind == "scan" for op in program.ops):
-        return _row_reduction(merged, device, hints)
+        return _row_reduction(merged, hints)
     if rows_contiguous(merged):
-        return _row_reduction(merged, device, hints)
+        return _row_reduction(merged, hints)
     return _column_reduction(merged, device, hints)
 
 
@@ -67,7 +72,9 @@ def _pointwise(program: TileProgram, device: Device, hints: Mapping[str, int]) -
     if tiling.y is not None:
         x = min(64, power_of_two(at_hint(tiling.x[0].size, hints)))
         y = min(64, power_of_two(at_hint(tiling.y.size, hints)))
-        return Schedule("pointwise", x_block=max(x, 1), y_block=max(y, 1), num_warps=_warps(x * y, 16))
+        return Schedule(
+            "pointwise", x_block=max(x, 1), y_block=max(y, 1), num_warps=_warps(x * y, 16)
+        )
     total = points(program.parallel, hints)
     block = 1024
     while block > 128 and total < block * device.sm_count * 2:
@@ -78,29 +85,30 @@ def _pointwise(program: TileProgram, device: Device, hints: Mapping[str, int]) -
 # --- rows
 
 
-def _row_reduction(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
+def _row_reduction(program: TileProgram, hints: Mapping[str, int]) -> Schedule:
     width = product([a.size for a in program.reduced])
     rows = points(program.parallel, hints)
     if isinstance(width, int) and width <= LONGEST_PERSISTENT_ROW:
         block = power_of_two(width)
         x = max(1, min(2048 // block, power_of_two(rows), 64))
-        schedule = Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, 16))
-        if x == 1 and _rereads_much(program) and rows > 4 * device.sm_count:
-            return replace(schedule, kind="rows", programs=2 * device.sm_count)
-        return schedule
+        if _rereads_much(program):
+            return Schedule("looped", x_block=1, r_block=2048, num_warps=8)
+        return Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, 16))
     block = min(4096, max(64, power_of_two(at_hint(width, hints))))
     x = max(1, min(2048 // block, power_of_two(rows)))
     return Schedule("looped", x_block=x, r_block=block, num_warps=_warps(x * block, 8))
 
 
 def _rereads_much(program: TileProgram) -> bool:
-    """Whether long rows need so much that is the same for every row (weights) that L2 would be the limit.
+    """Whether a long row needs as many bytes that are the same for every row (weights) as its own.
 
-    A program that walks many rows keeps it in registers instead.
+    Held in registers, the row would leave room for one program a multiprocessor, which waits for
+    those bytes from L2; in pieces, many programs hide each other's waits.
     """
-    reduced = {a.name for a in program.reduced}
-    if product([a.size for a in program.reduced]) < _LONG_ROW:  # type: ignore[operator]
+    width = product([a.size for a in program.reduced])
+    if not isinstance(width, int) or width < _LONG_ROW:
         return False
+    reduced = {a.name for a in program.reduced}
     same = own = 0
     for position, op in enumerate(program.ops):
         if op.kind in ("load", "store") and op.index is not None and reduced & set(op.index.names):
@@ -108,7 +116,7 @@ def _rereads_much(program: TileProgram) -> bool:
                 same += op.dtype.itemsize
             else:
                 own += op.dtype.itemsize
-    return same * 2 >= own and same > 0
+    return same >= own > 0
 
 
 # --- columns
@@ -117,18 +125,20 @@ def _rereads_much(program: TileProgram) -> bool:
 def _column_reduction(
     program: TileProgram, device: Device, hints: Mapping[str, int], widest: bool = False
 ) -> Schedule:
-    """Columns side by side: as many a program as fill memory lines; fewer where a low reduction has few programs.
-
-    (A high one is split instead: ``widest`` is what `split_factor` starts from.)
+    """Columns side by side: as many a program as fill memory lines; fewer where a low reduction
+    has few programs. (A high one is split instead: ``widest`` is what `split_factor` starts from.)
     """
     width = points(program.parallel, hints)
     height = product([a.size for a in program.reduced])
     x = min(128, power_of_two(width))
     low = at_hint(height, hints) <= _LOW_REDUCTION and not widest
+    # tall tiles keep more loads in flight, low ones leave no lane idle
+    elements = 4096 if low else 8192
     while low and x > 8 and -(-width // x) < device.sm_count:
         x //= 2
-    r = max(1, min(4096 // x, power_of_two(at_hint(height, hints))))
-    schedule = Schedule("looped", x_block=x, r_block=r, num_warps=_warps(x * r, 16))
+    r = max(1, min(elements // x, power_of_two(at_hint(height, hints))))
+    warps = _warps(x * r, 16 if low else 32)
+    schedule = Schedule("looped", x_block=x, r_block=r, num_warps=warps)
     if isinstance(height, int) and power_of_two(height) <= r:
         return replace(schedule, kind="persistent", r_block=power_of_two(height))
     return schedule
@@ -141,24 +151,29 @@ def _rows(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Sch
     width = product([a.size for a in program.reduced])
     assert isinstance(width, int), "a row with column sums has a static length"
     block = power_of_two(width)
-    x = max(1, min(2048 // block, 16))
-    return Schedule(
-        "rows", x_block=x, r_block=block, num_warps=_warps(x * block, 16), programs=2 * device.sm_count
-    )
+    x = max(1, min(4096 // block, 16))
+    warps = _warps(x * block, 32)
+    return Schedule("rows", x, r_block=block, num_warps=warps, programs=2 * device.sm_count)
 
 
 # --- reductions with few results
 
 
-def split_factor(program: TileProgram, device: Device, hints: Mapping[str, int] | None = None) -> int:
-    """How many parts a reduction with few results should be cut into; 1 where it fills the device as it is."""
+def split_factor(
+    program: TileProgram, device: Device, hints: Mapping[str, int] | None = None
+) -> int:
+    """How many parts a reduction with few results should be cut into; 1 where it fills the device
+    as it is.
+    """
     hints = hints or {}
     merged = merge_axes(program)
     if not merged.reduced:
         return 1
     by_column = not rows_contiguous(merged) and not any(op.kind == "scan" for op in merged.ops)
     schedule = (
-        _column_reduction(merged, device, hints, widest=True) if by_column else choose(program, device, hints)
+        _column_reduction(merged, device, hints, widest=True)
+        if by_column
+        else choose(program, device, hints)
     )
     programs = -(-points(merged.parallel, hints) // schedule.x_block)
     depth = points(merged.reduced, hints)
@@ -166,5 +181,6 @@ def split_factor(program: TileProgram, device: Device, hints: Mapping[str, int] 
     if programs >= device.sm_count or depth * points(merged.parallel, hints) < 1 << 16:
         return 1
     deepest = at_hint(merged.reduced[0].size, hints)
-    least = max(1, 4096 * deepest // max(depth * min(points(merged.parallel, hints), schedule.x_block), 1))
+    beside = min(points(merged.parallel, hints), schedule.x_block)
+    least = max(1, 4096 * deepest // max(depth * beside, 1))
     return max(1, min(wanted // max(programs, 1), deepest // max(least, 1)))
