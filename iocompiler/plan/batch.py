@@ -1,7 +1,8 @@
 """Equal small kernels over different tensors become one launch.
 
-Each kernel pays a launch; an optimizer step has one for every parameter. Kernels that run one flat program
-(`tile/flat.py`) are moved to the place of the last of them, where nothing in between minds, and launched together.
+Each kernel pays a launch; an optimizer step has one for every parameter. Kernels that run one
+flat program (`tile/flat.py`) are moved to the place of the last of them, where nothing in between
+minds, and launched together.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _LARGE_POINTS = 1 << 26
 def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[Step]:
     """The same work in fewer launches.
 
-    Families that can move as a whole go first: what they leave behind no longer stands in the way of the others.
+    Families that can move as a whole go first: what they leave behind no longer
+    stands in the way of the others.
     """
     for whole in (True, False):
         changed = True
@@ -67,7 +69,9 @@ def _with_batch(
 
 
 def _movable(steps: list[Step], members: list[tuple[int, Size]]) -> list[tuple[int, Size]]:
-    """Those members that may run as late as the last one: nothing in between reads or overwrites what they touch."""
+    """Those members that may run as late as the last one: nothing in between reads
+    or overwrites what they touch.
+    """
     last = members[-1][0]
     kept = []
     for place, length in members:

@@ -42,8 +42,8 @@ _LARGEST_CONSTANT = 1 << 16
 def build_plan(gm: GraphModule, device: Device, name: str) -> Plan:
     """Plan a flat, functional ATen graph whose nodes carry fake tensors in ``meta["val"]``.
 
-    ``device`` prices the kernels; ``name`` prefixes kernel names ("forward"). Graph inputs that are overwritten have
-    ``copy_`` nodes at the end, as AOTAutograd leaves them.
+    ``device`` prices the kernels; ``name`` prefixes kernel names ("forward"). Graph inputs that are
+    overwritten have ``copy_`` nodes at the end, as AOTAutograd leaves them.
     """
     return _Builder(gm, device, name).plan()
 

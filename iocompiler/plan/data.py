@@ -1,7 +1,8 @@
 """The plan: what a compiled graph does, step by step, as frozen data.
 
-A plan is made by `plan/build.py`, read by `codegen/module.py` (the Python file that runs), `runtime/reference.py`
-(the CPU reference) and `report/` (the ledger). Values have names; a step reads names that stand before it.
+A plan is made by `plan/build.py`, read by `codegen/module.py` (the Python file that runs),
+`runtime/reference.py` (the CPU reference) and `report/` (the ledger). Values have names; a step
+reads names that stand before it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a tile program becomes a kernel (``codegen/triton.py`` has the loops each kind stands for).
+    """How a tile program becomes a kernel (``codegen/triton.py`` has the
+    loops each kind stands for).
 
     - "pointwise": no reduction; a tile of ``x_block`` points of the inner parallel axis group, or
       ``y_block`` x ``x_block`` over two groups where accesses disagree on the contiguous axis.
     - "persistent": a tile of ``x_block`` x ``r_block``, the whole reduced extent in registers.
-    - "looped": ``x_block`` x ``r_block`` at a time, one loop over the reduced extent per dependent reduction.
-    - "rows": like persistent with ``x_block`` rows, but ``programs`` programs walk all rows and accumulate
-      reductions ``over="parallel"``; each writes one partial row (stores with ``fn="partial"``).
+    - "looped": ``x_block`` x ``r_block`` at a time, one loop over the reduced
+      extent per dependent reduction.
+    - "rows": like persistent with ``x_block`` rows, but ``programs`` programs walk all
+      rows and accumulate reductions ``over="parallel"``; each writes one partial row
+      (stores with ``fn="partial"``).
     """
 
     kind: Literal["pointwise", "persistent", "looped", "rows"]
@@ -54,15 +58,18 @@ class Ref:
 
 
 Argument: TypeAlias = Any
-"""Ref, number, bool, str, None, torch.dtype / device / layout / memory_format, a Size, or a tuple / list of these."""
+"""Ref, number, bool, str, None, torch.dtype / device / layout / memory_format, a
+Size, or a tuple / list of these.
+"""
 
 
 @dataclass(frozen=True)
 class KernelStep:
     """Launch one generated kernel: ``args`` are value names in the order of ``program.buffers``.
 
-    ``outputs`` are allocated just before. ``nodes`` are the names of the FX nodes computed here, ``where`` the user's
-    source lines, ``floor_bytes`` the least bytes these nodes' inputs and outputs allow (for the ledger).
+    ``outputs`` are allocated just before. ``nodes`` are the names of the FX nodes computed here,
+    ``where`` the user's source lines, ``floor_bytes`` the least bytes these nodes' inputs and
+    outputs allow (for the ledger).
     """
 
     name: str
@@ -76,10 +83,11 @@ class KernelStep:
 
 @dataclass(frozen=True)
 class BatchStep:
-    """Launch one pointwise kernel over many sets of tensors at once (an optimizer step over all parameters).
+    """Launch one pointwise kernel over many sets of tensors at once (an
+    optimizer step over all parameters).
 
-    ``program`` is over one axis of `tile.flat.LENGTH` points; each member gives the value names in the order of
-    ``program.buffers`` and its own length. ``outputs`` are allocated just before.
+    ``program`` is over one axis of `tile.flat.LENGTH` points; each member gives the value names in
+    the order of ``program.buffers`` and its own length. ``outputs`` are allocated just before.
     """
 
     name: str
@@ -95,8 +103,9 @@ class BatchStep:
 class AtenStep:
     """Call an operator that exists: ``target`` is its qualified name ("aten.mm.default").
 
-    ``outputs`` names its results in order (None for one nobody reads); a single tensor result has one name and
-    ``is_tuple`` false. ``reason`` says why this is a plain call ("contraction: cuBLAS", "no rule for aten.sort").
+    ``outputs`` names its results in order (None for one nobody reads); a single tensor result
+    has one name and ``is_tuple`` false. ``reason`` says why this is a plain call ("contraction:
+    cuBLAS", "no rule for aten.sort").
     """
 
     target: str
@@ -111,7 +120,9 @@ class AtenStep:
 
 @dataclass(frozen=True)
 class ViewStep:
-    """``name`` is ``base``'s storage seen with another shape and strides, ``offset`` elements further: 0 bytes."""
+    """``name`` is ``base``'s storage seen with another shape and strides,
+    ``offset`` elements further: 0 bytes.
+    """
 
     name: str
     base: str
@@ -143,7 +154,9 @@ class Unfused:
 
 @dataclass(frozen=True)
 class Plan:
-    """``inputs`` are (name, spec) in call order, spec None for a size (its name is the size symbol) or number."""
+    """``inputs`` are (name, spec) in call order, spec None for a size (its name
+    is the size symbol) or number.
+    """
 
     inputs: tuple[tuple[str, TensorSpec | None], ...]
     steps: tuple[Step, ...]

@@ -1,7 +1,8 @@
 """What each node of a flat graph is to the planner, and which tensors in memory it reads.
 
 - a *view* costs nothing;
-- a *virtual* node is recomputed inside every kernel that reads it: reading its operands costs no more than reading it;
+- a *virtual* node is recomputed inside every kernel that reads it: reading its operands
+  costs no more than reading it;
 - a *kernel* node is computed by a generated kernel, in the group planning puts it in;
 - an *opaque* node is a call of an operator that exists (cuBLAS, cuDNN, sort ...), with the reason.
 """
@@ -39,7 +40,8 @@ _LIBRARY = {
     ),
 }
 
-# Beyond this many operations a shared value is stored rather than recomputed by each of its readers.
+# Beyond this many operations a shared value is stored rather than
+# recomputed by each of its readers.
 _RECOMPUTE_OPS = 40
 
 
@@ -63,7 +65,10 @@ def nbytes(node: Node, hints: dict[str, int]) -> int:
 
 @dataclass
 class Dataflow:
-    """The classified graph. ``readers[n]``: kernel and opaque nodes that read n's storage (through views, virtuals)."""
+    """The classified graph.
+
+    ``readers[n]``: kernel and opaque nodes that read n's storage (through views, virtuals).
+    """
 
     graph: Graph
     device: torch.device
@@ -131,7 +136,9 @@ class Dataflow:
         return None
 
     def _host_scalars(self) -> list[Node]:
-        """0-dim CPU arithmetic read by accelerator kernels alone (bias corrections of an optimizer): done in them."""
+        """0-dim CPU arithmetic read by accelerator kernels alone (bias corrections of
+        an optimizer): done in them.
+        """
         found: dict[Node, None] = {}
         for node in reversed(self.graph.nodes):
             if node not in self.opaque or self.device.type == "cpu" or not is_elementwise(node):
@@ -180,7 +187,9 @@ class Dataflow:
         return stored
 
     def _bytes_read(self, node: Node, reads: dict[Node, dict[Node, int]]) -> dict[Node, int]:
-        """Bytes of each stored tensor read to compute ``node``, never more than its readers' own elements."""
+        """Bytes of each stored tensor read to compute ``node``, never more
+        than its readers' own elements.
+        """
         found: dict[Node, int] = {}
         most = value_at(product([size_of(s) for s in node.meta["val"].shape]), self.hints)
         for operand in node.all_input_nodes:
@@ -194,7 +203,10 @@ class Dataflow:
         return found
 
     def _lower_singles(self) -> None:
-        """Lower every kernel node alone. Where recomputing its operands inside does not work out, store them."""
+        """Lower every kernel node alone.
+
+        Where recomputing its operands inside does not work out, store them.
+        """
         pending = list(self.kernel)
         while pending:
             node = pending.pop()

@@ -1,4 +1,6 @@
-"""From a grouped kernel to the kernels launched: split where it lacks parallelism, then give each a schedule."""
+"""From a grouped kernel to the kernels launched: split where it lacks
+parallelism, then give each a schedule.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from iocompiler.tile.split import split_reduction
 def finish(
     step: KernelStep, device: Device, hints: Mapping[str, int], place: str
 ) -> list[KernelStep]:
-    """The scheduled kernels that do the work of ``step``; workspaces between them live on ``place``."""
+    """The scheduled kernels that do the work of ``step``; workspaces
+    between them live on ``place``.
+    """
     program = step.program
     if column_reductions(program):
         rows = value_at(product([a.size for a in program.parallel]), hints)

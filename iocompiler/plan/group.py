@@ -1,8 +1,10 @@
-"""Grouping: which kernel nodes are computed together. Greedy by bytes saved, accepted by modeled time.
+"""Grouping: which kernel nodes are computed together.
 
-Every kernel node starts as a kernel of its own. Pairs that share a tensor are tried in the order of the bytes they
-share; a pair is merged when the union has no cycle through other kernels, lowers to one program and is modeled faster
-than the two. What is not merged keeps the reason.
+Greedy by bytes saved, accepted by modeled time.
+
+Every kernel node starts as a kernel of its own. Pairs that share a tensor are tried in the order of
+the bytes they share; a pair is merged when the union has no cycle through other kernels, lowers to
+one program and is modeled faster than the two. What is not merged keeps the reason.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class Grouper:
     # --- the first groups and their order
 
     def _start(self) -> None:
-        """One group a kernel node; an opaque call is a group that never merges, so that cycles through it are seen."""
+        """One group a kernel node; an opaque call is a group that never merges, so
+        that cycles through it are seen.
+        """
         ordered = sorted([*self.flow.kernel, *self.flow.opaque], key=lambda n: self.flow.order[n])
         for number, node in enumerate(ordered):
             self.home[node] = number
@@ -85,7 +89,9 @@ class Grouper:
             self._propose(*pair)
 
     def _before(self, node: Node) -> Iterable[Node]:
-        """What must run before ``node``: producers of what it reads; for an overwrite, every other reader too."""
+        """What must run before ``node``: producers of what it reads; for an
+        overwrite, every other reader too.
+        """
         yield from self.flow.leaves[node]
         if node.target is aten.copy_.default:
             target = node.args[0]

@@ -1,8 +1,9 @@
 """Lowering: a set of FX nodes to one tile program.
 
-Values are pulled from the outputs: to store node O at an index, compute its operands at the indices O reads them,
-down to loads. Views only change the index. What is computed is right by construction for any index; a set of nodes
-that has no common iteration space fails (`Unsupported`, with the reason), it never goes wrong.
+Values are pulled from the outputs: to store node O at an index, compute its operands at the indices
+O reads them, down to loads. Views only change the index. What is computed is right by construction
+for any index; a set of nodes that has no common iteration space fails (`Unsupported`, with the
+reason), it never goes wrong.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def lower(
     outputs: tuple[Node, ...],
     order: Mapping[Node, int],
 ) -> Lowered:
-    """Lower ``home`` nodes to a kernel that stores ``outputs``; raises `Unsupported` with the reason.
+    """Lower ``home`` nodes to a kernel that stores ``outputs``; raises
+    `Unsupported` with the reason.
 
-    ``virtual`` nodes are recomputed where they are read. ``order`` is the graph's order of nodes: it makes the result a function of structure alone, so that equal layers
-    give equal programs.
+    ``virtual`` nodes are recomputed where they are read. ``order`` is the graph's order of nodes:
+    it makes the result a function of structure alone, so that equal layers give equal programs.
     """
     space, seeds = root_space(home, outputs, order)
     for _ in range(16):
@@ -75,7 +77,9 @@ def _lower_in(
 def _check_mutation(
     lowering: Lowering, outputs: tuple[Node, ...], stored: Mapping[Node, Affine]
 ) -> None:
-    """A kernel that overwrites an argument may read it only at the element it writes, and in one pass."""
+    """A kernel that overwrites an argument may read it only at the
+    element it writes, and in one pass.
+    """
     for output in outputs:
         target = stored_into(output)
         if target is output:

@@ -1,4 +1,6 @@
-"""The state of one lowering: an iteration space, the tile operations so far, and the values already computed."""
+"""The state of one lowering: an iteration space, the tile operations so far, and
+the values already computed.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,18 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Space:
-    """Iteration axes in row-major order of the widest tensor; those in ``reduced`` are reduced over."""
+    """Iteration axes in row-major order of the widest tensor; those in
+    ``reduced`` are reduced over.
+    """
 
     axes: tuple[Axis, ...]
     reduced: frozenset[str] = frozenset()
 
     @staticmethod
     def of_shape(shape: tuple[Size, ...], reduced_dims: Iterable[int] = ()) -> tuple[Space, Index]:
-        """A space with an axis for every dimension above size 1, and the index of that shape's elements in it."""
+        """A space with an axis for every dimension above size 1, and the index of
+        that shape's elements in it.
+        """
         dims = set(reduced_dims)
         axes: list[Axis] = []
         index: list[Affine] = []
@@ -78,12 +84,17 @@ class Space:
 
 
 Rule: TypeAlias = "Callable[[Lowering, Node, Index, int | None], int]"
-"""(lowering, node, index in the node's output, mask) -> the value there, in the dtype it is computed in."""
+"""(lowering, node, index in the node's output, mask) -> the value there, in
+the dtype it is computed in.
+"""
 
 
 @dataclass
 class Lowering:
-    """One attempt over one space. ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded."""
+    """One attempt over one space.
+
+    ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded.
+    """
 
     space: Space
     home: frozenset[Node]
@@ -158,7 +169,9 @@ class Lowering:
     def operand(
         self, arg: Any, node: Node, index: Index, mask: int | None, dtype: torch.dtype | None = None
     ) -> int:
-        """An argument of an elementwise ``node`` (broadcast tensor, number, size) as a value of ``dtype``."""
+        """An argument of an elementwise ``node`` (broadcast tensor, number,
+        size) as a value of ``dtype``.
+        """
         if isinstance(arg, Node) and isinstance(arg.meta["val"], torch.Tensor):
             inner = broadcast_index(index, shape_of(node), shape_of(arg))
             value = self.value(arg, inner, mask)
@@ -220,7 +233,9 @@ class Lowering:
 
 
 def known_scalar(node: Node) -> bool | int | float | None:
-    """The element of a one-element constant the graph carries (``torch.tensor(0.5)`` in the user's code)."""
+    """The element of a one-element constant the graph carries
+    (``torch.tensor(0.5)`` in the user's code).
+    """
     if node.op != "get_attr" or node.meta["val"].numel() != 1 or node.meta["val"].is_complex():
         return None
     return constant_values(node)[0]

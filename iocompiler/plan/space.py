@@ -30,8 +30,9 @@ def root_space(
 ) -> tuple[Space, dict[Node, Index]]:
     """The space of a kernel, and the index of its root tensor there.
 
-    With reductions, the input of the widest one is the root, and the dimensions it reduces are reduced; among equally
-    wide ones that over the innermost dimension, whose rows lie contiguous. Without, the widest output is the root.
+    With reductions, the input of the widest one is the root, and the dimensions it reduces are
+    reduced; among equally wide ones that over the innermost dimension, whose rows lie contiguous.
+    Without, the widest output is the root.
     """
     reductions = sorted((n for n in home if folded_dims(n) is not None), key=lambda n: order[n])
     if not reductions:
@@ -59,7 +60,9 @@ def _reduction_rank(node: Node) -> tuple[int, bool]:
 
 
 def stored_into(output: Node) -> Node:
-    """The node whose buffer an output is stored into: its own, or the mutated argument of a ``copy_``."""
+    """The node whose buffer an output is stored into: its own, or the
+    mutated argument of a ``copy_``.
+    """
     if output.target is torch.ops.aten.copy_.default:
         target = output.args[0]
         assert isinstance(target, Node)
@@ -70,7 +73,10 @@ def stored_into(output: Node) -> Node:
 def output_index(
     lowering: Lowering, output: Node, seeds: Mapping[Node, Index]
 ) -> tuple[Index, int]:
-    """Where ``output`` lies in the space, and its value there. Raises `Unsupported` where it has no place."""
+    """Where ``output`` lies in the space, and its value there.
+
+    Raises `Unsupported` where it has no place.
+    """
     reasons: list[str] = []
     for index in _candidates(lowering, output, seeds):
         try:
@@ -109,7 +115,9 @@ def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -
 
 
 def propagate(lowering: Lowering, seeds: Mapping[Node, Index]) -> dict[Node, Index]:
-    """Carry the seeds' indices to neighbours over elementwise nodes and one-to-one views, both ways."""
+    """Carry the seeds' indices to neighbours over elementwise nodes and
+    one-to-one views, both ways.
+    """
     known = dict(seeds)
     queue = list(seeds)
     while queue:

@@ -1,7 +1,10 @@
-"""Views as index maps: where in its input an element of a view's output lies. They cost no bytes and no kernel.
+"""Views as index maps: where in its input an element of a view's output lies.
 
-``input_index`` answers for the ATen view operators. Everything stays affine: a reshape that would need a quotient asks
-for the axis to be split instead (`SplitAxis`), and the kernel is lowered again over the finer axes.
+They cost no bytes and no kernel.
+
+``input_index`` answers for the ATen view operators. Everything stays affine: a reshape that
+would need a quotient asks for the axis to be split instead (`SplitAxis`), and the kernel is
+lowered again over the finer axes.
 """
 
 from __future__ import annotations
@@ -102,7 +105,9 @@ def reshape_index(
     in_shape: Sequence[Size],
     extents: Mapping[str, Size],
 ) -> Index:
-    """Index into a tensor of ``in_shape`` of the element at ``index`` of its row-major reshape to ``out_shape``."""
+    """Index into a tensor of ``in_shape`` of the element at ``index`` of its
+    row-major reshape to ``out_shape``.
+    """
     result: list[Affine] = []
     out_dim = 0
     segments = _segments(in_shape, out_shape)
@@ -225,7 +230,9 @@ def argument(node: Node, position: int, default: Any) -> Any:
 
 
 def slice_start(source: Node, dim: Any, start: Any, step: Any) -> tuple[int, Size, Size]:
-    """(dim, start, step) of a slice of ``source`` with negative and clamped starts resolved; arguments as in aten."""
+    """(dim, start, step) of a slice of ``source`` with negative and clamped starts
+    resolved; arguments as in aten.
+    """
     sizes = shape_of(source)
     dim = dim % len(sizes)
     begin = size_of(0 if start is None else start)

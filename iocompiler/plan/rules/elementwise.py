@@ -119,7 +119,9 @@ def _quotient(low: Lowering, a: int, b: int, rounding: Any) -> int:
 
 
 def _floor_div(low: Lowering, a: int, b: int) -> int:
-    """Integer a // b rounded down: the truncated quotient, less one where the signs differ and it is inexact."""
+    """Integer a // b rounded down: the truncated quotient, less one where the
+    signs differ and it is inexact.
+    """
     build, dtype = low.builder, low.builder.dtype(a)
     zero, one = build.const(0, dtype), build.const(1, dtype)
     quotient = build.map("int_trunc_div", a, b)
@@ -275,7 +277,10 @@ def _where(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def _convert(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """A dtype cast. One to a shorter float rounds, even though the value stays in float32: the user wrote it."""
+    """A dtype cast.
+
+    One to a shorter float rounds, even though the value stays in float32: the user wrote it.
+    """
     dtype = node.meta["val"].dtype
     source = node.args[0]
     assert isinstance(source, Node)
