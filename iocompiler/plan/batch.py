@@ -69,9 +69,7 @@ def _with_batch(
 
 
 def _movable(steps: list[Step], members: list[tuple[int, Size]]) -> list[tuple[int, Size]]:
-    """Those members that may run as late as the last one: nothing in between reads
-    or overwrites what they touch.
-    """
+    """Members that may run as late as the last: nothing between touches what they write or read."""
     last = members[-1][0]
     kept = []
     for place, length in members:

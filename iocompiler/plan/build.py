@@ -130,7 +130,8 @@ class _Builder:
         tensor = node.meta["val"]
         if tensor.numel() > _LARGEST_CONSTANT:
             raise Unsupported(
-                f"a constant of {tensor.numel()} elements in the graph; make it a buffer of the model"
+                f"a constant of {tensor.numel()} elements in the graph; "
+                "make it a buffer of the model"
             )
         self.steps.append(ConstantStep(node.name, spec_of(tensor), constant_values(node)))
         self.values[node] = node.name

@@ -28,8 +28,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a tile program becomes a kernel (``codegen/triton.py`` has the
-    loops each kind stands for).
+    """How a tile program becomes a kernel; `codegen/triton.py` finds the loops of each kind.
 
     - "pointwise": no reduction; a tile of ``x_block`` points of the inner parallel axis group, or
       ``y_block`` x ``x_block`` over two groups where accesses disagree on the contiguous axis.
@@ -58,8 +57,8 @@ class Ref:
 
 
 Argument: TypeAlias = Any
-"""Ref, number, bool, str, None, torch.dtype / device / layout / memory_format, a
-Size, or a tuple / list of these.
+"""Ref, number, bool, str, None, Size, torch's dtype, device, layout or memory_format; lists of
+these and tuples.
 """
 
 
@@ -83,8 +82,7 @@ class KernelStep:
 
 @dataclass(frozen=True)
 class BatchStep:
-    """Launch one pointwise kernel over many sets of tensors at once (an
-    optimizer step over all parameters).
+    """One launch of a pointwise kernel over many sets of tensors (an optimizer's parameters).
 
     ``program`` is over one axis of `tile.flat.LENGTH` points; each member gives the value names in
     the order of ``program.buffers`` and its own length. ``outputs`` are allocated just before.
@@ -120,9 +118,7 @@ class AtenStep:
 
 @dataclass(frozen=True)
 class ViewStep:
-    """``name`` is ``base``'s storage seen with another shape and strides,
-    ``offset`` elements further: 0 bytes.
-    """
+    """``base``'s storage seen with another shape and strides, ``offset`` elements on: 0 bytes."""
 
     name: str
     base: str
@@ -154,8 +150,10 @@ class Unfused:
 
 @dataclass(frozen=True)
 class Plan:
-    """``inputs`` are (name, spec) in call order, spec None for a size (its name
-    is the size symbol) or number.
+    """A whole graph.
+
+    ``inputs`` are (name, spec) in call order, with spec None for a number and for a size, whose
+    name is the size symbol.
     """
 
     inputs: tuple[tuple[str, TensorSpec | None], ...]

@@ -40,8 +40,7 @@ _LIBRARY = {
     ),
 }
 
-# Beyond this many operations a shared value is stored rather than
-# recomputed by each of its readers.
+# Beyond this many operations a shared value is stored, not recomputed by each of its readers.
 _RECOMPUTE_OPS = 40
 
 
@@ -136,8 +135,9 @@ class Dataflow:
         return None
 
     def _host_scalars(self) -> list[Node]:
-        """0-dim CPU arithmetic read by accelerator kernels alone (bias corrections of
-        an optimizer): done in them.
+        """0-dim CPU arithmetic that only accelerator kernels read is done inside them.
+
+        The bias corrections of an optimizer are of this kind.
         """
         found: dict[Node, None] = {}
         for node in reversed(self.graph.nodes):
@@ -187,9 +187,7 @@ class Dataflow:
         return stored
 
     def _bytes_read(self, node: Node, reads: dict[Node, dict[Node, int]]) -> dict[Node, int]:
-        """Bytes of each stored tensor read to compute ``node``, never more
-        than its readers' own elements.
-        """
+        """Bytes of each stored tensor read for ``node``, at most as many elements as it has."""
         found: dict[Node, int] = {}
         most = value_at(product([size_of(s) for s in node.meta["val"].shape]), self.hints)
         for operand in node.all_input_nodes:

@@ -1,6 +1,4 @@
-"""From a grouped kernel to the kernels launched: split where it lacks
-parallelism, then give each a schedule.
-"""
+"""From a grouped kernel to the kernels launched: split if it lacks parallelism, and scheduled."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ from iocompiler.tile.split import split_reduction
 def finish(
     step: KernelStep, device: Device, hints: Mapping[str, int], place: str
 ) -> list[KernelStep]:
-    """The scheduled kernels that do the work of ``step``; workspaces
-    between them live on ``place``.
-    """
+    """The scheduled kernels for the work of ``step``; workspaces between them are on ``place``."""
     program = step.program
     if column_reductions(program):
         rows = value_at(product([a.size for a in program.parallel]), hints)
@@ -42,9 +38,13 @@ def _row_programs(device: Device) -> int:
 
 
 def _two(
-    step: KernelStep, halves: tuple[TileProgram, TileProgram], device: Device, hints: Mapping[str, int],
-    place: str, programs: int = 0,
-) -> list[KernelStep]:  # fmt: skip
+    step: KernelStep,
+    halves: tuple[TileProgram, TileProgram],
+    device: Device,
+    hints: Mapping[str, int],
+    place: str,
+    programs: int = 0,
+) -> list[KernelStep]:
     """Two steps passing workspaces named after the step's first result."""
     first, second = halves
     stem = (step.outputs[0][0] if step.outputs else step.args[0]) + "_"

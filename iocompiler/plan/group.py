@@ -1,6 +1,4 @@
-"""Grouping: which kernel nodes are computed together.
-
-Greedy by bytes saved, accepted by modeled time.
+"""Grouping: which kernel nodes are computed together, greedy by bytes, accepted by modeled time.
 
 Every kernel node starts as a kernel of its own. Pairs that share a tensor are tried in the order of
 the bytes they share; a pair is merged when the union has no cycle through other kernels, lowers to
@@ -66,9 +64,7 @@ class Grouper:
     # --- the first groups and their order
 
     def _start(self) -> None:
-        """One group a kernel node; an opaque call is a group that never merges, so
-        that cycles through it are seen.
-        """
+        """One group a node. An opaque call's never merges: it is there for cycles through it."""
         ordered = sorted([*self.flow.kernel, *self.flow.opaque], key=lambda n: self.flow.order[n])
         for number, node in enumerate(ordered):
             self.home[node] = number
@@ -89,9 +85,7 @@ class Grouper:
             self._propose(*pair)
 
     def _before(self, node: Node) -> Iterable[Node]:
-        """What must run before ``node``: producers of what it reads; for an
-        overwrite, every other reader too.
-        """
+        """What runs before ``node``: producers of what it reads, other readers of what it writes."""
         yield from self.flow.leaves[node]
         if node.target is aten.copy_.default:
             target = node.args[0]
@@ -137,7 +131,8 @@ class Grouper:
                 if seconds <= a.seconds + b.seconds:
                     self._merge(a, b, Group(max(a.number, b.number), nodes, lowered, seconds))
                     return
-                reason = f"together {seconds * 1e6:.1f} us, apart {a.seconds * 1e6:.1f} + {b.seconds * 1e6:.1f} us"
+                apart = f"{a.seconds * 1e6:.1f} + {b.seconds * 1e6:.1f}"
+                reason = f"together {seconds * 1e6:.1f} us, apart {apart} us"
         for x in a.nodes:
             for y in self._neighbours(x) & b.nodes:
                 first, second = sorted((x, y), key=lambda n: self.flow.order[n])

@@ -38,11 +38,11 @@ def lower(
     outputs: tuple[Node, ...],
     order: Mapping[Node, int],
 ) -> Lowered:
-    """Lower ``home`` nodes to a kernel that stores ``outputs``; raises
-    `Unsupported` with the reason.
+    """Lower ``home`` nodes to a kernel that stores ``outputs``.
 
     ``virtual`` nodes are recomputed where they are read. ``order`` is the graph's order of nodes:
     it makes the result a function of structure alone, so that equal layers give equal programs.
+    Raises `Unsupported` with the reason.
     """
     space, seeds = root_space(home, outputs, order)
     for _ in range(16):
@@ -77,9 +77,7 @@ def _lower_in(
 def _check_mutation(
     lowering: Lowering, outputs: tuple[Node, ...], stored: Mapping[Node, Affine]
 ) -> None:
-    """A kernel that overwrites an argument may read it only at the
-    element it writes, and in one pass.
-    """
+    """A kernel may read an argument it overwrites only where it writes, and in one pass."""
     for output in outputs:
         target = stored_into(output)
         if target is output:

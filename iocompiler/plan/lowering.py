@@ -1,6 +1,4 @@
-"""The state of one lowering: an iteration space, the tile operations so far, and
-the values already computed.
-"""
+"""The state of one lowering: iteration space, tile operations so far, values already computed."""
 
 from __future__ import annotations
 
@@ -35,18 +33,14 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Space:
-    """Iteration axes in row-major order of the widest tensor; those in
-    ``reduced`` are reduced over.
-    """
+    """Iteration axes in row-major order of the widest tensor; those in ``reduced`` are folded."""
 
     axes: tuple[Axis, ...]
     reduced: frozenset[str] = frozenset()
 
     @staticmethod
     def of_shape(shape: tuple[Size, ...], reduced_dims: Iterable[int] = ()) -> tuple[Space, Index]:
-        """A space with an axis for every dimension above size 1, and the index of
-        that shape's elements in it.
-        """
+        """A space with an axis for each dimension above size 1, and an element's index in it."""
         dims = set(reduced_dims)
         axes: list[Axis] = []
         index: list[Affine] = []
@@ -84,9 +78,7 @@ class Space:
 
 
 Rule: TypeAlias = "Callable[[Lowering, Node, Index, int | None], int]"
-"""(lowering, node, index in the node's output, mask) -> the value there, in
-the dtype it is computed in.
-"""
+"""(lowering, node, index in its output, mask) -> the value there, in the node's compute dtype."""
 
 
 @dataclass
@@ -169,9 +161,7 @@ class Lowering:
     def operand(
         self, arg: Any, node: Node, index: Index, mask: int | None, dtype: torch.dtype | None = None
     ) -> int:
-        """An argument of an elementwise ``node`` (broadcast tensor, number,
-        size) as a value of ``dtype``.
-        """
+        """An argument (broadcast tensor, number, size) of an elementwise ``node``, as ``dtype``."""
         if isinstance(arg, Node) and isinstance(arg.meta["val"], torch.Tensor):
             inner = broadcast_index(index, shape_of(node), shape_of(arg))
             value = self.value(arg, inner, mask)
@@ -233,9 +223,7 @@ class Lowering:
 
 
 def known_scalar(node: Node) -> bool | int | float | None:
-    """The element of a one-element constant the graph carries
-    (``torch.tensor(0.5)`` in the user's code).
-    """
+    """The element of a one-element constant of the graph (the user's ``torch.tensor(0.5)``)."""
     if node.op != "get_attr" or node.meta["val"].numel() != 1 or node.meta["val"].is_complex():
         return None
     return constant_values(node)[0]

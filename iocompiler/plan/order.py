@@ -11,9 +11,7 @@ from iocompiler.plan.group import Group, Grouper
 
 
 def in_order(flow: Dataflow, grouper: Grouper, groups: list[Group]) -> list[Group | Node]:
-    """A topological order that stays as near to the graph's own as it can: buffers
-    then die about where they did.
-    """
+    """A topological order near to the graph's own: buffers then die about where they did."""
     units: dict[int, Group | Node] = {g.number: g for g in groups}
     units |= {grouper.home[n]: n for n in flow.opaque}
     place = {number: _place(flow, unit) for number, unit in units.items()}

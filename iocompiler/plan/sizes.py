@@ -1,5 +1,6 @@
-"""Sizes as the planner sees them: ints where static, sympy expressions where dynamic,
-with exact division and proofs.
+"""Sizes as the planner sees them: ints or, where dynamic, sympy expressions, with what is proved.
+
+Division is exact or refused.
 """
 
 from __future__ import annotations
@@ -56,13 +57,10 @@ def _coefficients(expr: sympy.Expr) -> list[sympy.Expr]:
 
 
 def nonnegative(size: Size) -> bool:
-    """Whether size >= 0 is provable (sizes are taken as at least 1: zero-sized
-    spaces run no point at all).
-    """
+    """Whether size >= 0 is provable; symbols are at least 1, as an empty space runs no point."""
     if isinstance(size, int):
         return size >= 0
-    # with every symbol s = t + 1 and t >= 0, a polynomial without negative
-    # coefficients is never negative
+    # with s = t + 1 and t >= 0, a polynomial without negative coefficients is never negative
     shifted = size.subs({s: s + 1 for s in size.free_symbols})
     return all(c.is_number and c >= 0 for c in _coefficients(shifted))
 
@@ -75,9 +73,7 @@ def value_at(size: Size, hints: Mapping[str, int], default: int = 1024) -> int:
 
 
 def bounds(index: Affine, extents: Mapping[str, Size]) -> tuple[Size, Size] | None:
-    """Inclusive least and greatest value of an index over the axes'
-    extents; None with an indirect term.
-    """
+    """Least and greatest value (inclusive) of an index; None where it has an indirect term."""
     low: Size = index.const
     high: Size = index.const
     for name, coefficient in index.terms:

@@ -60,9 +60,7 @@ def _reduction_rank(node: Node) -> tuple[int, bool]:
 
 
 def stored_into(output: Node) -> Node:
-    """The node whose buffer an output is stored into: its own, or the
-    mutated argument of a ``copy_``.
-    """
+    """The node whose buffer an output is stored into: itself, or what a ``copy_`` overwrites."""
     if output.target is torch.ops.aten.copy_.default:
         target = output.args[0]
         assert isinstance(target, Node)
@@ -115,9 +113,7 @@ def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -
 
 
 def propagate(lowering: Lowering, seeds: Mapping[Node, Index]) -> dict[Node, Index]:
-    """Carry the seeds' indices to neighbours over elementwise nodes and
-    one-to-one views, both ways.
-    """
+    """Carry the seeds' indices over elementwise nodes and one-to-one views, both ways."""
     known = dict(seeds)
     queue = list(seeds)
     while queue:

@@ -1,10 +1,8 @@
 """Views as index maps: where in its input an element of a view's output lies.
 
-They cost no bytes and no kernel.
-
-``input_index`` answers for the ATen view operators. Everything stays affine: a reshape that
-would need a quotient asks for the axis to be split instead (`SplitAxis`), and the kernel is
-lowered again over the finer axes.
+A view costs no bytes and no kernel. ``input_index`` answers for the ATen view operators. Everything
+stays affine: a reshape that would need a quotient asks for the axis to be split instead
+(`SplitAxis`), and the kernel is lowered again over the finer axes.
 """
 
 from __future__ import annotations
@@ -105,9 +103,7 @@ def reshape_index(
     in_shape: Sequence[Size],
     extents: Mapping[str, Size],
 ) -> Index:
-    """Index into a tensor of ``in_shape`` of the element at ``index`` of its
-    row-major reshape to ``out_shape``.
-    """
+    """Where in a tensor of ``in_shape`` element ``index`` of its reshape to ``out_shape`` lies."""
     result: list[Affine] = []
     out_dim = 0
     segments = _segments(in_shape, out_shape)
@@ -158,7 +154,7 @@ def _smaller(a: Size, b: Size) -> bool:
 
 
 def input_index(node: Node, index: Index, extents: Mapping[str, Size]) -> tuple[Node, Index]:
-    """For a view ``node``: its input and the index there of the element at ``index`` of the output."""
+    """The input of a view ``node``, and the index there of the output's element at ``index``."""
     source = node.args[0]
     assert isinstance(source, Node)
     if node.target is operator.getitem:
@@ -230,9 +226,7 @@ def argument(node: Node, position: int, default: Any) -> Any:
 
 
 def slice_start(source: Node, dim: Any, start: Any, step: Any) -> tuple[int, Size, Size]:
-    """(dim, start, step) of a slice of ``source`` with negative and clamped starts
-    resolved; arguments as in aten.
-    """
+    """(dim, start, step) of a slice of ``source``, arguments as in aten; ``start`` is resolved."""
     sizes = shape_of(source)
     dim = dim % len(sizes)
     begin = size_of(0 if start is None else start)

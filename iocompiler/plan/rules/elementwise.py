@@ -108,31 +108,28 @@ def _quotient(low: Lowering, a: int, b: int, rounding: Any) -> int:
     build = low.builder
     if build.dtype(a).is_floating_point:
         quotient = build.map("div", a, b)
-        return (
-            quotient
-            if rounding is None
-            else build.map("floor" if rounding == "floor" else "trunc", quotient)
-        )
+        return quotient if rounding is None else build.map(rounding, quotient)
     if rounding == "trunc":
         return build.map("int_trunc_div", a, b)
     return _floor_div(low, a, b)
 
 
 def _floor_div(low: Lowering, a: int, b: int) -> int:
-    """Integer a // b rounded down: the truncated quotient, less one where the
-    signs differ and it is inexact.
-    """
+    """Integer a // b rounded down: truncated, less one where inexact with signs that differ."""
     build, dtype = low.builder, low.builder.dtype(a)
     zero, one = build.const(0, dtype), build.const(1, dtype)
     quotient = build.map("int_trunc_div", a, b)
     rest = build.map("int_trunc_mod", a, b)
     inexact = build.map("ne", rest, zero, dtype=torch.bool)
-    opposite = build.map(
-        "ne", build.map("lt", rest, zero, dtype=torch.bool), build.map("lt", b, zero, dtype=torch.bool),
-        dtype=torch.bool,
-    )  # fmt: skip
-    down = build.map("and", inexact, opposite, dtype=torch.bool)
+    down = build.map("and", inexact, _signs_differ(low, rest, b), dtype=torch.bool)
     return build.map("where", down, build.map("sub", quotient, one), quotient)
+
+
+def _signs_differ(low: Lowering, a: int, b: int) -> int:
+    build, zero = low.builder, low.builder.const(0, low.builder.dtype(a))
+    a_below = build.map("lt", a, zero, dtype=torch.bool)
+    b_below = build.map("lt", b, zero, dtype=torch.bool)
+    return build.map("ne", a_below, b_below, dtype=torch.bool)
 
 
 def _floor_divide(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
@@ -147,15 +144,8 @@ def _remainder(low: Lowering, node: Node, index: Index, mask: int | None) -> int
     a, b = (low.operand(x, node, index, mask, dtype) for x in node.args[:2])
     zero = build.const(0, dtype)
     rest = build.map("fmod" if dtype.is_floating_point else "int_trunc_mod", a, b)
-    wrong = build.map(
-        "and",
-        build.map("ne", rest, zero, dtype=torch.bool),
-        build.map(
-            "ne", build.map("lt", rest, zero, dtype=torch.bool), build.map("lt", b, zero, dtype=torch.bool),
-            dtype=torch.bool,
-        ),
-        dtype=torch.bool,
-    )  # fmt: skip
+    inexact = build.map("ne", rest, zero, dtype=torch.bool)
+    wrong = build.map("and", inexact, _signs_differ(low, rest, b), dtype=torch.bool)
     return build.map("where", wrong, build.map("add", rest, b), rest)
 
 
@@ -249,7 +239,7 @@ def _silu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def _gelu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """x * Phi(x), with the error function or its tanh approximation (Hendrycks and Gimpel, 2016)."""
+    """x * Phi(x) by the error function, or as tanh approximates it (Hendrycks and Gimpel, 2016)."""
     build, dtype = low.builder, result_dtype(node)
     x = low.operand(node.args[0], node, index, mask, dtype)
     half, one = build.const(0.5, dtype), build.const(1.0, dtype)
@@ -277,10 +267,7 @@ def _where(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def _convert(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """A dtype cast.
-
-    One to a shorter float rounds, even though the value stays in float32: the user wrote it.
-    """
+    """A cast. To a shorter float it rounds though the value stays in float32: the user wrote it."""
     dtype = node.meta["val"].dtype
     source = node.args[0]
     assert isinstance(source, Node)

@@ -1,6 +1,4 @@
-"""Operators that move elements: gathers, concatenation, padding, and tensors that
-are functions of their index.
-"""
+"""Operators that move elements: gathers, concatenation, padding, functions of the index alone."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def _tensor(arg: Any) -> Node:
 def _indirect(
     low: Lowering, ids: Node, index: Index, mask: int | None, size: Size, wrap: bool = True
 ) -> Affine:
-    """The integer element of ``ids`` at ``index``, as an index term;
-    negative ones count from the end.
-    """
+    """The integer at ``index`` of ``ids`` as an index term; a negative one counts from the end."""
     if ids.meta["val"].dtype not in (torch.int64, torch.int32):
         raise Unsupported(f"indices of dtype {ids.meta['val'].dtype}")
     build = low.builder
@@ -117,9 +113,7 @@ def _cat_from(
     mask: int | None,
     dtype: torch.dtype,
 ) -> int:
-    """Element ``index`` of the concatenation of ``tensors``, whose first
-    begins at ``start`` along ``dim``.
-    """
+    """Element ``index`` of concatenated ``tensors``, the first at ``start`` along ``dim``."""
     first, rest = tensors[0], tensors[1:]
     end = start + shape_of(first)[dim]
 
@@ -175,9 +169,7 @@ def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """``base`` with a slice along one dimension replaced; args (base,
-    source, dim, start, end, step).
-    """
+    """``base`` with a slice along one dimension replaced: (base, source, dim, start, end, step)."""
     base, source = _tensor(node.args[0]), _tensor(node.args[1])
     dim, start, step = slice_start(
         base, argument(node, 2, 0), argument(node, 3, None), argument(node, 5, 1)
@@ -264,9 +256,7 @@ def _arange_bounds(node: Node) -> tuple[Any, Any]:
 
 
 def _uniform(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """iocompiler::uniform(seeds, which, shape): Philox at the flat
-    element index under seeds[which].
-    """
+    """iocompiler::uniform(seeds, which, shape): Philox of the flat index under seeds[which]."""
     seeds, which, _ = node.args
     seed = low.value(_tensor(seeds), (Affine.constant(literal(which)),), None)  # type: ignore[arg-type]
     return low.builder.rand(seed, flatten(index, shape_of(node)))

@@ -18,9 +18,7 @@ aten = torch.ops.aten
 
 
 def _listed(position: int) -> Any:
-    """Dimensions given as a list or int argument at ``position``; all of them
-    where it is absent or empty.
-    """
+    """Dimensions in the list or int argument at ``position``; all where it is absent or empty."""
 
     def dims(node: Node) -> Any:
         return node.args[position] if len(node.args) > position else None
