@@ -32,7 +32,10 @@ def kernel_of(program: TileProgram, schedule: Schedule) -> Any:
 
 
 def run_kernel(
-    program: TileProgram, buffers: Mapping[str, torch.Tensor], sizes: Mapping[str, int], schedule: Schedule
+    program: TileProgram,
+    buffers: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, int],
+    schedule: Schedule,
 ) -> None:
     """As `tile.interpret.run`, through the emitted Triton text."""
     blocks = tuple(

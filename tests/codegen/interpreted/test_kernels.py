@@ -34,11 +34,15 @@ def test_forward(name: str) -> None:
     fn, shapes = FUNCTIONS[name]
     inputs = [rand(*s) for s in shapes]
     got, want, eager = Planned()(fn)(*inputs), fn(*[i.double() for i in inputs]), fn(*inputs)
-    for g, w, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want, eager)), strict=True):
+    for g, w, e in zip(
+        *(x if isinstance(x, tuple) else (x,) for x in (got, want, eager)), strict=True
+    ):
         assert relative_error(g, w) <= 2 * relative_error(e, w) + 1e-5
 
 
-@pytest.mark.parametrize("name", ["layer norm", "softmax", "rms norm", "rotate half", "group norm", "rows and columns"])
+@pytest.mark.parametrize(
+    "name", ["layer norm", "softmax", "rms norm", "rotate half", "group norm", "rows and columns"]
+)
 def test_gradients(name: str) -> None:
     fn, shapes = FUNCTIONS[name]
     leaves = [rand(*s).requires_grad_() for s in shapes]
@@ -74,7 +78,15 @@ def test_integers_and_bools() -> None:
     i = torch.randint(-20, 20, (6, 7))
 
     def fn(i):
-        return (i > 2) & (i < 9), i.sum(1), (i > 0).sum(0), (i > 5).any(1), (i > -30).all(), i.argmax(1), i * 3 // 4 % 5
+        return (
+            (i > 2) & (i < 9),
+            i.sum(1),
+            (i > 0).sum(0),
+            (i > 5).any(1),
+            (i > -30).all(),
+            i.argmax(1),
+            i * 3 // 4 % 5,
+        )
 
     for got, want in zip(Planned()(fn)(i), fn(i), strict=True):
         assert got.dtype == want.dtype and torch.equal(got, want)
@@ -116,7 +128,13 @@ def test_split_reduction() -> None:
 def test_dynamic_sizes() -> None:
     def fn(x, w):
         y = F.layer_norm(x, (16,), w)
-        return torch.cat([y, x[:, 1:]], 1).softmax(1).view(x.shape[0], -1, 4, 4).transpose(1, 2).contiguous()
+        return (
+            torch.cat([y, x[:, 1:]], 1)
+            .softmax(1)
+            .view(x.shape[0], -1, 4, 4)
+            .transpose(1, 2)
+            .contiguous()
+        )
 
     planned = Planned()
     run = planned(fn, dynamic=True)
