@@ -1,7 +1,8 @@
 """One kernel over many sets of tensors: which tensors, it reads from a table in memory.
 
-A row of the table is a member: an address for every buffer, the bits of every by-value number (as float64 or int64), and last
-the member's length. ``blocks`` tells each program its member and which block of it.
+A row of the table is a member: an address for every buffer, the bits of every by-value
+number (as float64 or int64), and last the member's length. ``blocks`` tells each program its
+member and which block of it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from iocompiler.plan.data import Schedule
 from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.program import Buffer, TileProgram
 
-# the kernel's own parameters, as a launch signature; ``aligned`` is 1 where every address is a multiple of 16 bytes
+# the kernel's own parameters, as a launch signature; ``aligned`` is 1 where every
+# address is a multiple of 16 bytes
 SIGNATURE = "table_ptr:*i64:16 blocks_ptr:*i32:16 aligned:i32"
 
 
 def emit_batch(program: TileProgram, schedule: Schedule, name: str) -> str:
-    """The source of the kernel ``name`` for a flat program; its parameters are those of `SIGNATURE`."""
+    """The source of the kernel ``name`` for a flat program; its
+    parameters are those of `SIGNATURE`.
+    """
     width = len(program.buffers) + 1
     head = [
         "@triton.jit",
@@ -30,7 +34,8 @@ def emit_batch(program: TileProgram, schedule: Schedule, name: str) -> str:
         "    block = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1)",
         f"    row = table_ptr + member * {width}",
         f"    {LENGTH.name} = tl.load(row + {width - 1})",
-        # neither a mask nor an unknown alignment may keep the whole blocks from moving 16 bytes a thread
+        # neither a mask nor an unknown alignment may keep the whole blocks
+        # from moving 16 bytes a thread
         f"    if (aligned != 0) & ((block + 1) * {schedule.x_block} <= {LENGTH.name}):",
         *_body(program, schedule, whole=True),
         "    else:",

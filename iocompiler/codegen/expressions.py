@@ -23,7 +23,9 @@ _INT32 = 2**31 - 1
 
 
 class _SizePrinter(StrPrinter):
-    """Sizes as Triton reads them: floor division by ``//``; each symbol through the format ``symbol``."""
+    """Sizes as Triton reads them: floor division by ``//``; each symbol
+    through the format ``symbol``.
+    """
 
     def __init__(self, symbol: str = "{}"):
         super().__init__()
@@ -68,7 +70,9 @@ def size(value: Size) -> str:
 
 
 def fits_int32(value: Size) -> bool:
-    """Whether numbers below a size have 32 bits: a number tells, and one symbol is passed as an i32."""
+    """Whether numbers below a size have 32 bits: a number tells, and
+    one symbol is passed as an i32.
+    """
     return abs(value) <= _INT32 if isinstance(value, int) else isinstance(value, sympy.Symbol)
 
 
@@ -93,7 +97,9 @@ def passes_int32(index: Affine, extents: Mapping[str, Size]) -> bool:
 
 
 def affine(index: Affine, names: dict[str, str], wide: bool = False) -> str:
-    """An index as text; ``names`` gives the text of axes and values, ``wide`` multiplies in 64 bits."""
+    """An index as text; ``names`` gives the text of axes and values,
+    ``wide`` multiplies in 64 bits.
+    """
     parts = []
     for name, coefficient in index.terms:
         text = names[name]

@@ -1,4 +1,6 @@
-"""The text of one kernel in the making: lines, names of values, masks, and how one operation is written."""
+"""The text of one kernel in the making: lines, names of values, masks, and
+how one operation is written.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ _REDUCERS = {"max": "_maximum", "min": "_minimum", "prod": "_multiply", "any": "
 
 
 class KernelWriter:
-    """Writes a merged program. ``masks`` maps each tile direction to the name of its bounds mask, where it has one."""
+    """Writes a merged program.
+
+    ``masks`` maps each tile direction to the name of its bounds mask, where it has one.
+    """
 
     def __init__(self, program: TileProgram, schedule: Schedule):
         self.program, self.schedule = program, schedule

@@ -1,4 +1,6 @@
-"""Kernels with reductions: the whole row at once, in pieces, or many rows a program with column sums."""
+"""Kernels with reductions: the whole row at once, in pieces, or many
+rows a program with column sums.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def _scan_tile(writer: KernelWriter, position: int, op: Op) -> None:
 
 
 def write_looped(writer: KernelWriter) -> None:
-    """One loop over the row for every level of reductions that need earlier ones; values are loaded again in each."""
+    """One loop over the row for every level of reductions that need earlier ones;
+    values are loaded again in each.
+    """
     _open(writer, "tl.program_id(0)")
     program = writer.program
     level = _levels(writer)
@@ -100,7 +104,9 @@ def write_looped(writer: KernelWriter) -> None:
 
 
 def _along_row(writer: KernelWriter, position: int, earlier: list[bool]) -> bool:
-    """Whether a result differs from place to place in the row; that of a scan does, even over a constant."""
+    """Whether a result differs from place to place in the row; that of a
+    scan does, even over a constant.
+    """
     op = writer.program.ops[position]
     if op.kind == "reduce":
         return False
@@ -110,7 +116,9 @@ def _along_row(writer: KernelWriter, position: int, earlier: list[bool]) -> bool
 
 
 def _row_spans(writer: KernelWriter, position: int) -> set[str]:
-    """Directions an operation's result varies over, by the program's axes (names are not yet given)."""
+    """Directions an operation's result varies over, by the program's
+    axes (names are not yet given).
+    """
     reduced = {a.name for a in writer.program.reduced}
     spans = {"r"} if writer.program.varies[position] & reduced else set()
     op = writer.program.ops[position]
@@ -186,7 +194,9 @@ def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], num
 
 
 def _needed(writer: KernelWriter, targets: list[int], along_r: list[bool]) -> list[int]:
-    """The row-dependent operations (in order) that the targets read, and the stores among the targets."""
+    """The row-dependent operations (in order) that the targets read, and
+    the stores among the targets.
+    """
     wanted: set[int] = set()
     stack = list(targets)
     while stack:

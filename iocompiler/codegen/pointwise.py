@@ -36,7 +36,9 @@ def _operations(writer: KernelWriter) -> None:
 
 
 def write_row_of_points(writer: KernelWriter, number: str, masked: bool = True) -> None:
-    """All points as one row; ``number`` is the text of the program's block, ``masked`` False where it is whole."""
+    """All points as one row; ``number`` is the text of the program's block,
+    ``masked`` False where it is whole.
+    """
     writer.rank = 1
     axes, block = writer.program.parallel, writer.schedule.x_block
     total = product([a.size for a in axes])

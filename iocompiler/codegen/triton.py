@@ -24,8 +24,8 @@ _WRITERS: dict[str, Callable[..., None]] = {
 def emit(program: TileProgram, schedule: Schedule, name: str) -> str:
     """The source of the kernel ``name``.
 
-    Its parameters are the program's buffers in order (pointers named ``<buffer>_ptr``, plain numbers for role
-    "scalar"), then its size symbols. It refers to the names `PRELUDE` defines.
+    Its parameters are the program's buffers in order (pointers named ``<buffer>_ptr``, plain
+    numbers for role "scalar"), then its size symbols. It refers to the names `PRELUDE` defines.
     """
     writer = KernelWriter(merge_axes(program), schedule)
     _WRITERS[schedule.kind](writer)

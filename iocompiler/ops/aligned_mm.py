@@ -2,10 +2,11 @@
 
     iocompiler::aligned_mm(Tensor a, Tensor b, Tensor? bias, SymInt row) -> Tensor
 
-cuBLAS takes its fast kernels on Hopper only where every extent and row stride is a multiple of 16 bytes; a vocabulary of
-50257 columns in bfloat16 falls onto kernels four to seven times slower. Here each odd extent is cut into an aligned part
-and a tail of at most 63: the aligned product does the work, the tails are small. Nothing is copied or padded in memory but the
-rows of the result, whose stride is ``row``.
+cuBLAS takes its fast kernels on Hopper only where every extent and row stride is a multiple of
+16 bytes; a vocabulary of 50257 columns in bfloat16 falls onto kernels four to seven times slower.
+Here each odd extent is cut into an aligned part and a tail of at most 63: the aligned product
+does the work, the tails are small. Nothing is copied or padded in memory but the rows of the
+result, whose stride is ``row``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ ALIGNED_MM = torch.ops.iocompiler.aligned_mm.default
 
 
 def _aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None, row: int) -> Tensor:
-    """``a @ b (+ bias)`` for a [M, K], b [K, N], bias [N]; the result is [M, N] with strides (row, 1)."""
+    """``a @ b (+ bias)`` for a [M, K], b [K, N], bias [N]; the result is
+    [M, N] with strides (row, 1).
+    """
     out = _empty(a, b, row)
     inner = a.shape[1] - a.shape[1] % STEP
     for rows in _parts(a.shape[0]):

@@ -1,4 +1,6 @@
-"""The axes of a program as a kernel walks them: merged where every access allows, and which lie together in memory."""
+"""The axes of a program as a kernel walks them: merged where every access allows, and
+which lie together in memory.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from iocompiler.tile.program import Op, TileProgram
 def merge_axes(program: TileProgram) -> TileProgram:
     """The same program over as few axes as its accesses allow.
 
-    Adjacent axes (outer, inner) become one where every index has coefficient(outer) == coefficient(inner) * size(inner):
-    a point of the pair is then one number. Axes of one point go.
+    Adjacent axes (outer, inner) become one where every index has coefficient(outer) ==
+    coefficient(inner) * size(inner): a point of the pair is then one number. Axes of one point go.
     """
     changed = True
     while changed:
@@ -79,7 +81,9 @@ def _reindexed(op: Op, rename: dict[str, Affine]) -> Op:
 
 @dataclass(frozen=True)
 class Accesses:
-    """How many of a program's memory accesses run contiguously along each axis; those along none are ``scattered``."""
+    """How many of a program's memory accesses run contiguously along each axis; those
+    along none are ``scattered``.
+    """
 
     along: dict[str, int]
     scattered: int
@@ -88,7 +92,8 @@ class Accesses:
 def contiguity(program: TileProgram, wide_only: bool = True) -> Accesses:
     """Count loads and stores by the axis along which neighbouring points are neighbouring elements.
 
-    With ``wide_only`` only accesses that vary over as many axes as the widest one are counted: they carry the bytes.
+    With ``wide_only`` only accesses that vary over as many axes as the widest one are
+    counted: they carry the bytes.
     """
     widest = max((len(_axes_of(op)) for op in _memory(program)), default=0)
     along: dict[str, int] = {}
@@ -115,7 +120,10 @@ def _axes_of(op: Op) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Which axes a kernel's tile spans. ``grid`` axes are fixed in a program; ``y`` is None for one-dimensional tiles."""
+    """Which axes a kernel's tile spans.
+
+    ``grid`` axes are fixed in a program; ``y`` is None for one-dimensional tiles.
+    """
 
     grid: tuple[Axis, ...]
     y: Axis | None
@@ -125,8 +133,9 @@ class Tiling:
 def pointwise_tiling(program: TileProgram) -> Tiling:
     """Tile axes of a merged program without reductions.
 
-    Where all accesses run along the innermost axis, the points are one long row. Where some run along another axis
-    (a transpose), the tile is square over the two, and both directions are read in whole lines.
+    Where all accesses run along the innermost axis, the points are one long row. Where
+    some run along another axis (a transpose), the tile is square over the two, and both
+    directions are read in whole lines.
     """
     axes = program.parallel
     if len(axes) < 2:
@@ -148,7 +157,9 @@ def _size(axes: tuple[Axis, ...], name: str) -> Size:
 
 
 def rows_contiguous(program: TileProgram) -> bool:
-    """Whether a program with reductions reads memory along its reduced axes (rows) rather than across them (columns)."""
+    """Whether a program with reductions reads memory along its reduced axes (rows)
+    rather than across them (columns).
+    """
     along = contiguity(program).along
     reduced = {a.name for a in program.reduced}
     inside = sum(count for name, count in along.items() if name in reduced)

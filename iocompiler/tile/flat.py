@@ -1,7 +1,7 @@
 """Pointwise programs that ignore shape: every element by itself, in memory order.
 
-Such programs over tensors of different sizes are one program over ``x0 < n``, which is what lets one launch serve many
-tensors (an optimizer step).
+Such programs over tensors of different sizes are one program over ``x0 < n``, which is what lets
+one launch serve many tensors (an optimizer step).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ LENGTH = sympy.Symbol("n", integer=True, positive=True)
 
 
 def flat_program(program: TileProgram) -> tuple[TileProgram, Size] | None:
-    """The program over one axis of `LENGTH` points, and that length; None where an element's place matters.
+    """The program over one axis of `LENGTH` points, and that length; None
+    where an element's place matters.
 
-    Every access must be to the element's own row-major position or to a fixed element (a 0-dim tensor).
+    Every access must be to the element's own row-major position or to a
+    fixed element (a 0-dim tensor).
     """
     if program.reduced or any(op.kind in ("iota", "rand", "scan") for op in program.ops):
         return None

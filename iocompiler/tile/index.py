@@ -1,8 +1,9 @@
 """Affine index expressions over the axes of a tile program.
 
-Every address a tile program computes is ``const + sum(coefficient * term)``. A term is the name of an axis
-(``"x0"``) or of an integer value computed by the program (``"%7"``, an indirect index). Views never leave this
-form: what would need a division splits an axis instead (see ``plan/views.py``), so no index carries ``//`` or ``%``.
+Every address a tile program computes is ``const + sum(coefficient * term)``. A term is the
+name of an axis (``"x0"``) or of an integer value computed by the program (``"%7"``, an indirect
+index). Views never leave this form: what would need a division splits an axis instead (see
+``plan/views.py``), so no index carries ``//`` or ``%``.
 """
 
 from __future__ import annotations

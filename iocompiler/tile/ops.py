@@ -1,6 +1,8 @@
-"""The op table: one row a scalar function, with its Triton text, its reference in torch and its cost.
+"""The op table: one row a scalar function, with its Triton text, its
+reference in torch and its cost.
 
-Low-precision floats are computed in float32 (`compute_dtype`); rows therefore see float32, float64, integers or bool.
+Low-precision floats are computed in float32 (`compute_dtype`); rows therefore see
+float32, float64, integers or bool.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import torch
 
 @dataclass(frozen=True)
 class MapRow:
-    """``triton`` is a format string over the operands' texts; ``flops`` counts one element's work, in additions."""
+    """``triton`` is a format string over the operands' texts; ``flops`` counts one
+    element's work, in additions.
+    """
 
     triton: str
     torch: Callable[..., torch.Tensor]
@@ -22,7 +26,8 @@ class MapRow:
 
 @dataclass(frozen=True)
 class ReduceRow:
-    """``triton`` reduces ``{0}`` along ``axis={1}``; ``combine`` merges two partial results; ``identity`` is neutral.
+    """``triton`` reduces ``{0}`` along ``axis={1}``; ``combine`` merges two partial
+    results; ``identity`` is neutral.
 
     ``identity`` is "lowest" or "highest" for the ends of the dtype's range (infinities for floats).
     """
@@ -46,7 +51,9 @@ class ReduceRow:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a value of ``dtype`` is held in inside a kernel: float32 for the half precisions, int32 for short ints."""
+    """The dtype a value of ``dtype`` is held in inside a kernel: float32 for the half
+    precisions, int32 for short ints.
+    """
     if dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
         return torch.float32
     if dtype in (torch.int8, torch.int16, torch.uint8):
@@ -137,7 +144,8 @@ REDUCES: dict[str, ReduceRow] = {
         torch.amin,
     ),
     "any": ReduceRow("tl.reduce_or({0}.to(tl.int32), {1}) != 0", "({0} | {1})", 0, torch.any),
-    # position (int64) of the first maximum / minimum in row-major order of the reduced axes; NaN wins
+    # position (int64) of the first maximum / minimum in row-major order
+    # of the reduced axes; NaN wins
     "argmax": ReduceRow("", "", "lowest", torch.argmax),
     "argmin": ReduceRow("", "", "highest", torch.argmin),
 }

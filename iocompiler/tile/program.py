@@ -1,23 +1,22 @@
 """The tile program: what one generated kernel computes, for every point of its iteration space.
 
-A program is a flat list of operations in single-assignment form over a rectangular space of *parallel* and *reduced*
-axes. It says nothing of blocks, warps or loops: a `Schedule` does. One program has three readers: the Triton
-emitter (`codegen/triton.py`), the CPU reference interpreter (`tile/interpret.py`) and the byte count (`tile/traffic.py`).
+A program is a flat list of operations in single-assignment form over a rectangular space of
+*parallel* and *reduced* axes. It says nothing of blocks, warps or loops: a `Schedule` does. One
+program has three readers: the Triton emitter (`codegen/triton.py`), the CPU reference interpreter
+(`tile/interpret.py`) and the byte count (`tile/traffic.py`).
 
-Kinds of operation (the idea of a small closed set of tile primitives is that of Tensor Processing Primitives,
-Georganas et al., SC21):
+Kinds of operation (the idea of a small closed set of tile primitives is that of Tensor Processing
+Primitives, Georganas et al., SC21):
 
 ====== =========================================================================================
-load   ``buffer[index]``, ``value`` where the optional mask input is false
-store  ``buffer[index] = input`` (optional mask as second input); ``fn`` "" or "atomic_add"
-const  a literal, or a size expression
-iota   the value of the affine ``index`` itself, int64
-map    a row of ``tile/ops.py`` MAPS applied to the inputs, elementwise
-cast   the input converted to ``dtype``
-reduce a row of REDUCES over all reduced axes (``over="reduced"``) or all parallel axes (``over="parallel"``)
-scan   an inclusive scan (row of SCANS) along the one reduced axis
-rand   Philox2x32-7 (``tile/philox.py``) at counter ``index`` under the seed input: float32 uniform in [0, 1)
-====== =========================================================================================
+load ``buffer[index]``, ``value`` where the optional mask input is false store ``buffer[index]
+= input`` (optional mask as second input); ``fn`` "" or "atomic_add" const a literal, or a size
+expression iota the value of the affine ``index`` itself, int64 map a row of ``tile/ops.py``
+MAPS applied to the inputs, elementwise cast the input converted to ``dtype`` reduce a row of
+REDUCES over all reduced axes (``over="reduced"``) or all parallel axes (``over="parallel"``)
+scan an inclusive scan (row of SCANS) along the one reduced axis rand Philox2x32-7
+(``tile/philox.py``) at counter ``index`` under the seed input: float32 uniform in [0, 1) ======
+=========================================================================================
 """
 
 from __future__ import annotations
@@ -56,10 +55,11 @@ class Op:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor argument of a kernel: a flat run of at most ``elements`` elements behind one pointer.
+    """A tensor argument of a kernel: a flat run of at most ``elements``
+    elements behind one pointer.
 
-    ``role`` is "in", "out" (written, never read) or "inout". A 0-dim CPU tensor or Python number handed in at run
-    time has role "scalar": it is passed by value and loaded without an address.
+    ``role`` is "in", "out" (written, never read) or "inout". A 0-dim CPU tensor or Python number
+    handed in at run time has role "scalar": it is passed by value and loaded without an address.
     """
 
     name: str
@@ -70,7 +70,9 @@ class Buffer:
 
 @dataclass(frozen=True)
 class TileProgram:
-    """Operations over ``parallel`` x ``reduced`` axes (outermost first) on ``buffers`` (in argument order)."""
+    """Operations over ``parallel`` x ``reduced`` axes (outermost first) on
+    ``buffers`` (in argument order).
+    """
 
     parallel: tuple[Axis, ...]
     reduced: tuple[Axis, ...]
@@ -86,7 +88,9 @@ class TileProgram:
 
     @cached_property
     def varies(self) -> tuple[frozenset[str], ...]:
-        """For each value, the names of the axes it depends on (a reduction removes the axes it is over)."""
+        """For each value, the names of the axes it depends on (a reduction
+        removes the axes it is over).
+        """
         parallel = {a.name for a in self.parallel}
         reduced = {a.name for a in self.reduced}
         found: list[frozenset[str]] = []
@@ -152,7 +156,9 @@ def _show(position: int, op: Op) -> str:
 
 @dataclass
 class Builder:
-    """Appends operations to a program in the making; an operation equal to an earlier one is that one."""
+    """Appends operations to a program in the making; an operation equal
+    to an earlier one is that one.
+    """
 
     ops: list[Op] = field(default_factory=list)
     _seen: dict[Op, int] = field(default_factory=dict)

@@ -17,8 +17,9 @@ _FOLDABLE = {"sum", "max", "min", "prod", "any"}
 def split_reduction(program: TileProgram, parts: int) -> tuple[TileProgram, TileProgram] | None:
     """(partial program, folding program), or None where the reduction cannot be cut.
 
-    The first has a new outermost parallel axis of about ``parts`` points, each reducing one run of the outermost
-    reduced axis into a row of the buffers "partial0", ...; the second folds the rows and does what came after.
+    The first has a new outermost parallel axis of about ``parts`` points, each reducing one run
+    of the outermost reduced axis into a row of the buffers "partial0", ...; the second folds the
+    rows and does what came after.
     """
     program = merge_axes(program)
     if parts < 2 or not _can_split(program):

@@ -1,4 +1,6 @@
-"""The bytes a tile program moves between memory and the chip, and the arithmetic it does: what the cost model prices."""
+"""The bytes a tile program moves between memory and the chip, and the arithmetic it
+does: what the cost model prices.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _RAND_FLOPS = 26
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read and written once, arithmetic operations, and transcendental functions, each a `Size`."""
+    """Bytes read and written once, arithmetic operations, and
+    transcendental functions, each a `Size`.
+    """
 
     read_bytes: Size
     written_bytes: Size
@@ -32,8 +36,8 @@ class Traffic:
 def traffic(program: TileProgram) -> Traffic:
     """What one run of the program must move: every element it touches, once.
 
-    A load counts the points of the axes it varies over; loads of one buffer at one index count once, and all loads of
-    a buffer together never more than the buffer has.
+    A load counts the points of the axes it varies over; loads of one buffer at one index count
+    once, and all loads of a buffer together never more than the buffer has.
     """
     read: Size = 0
     written: Size = 0
@@ -76,7 +80,8 @@ def _capped(counts: list[Size], most: Size) -> Size:
         total = total + count
     if isinstance(total, int) and isinstance(most, int):
         return min(total, most)
-    # several accesses of a buffer of symbolic size: one whole read is the better estimate than their sum
+    # several accesses of a buffer of symbolic size: one whole read is the
+    # better estimate than their sum
     return most if len(counts) > 1 else total
 
 
