@@ -16,26 +16,22 @@ from iocompiler.plan.data import Schedule
 from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.program import Buffer, TileProgram
 
-# the kernel's own parameters, as a launch signature; ``aligned`` is 1 where every
-# address is a multiple of 16 bytes
+# the kernel's parameters, as a launch signature; ``aligned`` is 1 if every address is, to 16 bytes
 SIGNATURE = "table_ptr:*i64:16 blocks_ptr:*i32:16 aligned:i32"
 
 
 def emit_batch(program: TileProgram, schedule: Schedule, name: str) -> str:
-    """The source of the kernel ``name`` for a flat program; its
-    parameters are those of `SIGNATURE`.
-    """
+    """The source of the kernel ``name`` for a flat program; `SIGNATURE` has its parameters."""
     width = len(program.buffers) + 1
     head = [
         "@triton.jit",
         f"def {name}(table_ptr, blocks_ptr, aligned):",
-        '    """pointwise over many tensors: a row of the table holds the addresses of one member, then its length"""',
+        '    """pointwise over many tensors: a row has the addresses and length of a member"""',
         "    member = tl.load(blocks_ptr + 2 * tl.program_id(0))",
         "    block = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1)",
         f"    row = table_ptr + member * {width}",
         f"    {LENGTH.name} = tl.load(row + {width - 1})",
-        # neither a mask nor an unknown alignment may keep the whole blocks
-        # from moving 16 bytes a thread
+        # neither a mask nor unknown alignment keeps whole blocks from moving 16 bytes a thread
         f"    if (aligned != 0) & ((block + 1) * {schedule.x_block} <= {LENGTH.name}):",
         *_body(program, schedule, whole=True),
         "    else:",

@@ -15,17 +15,15 @@ from iocompiler.tile.ops import MAPS
 
 TYPES = {
     torch.float64: "tl.float64", torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16",
-    torch.float16: "tl.float16", torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16",
-    torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.bool: "tl.int1",
+    torch.float16: "tl.float16", torch.int64: "tl.int64", torch.int32: "tl.int32",
+    torch.int16: "tl.int16", torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.bool: "tl.int1",
 }  # fmt: skip
 
 _INT32 = 2**31 - 1
 
 
 class _SizePrinter(StrPrinter):
-    """Sizes as Triton reads them: floor division by ``//``; each symbol
-    through the format ``symbol``.
-    """
+    """Sizes as Triton reads them: floor division is ``//``, a symbol goes through a format."""
 
     def __init__(self, symbol: str = "{}"):
         super().__init__()
@@ -55,7 +53,7 @@ class _SizePrinter(StrPrinter):
         # of sizes: neither side is negative
         return f"(({self._print(expr.args[0])}) % ({self._print(expr.args[1])}))"
 
-    _print_Mod = _print_PythonMod
+    _print_Mod = _print_PythonMod  # noqa: N815
 
     def _print_Pow(self, expr: sympy.Expr, rational: bool = False) -> str:  # noqa: N802
         base, exponent = expr.args
@@ -70,9 +68,7 @@ def size(value: Size) -> str:
 
 
 def fits_int32(value: Size) -> bool:
-    """Whether numbers below a size have 32 bits: a number tells, and
-    one symbol is passed as an i32.
-    """
+    """Whether numbers below a size have 32 bits: known of a number; a symbol is passed as i32."""
     return abs(value) <= _INT32 if isinstance(value, int) else isinstance(value, sympy.Symbol)
 
 
@@ -88,7 +84,7 @@ def extent(value: Size) -> str:
 
 
 def passes_int32(index: Affine, extents: Mapping[str, Size]) -> bool:
-    """Whether the value of an index may pass 32 bits; an indirect term is 64 bits wide by itself."""
+    """Whether the value of an index may pass 32 bits; an indirect term has 64 by itself."""
     reach: Size = abs(index.const)
     for name, coefficient in index.terms:
         if not name.startswith("%"):
@@ -97,9 +93,7 @@ def passes_int32(index: Affine, extents: Mapping[str, Size]) -> bool:
 
 
 def affine(index: Affine, names: dict[str, str], wide: bool = False) -> str:
-    """An index as text; ``names`` gives the text of axes and values,
-    ``wide`` multiplies in 64 bits.
-    """
+    """An index as text; ``names`` has that of axes and values, ``wide`` multiplies in 64 bits."""
     parts = []
     for name, coefficient in index.terms:
         text = names[name]
@@ -121,9 +115,8 @@ def affine(index: Affine, names: dict[str, str], wide: bool = False) -> str:
     return " + ".join(parts).replace("+ -", "- ")
 
 
-def needs_wide(index: Affine, elements: Size) -> bool:
+def needs_wide(elements: Size) -> bool:
     """Whether an address may pass 2**31 - 1: always possible where the extent is not known."""
-    del index
     return not isinstance(elements, int) or elements > _INT32
 
 

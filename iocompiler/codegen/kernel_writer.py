@@ -1,6 +1,4 @@
-"""The text of one kernel in the making: lines, names of values, masks, and
-how one operation is written.
-"""
+"""The text of one kernel in the making: lines, names of values, masks, single operations."""
 
 from __future__ import annotations
 
@@ -133,7 +131,7 @@ class KernelWriter:
 
     def _address(self, op: Op) -> str:
         assert op.index is not None
-        wide = expressions.needs_wide(op.index, self.program.buffer(op.buffer).elements)
+        wide = expressions.needs_wide(self.program.buffer(op.buffer).elements)
         return f"({expressions.affine(op.index, self.names, wide)})"
 
     def _store(self, op: Op) -> str:
@@ -164,9 +162,9 @@ class KernelWriter:
         operands = [self.value(i) for i in inputs]
         if all(self.program.ops[i].kind == "const" for i in inputs[:1]) and op.fn not in ("where",):
             # functions of tl need a tensor: a literal alone is made one
-            operands[0] = self._tensor(inputs[0])
+            operands[0] = self.tensor(inputs[0])
         if op.fn == "where":
-            operands[1:] = [self._tensor(i) for i in inputs[1:]]
+            operands[1:] = [self.tensor(i) for i in inputs[1:]]
         operands = [o if _atomic(o) else f"({o})" for o in operands]
         return expressions.mapped(op.fn, operands, self.program.ops[inputs[-1]].dtype)
 
@@ -175,7 +173,7 @@ class KernelWriter:
         """The shape of a tile of one value."""
         return "[1]" if self.rank == 1 else "[1, 1]"
 
-    def _tensor(self, position: int) -> str:
+    def tensor(self, position: int) -> str:
         op = self.program.ops[position]
         if op.kind != "const" or not isinstance(op.value, (bool, int, float)):
             return self.value(position)
@@ -183,7 +181,7 @@ class KernelWriter:
         return f"tl.full({self._point}, {value}, {expressions.TYPES[op.dtype]})"
 
     def _cast(self, op: Op) -> str:
-        return f"{self._tensor(op.inputs[0])}.to({expressions.TYPES[op.dtype]})"
+        return f"{self.tensor(op.inputs[0])}.to({expressions.TYPES[op.dtype]})"
 
     def _rand(self, op: Op) -> str:
         assert op.index is not None
@@ -208,13 +206,12 @@ class KernelWriter:
             return value
         return f"tl.where({' & '.join(masks)}, {value}, {self.neutral(fn, dtype)})"
 
-    def folded(self, fn: str, tile: str, axis: int, dtype: torch.dtype) -> str:
+    def folded(self, fn: str, tile: str, axis: int) -> str:
         """The reduction of a whole tile along one of its dimensions, that dimension kept."""
         if fn == "sum":
             return f"tl.sum({tile}, axis={axis}, keep_dims=True)"
         if fn == "any":
             return f"tl.reduce(({tile}).to(tl.int32), {axis}, _either, keep_dims=True) != 0"
-        del dtype
         return f"tl.reduce({tile}, {axis}, {_REDUCERS[fn]}, keep_dims=True)"
 
     def combined(self, fn: str, a: str, b: str) -> str:
@@ -230,4 +227,6 @@ class KernelWriter:
 
 def _atomic(text: str) -> bool:
     """Whether a text needs no parentheses as an operand."""
-    return text.replace("_", "").replace(".", "").isalnum() or (text.startswith("(") and text.endswith(")") and text.count("(") == 1) or text.startswith("tl.full")
+    name_or_number = text.replace("_", "").replace(".", "").isalnum()
+    in_parentheses = text.startswith("(") and text.endswith(")") and text.count("(") == 1
+    return name_or_number or in_parentheses or text.startswith("tl.full")

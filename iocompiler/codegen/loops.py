@@ -1,6 +1,4 @@
-"""Kernels with reductions: the whole row at once, in pieces, or many
-rows a program with column sums.
-"""
+"""Kernels with reductions along rows: the whole row at once, or in pieces."""
 
 from __future__ import annotations
 
@@ -8,70 +6,34 @@ import torch
 
 from iocompiler.codegen import expressions
 from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.codegen.row_tile import (
+    ROW_POSITION,
+    extremum,
+    fold_tile,
+    name_parallel,
+    name_reduced,
+    tile,
+)
 from iocompiler.tile.program import Op
-
-
-def _open(writer: KernelWriter, x_position: str) -> None:
-    """Name the parallel axes; in a kernel with reductions they run down the tile."""
-    block = writer.schedule.x_block
-    total = writer.points(writer.program.parallel)
-    writer.line(f"x = {x_position} * {block} + tl.arange(0, {block})[:, None]")
-    writer.bounded("x", "x", total, block)
-    writer.flat_axes(writer.program.parallel, "x", "x")
-
-
-def _row(writer: KernelWriter, offset: str) -> None:
-    block = writer.schedule.r_block
-    writer.line(f"r = {offset}tl.arange(0, {block})[None, :]")
-    writer.bounded("r", "r", writer.points(writer.program.reduced), block)
-    writer.flat_axes(writer.program.reduced, "r", "r")
-
-
-def _tile(writer: KernelWriter) -> str:
-    return f"[{writer.schedule.x_block}, {writer.schedule.r_block}]"
-
 
 # --- the whole row in registers
 
 
 def write_persistent(writer: KernelWriter) -> None:
-    _open(writer, "tl.program_id(0)")
-    _row(writer, "")
+    """Whole rows in registers: everything is loaded once."""
+    name_parallel(writer, f"tl.program_id(0) * {writer.schedule.x_block}")
+    name_reduced(writer)
     for position, op in enumerate(writer.program.ops):
         if op.kind == "reduce":
-            _fold_tile(writer, position, op)
+            fold_tile(writer, position, op)
         elif op.kind == "scan":
             _scan_tile(writer, position, op)
         else:
             writer.write(position)
 
 
-def _fold_tile(writer: KernelWriter, position: int, op: Op) -> None:
-    value = writer.full(writer._tensor(op.inputs[0]), _tile(writer))
-    name = f"{op.fn}_{position}"
-    writer.names[f"%{position}"] = name
-    dtype = writer.program.ops[op.inputs[0]].dtype
-    if op.fn in ("argmax", "argmin"):
-        fn = op.fn.removeprefix("arg")
-        value = writer.guarded(value, fn, dtype, ("r",))
-        place = writer.full(f"({_row_position(writer)})", _tile(writer))
-        writer.line(f"_, {name} = tl.reduce(({value}, {place}), 1, {_pair(fn)}, keep_dims=True)")
-        return
-    writer.line(
-        f"{name} = {writer.folded(op.fn, writer.guarded(value, op.fn, dtype, ('r',)), 1, dtype)}"
-    )
-
-
-def _pair(fn: str) -> str:
-    return {"max": "_later_maximum", "min": "_later_minimum"}[fn]
-
-
-def _row_position(writer: KernelWriter) -> str:
-    return "r.to(tl.int64)"
-
-
 def _scan_tile(writer: KernelWriter, position: int, op: Op) -> None:
-    value = writer.full(writer._tensor(op.inputs[0]), _tile(writer))
+    value = writer.full(writer.tensor(op.inputs[0]), tile(writer))
     name = f"{op.fn}_{position}"
     writer.line(f"{name} = tl.{op.fn}({value}, axis=1)")
     writer.names[f"%{position}"] = name
@@ -81,10 +43,8 @@ def _scan_tile(writer: KernelWriter, position: int, op: Op) -> None:
 
 
 def write_looped(writer: KernelWriter) -> None:
-    """One loop over the row for every level of reductions that need earlier ones;
-    values are loaded again in each.
-    """
-    _open(writer, "tl.program_id(0)")
+    """One loop over the row for each level of reductions on reductions; each loads values again."""
+    name_parallel(writer, f"tl.program_id(0) * {writer.schedule.x_block}")
     program = writer.program
     level = _levels(writer)
     along_r: list[bool] = []
@@ -104,9 +64,7 @@ def write_looped(writer: KernelWriter) -> None:
 
 
 def _along_row(writer: KernelWriter, position: int, earlier: list[bool]) -> bool:
-    """Whether a result differs from place to place in the row; that of a
-    scan does, even over a constant.
-    """
+    """Whether a result differs along the row; that of a scan does, even over a constant."""
     op = writer.program.ops[position]
     if op.kind == "reduce":
         return False
@@ -116,9 +74,7 @@ def _along_row(writer: KernelWriter, position: int, earlier: list[bool]) -> bool
 
 
 def _row_spans(writer: KernelWriter, position: int) -> set[str]:
-    """Directions an operation's result varies over, by the program's
-    axes (names are not yet given).
-    """
+    """Directions an operation's result varies over, by axes: they have no names yet."""
     reduced = {a.name for a in writer.program.reduced}
     spans = {"r"} if writer.program.varies[position] & reduced else set()
     op = writer.program.ops[position]
@@ -172,14 +128,13 @@ def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], num
     for position in scans:
         op = program.ops[position]
         start = "1" if op.fn == "cumprod" else "0"
-        writer.line(
-            f"carry_{position} = tl.full([{writer.schedule.x_block}, 1], {start}, {expressions.TYPES[op.dtype]})"
-        )
+        shape, kind = f"[{writer.schedule.x_block}, 1]", expressions.TYPES[op.dtype]
+        writer.line(f"carry_{position} = tl.full({shape}, {start}, {kind})")
     total = expressions.size(writer.points(program.reduced))
     writer.line(f"for start in range(0, {total}, {writer.schedule.r_block}):")
     writer.depth += 1
     outside = dict(writer.names)
-    _row(writer, "start + ")
+    name_reduced(writer, "start")
     for position in needed:
         if program.ops[position].kind == "scan":
             _scan_piece(writer, position)
@@ -194,9 +149,7 @@ def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], num
 
 
 def _needed(writer: KernelWriter, targets: list[int], along_r: list[bool]) -> list[int]:
-    """The row-dependent operations (in order) that the targets read, and
-    the stores among the targets.
-    """
+    """The row-dependent operations, in order, that the targets read, and the stores among them."""
     wanted: set[int] = set()
     stack = list(targets)
     while stack:
@@ -215,9 +168,9 @@ def _start_accumulator(writer: KernelWriter, position: int) -> None:
     fn = op.fn.removeprefix("arg")
     neutral = writer.neutral(fn, dtype)
     kind = "tl.int32" if fn == "any" else expressions.TYPES[dtype]
-    writer.line(f"acc_{position} = tl.full({_tile(writer)}, {neutral}, {kind})")
+    writer.line(f"acc_{position} = tl.full({tile(writer)}, {neutral}, {kind})")
     if op.fn != fn:
-        writer.line(f"place_{position} = tl.full({_tile(writer)}, {2**62}, tl.int64)")
+        writer.line(f"place_{position} = tl.full({tile(writer)}, {2**62}, tl.int64)")
 
 
 def _accumulator_dtype(writer: KernelWriter, op: Op) -> torch.dtype:
@@ -226,15 +179,15 @@ def _accumulator_dtype(writer: KernelWriter, op: Op) -> torch.dtype:
 
 def _accumulate(writer: KernelWriter, position: int) -> None:
     op = writer.program.ops[position]
-    value = writer.full(writer._tensor(op.inputs[0]), _tile(writer))
+    value = writer.full(writer.tensor(op.inputs[0]), tile(writer))
     dtype = _accumulator_dtype(writer, op)
     acc = f"acc_{position}"
     if op.fn in ("argmax", "argmin"):
         fn = op.fn.removeprefix("arg")
         value = writer.guarded(value, fn, dtype, ("r",))
         place = f"place_{position}"
-        here = writer.full(_row_position(writer), _tile(writer))
-        writer.line(f"{acc}, {place} = {_pair(fn)}({acc}, {place}, {value}, {here})")
+        here = writer.full(ROW_POSITION, tile(writer))
+        writer.line(f"{acc}, {place} = {extremum(fn)}({acc}, {place}, {value}, {here})")
         return
     if op.fn == "any":
         value = f"({value}).to(tl.int32)"
@@ -249,99 +202,19 @@ def _finish_accumulator(writer: KernelWriter, position: int) -> None:
     name = f"{op.fn}_{position}"
     writer.names[f"%{position}"] = name
     if op.fn in ("argmax", "argmin"):
-        pair = f"(acc_{position}, place_{position})"
-        writer.line(
-            f"_, {name} = tl.reduce({pair}, 1, {_pair(op.fn.removeprefix('arg'))}, keep_dims=True)"
-        )
+        pair, fn = f"(acc_{position}, place_{position})", extremum(op.fn.removeprefix("arg"))
+        writer.line(f"_, {name} = tl.reduce({pair}, 1, {fn}, keep_dims=True)")
         return
-    writer.line(f"{name} = {writer.folded(op.fn, f'acc_{position}', 1, op.dtype)}")
+    writer.line(f"{name} = {writer.folded(op.fn, f'acc_{position}', 1)}")
 
 
 def _scan_piece(writer: KernelWriter, position: int) -> None:
     op = writer.program.ops[position]
-    value = writer.full(writer._tensor(op.inputs[0]), _tile(writer))
+    value = writer.full(writer.tensor(op.inputs[0]), tile(writer))
     name, carry = f"{op.fn}_{position}", f"carry_{position}"
     fold = "prod" if op.fn == "cumprod" else "sum"
     combine = "*" if fold == "prod" else "+"
     inside = writer.guarded(value, fold, op.dtype, ("r",))
     writer.line(f"{name} = {carry} {combine} tl.{op.fn}({inside}, axis=1)")
-    writer.line(f"{carry} = {carry} {combine} {writer.folded(fold, inside, 1, op.dtype)}")
+    writer.line(f"{carry} = {carry} {combine} {writer.folded(fold, inside, 1)}")
     writer.names[f"%{position}"] = name
-
-
-# --- many rows a program, with sums down the columns
-
-
-def write_rows(writer: KernelWriter) -> None:
-    """Each program walks its share of the rows; column sums stay in registers until it ends."""
-    program, block = writer.program, writer.schedule.x_block
-    columns = [
-        i for i, op in enumerate(program.ops) if op.kind == "reduce" and op.over == "parallel"
-    ]
-    partial = {i for i, op in enumerate(program.ops) if op.kind == "store" and op.fn == "partial"}
-    _row(writer, "")
-    for position in columns:
-        dtype = program.ops[position].dtype
-        kind = "tl.int32" if program.ops[position].fn == "any" else expressions.TYPES[dtype]
-        neutral = writer.neutral(program.ops[position].fn, dtype)
-        writer.line(f"acc_{position} = tl.full({_tile(writer)}, {neutral}, {kind})")
-    by_row = {a.name for a in program.parallel}
-    fixed = [
-        not (program.varies[i] & by_row) and not _after(program.ops, i, columns)
-        for i in range(len(program.ops))
-    ]
-    for position, op in enumerate(program.ops):
-        if fixed[position] and op.kind not in ("store", "reduce"):
-            writer.write(position)
-    total = expressions.size(writer.points(program.parallel))
-    writer.line(
-        f"for first in range(tl.program_id(0) * {block}, {total}, {writer.schedule.programs * block}):"
-    )
-    writer.depth += 1
-    writer.line(f"x = first + tl.arange(0, {block})[:, None]")
-    writer.bounded("x", "x", writer.points(program.parallel), block)
-    writer.flat_axes(program.parallel, "x", "x")
-    for position, op in enumerate(program.ops):
-        if position in columns:
-            _accumulate_column(writer, position)
-        elif op.kind == "reduce":
-            _fold_tile(writer, position, op)
-        elif position not in partial and f"%{position}" not in writer.names:
-            writer.write(position)
-    writer.depth -= 1
-    for position in sorted(partial):
-        _store_partial(writer, position)
-
-
-def _after(ops: tuple[Op, ...], position: int, columns: list[int]) -> bool:
-    reached = set(columns)
-    for place, op in enumerate(ops[: position + 1]):
-        if any(r in reached for r in op.reads):
-            reached.add(place)
-    return position in reached
-
-
-def _accumulate_column(writer: KernelWriter, position: int) -> None:
-    op = writer.program.ops[position]
-    dtype = writer.program.ops[op.inputs[0]].dtype
-    value = writer.full(writer._tensor(op.inputs[0]), _tile(writer))
-    if op.fn == "any":
-        value, dtype = f"({value}).to(tl.int32)", torch.int32
-    acc = f"acc_{position}"
-    writer.line(
-        f"{acc} = {writer.combined(op.fn, acc, writer.guarded(value, op.fn, dtype, ('x',)))}"
-    )
-    writer.names[f"%{position}"] = acc
-
-
-def _store_partial(writer: KernelWriter, position: int) -> None:
-    op = writer.program.ops[position]
-    assert op.index is not None
-    column = writer.program.ops[op.inputs[0]]
-    share = writer.program.buffer(op.buffer).elements // writer.schedule.programs  # type: ignore[operator]
-    total = writer.folded(column.fn, f"acc_{op.inputs[0]}", 0, op.dtype)
-    address = expressions.affine(op.index, writer.names)
-    mask = f", {writer.masks['r']}" if "r" in writer.masks else ""
-    writer.line(
-        f"tl.store({op.buffer}_ptr + tl.program_id(0) * {share} + ({address}), {total}{mask})"
-    )

@@ -1,4 +1,4 @@
-"""Kernels without reductions: a row of points, or a square tile where accesses run along two axes."""
+"""Kernels without reductions: a row of points, or a square tile if accesses run along two axes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def _operations(writer: KernelWriter) -> None:
 
 
 def write_row_of_points(writer: KernelWriter, number: str, masked: bool = True) -> None:
-    """All points as one row; ``number`` is the text of the program's block,
-    ``masked`` False where it is whole.
-    """
+    """All points as one row; ``number`` is the text of the block's, ``masked`` False if whole."""
     writer.rank = 1
     axes, block = writer.program.parallel, writer.schedule.x_block
     total = product([a.size for a in axes])

@@ -28,7 +28,7 @@ def _either(a, b):
 
 @triton.jit
 def _later_maximum(value, place, other, other_place):
-    """Of two (value, place) pairs the larger value, a NaN before all, the smaller place among equals."""
+    """Of two (value, place) pairs the larger value, NaN before all; of equals the smaller place."""
     wins = (other > value) | ((other != other) & (value == value))
     ties = (other == value) | ((other != other) & (value != value))
     wins = wins | (ties & (other_place < place))

@@ -1,11 +1,12 @@
-"""Tile programs as Triton source: one readable ``@triton.jit`` function each, blocks as literals."""
+"""Tile programs as Triton source: a readable ``@triton.jit`` function each, blocks as literals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from iocompiler.codegen.column_sums import write_rows
 from iocompiler.codegen.kernel_writer import KernelWriter
-from iocompiler.codegen.loops import write_looped, write_persistent, write_rows
+from iocompiler.codegen.loops import write_looped, write_persistent
 from iocompiler.codegen.pointwise import pointwise_grid, write_pointwise
 from iocompiler.codegen.prelude import PRELUDE
 from iocompiler.plan.data import Schedule

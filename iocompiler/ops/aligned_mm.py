@@ -28,9 +28,7 @@ ALIGNED_MM = torch.ops.iocompiler.aligned_mm.default
 
 
 def _aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None, row: int) -> Tensor:
-    """``a @ b (+ bias)`` for a [M, K], b [K, N], bias [N]; the result is
-    [M, N] with strides (row, 1).
-    """
+    """``a @ b (+ bias)``: a [M, K], b [K, N], bias [N]; the result [M, N] has strides (row, 1)."""
     out = _empty(a, b, row)
     inner = a.shape[1] - a.shape[1] % STEP
     for rows in _parts(a.shape[0]):

@@ -1,4 +1,4 @@
-"""Launching one kernel over many sets of tensors: the table of addresses it reads, kept while they stay the same."""
+"""Launching one kernel over many sets of tensors: the table of addresses, kept while it is true."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BatchLaunch:
     Args:
         launch: gives the kernel's launch function (parameters as `codegen.batch.SIGNATURE`).
         block: points a program covers.
-        numbers: for every column but the last, "f" or "i" for a by-value float or integer, "p" for an address.
+        numbers: "f" or "i" (float or integer by value) or "p" (address) for all but the length.
         device: where the table goes.
     """
 

@@ -114,7 +114,7 @@ class Module:
         num_stages: int,
         where: str = "",
     ) -> BatchLaunch:
-        """Register a kernel over many sets of tensors; ``block`` and ``numbers`` as `BatchLaunch`."""
+        """Register a kernel over many sets of tensors; parameters as of `BatchLaunch`."""
         self.kernel(name, signature, num_warps=num_warps, num_stages=num_stages, where=where)
         launcher = f"{name}({signature})"
 

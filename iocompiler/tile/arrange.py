@@ -1,10 +1,9 @@
-"""The axes of a program as a kernel walks them: merged where every access allows, and
-which lie together in memory.
-"""
+"""A program's axes as a kernel walks them: merged where accesses allow, by how they lie in memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from iocompiler.tile.index import Affine, Axis, Size
 from iocompiler.tile.program import Op, TileProgram
@@ -20,7 +19,7 @@ def merge_axes(program: TileProgram) -> TileProgram:
     while changed:
         changed = False
         for axes in (program.parallel, program.reduced):
-            for outer, inner in zip(axes, axes[1:], strict=False):
+            for outer, inner in pairwise(axes):
                 if _mergeable(program, outer, inner):
                     program = _merged(program, outer, inner)
                     changed = True
@@ -81,9 +80,7 @@ def _reindexed(op: Op, rename: dict[str, Affine]) -> Op:
 
 @dataclass(frozen=True)
 class Accesses:
-    """How many of a program's memory accesses run contiguously along each axis; those
-    along none are ``scattered``.
-    """
+    """How many accesses of a program run contiguously along each axis; or none: ``scattered``."""
 
     along: dict[str, int]
     scattered: int
@@ -92,8 +89,8 @@ class Accesses:
 def contiguity(program: TileProgram, wide_only: bool = True) -> Accesses:
     """Count loads and stores by the axis along which neighbouring points are neighbouring elements.
 
-    With ``wide_only`` only accesses that vary over as many axes as the widest one are
-    counted: they carry the bytes.
+    With ``wide_only`` only those that vary over as many axes as the widest count: they carry the
+    bytes.
     """
     widest = max((len(_axes_of(op)) for op in _memory(program)), default=0)
     along: dict[str, int] = {}
@@ -120,10 +117,7 @@ def _axes_of(op: Op) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Which axes a kernel's tile spans.
-
-    ``grid`` axes are fixed in a program; ``y`` is None for one-dimensional tiles.
-    """
+    """Which axes a tile spans; ``grid`` axes are fixed, ``y`` is None in one dimension."""
 
     grid: tuple[Axis, ...]
     y: Axis | None
@@ -157,9 +151,7 @@ def _size(axes: tuple[Axis, ...], name: str) -> Size:
 
 
 def rows_contiguous(program: TileProgram) -> bool:
-    """Whether a program with reductions reads memory along its reduced axes (rows)
-    rather than across them (columns).
-    """
+    """Whether reductions read memory along the reduced axes (rows), not across them (columns)."""
     along = contiguity(program).along
     reduced = {a.name for a in program.reduced}
     inside = sum(count for name, count in along.items() if name in reduced)

@@ -17,11 +17,10 @@ LENGTH = sympy.Symbol("n", integer=True, positive=True)
 
 
 def flat_program(program: TileProgram) -> tuple[TileProgram, Size] | None:
-    """The program over one axis of `LENGTH` points, and that length; None
-    where an element's place matters.
+    """The program over one axis of `LENGTH` points, and that length; None if a place matters.
 
-    Every access must be to the element's own row-major position or to a
-    fixed element (a 0-dim tensor).
+    Every access must be to the point's own row-major position or to a fixed element (a 0-dim
+    tensor).
     """
     if program.reduced or any(op.kind in ("iota", "rand", "scan") for op in program.ops):
         return None

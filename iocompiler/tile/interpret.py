@@ -1,4 +1,4 @@
-"""The reference interpreter: a tile program on the CPU, every point of its space at once, in torch."""
+"""The reference interpreter: a tile program on the CPU in torch, every point of it at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(
     """Compute the program: its "out" and "inout" buffers are written.
 
     Args:
-        buffers: a flat CPU tensor for every buffer of the program (0-dim or one element for role "scalar").
+        buffers: a flat CPU tensor for every buffer; one element for role "scalar".
         sizes: the value of every size symbol.
         schedule: gives the number of programs where there are partial stores.
     """
@@ -124,9 +124,9 @@ class _Run:
             )
 
     def _partial(self, op: Op, buffer: torch.Tensor) -> None:
-        """The whole result goes to the first program's row; every other row holds what changes nothing."""
+        """The whole result goes to the first program's row; the others hold neutral elements."""
         row = REDUCES[self.program.ops[op.inputs[0]].fn]
-        buffer.fill_(identity(row.identity, buffer.dtype))
+        buffer.fill_(row.neutral(buffer.dtype))
 
     def _const(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         return torch.full([1] * self.rank, self.size(op.value), dtype=op.dtype)
@@ -138,7 +138,7 @@ class _Run:
         if op.fn in ("int_trunc_div", "int_trunc_mod"):
             # a lane nobody selects may divide by zero: undefined on the GPU, an exception in torch
             inputs = [inputs[0], torch.where(inputs[1] == 0, 1, inputs[1])]
-        return MAPS[op.fn].torch(*inputs).to(op.dtype)
+        return MAPS[op.fn].reference(*inputs).to(op.dtype)
 
     def _cast(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         return inputs[0].to(op.dtype)
@@ -153,36 +153,24 @@ class _Run:
             return value.to(op.dtype)
         if any(self.extents[d] == 0 for d in dims):
             shape = [1 if d in dims else s for d, s in enumerate(value.shape)]
-            return torch.full(shape, identity(row.identity, op.dtype), dtype=op.dtype)
+            return torch.full(shape, row.neutral(op.dtype), dtype=op.dtype)
         if op.fn in ("prod", "any"):
             for dim in dims:
-                value = row.torch(value, dim, keepdim=True)
+                value = row.reference(value, dim, keepdim=True)
             return value.to(op.dtype)
         if op.fn == "sum":
             return value.sum(dims, keepdim=True, dtype=op.dtype)
-        return row.torch(value, dims, keepdim=True).to(op.dtype)
+        return row.reference(value, dims, keepdim=True).to(op.dtype)
 
     def _position(self, op: Op, value: torch.Tensor, dims: list[int]) -> torch.Tensor:
         kept = [1 if d in dims else s for d, s in enumerate(value.shape)]
         others = [d for d in range(self.rank) if d not in dims]
         rows = value.permute(others + dims).reshape([value.shape[d] for d in others] + [-1])
-        return REDUCES[op.fn].torch(rows, -1).reshape(kept)
+        return REDUCES[op.fn].reference(rows, -1).reshape(kept)
 
     def _scan(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         value = self.spread(inputs[0], [self.first_reduced])
-        return SCANS[op.fn].torch(value, self.first_reduced).to(op.dtype)
+        return SCANS[op.fn].reference(value, self.first_reduced).to(op.dtype)
 
     def _rand(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         return uniform(inputs[0], self.at(op.index))
-
-
-def identity(name: float | str, dtype: torch.dtype) -> float | int | bool:
-    """The neutral element a `ReduceRow` names, in ``dtype``."""
-    if not isinstance(name, str):
-        return bool(name) if dtype == torch.bool else name
-    if dtype == torch.bool:
-        return name == "highest"
-    if dtype.is_floating_point:
-        return float("inf") if name == "highest" else float("-inf")
-    limits = torch.iinfo(dtype)
-    return limits.max if name == "highest" else limits.min

@@ -1,8 +1,7 @@
-"""The op table: one row a scalar function, with its Triton text, its
-reference in torch and its cost.
+"""The op table: one row a scalar function, with its Triton text, its reference and its cost.
 
-Low-precision floats are computed in float32 (`compute_dtype`); rows therefore see
-float32, float64, integers or bool.
+Low-precision floats are computed in float32 (`compute_dtype`); rows see float32, float64, integers
+and bool.
 """
 
 from __future__ import annotations
@@ -15,27 +14,25 @@ import torch
 
 @dataclass(frozen=True)
 class MapRow:
-    """``triton`` is a format string over the operands' texts; ``flops`` counts one
-    element's work, in additions.
+    """``triton`` is a format string over the operands' texts, ``reference`` the function in torch.
+
+    ``flops`` counts one element's work, in additions.
     """
 
     triton: str
-    torch: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor]
     flops: int = 1
 
 
 @dataclass(frozen=True)
 class ReduceRow:
-    """``triton`` reduces ``{0}`` along ``axis={1}``; ``combine`` merges two partial
-    results; ``identity`` is neutral.
+    """``identity`` is neutral, ``reference`` the function in torch; its text is the prelude's.
 
     ``identity`` is "lowest" or "highest" for the ends of the dtype's range (infinities for floats).
     """
 
-    triton: str
-    combine: str
     identity: float | str
-    torch: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor]
 
     def neutral(self, dtype: torch.dtype) -> float | int | bool:
         """The neutral element in ``dtype``."""
@@ -51,9 +48,7 @@ class ReduceRow:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a value of ``dtype`` is held in inside a kernel: float32 for the half
-    precisions, int32 for short ints.
-    """
+    """What a value is held in inside a kernel: float32 for short floats, int32 for short ints."""
     if dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
         return torch.float32
     if dtype in (torch.int8, torch.int16, torch.uint8):
@@ -129,28 +124,17 @@ MAPS: dict[str, MapRow] = {
 }
 
 REDUCES: dict[str, ReduceRow] = {
-    "sum": ReduceRow("tl.sum({0}, axis={1})", "{0} + {1}", 0, torch.sum),
-    "prod": ReduceRow("tl.reduce({0}, {1}, _multiply)", "{0} * {1}", 1, torch.prod),
-    "max": ReduceRow(
-        "tl.reduce({0}, {1}, _maximum)",
-        "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-        "lowest",
-        torch.amax,
-    ),
-    "min": ReduceRow(
-        "tl.reduce({0}, {1}, _minimum)",
-        "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-        "highest",
-        torch.amin,
-    ),
-    "any": ReduceRow("tl.reduce_or({0}.to(tl.int32), {1}) != 0", "({0} | {1})", 0, torch.any),
-    # position (int64) of the first maximum / minimum in row-major order
-    # of the reduced axes; NaN wins
-    "argmax": ReduceRow("", "", "lowest", torch.argmax),
-    "argmin": ReduceRow("", "", "highest", torch.argmin),
+    "sum": ReduceRow(0, torch.sum),
+    "prod": ReduceRow(1, torch.prod),
+    "max": ReduceRow("lowest", torch.amax),
+    "min": ReduceRow("highest", torch.amin),
+    "any": ReduceRow(0, torch.any),
+    # position (int64) of the first extremum in row-major order of the reduced axes; NaN wins
+    "argmax": ReduceRow("lowest", torch.argmax),
+    "argmin": ReduceRow("highest", torch.argmin),
 }
 
 SCANS: dict[str, ReduceRow] = {
-    "cumsum": ReduceRow("tl.cumsum({0}, axis={1})", "{0} + {1}", 0, torch.cumsum),
-    "cumprod": ReduceRow("tl.cumprod({0}, axis={1})", "{0} * {1}", 1, torch.cumprod),
+    "cumsum": ReduceRow(0, torch.cumsum),
+    "cumprod": ReduceRow(1, torch.cumprod),
 }

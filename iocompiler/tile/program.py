@@ -9,14 +9,18 @@ Kinds of operation (the idea of a small closed set of tile primitives is that of
 Primitives, Georganas et al., SC21):
 
 ====== =========================================================================================
-load ``buffer[index]``, ``value`` where the optional mask input is false store ``buffer[index]
-= input`` (optional mask as second input); ``fn`` "" or "atomic_add" const a literal, or a size
-expression iota the value of the affine ``index`` itself, int64 map a row of ``tile/ops.py``
-MAPS applied to the inputs, elementwise cast the input converted to ``dtype`` reduce a row of
-REDUCES over all reduced axes (``over="reduced"``) or all parallel axes (``over="parallel"``)
-scan an inclusive scan (row of SCANS) along the one reduced axis rand Philox2x32-7
-(``tile/philox.py``) at counter ``index`` under the seed input: float32 uniform in [0, 1) ======
-=========================================================================================
+load   ``buffer[index]``, ``value`` where the optional mask input is false
+store  ``buffer[index] = input`` (optional mask as second input); ``fn`` "", "atomic_add", or
+       "partial": a row of ``buffer`` for each program, as the schedule "rows" writes them
+const  a literal, or a size expression
+iota   the value of the affine ``index`` itself, int64
+map    a row of ``tile/ops.py`` MAPS applied to the inputs, elementwise
+cast   the input converted to ``dtype``
+reduce a row of REDUCES over all axes of one kind (``over`` is "reduced" or "parallel")
+scan   an inclusive scan (row of SCANS) along the one reduced axis
+rand   float32 uniform in [0, 1): Philox2x32-7 (``tile/philox.py``) of counter ``index`` under the
+       seed input
+====== =========================================================================================
 """
 
 from __future__ import annotations
@@ -55,8 +59,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor argument of a kernel: a flat run of at most ``elements``
-    elements behind one pointer.
+    """A tensor argument of a kernel: at most ``elements`` elements in a row behind one pointer.
 
     ``role`` is "in", "out" (written, never read) or "inout". A 0-dim CPU tensor or Python number
     handed in at run time has role "scalar": it is passed by value and loaded without an address.
@@ -70,9 +73,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class TileProgram:
-    """Operations over ``parallel`` x ``reduced`` axes (outermost first) on
-    ``buffers`` (in argument order).
-    """
+    """Operations over ``parallel`` x ``reduced`` axes, outermost first; ``buffers`` as passed."""
 
     parallel: tuple[Axis, ...]
     reduced: tuple[Axis, ...]
@@ -88,9 +89,7 @@ class TileProgram:
 
     @cached_property
     def varies(self) -> tuple[frozenset[str], ...]:
-        """For each value, the names of the axes it depends on (a reduction
-        removes the axes it is over).
-        """
+        """The names of the axes each value depends on: a reduction's not on those it is over."""
         parallel = {a.name for a in self.parallel}
         reduced = {a.name for a in self.reduced}
         found: list[frozenset[str]] = []
@@ -105,7 +104,7 @@ class TileProgram:
 
     @cached_property
     def size_symbols(self) -> tuple[str, ...]:
-        """Names of the run-time sizes the program reads, sorted: they are passed after the buffers."""
+        """Names of the run-time sizes the program reads, sorted; passed after the buffers."""
         found: set[str] = set()
         for size in self._sizes():
             if not isinstance(size, (int, float)):
@@ -147,7 +146,8 @@ def _show(position: int, op: Op) -> str:
         case "const":
             return f"%{position}: {dtype} = {op.value}"
         case "iota" | "rand":
-            return f"%{position}: {dtype} = {op.kind}({', '.join(filter(None, [str(op.index), inputs]))})"
+            operands = ", ".join(filter(None, [str(op.index), inputs]))
+            return f"%{position}: {dtype} = {op.kind}({operands})"
         case "reduce":
             return f"%{position}: {dtype} = {op.fn} over {op.over} ({inputs})"
         case _:
@@ -156,9 +156,7 @@ def _show(position: int, op: Op) -> str:
 
 @dataclass
 class Builder:
-    """Appends operations to a program in the making; an operation equal
-    to an earlier one is that one.
-    """
+    """Appends operations to a program in the making; one equal to an earlier one is that one."""
 
     ops: list[Op] = field(default_factory=list)
     _seen: dict[Op, int] = field(default_factory=dict)

@@ -81,7 +81,7 @@ def split_rows(program: TileProgram, programs: int) -> tuple[TileProgram, TilePr
     columns = [c for c in column_reductions(program) if _feeds(program, c, late)]
     length = product([a.size for a in program.reduced])
     row = row_major(program.reduced)
-    ops = list(op if i not in late else None for i, op in enumerate(program.ops))
+    ops = [op if i not in late else None for i, op in enumerate(program.ops)]
     kept: list[Op] = []
     buffers: list[Buffer] = []
     for number, column in enumerate(columns):
@@ -109,9 +109,7 @@ def _feeds(program: TileProgram, column: int, stores: set[int]) -> bool:
 def _finish(
     program: TileProgram, columns: list[int], partials: list[Buffer], length: Size, programs: int
 ) -> TileProgram:
-    """Fold the partials over the new reduced axis "p"; everything after the
-    column reductions as it was.
-    """
+    """Fold the partials over the new reduced axis "p"; what follows stays as it was."""
     late = set(_dependent_stores(program))
     names = {a.name: Affine.of(f"x{i}") for i, a in enumerate(program.reduced)}
     parallel = tuple(Axis(f"x{i}", a.size) for i, a in enumerate(program.reduced))

@@ -1,6 +1,4 @@
-"""The bytes a tile program moves between memory and the chip, and the arithmetic it
-does: what the cost model prices.
-"""
+"""The bytes a tile program moves to and from memory and the arithmetic it does: what is priced."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ _RAND_FLOPS = 26
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read and written once, arithmetic operations, and
-    transcendental functions, each a `Size`.
-    """
+    """Bytes read and written once, arithmetic operations, transcendental functions; all `Size`."""
 
     read_bytes: Size
     written_bytes: Size
@@ -62,8 +58,11 @@ def _distinct(program: TileProgram, buffer: str, kind: str) -> list[Size]:
     seen: dict[object, Size] = {}
     for position, op in enumerate(program.ops):
         if op.kind == kind and op.buffer == buffer:
-            whole = op.fn == "partial"
-            seen[op.index] = program.buffer(buffer).elements if whole else _access(program, position, op)
+            seen[op.index] = (
+                program.buffer(buffer).elements
+                if op.fn == "partial"
+                else _access(program, position, op)
+            )
     return list(seen.values())
 
 
@@ -80,8 +79,7 @@ def _capped(counts: list[Size], most: Size) -> Size:
         total = total + count
     if isinstance(total, int) and isinstance(most, int):
         return min(total, most)
-    # several accesses of a buffer of symbolic size: one whole read is the
-    # better estimate than their sum
+    # of a buffer of symbolic size one whole read is a better estimate than the sum of accesses
     return most if len(counts) > 1 else total
 
 

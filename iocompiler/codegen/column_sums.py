@@ -1,0 +1,82 @@
+"""Kernels with reductions both ways: many rows a program, with sums down the columns."""
+
+from __future__ import annotations
+
+import torch
+
+from iocompiler.codegen import expressions
+from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.codegen.row_tile import fold_tile, name_parallel, name_reduced, tile
+from iocompiler.tile.program import Op
+
+
+def write_rows(writer: KernelWriter) -> None:
+    """Each program walks its share of the rows; column sums stay in registers until it ends."""
+    program, block = writer.program, writer.schedule.x_block
+    columns = [
+        i for i, op in enumerate(program.ops) if op.kind == "reduce" and op.over == "parallel"
+    ]
+    partial = {i for i, op in enumerate(program.ops) if op.kind == "store" and op.fn == "partial"}
+    name_reduced(writer)
+    for position in columns:
+        dtype = program.ops[position].dtype
+        kind = "tl.int32" if program.ops[position].fn == "any" else expressions.TYPES[dtype]
+        neutral = writer.neutral(program.ops[position].fn, dtype)
+        writer.line(f"acc_{position} = tl.full({tile(writer)}, {neutral}, {kind})")
+    by_row = {a.name for a in program.parallel}
+    fixed = [
+        not (program.varies[i] & by_row) and not _after(program.ops, i, columns)
+        for i in range(len(program.ops))
+    ]
+    for position, op in enumerate(program.ops):
+        if fixed[position] and op.kind not in ("store", "reduce"):
+            writer.write(position)
+    total = expressions.size(writer.points(program.parallel))
+    step = writer.schedule.programs * block
+    writer.line(f"for first in range(tl.program_id(0) * {block}, {total}, {step}):")
+    writer.depth += 1
+    name_parallel(writer, "first")
+    for position, op in enumerate(program.ops):
+        if position in columns:
+            _accumulate_column(writer, position)
+        elif op.kind == "reduce":
+            fold_tile(writer, position, op)
+        elif position not in partial and f"%{position}" not in writer.names:
+            writer.write(position)
+    writer.depth -= 1
+    for position in sorted(partial):
+        _store_partial(writer, position)
+
+
+def _after(ops: tuple[Op, ...], position: int, columns: list[int]) -> bool:
+    reached = set(columns)
+    for place, op in enumerate(ops[: position + 1]):
+        if any(r in reached for r in op.reads):
+            reached.add(place)
+    return position in reached
+
+
+def _accumulate_column(writer: KernelWriter, position: int) -> None:
+    op = writer.program.ops[position]
+    dtype = writer.program.ops[op.inputs[0]].dtype
+    value = writer.full(writer.tensor(op.inputs[0]), tile(writer))
+    if op.fn == "any":
+        value, dtype = f"({value}).to(tl.int32)", torch.int32
+    acc = f"acc_{position}"
+    writer.line(
+        f"{acc} = {writer.combined(op.fn, acc, writer.guarded(value, op.fn, dtype, ('x',)))}"
+    )
+    writer.names[f"%{position}"] = acc
+
+
+def _store_partial(writer: KernelWriter, position: int) -> None:
+    op = writer.program.ops[position]
+    assert op.index is not None
+    column = writer.program.ops[op.inputs[0]]
+    share = writer.program.buffer(op.buffer).elements // writer.schedule.programs  # type: ignore[operator]
+    total = writer.folded(column.fn, f"acc_{op.inputs[0]}", 0)
+    address = expressions.affine(op.index, writer.names)
+    mask = f", {writer.masks['r']}" if "r" in writer.masks else ""
+    writer.line(
+        f"tl.store({op.buffer}_ptr + tl.program_id(0) * {share} + ({address}), {total}{mask})"
+    )

@@ -1,0 +1,52 @@
+"""The tile of a kernel with reductions: points of the parallel axes down, of the reduced across."""
+
+from __future__ import annotations
+
+from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.tile.program import Op
+
+# a place in the row, as argmax and argmin give it
+ROW_POSITION = "r.to(tl.int64)"
+
+
+def name_parallel(writer: KernelWriter, start: str) -> None:
+    """Name the parallel axes of the points from ``start`` on; they run down the tile."""
+    block = writer.schedule.x_block
+    writer.line(f"x = {start} + tl.arange(0, {block})[:, None]")
+    writer.bounded("x", "x", writer.points(writer.program.parallel), block)
+    writer.flat_axes(writer.program.parallel, "x", "x")
+
+
+def name_reduced(writer: KernelWriter, start: str = "") -> None:
+    """Name the reduced axes of the points from ``start`` on; they run across the tile."""
+    block = writer.schedule.r_block
+    offset = f"{start} + " if start else ""
+    writer.line(f"r = {offset}tl.arange(0, {block})[None, :]")
+    writer.bounded("r", "r", writer.points(writer.program.reduced), block)
+    writer.flat_axes(writer.program.reduced, "r", "r")
+
+
+def tile(writer: KernelWriter) -> str:
+    """The shape of the tile as text."""
+    return f"[{writer.schedule.x_block}, {writer.schedule.r_block}]"
+
+
+def extremum(fn: str) -> str:
+    """The function of the prelude that merges two (value, place) pairs."""
+    return {"max": "_later_maximum", "min": "_later_minimum"}[fn]
+
+
+def fold_tile(writer: KernelWriter, position: int, op: Op) -> None:
+    """Write a reduction along the rows of a tile that holds them whole."""
+    value = writer.full(writer.tensor(op.inputs[0]), tile(writer))
+    name = f"{op.fn}_{position}"
+    writer.names[f"%{position}"] = name
+    dtype = writer.program.ops[op.inputs[0]].dtype
+    if op.fn in ("argmax", "argmin"):
+        fn = op.fn.removeprefix("arg")
+        value = writer.guarded(value, fn, dtype, ("r",))
+        place = writer.full(f"({ROW_POSITION})", tile(writer))
+        writer.line(f"_, {name} = tl.reduce(({value}, {place}), 1, {extremum(fn)}, keep_dims=True)")
+        return
+    inside = writer.guarded(value, op.fn, dtype, ("r",))
+    writer.line(f"{name} = {writer.folded(op.fn, inside, 1)}")
