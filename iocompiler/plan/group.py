@@ -8,6 +8,8 @@ one program and is modeled faster than the two. What is not merged keeps the rea
 from __future__ import annotations
 
 import heapq
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -17,6 +19,9 @@ from torch.fx import Node
 from iocompiler.plan.dataflow import Dataflow, nbytes
 from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
+from iocompiler.plan.sizes import value_at
+from iocompiler.tile.flat import flat_program
+from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.rows import RowsTooLong, check_rows
 
@@ -27,6 +32,8 @@ Price = Callable[[TileProgram], float]
 # A kernel this large no longer compiles quickly and spills; two kernels are better.
 _MOST_OPERATIONS = 400
 _MOST_BUFFERS = 60
+# Bytes a kernel moves in about the time a launch takes.
+_SMALL_KERNEL = 1 << 20
 
 
 @dataclass
@@ -59,7 +66,29 @@ class Grouper:
             _, a, b = heapq.heappop(self._queue)
             if a in self.groups and b in self.groups:
                 self._try_merge(self.groups[a], self.groups[b])
+        self._merge_small()
         return sorted(self.groups.values(), key=lambda g: g.number)
+
+    def _merge_small(self) -> None:
+        """Pointwise kernels that are little more than a launch, in pairs of equal size: they need
+        not share a tensor. Equal flat ones are left for `batch`, which takes any sizes.
+        """
+        flat = {n: flat_program(g.lowered.program) for n, g in self.groups.items()}
+        families = Counter(found[0] for found in flat.values() if found is not None)
+        sizes: dict[int, list[int]] = {}
+        for number, group in sorted(self.groups.items()):
+            program = group.lowered.program
+            moved = sum(nbytes(n, self.flow.hints) for n in self._touched(group))
+            found = flat[number]
+            alone = found is None or families[found[0]] == 1
+            if alone and not program.reduced and moved <= _SMALL_KERNEL:
+                points = value_at(product([a.size for a in program.parallel]), self.flow.hints)
+                sizes.setdefault(points, []).append(number)
+        for numbers in sizes.values():
+            for a, b in itertools.pairwise(numbers):
+                # a merged pair has the number of its later half: it meets the next one
+                if a in self.groups and b in self.groups:
+                    self._try_merge(self.groups[a], self.groups[b])
 
     # --- the first groups and their order
 
@@ -85,7 +114,7 @@ class Grouper:
             self._propose(*pair)
 
     def _before(self, node: Node) -> Iterable[Node]:
-        """What runs before ``node``: producers of what it reads, other readers of what it writes."""
+        """What runs before ``node``: makers of what it reads, other readers of what it writes."""
         yield from self.flow.leaves[node]
         if node.target is aten.copy_.default:
             target = node.args[0]

@@ -92,3 +92,12 @@ def test_optimizer_step_is_few_kernels() -> None:
         torch.testing.assert_close(p, q)
     batches = [s for s in planned.plans[-1].steps if isinstance(s, BatchStep)]
     assert batches and max(len(b.members) for b in batches) == 4
+
+
+def test_small_independent_kernels_share_a_launch() -> None:
+    planned = Planned()
+    fn = lambda a, b, c: (a.exp(), b.sin(), c @ c, c.sum())  # noqa: E731
+    inputs = [torch.randn(6, 7), torch.randn(6, 7), torch.randn(5, 5)]
+    for got, want in zip(planned(fn)(*inputs), fn(*inputs), strict=True):
+        torch.testing.assert_close(got, want)
+    assert [len(s.outputs) for s in planned.kernels] in ([2, 1], [1, 2])
