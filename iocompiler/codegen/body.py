@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import sympy
-import torch
 
 from iocompiler.codegen.pytext import (
     Names,
@@ -18,6 +17,7 @@ from iocompiler.codegen.pytext import (
     tuple_text,
     wrapped,
 )
+from iocompiler.codegen.signature import signature
 from iocompiler.codegen.values import Values, references
 from iocompiler.plan.data import (
     Argument,
@@ -39,15 +39,6 @@ _WITH_OUT = {
     "aten.addmm.default": "torch.addmm",
     "aten.baddbmm.default": "torch.baddbmm",
 }
-
-_POINTER = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.bool: "i1",
-    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8", torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
-}  # fmt: skip
-# a half-precision number is passed as the float32 it is computed in
-_SCALAR = {**_POINTER, torch.float16: "fp32", torch.bfloat16: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -172,19 +163,9 @@ class Body:
         self._emit(lines, variables)
 
     def _signature(self, step: KernelStep) -> str:
-        parts = []
-        for buffer, name in zip(step.program.buffers, step.args, strict=True):
-            if buffer.role == "scalar":
-                parts.append(f"{buffer.name}:{_SCALAR[buffer.dtype]}")
-            else:
-                hint = ":16" if self._values.aligned(name) else ""
-                parts.append(f"{buffer.name}_ptr:*{_POINTER[buffer.dtype]}{hint}")
-        # a number that is no extent of any tensor may be of any size
-        parts += [
-            f"{symbol}:{'i32' if symbol in self._values.extents else 'i64'}:16"
-            for symbol in step.program.size_symbols
-        ]
-        return " ".join(parts)
+        pairs = zip(step.program.buffers, step.args, strict=True)
+        aligned = {b.name for b, name in pairs if b.role != "scalar" and self._values.aligned(name)}
+        return signature(step.program, aligned, self._values.extents)
 
     def _kernel_argument(self, buffer: Buffer, name: str) -> tuple[str, str]:
         """The text of a kernel's argument and the variable it reads."""

@@ -1,4 +1,4 @@
-"""A program's axes as a kernel walks them: merged where accesses allow, by how they lie in memory."""
+"""The axes of a program as a kernel walks them: merged where accesses allow, and where they lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running the emitted Triton text of a tile program: by Triton's interpreter here, compiled on a GPU."""
+"""Running the emitted Triton text of a tile program: by the interpreter, or compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _folder = tempfile.TemporaryDirectory(prefix="iocompiler-tests-")
 
 
 def kernel_of(program: TileProgram, schedule: Schedule) -> Any:
-    """The ``@triton.jit`` function of a program, imported from a real file (Triton reads its source)."""
+    """The ``@triton.jit`` function of a program, from a real file: Triton reads its source."""
     name = f"kernel_{next(_count)}"
     path = Path(_folder.name) / f"{name}.py"
     path.write_text(PRELUDE + "\n\n" + emit(program, schedule, name))
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-from iocompiler.codegen.build import Built, compile_source, divisible, signature
-from iocompiler.codegen.triton import emit
+from iocompiler.codegen.signature import signature
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.program import Buffer, Builder
 from tests.codegen.cases import CASES
+from tests.codegen.compiling import compiled, instructions
 
 RUNS = [
     pytest.param(name, schedule, id=f"{name}-{schedule.kind}-{schedule.x_block}x{schedule.r_block}")
@@ -21,21 +21,14 @@ RUNS = [
 ]
 
 
-def build(name: str, schedule: Schedule, capability: tuple[int, int]) -> Built:
-    program = CASES[name].program
-    return compile_source(
-        emit(program, schedule, "kernel"), "kernel", program, schedule, capability
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize(("name", "schedule"), RUNS)
-def test_case(name: str, schedule: Schedule, capability: tuple[int, int]) -> None:
-    built = build(name, schedule, capability)
+def test_case(name: str, schedule: Schedule, capability: int) -> None:
+    built = compiled(CASES[name].program, schedule, capability)
     assert built.cubin
-    assert built.spills == 0
-    assert 0 < built.registers <= 255
+    assert built.metadata["spills"] == 0
+    assert 0 < built.metadata["registers"] <= 255
 
 
 def test_aligned_rows_are_read_sixteen_bytes_at_once() -> None:
@@ -45,27 +38,17 @@ def test_aligned_rows_are_read_sixteen_bytes_at_once() -> None:
     buffers = (Buffer("a", torch.float32, "in", 4096), Buffer("out", torch.float32, "out", 4096))
     program = build.program((Axis("x0", 4096),), (), buffers)
     schedule = Schedule("pointwise", x_block=1024, num_warps=1)
-    source = emit(program, schedule, "kernel")
-    assert ".v4" in compile_source(source, "kernel", program, schedule).ptx
-    alone = compile_source(source, "kernel", program, schedule, aligned=frozenset())
-    assert ".v4" not in alone.ptx
+    assert "LDG.E.128" in instructions(compiled(program, schedule))
+    assert "LDG.E.128" not in instructions(compiled(program, schedule, aligned=()))
 
 
 def test_signature() -> None:
-    assert signature(CASES["in place"].program) == {
-        "a_ptr": "*fp32",
-        "factor": "fp32",
-        "b_ptr": "*fp32",
-    }
-    any_size = signature(CASES["softmax, any size"].program)
-    assert list(any_size.items())[-2:] == [("s0", "i32"), ("s1", "i32")]
-    assert signature(CASES["bool"].program)["a_ptr"] == "*i1"
-
-
-def test_divisible_leaves_out_numbers_and_views_off_the_grid() -> None:
-    program = CASES["in place"].program
-    assert divisible(program, frozenset({"a", "factor", "b"})) == (0, 2)
-    assert divisible(program, frozenset({"b"})) == (2,)
+    assert (
+        signature(CASES["in place"].program, {"a"}, ()) == "a_ptr:*fp32:16 factor:fp32 b_ptr:*fp32"
+    )
+    any_size = signature(CASES["softmax, any size"].program, (), {"s0"})
+    assert any_size.split()[-2:] == ["s0:i32:16", "s1:i64:16"]
+    assert signature(CASES["bool"].program, (), ()).startswith("a_ptr:*i1 ")
 
 
 def test_a_round_of_random_numbers_is_one_multiplication() -> None:
@@ -75,6 +58,6 @@ def test_a_round_of_random_numbers_is_one_multiplication() -> None:
     buffers = (Buffer("seed", torch.int64, "in", 1), Buffer("out", torch.float32, "out", 4096))
     program = build.program((Axis("x0", 4096),), (), buffers)
     schedule = Schedule("pointwise", x_block=128, num_warps=4)  # one number to a thread
-    ptx = compile_source(emit(program, schedule, "kernel"), "kernel", program, schedule).ptx
+    text = instructions(compiled(program, schedule))
     # seven rounds, and one for the address if not a shift
-    assert 7 <= len(re.findall(r"\bmul\.(?:wide|lo|hi)\.", ptx)) <= 8
+    assert 7 <= len(re.findall(r"\bIMAD\.(?:WIDE|HI)", text)) <= 8

@@ -1,4 +1,4 @@
-"""Triton's interpreter has to be chosen before Triton is imported: its tests run in a process of their own."""
+"""Tests in Triton's interpreter have a process of their own: it is chosen before the import."""
 
 from __future__ import annotations
 

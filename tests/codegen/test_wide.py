@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from iocompiler.codegen.build import compile_source
 from iocompiler.codegen.triton import emit
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine, Size, product
 from iocompiler.tile.program import Builder, TileProgram
 from tests.codegen.cases import CASES
+from tests.codegen.compiling import compiled
 from tests.codegen.programs import F32, M, N, axes, ins, outs
 
 SCHEDULE = Schedule("pointwise", x_block=128)
@@ -27,7 +27,7 @@ def test_positions_that_may_pass_32_bits(sizes: tuple[Size, ...]) -> None:
     text = emit(program, SCHEDULE, "kernel")
     position = next(line for line in text.splitlines() if line.strip().startswith("x = "))
     assert ".to(tl.int64) *" in position, text
-    assert compile_source(text, "kernel", program, SCHEDULE).cubin
+    assert compiled(program, SCHEDULE).cubin
 
 
 @pytest.mark.parametrize("size", [1000, 2**30], ids=str)

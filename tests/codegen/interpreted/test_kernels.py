@@ -1,4 +1,7 @@
-"""The planner's kernels as Triton text, run by Triton's interpreter (started by ``tests/codegen/test_interpreted.py``)."""
+"""The planner's kernels as Triton text, run by Triton's interpreter.
+
+``tests/codegen/test_interpreted.py`` starts these tests.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,8 @@ def test_integers_and_bools() -> None:
         )
 
     for got, want in zip(Planned()(fn)(i), fn(i), strict=True):
-        assert got.dtype == want.dtype and torch.equal(got, want)
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
 
 
 def test_nan_and_inf() -> None:
