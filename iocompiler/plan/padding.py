@@ -1,8 +1,9 @@
-"""Row strides the matrix units like: a matmul's operands and result with an odd row length get padded rows.
+"""Row strides the matrix units like: matmuls with an odd row length get padded rows.
 
-cuBLAS has fast kernels only where rows start at multiples of 16 bytes and extents are multiples of as much. The
-intermediate is therefore stored with a longer row stride, whose padding is never read or written, and the product is
-done in aligned parts (`ops/aligned_mm.py`). Only what leaves the graph must lie as the user's program has it: it is copied.
+cuBLAS has fast kernels only where rows start at multiples of 16 bytes and extents are multiples of
+as much. The intermediate is therefore stored with a longer row stride, whose padding is never read
+or written, and the product is done in aligned parts (`ops/aligned_mm.py`). Only what leaves the
+graph must lie as the user's program has it: it is copied.
 """
 
 from __future__ import annotations
@@ -42,15 +43,21 @@ Strides = tuple[Size, ...]
 
 
 def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any]) -> None:
-    """Fix the strides of everything in the flat graph ``name`` before it is planned; ``inputs`` are its fake inputs."""
+    """Fix the strides of everything in the flat graph ``name`` before it is planned; ``inputs`` are
+    its fake inputs.
+    """
     adopt_strides(gm, inputs)
     pad_rows(gm, exact_outputs(name))
 
 
 def pad_rows(gm: GraphModule, exact_outputs: int | None) -> int:
-    """Give unaligned matmul operands and results padded rows, and odd matmuls aligned parts; returns how many tensors.
+    """Give unaligned matmul operands and results padded rows, and odd matmuls aligned parts.
 
-    ``exact_outputs`` is how many of the graph's first outputs must keep their strides; None: all of them.
+    Args:
+        exact_outputs: how many of the graph's first outputs must keep their strides; None: all.
+
+    Returns:
+        how many tensors have padded rows.
     """
     padded = 0
     for node in list(gm.graph.nodes):
@@ -70,11 +77,15 @@ def _is_odd(node: Node) -> bool:
         return False
     a, b = (arg.meta["val"] for arg in node.args[-2:])  # type: ignore[union-attr]
     value = node.meta["val"]
-    if value.device.type not in PADDED_DEVICES or value.dtype not in (torch.bfloat16, torch.float16):
+    if value.device.type not in PADDED_DEVICES or value.dtype not in (
+        torch.bfloat16,
+        torch.float16,
+    ):
         return False
     extents = [e for e in (*a.shape, b.shape[1]) if isinstance(e, int)]
     odd = any(e * value.element_size() % _ALIGNED for e in extents)
-    plain = not node.kwargs and (len(node.args) == 2 or node.args[0].meta["val"].dim() == 1)  # type: ignore[union-attr]
+    bias = node.args[0].meta["val"] if len(node.args) == 3 else None  # type: ignore[union-attr]
+    plain = not node.kwargs and (bias is None or bias.dim() == 1)
     return odd and plain and bool(max(a.numel(), b.numel(), value.numel()) >= _SMALL)
 
 
@@ -87,27 +98,34 @@ def _align(gm: GraphModule, node: Node) -> None:
 
 
 def adopt_strides(gm: GraphModule, inputs: Sequence[Any]) -> None:
-    """Take over the strides the inputs really have: a forward graph may have saved tensors with padded rows."""
+    """Take over the strides the inputs really have: a forward graph may have saved tensors with
+    padded rows.
+    """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=False):
         have = node.meta.get("val")
-        if isinstance(have, torch.Tensor) and isinstance(value, torch.Tensor) and have.stride() != value.stride():
+        if not isinstance(have, torch.Tensor) or not isinstance(value, torch.Tensor):
+            continue
+        if have.stride() != value.stride():
             _restride(node, tuple(value.stride()))
 
 
 def report_strides(gm: GraphModule) -> None:
-    """Tell AOTAutograd the strides of the outputs, so that the backward graph is compiled for them."""
+    """Tell AOTAutograd the strides of the outputs: the backward graph is compiled for them."""
     context = TracingContext.try_get()
     if context is None or context.output_strides is None:
         return
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     for arg in output.args[0]:
         value = arg.meta.get("val") if isinstance(arg, Node) else None
-        context.output_strides.append(tuple(value.stride()) if isinstance(value, torch.Tensor) else None)
+        strides = tuple(value.stride()) if isinstance(value, torch.Tensor) else None
+        context.output_strides.append(strides)
 
 
 def exact_outputs(name: str) -> int | None:
-    """How many outputs of the graph ``name`` the user's program sees; the rest are saved for the backward."""
+    """How many outputs of the graph ``name`` the user's program sees; the rest are saved for the
+    backward. None: all of them.
+    """
     context = TracingContext.try_get()
     if name != "forward" or context is None:
         return None
@@ -121,7 +139,10 @@ def _wants_padding(node: Node) -> bool:
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, torch.Tensor) or is_view(node):
         return False
-    if value.device.type not in PADDED_DEVICES or value.dtype not in (torch.bfloat16, torch.float16):
+    if value.device.type not in PADDED_DEVICES or value.dtype not in (
+        torch.bfloat16,
+        torch.float16,
+    ):
         return False
     if not _unaligned(value):
         return False
@@ -131,7 +152,7 @@ def _wants_padding(node: Node) -> bool:
 
 
 def _unaligned(value: torch.Tensor) -> bool:
-    """Whether rows are contiguous, of a length that is known and not a multiple of 16 bytes, and many."""
+    """Whether rows are contiguous, many, and of a known length that is no multiple of 16 bytes."""
     if value.dim() < 2 or not isinstance(value.shape[-1], int):
         return False
     width = value.shape[-1]
@@ -170,7 +191,9 @@ def _restride(node: Node, strides: Strides) -> bool:
     old: dict[Node, Any] = {node: node.meta["val"]}
     value = node.meta["val"]
     with value.fake_mode:
-        node.meta["val"] = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+        node.meta["val"] = torch.empty_strided(
+            value.shape, strides, dtype=value.dtype, device=value.device
+        )
         try:
             _refresh_views(node, old)
         except (RuntimeError, ValueError):

@@ -171,32 +171,27 @@ def _same(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -
 
 
 def _permute(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
-    order = [d % len(index) for d in node.args[1]]  # type: ignore[union-attr,operator]
+    order = dims_argument(node, 1, len(index))
     return tuple(index[order.index(d)] for d in range(len(index)))
 
 
 def _transpose(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
     swapped = list(index)
     if len(index) > 1:
-        a, b = node.args[1:3] if len(node.args) > 1 else (0, 1)
-        a, b = a % len(index), b % len(index)  # type: ignore[operator]
+        a, b = dim_argument(node, 1, len(index), 0), dim_argument(node, 2, len(index), 1)
         swapped[a], swapped[b] = swapped[b], swapped[a]
     return tuple(swapped)
 
 
 def _unsqueeze(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
-    dim = node.args[1] % len(index)  # type: ignore[operator]
+    dim = dim_argument(node, 1, len(index))
     return index[:dim] + index[dim + 1 :]
 
 
 def _squeeze(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
     sizes = shape_of(source)
-    given = node.args[1] if len(node.args) > 1 else list(range(len(sizes)))
-    dims = (
-        {d % len(sizes) for d in (given if isinstance(given, (list, tuple)) else [given])}
-        if sizes
-        else set()
-    )
+    whole = len(node.args) < 2
+    dims = set(range(len(sizes)) if whole else dims_argument(node, 1, len(sizes)))
     remaining = iter(index)
     return tuple(
         Affine() if d in dims and sizes[d] == 1 else next(remaining) for d in range(len(sizes))
@@ -225,6 +220,18 @@ def argument(node: Node, position: int, default: Any) -> Any:
     return value
 
 
+def dim_argument(node: Node, position: int, rank: int, default: int = 0) -> int:
+    """A dimension given at ``position``, counted from the front."""
+    return int(argument(node, position, default)) % rank
+
+
+def dims_argument(node: Node, position: int, rank: int) -> list[int]:
+    """The dimensions given at ``position``, one or a list of them, counted from the front."""
+    given: Any = node.args[position]
+    listed = given if isinstance(given, (list, tuple)) else [given]
+    return [int(d) % rank for d in listed] if rank else []
+
+
 def slice_start(source: Node, dim: Any, start: Any, step: Any) -> tuple[int, Size, Size]:
     """(dim, start, step) of a slice of ``source``, arguments as in aten; ``start`` is resolved."""
     sizes = shape_of(source)
@@ -233,7 +240,7 @@ def slice_start(source: Node, dim: Any, start: Any, step: Any) -> tuple[int, Siz
     if isinstance(begin, int) and begin < 0:
         begin = begin + sizes[dim]
     if isinstance(begin, int) and isinstance(sizes[dim], int):
-        begin = max(0, min(begin, sizes[dim]))  # type: ignore[type-var]
+        begin = max(0, min(begin, sizes[dim]))
     return dim, begin, size_of(step)
 
 
@@ -246,7 +253,7 @@ def _slice(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) 
 
 def _select(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
     sizes = shape_of(source)
-    dim = argument(node, 1, 0) % len(sizes)
+    dim = dim_argument(node, 1, len(sizes))
     at = size_of(argument(node, 2, 0))
     if isinstance(at, int) and at < 0:
         at = at + sizes[dim]
@@ -256,7 +263,7 @@ def _select(node: Node, source: Node, index: Index, extents: Mapping[str, Size])
 def _diagonal(node: Node, source: Node, index: Index, extents: Mapping[str, Size]) -> Index:
     rank = len(shape_of(source))
     offset = argument(node, 1, 0)
-    first, second = argument(node, 2, 0) % rank, argument(node, 3, 1) % rank
+    first, second = dim_argument(node, 2, rank), dim_argument(node, 3, rank, 1)
     rest = iter(index[:-1])
     places = {first: index[-1] + max(-offset, 0), second: index[-1] + max(offset, 0)}
     return tuple(places[d] if d in places else next(rest) for d in range(rank))
@@ -268,9 +275,9 @@ def _split_item(node: Node, source: Node, index: Index) -> tuple[Node, Index]:
     assert isinstance(base, Node) and isinstance(at, int)
     rank = len(shape_of(base))
     if source.target is aten.unbind.int:
-        dim = argument(source, 1, 0) % rank
+        dim = dim_argument(source, 1, rank)
         return base, index[:dim] + (Affine.constant(at),) + index[dim:]
-    dim = argument(source, 2, 0) % rank
+    dim = dim_argument(source, 2, rank)
     start: Size = 0
     for part in source.meta["val"][:at]:
         start = start + size_of(part.shape[dim])
@@ -314,9 +321,8 @@ def storage_owner(node: Node) -> Node:
     while is_view(node):
         source = node.args[0]
         assert isinstance(source, Node)
-        node = (
-            source.args[0]
-            if source.target in SPLITS and node.target is operator.getitem
-            else source
-        )  # type: ignore[assignment]
+        if source.target in SPLITS and node.target is operator.getitem:
+            source = source.args[0]
+            assert isinstance(source, Node)
+        node = source
     return node

@@ -11,7 +11,16 @@ from torch.fx import Node
 from iocompiler.plan.lowering import Lowering, Rule, Unsupported, literal
 from iocompiler.plan.rules.elementwise import result_dtype
 from iocompiler.plan.sizes import bounds, nonnegative, normal, size_of
-from iocompiler.plan.views import Index, argument, broadcast_index, flatten, shape_of, slice_start
+from iocompiler.plan.views import (
+    Index,
+    argument,
+    broadcast_index,
+    dim_argument,
+    dims_argument,
+    flatten,
+    shape_of,
+    slice_start,
+)
 from iocompiler.tile.index import Affine, Size
 
 aten = torch.ops.aten
@@ -45,7 +54,7 @@ def _embedding(low: Lowering, node: Node, index: Index, mask: int | None) -> int
 
 def _index_select(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source, ids = _tensor(node.args[0]), _tensor(node.args[2])
-    dim = node.args[1] % len(index)  # type: ignore[operator]
+    dim = dim_argument(node, 1, len(index))
     at = (index[dim],) if ids.meta["val"].dim() else ()
     picked = _indirect(low, ids, at, mask, shape_of(source)[dim], wrap=False)
     return low.value(source, index[:dim] + (picked,) + index[dim + 1 :], mask)
@@ -55,7 +64,7 @@ def _gather(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source, ids = _tensor(node.args[0]), _tensor(node.args[2])
     if not index:
         raise Unsupported("gather of a 0-dim tensor")
-    dim = node.args[1] % len(index)  # type: ignore[operator]
+    dim = dim_argument(node, 1, len(index))
     picked = _indirect(low, ids, index, mask, shape_of(source)[dim], wrap=False)
     return low.value(source, index[:dim] + (picked,) + index[dim + 1 :], mask)
 
@@ -63,7 +72,8 @@ def _gather(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """aten.index.Tensor with integer index tensors (a boolean one has no static shape)."""
     source = _tensor(node.args[0])
-    given = list(node.args[1])  # type: ignore[arg-type]
+    listed: Any = node.args[1]
+    given = list(listed)
     sizes = shape_of(source)
     if any(
         ids is not None and ids.meta["val"].dtype not in (torch.int64, torch.int32) for ids in given
@@ -98,9 +108,10 @@ def _choose(low: Lowering, position: Affine, limit: Size, a: Callable[[int], int
 
 
 def _cat(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    tensors = [t for t in map(_tensor, node.args[0]) if t.meta["val"].dim() == len(index)]  # type: ignore[arg-type]
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    dim = dim % len(index)  # type: ignore[operator]
+    parts: Any = node.args[0]
+    tensors = [t for t in map(_tensor, parts) if t.meta["val"].dim() == len(index)]
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    dim = int(given) % len(index)
     return _cat_from(low, tensors, dim, index, 0, mask, result_dtype(node))
 
 
@@ -150,13 +161,14 @@ def _inside(low: Lowering, position: Affine, start: Size, end: Size) -> int | No
 
 def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source = _tensor(node.args[0])
-    pads = [literal(p) for p in node.args[1]]  # type: ignore[union-attr]
+    listed: Any = node.args[1]
+    pads: list[Any] = [literal(p) for p in listed]
     fill = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
     sizes, dtype = shape_of(source), result_dtype(node)
     place, inside = list(index), None
     for pair in range(len(pads) // 2):
         dim = len(index) - 1 - pair
-        place[dim] = index[dim] - pads[2 * pair]  # type: ignore[operator]
+        place[dim] = index[dim] - pads[2 * pair]
         test = _inside(low, place[dim], 0, sizes[dim])
         if test is not None:
             inside = low.both(inside, test)
@@ -188,7 +200,7 @@ def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) ->
 
 def _select_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     base, source = _tensor(node.args[0]), _tensor(node.args[1])
-    dim = node.args[2] % len(index)  # type: ignore[operator]
+    dim = dim_argument(node, 2, len(index))
     at = literal(node.args[3])
     if isinstance(at, int) and at < 0:
         at = at + shape_of(base)[dim]
@@ -205,7 +217,7 @@ def _select_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -
 def _flip(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source = _tensor(node.args[0])
     sizes = shape_of(source)
-    dims = {d % len(sizes) for d in node.args[1]}  # type: ignore[union-attr,operator]
+    dims = set(dims_argument(node, 1, len(sizes)))
     place = tuple(i * -1 + (sizes[d] - 1) if d in dims else i for d, i in enumerate(index))
     return low.value(source, place, mask)
 
@@ -213,7 +225,8 @@ def _flip(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 def _repeat(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source = _tensor(node.args[0])
     sizes = shape_of(source)
-    repeats = list(node.args[1])  # type: ignore[arg-type]
+    listed: Any = node.args[1]
+    repeats = list(listed)
     extra = len(repeats) - len(sizes)
     if any(r != 1 and s != 1 for r, s in zip(repeats[extra:], sizes, strict=True)):
         raise Unsupported("repeat along a dimension longer than one")
@@ -258,7 +271,8 @@ def _arange_bounds(node: Node) -> tuple[Any, Any]:
 def _uniform(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """iocompiler::uniform(seeds, which, shape): Philox of the flat index under seeds[which]."""
     seeds, which, _ = node.args
-    seed = low.value(_tensor(seeds), (Affine.constant(literal(which)),), None)  # type: ignore[arg-type]
+    assert isinstance(which, int)
+    seed = low.value(_tensor(seeds), (Affine.constant(which),), None)
     return low.builder.rand(seed, flatten(index, shape_of(node)))
 
 

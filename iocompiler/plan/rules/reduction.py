@@ -30,7 +30,7 @@ def _every(node: Node) -> Any:
     return None
 
 
-_DIMS = {
+_DIMS: dict[Any, Any] = {
     aten.sum.default: _every,
     aten.sum.dim_IntList: _listed(1),
     aten.mean.default: _every,
