@@ -73,7 +73,7 @@ def _store_partial(writer: KernelWriter, position: int) -> None:
     op = writer.program.ops[position]
     assert op.index is not None
     column = writer.program.ops[op.inputs[0]]
-    share = writer.program.buffer(op.buffer).elements // writer.schedule.programs  # type: ignore[operator]
+    share = writer.program.buffer(op.buffer).elements // writer.schedule.programs
     total = writer.folded(column.fn, f"acc_{op.inputs[0]}", 0)
     address = expressions.affine(op.index, writer.names)
     mask = f", {writer.masks['r']}" if "r" in writer.masks else ""

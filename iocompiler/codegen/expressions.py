@@ -12,6 +12,7 @@ from sympy.printing.str import StrPrinter
 
 from iocompiler.tile.index import Affine, Size
 from iocompiler.tile.ops import MAPS
+from iocompiler.tile.program import Constant
 
 TYPES = {
     torch.float64: "tl.float64", torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16",
@@ -22,7 +23,7 @@ TYPES = {
 _INT32 = 2**31 - 1
 
 
-class _SizePrinter(StrPrinter):
+class _SizePrinter(StrPrinter):  # type: ignore[misc]  # sympy has no types
     """Sizes as Triton reads them: floor division is ``//``, a symbol goes through a format."""
 
     def __init__(self, symbol: str = "{}"):
@@ -44,10 +45,10 @@ class _SizePrinter(StrPrinter):
         return f"(({self._print(expr.args[0])}) // ({self._print(expr.args[1])}))"
 
     def _print_Max(self, expr: sympy.Expr) -> str:  # noqa: N802
-        return reduce(lambda a, b: f"tl.maximum({a}, {b})", map(self._print, expr.args))
+        return _nested("tl.maximum", [self._print(a) for a in expr.args])
 
     def _print_Min(self, expr: sympy.Expr) -> str:  # noqa: N802
-        return reduce(lambda a, b: f"tl.minimum({a}, {b})", map(self._print, expr.args))
+        return _nested("tl.minimum", [self._print(a) for a in expr.args])
 
     def _print_PythonMod(self, expr: sympy.Expr) -> str:  # noqa: N802
         # of sizes: neither side is negative
@@ -60,6 +61,10 @@ class _SizePrinter(StrPrinter):
         if not (exponent.is_Integer and exponent > 0):
             raise TypeError(f"no size: {expr}")
         return "(" + " * ".join([f"({self._print(base)})"] * int(exponent)) + ")"
+
+
+def _nested(function: str, operands: list[str]) -> str:
+    return reduce(lambda a, b: f"{function}({a}, {b})", operands)
 
 
 def size(value: Size) -> str:
@@ -120,7 +125,7 @@ def needs_wide(elements: Size) -> bool:
     return not isinstance(elements, int) or elements > _INT32
 
 
-def constant(value: object, dtype: torch.dtype) -> str:
+def constant(value: Constant, dtype: torch.dtype) -> str:
     """A literal of ``dtype`` as a scalar text."""
     if isinstance(value, (int, float)):
         if dtype == torch.bool:
@@ -130,7 +135,7 @@ def constant(value: object, dtype: torch.dtype) -> str:
         if abs(int(value)) > _INT32:
             return f"tl.full([], {int(value)}, tl.int64)"
         return str(int(value))
-    text = f"({size(value)})"  # type: ignore[arg-type]
+    text = f"({size(value)})"
     return f"{text}.to({TYPES[dtype]})" if dtype.is_floating_point else text
 
 

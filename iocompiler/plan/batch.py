@@ -113,8 +113,12 @@ def written(step: Step) -> set[str]:
     if isinstance(step, BatchStep):
         fresh = {name for name, _ in step.outputs}
         roles = [b.role for b in step.program.buffers]
-        pairs = [(a, r) for args, _ in step.members for a, r in zip(args, roles, strict=True)]
-        return {a for a, r in pairs if r in ("out", "inout") and a not in fresh}
+        return {
+            name
+            for args, _ in step.members
+            for name, role in zip(args, roles, strict=True)
+            if role in ("out", "inout") and name not in fresh
+        }
     if isinstance(step, AtenStep) and step.target == "aten.copy_.default":
         return set(_references(step.args[:1]))
     return set()

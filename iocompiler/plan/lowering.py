@@ -24,7 +24,7 @@ from iocompiler.plan.views import (
 )
 from iocompiler.tile.index import Affine, Axis, Size
 from iocompiler.tile.ops import compute_dtype
-from iocompiler.tile.program import Builder, Literal_
+from iocompiler.tile.program import Builder, Constant
 
 
 class Unsupported(Exception):
@@ -236,7 +236,7 @@ def constant_values(node: Node) -> tuple[bool | int | float, ...]:
         return tuple(tensor.detach().cpu().flatten().tolist())
 
 
-def literal(arg: Any) -> Literal_:
+def literal(arg: Any) -> Constant:
     if isinstance(arg, Node):
         arg = arg.meta["val"]
     if isinstance(arg, torch.SymInt):

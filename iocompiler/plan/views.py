@@ -272,7 +272,8 @@ def _diagonal(node: Node, source: Node, index: Index, extents: Mapping[str, Size
 def _split_item(node: Node, source: Node, index: Index) -> tuple[Node, Index]:
     """``getitem`` of split, split_with_sizes, chunk or unbind."""
     base, at = source.args[0], node.args[1]
-    assert isinstance(base, Node) and isinstance(at, int)
+    assert isinstance(base, Node)
+    assert isinstance(at, int)
     rank = len(shape_of(base))
     if source.target is aten.unbind.int:
         dim = dim_argument(source, 1, rank)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from iocompiler.tile.index import Affine
+from iocompiler.tile.index import Affine, Size
 from iocompiler.tile.ops import MAPS, REDUCES, SCANS
 from iocompiler.tile.philox import uniform
-from iocompiler.tile.program import Op, TileProgram
+from iocompiler.tile.program import Constant, Op, TileProgram
 
 if TYPE_CHECKING:
     from iocompiler.plan.data import Schedule
@@ -57,10 +57,13 @@ class _Run:
             inputs = [self.values[i] for i in op.inputs]
             self.values.append(getattr(self, f"_{op.kind}")(op, inputs))
 
-    def size(self, size: object) -> int:
-        if isinstance(size, (bool, int, float)):
-            return size  # type: ignore[return-value]
-        return int(size.subs({s: self.sizes[s.name] for s in size.free_symbols}))  # type: ignore[attr-defined]
+    def size(self, size: Size) -> int:
+        if isinstance(size, int):
+            return size
+        return int(size.subs({s: self.sizes[s.name] for s in size.free_symbols}))
+
+    def constant(self, value: Constant) -> float:
+        return value if isinstance(value, float) else self.size(value)
 
     def at(self, index: Affine | None) -> torch.Tensor:
         """The index's value at every point, broadcastable over the space."""
@@ -88,8 +91,8 @@ class _Run:
             return buffer.to(op.dtype).reshape([1] * self.rank)
         address = self.at(op.index)
         if inputs:
-            address, mask = torch.broadcast_tensors(address, inputs[0])
-            other = torch.tensor(self.size(op.value), dtype=op.dtype)
+            address, mask = _broadcast(address, inputs[0])
+            other = torch.tensor(self.constant(op.value), dtype=op.dtype)
             self._check(op, address[mask], buffer)
             if not buffer.numel():
                 return other.expand(address.shape)
@@ -99,7 +102,7 @@ class _Run:
 
     def _store(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         buffer = self.buffers[op.buffer]
-        address, value = torch.broadcast_tensors(self.at(op.index), inputs[0].to(op.dtype))
+        address, value = _broadcast(self.at(op.index), inputs[0].to(op.dtype))
         if len(inputs) > 1:
             keep = inputs[1].expand(address.shape)
             address, value = address[keep], value[keep]
@@ -129,7 +132,7 @@ class _Run:
         buffer.fill_(row.neutral(buffer.dtype))
 
     def _const(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
-        return torch.full([1] * self.rank, self.size(op.value), dtype=op.dtype)
+        return torch.full([1] * self.rank, self.constant(op.value), dtype=op.dtype)
 
     def _iota(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         return self.at(op.index)
@@ -174,3 +177,8 @@ class _Run:
 
     def _rand(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         return uniform(inputs[0], self.at(op.index))
+
+
+def _broadcast(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    return a.expand(shape), b.expand(shape)

@@ -35,7 +35,7 @@ from iocompiler.tile.index import Affine, Axis, Size
 
 Kind: TypeAlias = Literal["load", "store", "const", "iota", "map", "cast", "reduce", "scan", "rand"]
 Over: TypeAlias = Literal["reduced", "parallel"]
-Literal_: TypeAlias = "bool | int | float | Size"
+Constant: TypeAlias = "bool | int | float | Size"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Op:
     fn: str = ""
     buffer: str = ""
     index: Affine | None = None
-    value: Literal_ = 0
+    value: Constant = 0
     over: Over = "reduced"
 
     @property
@@ -116,7 +116,7 @@ class TileProgram:
         for op in self.ops:
             if op.index is not None:
                 sizes += [c for _, c in op.index.terms] + [op.index.const]
-            sizes.append(op.value)  # type: ignore[arg-type]
+            sizes.append(op.value)
         return sizes
 
     def __str__(self) -> str:
@@ -173,7 +173,7 @@ class Builder:
     def dtype(self, value: int) -> torch.dtype:
         return self.ops[value].dtype
 
-    def const(self, value: Literal_, dtype: torch.dtype) -> int:
+    def const(self, value: Constant, dtype: torch.dtype) -> int:
         # repr keeps 0.0 and -0.0, True and 1 apart: Python calls them equal
         key = Op("const", dtype, value=value, fn=repr(value))
         return self.add(key)
@@ -184,7 +184,7 @@ class Builder:
         index: Affine,
         dtype: torch.dtype,
         mask: int | None = None,
-        other: Literal_ = 0,
+        other: Constant = 0,
     ) -> int:
         inputs = () if mask is None else (mask,)
         return self.add(Op("load", dtype, inputs, buffer=buffer, index=index, value=other))

@@ -82,7 +82,8 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
     given += [None] * (len(sizes) - len(given))
     dims = [d for d, ids in enumerate(given) if ids is not None]
     tensors = [_tensor(given[d]) for d in dims]
-    block = torch.broadcast_shapes(*[t.meta["val"].shape for t in tensors])
+    shapes = [t.meta["val"].shape for t in tensors]
+    block = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     shape = [size_of(s) for s in block]
     adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
     start = dims[0] if adjacent else 0
@@ -97,8 +98,15 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
     )
 
 
-def _choose(low: Lowering, position: Affine, limit: Size, a: Callable[[int], int], b: Callable[[int], int],
-            mask: int | None, dtype: torch.dtype) -> int:  # fmt: skip
+def _choose(
+    low: Lowering,
+    position: Affine,
+    limit: Size,
+    a: Callable[[int], int],
+    b: Callable[[int], int],
+    mask: int | None,
+    dtype: torch.dtype,
+) -> int:
     """``a`` where position < limit, else ``b``; each is given the mask under which it may load."""
     first = low.below(position, limit)
     other = low.builder.map("logical_not", first, dtype=torch.bool)
