@@ -129,8 +129,7 @@ def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., An
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()
-    compiled: Any = compile_fx(gm, example_inputs)
-    return compiled
+    return cast("Callable[..., Any]", compile_fx(gm, example_inputs))
 
 
 def source(run: Boxed) -> str:

@@ -140,7 +140,7 @@ Step: TypeAlias = KernelStep | BatchStep | AtenStep | ViewStep | ConstantStep
 
 @dataclass(frozen=True)
 class Unfused:
-    """An edge that stayed in HBM, with the broken condition or the cost inequality and its numbers."""
+    """An edge that stayed in HBM; ``reason`` is the broken condition, or the prices compared."""
 
     producer: str
     consumer: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +49,6 @@ def is_reduction(node: Node) -> bool:
 __all__ = [
     "DTYPES",
     "RULES",
-    "Callable",
     "folded_dims",
     "has_rule",
     "is_elementwise",

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from iocompiler.plan.lowering import Lowering, Rule, Unsupported, literal
-from iocompiler.plan.rules.elementwise import result_dtype
+from iocompiler.plan.rules.arithmetic import result_dtype
 from iocompiler.plan.sizes import bounds, nonnegative, normal, size_of
 from iocompiler.plan.views import (
     Index,

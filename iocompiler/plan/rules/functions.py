@@ -1,0 +1,116 @@
+"""Rules of elementwise functions made of several rows of the op table, of casts and of fills."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import Node
+
+from iocompiler.plan.lowering import Lowering, Rule
+from iocompiler.plan.rules.arithmetic import keyword, result_dtype
+from iocompiler.plan.views import Index
+from iocompiler.tile.ops import compute_dtype
+
+
+def clamp(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    dtype = result_dtype(node)
+    value = low.operand(node.args[0], node, index, mask, dtype)
+    least, most = keyword(node, 1, "min", None), keyword(node, 2, "max", None)
+    if least is not None:
+        value = low.builder.map("maximum", value, low.operand(least, node, index, mask, dtype))
+    if most is not None:
+        value = low.builder.map("minimum", value, low.operand(most, node, index, mask, dtype))
+    return value
+
+
+def relu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    dtype = result_dtype(node)
+    value = low.operand(node.args[0], node, index, mask, dtype)
+    return low.builder.map("maximum", value, low.builder.const(0, dtype))
+
+
+def reciprocal(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    dtype = result_dtype(node)
+    return low.builder.map(
+        "div", low.builder.const(1.0, dtype), low.operand(node.args[0], node, index, mask, dtype)
+    )
+
+
+def square(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    value = low.operand(node.args[0], node, index, mask, result_dtype(node))
+    return low.builder.map("mul", value, value)
+
+
+def sign(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    build, dtype = low.builder, result_dtype(node)
+    x = low.operand(node.args[0], node, index, mask, dtype)
+    if dtype == torch.bool:
+        return x
+    zero = build.const(0, dtype)
+    up = build.cast(build.map("gt", x, zero, dtype=torch.bool), dtype)
+    down = build.cast(build.map("lt", x, zero, dtype=torch.bool), dtype)
+    return build.map("sub", up, down)
+
+
+def silu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    x = low.operand(node.args[0], node, index, mask, result_dtype(node))
+    return low.builder.map("mul", x, low.builder.map("sigmoid", x))
+
+
+def gelu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    """x * Phi(x) by the error function, or as tanh approximates it (Hendrycks and Gimpel, 2016)."""
+    build, dtype = low.builder, result_dtype(node)
+    x = low.operand(node.args[0], node, index, mask, dtype)
+    half, one = build.const(0.5, dtype), build.const(1.0, dtype)
+    if keyword(node, 1, "approximate", "none") == "tanh":
+        cube = build.map("mul", build.map("mul", x, x), x)
+        inner = build.map("add", x, build.map("mul", cube, build.const(0.044715, dtype)))
+        bend = build.map(
+            "tanh", build.map("mul", inner, build.const(math.sqrt(2 / math.pi), dtype))
+        )
+    else:
+        bend = build.map("erf", build.map("mul", x, build.const(math.sqrt(0.5), dtype)))
+    return build.map("mul", build.map("mul", x, half), build.map("add", bend, one))
+
+
+def fma(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    a, b, c = (low.operand(x, node, index, mask, result_dtype(node)) for x in node.args[:3])
+    return low.builder.map("add", low.builder.map("mul", a, b), c)
+
+
+def where(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    dtype = result_dtype(node)
+    condition = low.operand(node.args[0], node, index, mask, torch.bool)
+    a, b = (low.operand(x, node, index, mask, dtype) for x in node.args[1:3])
+    return low.builder.map("where", condition, a, b, dtype=dtype)
+
+
+def convert(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    """A cast. To a shorter float it rounds though the value stays in float32: the user wrote it."""
+    dtype = node.meta["val"].dtype
+    source = node.args[0]
+    assert isinstance(source, Node)
+    value = low.convert(low.operand(source, node, index, mask), compute_dtype(dtype))
+    if compute_dtype(dtype) != dtype and source.meta["val"].dtype != dtype:
+        value = low.builder.cast(low.builder.cast(value, dtype), compute_dtype(dtype))
+    return value
+
+
+def copy_into(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    """aten.copy_(target, source): the source broadcast, in the target's dtype."""
+    return low.operand(node.args[1], node, index, mask, result_dtype(node))
+
+
+def fill(position: int) -> Rule:
+    def rule(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+        return low.operand(node.args[position], node, index, mask, result_dtype(node))
+
+    return rule
+
+
+def constant(number: float) -> Rule:
+    def rule(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+        return low.builder.const(number, result_dtype(node))
+
+    return rule
