@@ -27,7 +27,8 @@ def test_is_as_accurate_as_mm(
     out = torch.ops.iocompiler.aligned_mm(a, b, bias, n + 3)
     exact = a.double() @ b.double() + (0 if bias is None else bias.double())
     eager = a @ b if bias is None else torch.addmm(bias, a, b)
-    assert out.shape == (m, n) and out.stride() == (n + 3, 1)
+    assert out.shape == (m, n)
+    assert out.stride() == (n + 3, 1)
     assert (out - exact).norm() <= 2 * (eager - exact).norm() + 1e-5 * exact.norm()
 
 
@@ -43,4 +44,5 @@ def test_the_fake_implementation_promises_the_real_strides() -> None:
     with FakeTensorMode() as mode:
         a, b = torch.empty(6, 7), torch.empty(7, 9)
         out = torch.ops.iocompiler.aligned_mm(a, b, None, 16)
-    assert out.stride() == (16, 1) and out.fake_mode is mode
+    assert out.stride() == (16, 1)
+    assert out.fake_mode is mode

@@ -224,9 +224,14 @@ def test_choice_on_a_gpu(
 
 @pytest.mark.parametrize(
     ("width", "dtype", "kernel"),
-    [(64, torch.bfloat16, "efficient"), (33, torch.bfloat16, "blockwise"), (100, torch.float16, "blockwise"),
-     (100, torch.float32, "efficient"), (33, torch.float32, "blockwise")],
-)  # fmt: skip
+    [
+        (64, torch.bfloat16, "efficient"),
+        (33, torch.bfloat16, "blockwise"),
+        (100, torch.float16, "blockwise"),
+        (100, torch.float32, "efficient"),
+        (33, torch.float32, "blockwise"),
+    ],
+)
 def test_the_efficient_kernel_gets_whole_vectors_only(
     width: int, dtype: torch.dtype, kernel: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Flat graphs for planner tests, and the plan run on the CPU against the graph itself in float64."""
+"""Flat graphs for planner tests, and their plans run on the CPU by the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ H200 = DEVICES["h200"]
 
 
 class Planned:
-    """Compiles every graph of a function by the planner and runs it by the reference; keeps the plans."""
+    """Plans every graph of a function and runs it by the reference; keeps graphs and plans."""
 
     def __init__(self) -> None:
         self.plans: list[Plan] = []
@@ -51,7 +51,7 @@ class Planned:
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference; equal NaN and inf count as no difference."""
+    """Norm of the difference over the norm of the reference; equal NaN and inf do not differ."""
     a, b = value.detach().double().flatten(), reference.detach().double().flatten()
     if a.shape != b.shape:
         raise AssertionError(f"shape {tuple(value.shape)} instead of {tuple(reference.shape)}")

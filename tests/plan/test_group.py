@@ -16,13 +16,13 @@ def kernels_of(fn, *inputs, dynamic: bool = False) -> list[KernelStep]:
 
 
 def test_layer_norm_is_one_kernel() -> None:
-    assert len(kernels_of(lambda x, w, b: F.gelu(F.layer_norm(x, (64,), w, b)), torch.randn(8, 64), torch.randn(64),
-                          torch.randn(64))) == 1  # fmt: skip
+    inputs = [torch.randn(8, 64), torch.randn(64), torch.randn(64)]
+    assert len(kernels_of(lambda x, w, b: F.gelu(F.layer_norm(x, (64,), w, b)), *inputs)) == 1
 
 
 def test_softmax_with_mask_and_scale_is_one_kernel() -> None:
     mask = torch.ones(16, 16).tril().bool()
-    fn = lambda s, m: (s * 0.125).masked_fill(~m, float("-inf")).softmax(-1)  # noqa: E731
+    fn = lambda s, m: (s * 0.125).masked_fill(~m, float("-inf")).softmax(-1)
     assert len(kernels_of(fn, torch.randn(4, 16, 16), mask)) == 1
 
 
@@ -42,7 +42,7 @@ def test_an_intermediate_used_inside_is_not_stored() -> None:
 
 
 def test_a_cheap_value_is_recomputed_rather_than_stored() -> None:
-    fn = lambda x, w: (F.relu(x).sum(1), (F.relu(x) @ w).sum(0))  # noqa: E731
+    fn = lambda x, w: (F.relu(x).sum(1), (F.relu(x) @ w).sum(0))
     planned = Planned()
     planned(fn)(torch.randn(32, 16), torch.randn(16, 8))
     stored = [name for s in planned.kernels for name, _ in s.outputs]
@@ -73,7 +73,8 @@ def test_equal_layers_give_equal_programs() -> None:
         planned(layers)(torch.randn(4, 16))
     programs = [s.program for s in planned.kernels]
     # norm; gelu and the next norm, twice; gelu
-    assert len(programs) == 4 and len(set(programs)) == 3
+    assert len(programs) == 4
+    assert len(set(programs)) == 3
 
 
 def test_optimizer_step_is_few_kernels() -> None:
@@ -91,12 +92,13 @@ def test_optimizer_step_is_few_kernels() -> None:
     for p, q in zip(parameters, twins, strict=True):
         torch.testing.assert_close(p, q)
     batches = [s for s in planned.plans[-1].steps if isinstance(s, BatchStep)]
-    assert batches and max(len(b.members) for b in batches) == 4
+    assert batches
+    assert max(len(b.members) for b in batches) == 4
 
 
 def test_small_independent_kernels_share_a_launch() -> None:
     planned = Planned()
-    fn = lambda a, b, c: (a.exp(), b.sin(), c @ c, c.sum())  # noqa: E731
+    fn = lambda a, b, c: (a.exp(), b.sin(), c @ c, c.sum())
     inputs = [torch.randn(6, 7), torch.randn(6, 7), torch.randn(5, 5)]
     for got, want in zip(planned(fn)(*inputs), fn(*inputs), strict=True):
         torch.testing.assert_close(got, want)

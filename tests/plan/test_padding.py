@@ -1,4 +1,4 @@
-"""Matmuls with an odd number of columns: padded rows inside, the user's strides outside, the same numbers."""
+"""Matmuls with an odd number of columns: rows padded inside, the user's strides outside."""
 
 from __future__ import annotations
 

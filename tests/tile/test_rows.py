@@ -15,7 +15,7 @@ X, R = Affine.of("x0"), Affine.of("r0")
 
 
 def program(rows: int, width: int, fn: str = "sum", late_use: bool = False) -> TileProgram:
-    """x [rows, width] -> row sums, twice the column reduction (``late_use``: and a row needing it)."""
+    """x [rows, width] -> row sums, twice the column reduction; ``late_use``: and a row of it."""
     build = Builder()
     value = build.load("x", X * width + R, torch.float32)
     build.store("rows", X, build.reduce("sum", value, torch.float32))

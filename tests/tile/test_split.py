@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.interpret import run
-from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.program import Builder, TileProgram
 from iocompiler.tile.split import split_reduction
 from tests.codegen.cases import CASES

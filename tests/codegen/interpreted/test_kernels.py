@@ -60,8 +60,20 @@ def test_gradients(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["layer norm", "softmax", "log softmax", "sum of rows", "two reductions", "cumsum",
-                                  "sum of columns", "keepdim", "sum of the middle"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer norm",
+        "softmax",
+        "log softmax",
+        "sum of rows",
+        "two reductions",
+        "cumsum",
+        "sum of columns",
+        "keepdim",
+        "sum of the middle",
+    ],
+)
 @pytest.mark.parametrize("block", [4, 8])
 def test_rows_in_pieces(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same programs as loops over the row, with a block that does not divide it."""
