@@ -139,8 +139,9 @@ def make_launch(
 
     Args:
         unaligned: called instead where a pointer marked divisible is not 16-byte aligned; None: not
-        checked. odd_sizes: called instead where a size marked divisible is no multiple of 16; None:
-        not checked.
+            checked.
+        odd_sizes: called instead where a size marked divisible is no multiple of 16; None: not
+            checked.
 
     Raises:
         LaunchError: the cubin cannot be loaded, or asks for a kind of launch that is not supported.
@@ -156,19 +157,7 @@ def make_launch(
     function = driver.function(image.cubin, name, metadata["shared"], device)
     layout, offsets = _layout(signature)
     slots = _Slots(layout, offsets)
-    names = [f"a{i}" for i in range(len(signature.parameters))]
-    parameters = "".join(f", {n}" for n in names)
-    scratch = {key: metadata[f"{key}_size"] for key in _SCRATCH if metadata[f"{key}_size"]}
-    text = _TEMPLATE.format(
-        parameters=parameters,
-        checks=_checks(signature, names, parameters, unaligned, odd_sizes),
-        scratch="".join(
-            f"    {key} = allocate(gx * gy * gz * {size})\n" for key, size in scratch.items()
-        ),
-        threads=32 * metadata["num_warps"],
-        shared=metadata["shared"],
-        pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in _SCRATCH),
-    )
+    text = _text(signature, metadata, unaligned, odd_sizes)
     handle, null = ctypes.c_void_p(function), ctypes.c_void_p(0)
     namespace: dict[str, Any] = {
         "take": slots.free.pop,
@@ -188,6 +177,28 @@ def make_launch(
     exec(compile(text, f"<launch of {name}>", "exec"), namespace)
     launch: Launch = namespace["launch"]
     return launch
+
+
+def _text(
+    signature: Signature,
+    metadata: dict[str, Any],
+    unaligned: Launch | None,
+    odd_sizes: Launch | None,
+) -> str:
+    """The launch function's source: the constants of the kernel are in its code."""
+    names = [f"a{i}" for i in range(len(signature.parameters))]
+    parameters = "".join(f", {n}" for n in names)
+    scratch = {key: metadata[f"{key}_size"] for key in _SCRATCH if metadata[f"{key}_size"]}
+    return _TEMPLATE.format(
+        parameters=parameters,
+        checks=_checks(signature, names, parameters, unaligned, odd_sizes),
+        scratch="".join(
+            f"    {key} = allocate(gx * gy * gz * {size})\n" for key, size in scratch.items()
+        ),
+        threads=32 * metadata["num_warps"],
+        shared=metadata["shared"],
+        pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in _SCRATCH),
+    )
 
 
 def _layout(signature: Signature) -> tuple[struct.Struct, list[int]]:
