@@ -1,6 +1,4 @@
-"""`compile` with the Dynamo settings the compiler wants, and `explain`, loaded when first
-called.
-"""
+"""`compile` with the Dynamo settings the compiler wants; `explain`, loaded when first called."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The ``call`` function of a generated module: allocate, launch, call aten, and drop every buffer
-after its last use.
-"""
+"""The ``call`` function of a generated module: allocate, launch, call aten, drop what is dead."""
 
 from __future__ import annotations
 

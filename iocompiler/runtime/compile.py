@@ -1,8 +1,7 @@
 """Kernels to cubins, in parallel worker processes that are started once and reused.
 
 `warm` starts the workers while the graph is still being captured; `compile_kernels` sends them the
-jobs. A worker is `runtime/worker.py`: it imports Triton and no torch, so it is ready in about 0.2
-s.
+jobs. A worker is `runtime/worker.py`: it imports Triton and no torch: it is ready in 0.2 seconds.
 """
 
 from __future__ import annotations
@@ -33,12 +32,10 @@ _WORKER = Path(__file__).with_name("worker.py")
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: ``source`` is the text of a whole file, ``where`` the user's lines it
-    comes from.
+    """One kernel to compile: ``source`` is the text of a whole file, ``where`` the user's lines.
 
     ``signature`` maps each parameter to its Triton type; ``divisible`` are the positions of those
-    known to be multiples of 16 (bytes for pointers); ``capability`` is 90 for compute capability
-    9.0.
+    known to be multiples of 16 (bytes for pointers); ``capability`` is 90 for version 9.0.
     """
 
     source: str
@@ -178,9 +175,7 @@ _pool_lock = threading.Lock()
 
 
 def warm(scratch_root: Path | None = None) -> Pool:
-    """The worker pool, started if it does not run; returns at once. ``scratch_root`` is where
-    Triton may write.
-    """
+    """The worker pool, started if it does not run; Triton may write to ``scratch_root``."""
     global _pool
     with _pool_lock:
         if _pool is None or not _pool.usable:

@@ -126,7 +126,8 @@ def read(metadata: Any, forward: GraphModule, backward: GraphModule | None = Non
 
     Args:
         metadata: its ``ViewAndMutationMeta``.
-        forward: the forward or inference graph. backward: None for inference.
+        forward: the forward or inference graph.
+        backward: None for inference.
 
     Raises:
         NotCacheable: the call needs more than a `Convention` can say, or this version of torch says

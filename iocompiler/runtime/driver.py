@@ -1,6 +1,4 @@
-"""The few calls of the CUDA driver a launcher needs, by ctypes: no Triton and no compiler at run
-time.
-"""
+"""The few calls of the CUDA driver a launcher needs, by ctypes: Triton is not needed to run."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ class Driver:
         return function.value
 
     def enter(self, device: int) -> ctypes.c_void_p:
-        """Make the device's primary context, which torch uses too, this thread's; returns the one
-        before.
-        """
+        """Make the device's primary context (torch's too) this thread's; returns the one before."""
         previous = ctypes.c_void_p()
         self._library.cuCtxGetCurrent(ctypes.byref(previous))
         if device not in self._contexts:

@@ -18,9 +18,7 @@ _CELL = re.compile(r"^# %% (prelude|kernel|call) ?(.*)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A kernel of the module under one signature; ``launcher`` tells it from the same kernel under
-    another.
-    """
+    """A kernel of the module under one signature; ``launcher`` names the pair of the two."""
 
     name: str
     launcher: str
@@ -58,9 +56,7 @@ def cells(source: str) -> tuple[str, dict[str, str], str]:
 
 
 def compiled_images(jobs: dict[str, Job], cache: Cache | None) -> dict[str, Image]:
-    """The jobs' cubins by key: from the cache where it has them, the rest compiled together and
-    stored.
-    """
+    """The jobs' cubins by key: from the cache, or compiled together and stored there."""
     found: dict[str, Image] = {}
     for key in jobs:
         entry = cache.get("kernels", key) if cache else None

@@ -90,9 +90,7 @@ class Image:
 
 
 class _Slots:
-    """Prepared launch buffers: (buffer, pointer to its configuration, pointer to the parameter
-    addresses).
-    """
+    """Prepared launch buffers: (buffer, pointer to its configuration, to parameter addresses)."""
 
     def __init__(self, layout: struct.Struct, offsets: list[int]):
         self._layout, self._offsets = layout, offsets
@@ -138,10 +136,9 @@ def make_launch(
     """The launch function of a kernel loaded on CUDA device ``device``.
 
     Args:
-        unaligned: called instead where a pointer marked divisible is not 16-byte aligned; None: not
-            checked.
-        odd_sizes: called instead where a size marked divisible is no multiple of 16; None: not
-            checked.
+        unaligned: called instead where a pointer marked divisible is not 16-byte aligned.
+        odd_sizes: called instead where a size marked divisible is no multiple of 16.
+            Where these are None, nothing is checked.
 
     Raises:
         LaunchError: the cubin cannot be loaded, or asks for a kind of launch that is not supported.

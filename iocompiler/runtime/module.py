@@ -25,12 +25,12 @@ from iocompiler.runtime.values import laid_out, storage_elements
 
 
 class Module:
-    """A generated module: text cut into cells, kernels registered by its call cell, cubins, bound
-    launchers.
+    """A generated module: its cells of text, the kernels its call cell registers, bound launchers.
 
     Args:
-        path: the file; it must exist. device: replaces the torch device the file names. binder:
-        makes the launch function of a kernel, in place of compiling it and loading it on the GPU.
+        path: the file; it must exist.
+        device: replaces the torch device the file names.
+        binder: makes a kernel's launch function, in place of compiling and loading it on the GPU.
         allocate: False where no tensor can be made on the device: constants are then left out.
     """
 

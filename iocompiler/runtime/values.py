@@ -49,9 +49,7 @@ def found_sizes(spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -
 
 
 def storage_elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """How many elements lie between a tensor's first and last element, both counted; 0 for an empty
-    tensor.
-    """
+    """Elements from a tensor's first to its last in memory, both counted; 0 for an empty one."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))

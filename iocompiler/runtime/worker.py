@@ -32,10 +32,9 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: "source" (text), "path" (the file it stands in, for line information), "name",
-        "signature" (parameter
-            name to Triton type, in order), "divisible" (positions of the parameters known to be
-            multiples of 16), "num_warps", "num_stages", "capability" (90 for compute capability
-            9.0).
+            "signature" (parameter name to Triton type, in order), "divisible" (positions of the
+            parameters known to be multiples of 16), "num_warps", "num_stages", "capability"
+            (90 for version 9.0).
 
     Returns:
         "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes,
