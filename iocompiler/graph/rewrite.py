@@ -94,13 +94,6 @@ def bypass(gm: GraphModule, node: Node, same: Node) -> None:
     erase(gm, node)
 
 
-def set_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-    """Give a call other arguments and compute its value again."""
-    node.args = args
-    node.kwargs = kwargs or {}
-    compute_value(node)
-
-
 def respell(
     node: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> None:

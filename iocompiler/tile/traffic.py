@@ -56,17 +56,14 @@ def _points(program: TileProgram, position: int) -> Size:
 def _distinct(program: TileProgram, buffer: str, kind: str) -> list[Size]:
     """Elements of each different access to the buffer; a partial store fills it whole."""
     seen: dict[object, Size] = {}
-    for position, op in enumerate(program.ops):
+    for op in program.ops:
         if op.kind == kind and op.buffer == buffer:
-            seen[op.index] = (
-                program.buffer(buffer).elements
-                if op.fn == "partial"
-                else _access(program, position, op)
-            )
+            whole = op.fn == "partial"
+            seen[op.index] = program.buffer(buffer).elements if whole else _access(program, op)
     return list(seen.values())
 
 
-def _access(program: TileProgram, position: int, op: Op) -> Size:
+def _access(program: TileProgram, op: Op) -> Size:
     names = {n for n in op.index.names if not n.startswith("%")} if op.index is not None else set()
     for value in op.index.values if op.index is not None else ():
         names |= program.varies[value]
