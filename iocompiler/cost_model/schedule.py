@@ -33,7 +33,7 @@ def choose(
     hints = hints or {}
     merged = merge_axes(program)
     if any(op.kind == "reduce" and op.over == "parallel" for op in program.ops):
-        return _rows(merged, device, hints)
+        return _rows(merged, device)
     if not program.reduced:
         return _pointwise(merged, device, hints)
     if any(op.kind == "scan" for op in program.ops):
@@ -147,7 +147,7 @@ def _column_reduction(
 # --- rows with column sums
 
 
-def _rows(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
+def _rows(program: TileProgram, device: Device) -> Schedule:
     width = product([a.size for a in program.reduced])
     assert isinstance(width, int), "a row with column sums has a static length"
     block = power_of_two(width)
