@@ -16,7 +16,7 @@ from iocompiler.codegen.pytext import (
     wrapped,
 )
 from iocompiler.codegen.signature import signature
-from iocompiler.codegen.values import Values, references
+from iocompiler.codegen.values import Values
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
@@ -26,6 +26,7 @@ from iocompiler.plan.data import (
     Plan,
     TensorSpec,
     ViewStep,
+    references,
 )
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer

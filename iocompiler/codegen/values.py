@@ -8,22 +8,20 @@ equal to its base is the base's variable. Only what aten or the caller sees is m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
 
 from iocompiler.plan.data import (
-    Argument,
     AtenStep,
     BatchStep,
     ConstantStep,
     KernelStep,
     Plan,
-    Ref,
     Step,
     TensorSpec,
     ViewStep,
+    references,
 )
 from iocompiler.tile.index import Size
 
@@ -113,15 +111,6 @@ def _multiple_of_16(offset: Size, itemsize: int) -> bool:
         return offset * itemsize % 16 == 0
     terms = sympy.Add.make_args(sympy.expand(offset))
     return all(term.is_integer and term.as_coeff_Mul()[0] * itemsize % 16 == 0 for term in terms)
-
-
-def references(argument: Argument) -> Iterator[Ref]:
-    """Every `Ref` inside an argument."""
-    if isinstance(argument, Ref):
-        yield argument
-    elif isinstance(argument, (list, tuple)):
-        for item in argument:
-            yield from references(item)
 
 
 def symbols(plan: Plan) -> list[str]:

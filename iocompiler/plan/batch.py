@@ -7,11 +7,19 @@ minds, and launched together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.schedule import choose
-from iocompiler.plan.data import AtenStep, BatchStep, ConstantStep, KernelStep, Ref, Step, ViewStep
+from iocompiler.plan.data import (
+    AtenStep,
+    BatchStep,
+    ConstantStep,
+    KernelStep,
+    Step,
+    ViewStep,
+    references,
+)
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import LENGTH, flat_program
 from iocompiler.tile.index import Size
@@ -69,18 +77,32 @@ def _with_batch(
 
 
 def _movable(steps: list[Step], members: list[tuple[int, Size]]) -> list[tuple[int, Size]]:
-    """Members that may run as late as the last: nothing between touches what they write or read."""
+    """Members that may run with the last: nothing up to it touches what they write or read."""
     last = members[-1][0]
+    bases = {step.name: step.base for step in steps if isinstance(step, ViewStep)}
     kept = []
     for place, length in members:
         step = steps[place]
         assert isinstance(step, KernelStep)
-        made = {name for name, _ in step.outputs} | written(step)
-        used = set(step.args)
-        between = steps[place + 1 : last]
-        if not any(made & names_read(s) or used & written(s) for s in between):
+        made = _storages({name for name, _ in step.outputs} | written(step), bases)
+        used = _storages(set(step.args), bases)
+        after = steps[place + 1 : last + 1]  # the last one too: it may need this one's result
+        if not any(
+            made & _storages(names_read(s), bases) or used & _storages(written(s), bases)
+            for s in after
+        ):
             kept.append((place, length))
     return kept
+
+
+def _storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
+    """The values whose storage these show: a view stands for its base."""
+    found = set()
+    for name in names:
+        while name in bases:
+            name = bases[name]
+        found.add(name)
+    return found
 
 
 def names_read(step: Step) -> set[str]:
@@ -93,15 +115,7 @@ def names_read(step: Step) -> set[str]:
         return {step.base}
     if isinstance(step, ConstantStep):
         return set()
-    return set(_references([*step.args, *(v for _, v in step.kwargs)]))
-
-
-def _references(values: Iterable[object]) -> Iterable[str]:
-    for value in values:
-        if isinstance(value, Ref):
-            yield value.name
-        elif isinstance(value, (list, tuple)):
-            yield from _references(value)
+    return {r.name for r in references((step.args, tuple(v for _, v in step.kwargs)))}
 
 
 def written(step: Step) -> set[str]:
@@ -120,7 +134,7 @@ def written(step: Step) -> set[str]:
             if role in ("out", "inout") and name not in fresh
         }
     if isinstance(step, AtenStep) and step.target == "aten.copy_.default":
-        return set(_references(step.args[:1]))
+        return {r.name for r in references(step.args[:1])}
     return set()
 
 

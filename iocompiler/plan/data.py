@@ -7,6 +7,7 @@ reads names that stand before it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -161,3 +162,12 @@ class Plan:
     outputs: tuple[Argument, ...]
     device: str
     unfused: tuple[Unfused, ...] = ()
+
+
+def references(argument: Argument) -> Iterator[Ref]:
+    """Every `Ref` inside an argument."""
+    if isinstance(argument, Ref):
+        yield argument
+    elif isinstance(argument, (list, tuple)):
+        for item in argument:
+            yield from references(item)

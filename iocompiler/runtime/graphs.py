@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from iocompiler.codegen.values import Values, references
-from iocompiler.plan.data import AtenStep, KernelStep, Plan
+from iocompiler.codegen.values import Values
+from iocompiler.plan.data import AtenStep, KernelStep, Plan, references
 from iocompiler.runtime.reference import operator_named
 
 Call = Callable[[list[Any]], list[Any]]
