@@ -77,10 +77,7 @@ def _is_odd(node: Node) -> bool:
         return False
     a, b = (arg.meta["val"] for arg in node.args[-2:])  # type: ignore[union-attr]
     value = node.meta["val"]
-    if value.device.type not in PADDED_DEVICES or value.dtype not in (
-        torch.bfloat16,
-        torch.float16,
-    ):
+    if not _is_half_there(value):
         return False
     extents = [e for e in (*a.shape, b.shape[1]) if isinstance(e, int)]
     odd = any(e * value.element_size() % _ALIGNED for e in extents)
@@ -139,16 +136,19 @@ def _wants_padding(node: Node) -> bool:
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, torch.Tensor) or is_view(node):
         return False
-    if value.device.type not in PADDED_DEVICES or value.dtype not in (
-        torch.bfloat16,
-        torch.float16,
-    ):
+    if not _is_half_there(value):
         return False
     if not _unaligned(value):
         return False
     if node.target in CONTRACTIONS:
         return True
     return has_rule(node) and any(user.target in CONTRACTIONS for user in _readers(node))
+
+
+def _is_half_there(value: torch.Tensor) -> bool:
+    """Whether a tensor is of a half precision, on a device where matmuls care."""
+    half = value.dtype in (torch.bfloat16, torch.float16)
+    return half and value.device.type in PADDED_DEVICES
 
 
 def _unaligned(value: torch.Tensor) -> bool:
