@@ -33,7 +33,11 @@ def write_rows(writer: KernelWriter) -> None:
             writer.write(position)
     total = expressions.size(writer.points(program.parallel))
     step = writer.schedule.programs * block
-    writer.line(f"for first in range(tl.program_id(0) * {block}, {total}, {step}):")
+    bounds = f"tl.program_id(0) * {block}, {total}, {step}"
+    stages = writer.schedule.num_stages
+    # the rows after this one are on their way while it is reduced
+    ahead = f"tl.range({bounds}, num_stages={stages})" if stages > 1 else f"range({bounds})"
+    writer.line(f"for first in {ahead}:")
     writer.depth += 1
     name_parallel(writer, "first")
     for position, op in enumerate(program.ops):

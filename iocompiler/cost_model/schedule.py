@@ -34,7 +34,8 @@ def choose(
     merged = merge_axes(program)
     if any(op.kind == "reduce" and op.over == "parallel" for op in program.ops):
         return _rows(merged, device)
-    if not program.reduced:
+    # a reduction of a single element has no axis, and is one all the same
+    if not program.reduced and not any(op.kind in ("reduce", "scan") for op in program.ops):
         return _pointwise(merged, device, hints)
     if any(op.kind == "scan" for op in program.ops):
         return _row_reduction(merged, hints)

@@ -22,7 +22,8 @@ def flat_program(program: TileProgram) -> tuple[TileProgram, Size] | None:
     Every access must be to the point's own row-major position or to a fixed element (a 0-dim
     tensor).
     """
-    if program.reduced or any(op.kind in ("iota", "rand", "scan") for op in program.ops):
+    placed = ("iota", "rand", "scan", "reduce")
+    if program.reduced or any(op.kind in placed for op in program.ops):
         return None
     position = row_major(program.parallel)
     ops = []

@@ -104,8 +104,11 @@ MAPS: dict[str, MapRow] = {
     "fmod": MapRow("libdevice.fmod({0}, {1})", torch.fmod, 8),
     "atan2": MapRow("libdevice.atan2({0}, {1})", torch.atan2, 32),
     "copysign": MapRow("libdevice.copysign({0}, {1})", torch.copysign),
-    "int_trunc_div": MapRow("{0} // {1}", lambda a, b: torch.div(a, b, rounding_mode="trunc"), 8),
-    "int_trunc_mod": MapRow("{0} % {1}", torch.fmod, 8),
+    # a division by zero is undefined even where nobody reads it: the compiler builds on its absence
+    "int_trunc_div": MapRow(
+        "{0} // ({1} + ({1} == 0))", lambda a, b: torch.div(a, b, rounding_mode="trunc"), 8
+    ),
+    "int_trunc_mod": MapRow("{0} % ({1} + ({1} == 0))", torch.fmod, 8),
     "maximum": MapRow("tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", torch.maximum),
     "minimum": MapRow("tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", torch.minimum),
     "eq": MapRow("({0} == {1})", torch.eq),

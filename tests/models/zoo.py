@@ -156,6 +156,8 @@ def _vit(attention: str) -> Callable[[Size, float], nn.Module]:
             image_size=PIXELS,
             patch_size=8,
             num_labels=CLASSES,
+            # else the first call sets it, and Dynamo compiles again for the second
+            problem_type="single_label_classification",
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             attn_implementation=attention,

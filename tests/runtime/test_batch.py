@@ -7,6 +7,7 @@ import struct
 import pytest
 import torch
 
+from iocompiler.backend import Compiler
 from iocompiler.runtime.batch import BatchLaunch
 
 
@@ -84,7 +85,7 @@ def test_an_optimizer_step_on_a_gpu(foreach: bool) -> None:
         q.grad = p.grad.clone()
     optimizer = torch.optim.AdamW(ours, lr=1e-2, foreach=foreach)
     twin = torch.optim.AdamW(theirs, lr=1e-2, foreach=foreach)
-    step = torch.compile(optimizer.step, backend="iocompiler")
+    step = torch.compile(optimizer.step, backend=Compiler())
     for _ in range(3):
         step()
         twin.step()
