@@ -30,9 +30,9 @@ from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.cost_model.candidates import candidates
 from iocompiler.cost_model.device import DEVICES, Device, current_device
-from iocompiler.pipeline import DEFAULT, Pipeline
+from iocompiler.pipeline import DEFAULT
 from iocompiler.plan.data import Plan, Schedule
-from iocompiler.report.fakes import Retarget
+from iocompiler.report.explain import retargeted
 from iocompiler.runtime.launch import Image
 from iocompiler.runtime.measure import Bench, GpuBench
 from iocompiler.runtime.subject import Subject
@@ -123,9 +123,8 @@ def plan_of(zoo: Kernel, rows: int, width: int) -> Plan:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     torch._dynamo.reset()
     # fakes of the CPU, retargeted: those of CUDA need a torch built with it
-    stages = (*DEFAULT.stage("graph"), Retarget(), *DEFAULT.stage("flat"))
     settings: dict[str, Any] = {"engine": _on_fakes, "strict": True}
-    backend = Compiler(Pipeline(*stages), on_compiled=records.append, **settings)
+    backend = Compiler(retargeted(DEFAULT), on_compiled=records.append, **settings)
     with mode, warnings.catch_warnings(), torch.set_grad_enabled(zoo.backward):
         warnings.simplefilter("ignore")
         given = {

@@ -34,10 +34,7 @@ def write_rows(writer: KernelWriter) -> None:
     total = expressions.size(writer.points(program.parallel))
     step = writer.schedule.programs * block
     bounds = f"tl.program_id(0) * {block}, {total}, {step}"
-    stages = writer.schedule.num_stages
-    # the rows after this one are on their way while it is reduced
-    ahead = f"tl.range({bounds}, num_stages={stages})" if stages > 1 else f"range({bounds})"
-    writer.line(f"for first in {ahead}:")
+    writer.line(f"for first in {writer.steps(bounds)}:")
     writer.depth += 1
     name_parallel(writer, "first")
     for position, op in enumerate(program.ops):

@@ -150,7 +150,13 @@ def _float(value: float, dtype: torch.dtype) -> str:
 
 
 # What the table's text cannot be for float64: these exist for float32 only.
-_DOUBLE = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))"}
+_DOUBLE = {
+    "div": "{0} / {1}",
+    "sqrt": "tl.sqrt({0})",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
+    "tanh": "libdevice.tanh({0})",
+    "normal_cdf": "0.5 * libdevice.erfc({0} * -0.7071067811865476)",
+}
 
 
 def mapped(fn: str, operands: list[str], dtype: torch.dtype) -> str:

@@ -48,6 +48,13 @@ class KernelWriter:
         ]
         return "\n".join(head + self.lines) + "\n"
 
+    def steps(self, bounds: str) -> str:
+        """The range of a loop: with three stages or more, what the next steps read is on its way
+        while this one computes.
+        """
+        stages = self.schedule.num_stages
+        return f"tl.range({bounds}, num_stages={stages})" if stages > 2 else f"range({bounds})"
+
     # --- axes
 
     def flat_axes(self, axes: tuple[Axis, ...], flat: str, direction: str) -> None:

@@ -131,7 +131,7 @@ def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], num
         shape, kind = f"[{writer.schedule.x_block}, 1]", expressions.TYPES[op.dtype]
         writer.line(f"carry_{position} = tl.full({shape}, {start}, {kind})")
     total = expressions.size(writer.points(program.reduced))
-    writer.line(f"for start in range(0, {total}, {writer.schedule.r_block}):")
+    writer.line(f"for start in {writer.steps(f'0, {total}, {writer.schedule.r_block}')}:")
     writer.depth += 1
     outside = dict(writer.names)
     name_reduced(writer, "start")

@@ -93,7 +93,8 @@ def _row_reduction(program: TileProgram, hints: Mapping[str, int]) -> Schedule:
         block = power_of_two(width)
         x = max(1, min(2048 // block, power_of_two(rows), 64))
         if _rereads_much(program):
-            return Schedule("looped", x_block=1, r_block=2048, num_warps=8)
+            piece = min(4096, block // 4)
+            return Schedule("looped", x_block=1, r_block=piece, num_warps=_warps(piece, 8))
         return Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, 16))
     block = min(4096, max(64, power_of_two(at_hint(width, hints))))
     x = max(1, min(2048 // block, power_of_two(rows)))
@@ -154,7 +155,23 @@ def _rows(program: TileProgram, device: Device) -> Schedule:
     block = power_of_two(width)
     x = max(1, min(4096 // block, 16))
     warps = _warps(x * block, 32)
-    return Schedule("rows", x, r_block=block, num_warps=warps, programs=2 * device.sm_count)
+    return Schedule(
+        "rows",
+        x,
+        r_block=block,
+        num_warps=warps,
+        num_stages=3,
+        programs=row_programs(program, device),
+    )
+
+
+def row_programs(program: TileProgram, device: Device) -> int:
+    """How many programs walk the rows of a program with column sums: as many as run at once. Two an
+    SM hide each other's latency; more only add partial rows to fold.
+    """
+    width = product([a.size for a in program.reduced])
+    alone = isinstance(width, int) and width > _LONG_ROW
+    return device.sm_count if alone else 2 * device.sm_count
 
 
 # --- reductions with few results

@@ -15,7 +15,14 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from iocompiler.ops.decomposed import indexing, losses, moments, norms, recurrent
+from iocompiler.ops.decomposed import (
+    activations,
+    indexing,
+    losses,
+    moments,
+    norms,
+    recurrent,
+)
 
 aten = torch.ops.aten
 
@@ -25,6 +32,7 @@ _KEPT: tuple[Any, ...] = (
     # one row each in the planner
     aten.silu.default,
     aten.square.default,
+    aten.special_ndtr.default,
     aten.tril,
     aten.triu,
     aten.all,
@@ -71,7 +79,6 @@ _KEPT: tuple[Any, ...] = (
 
 # decomposed by torch outside of its core set
 _TAKEN: tuple[Any, ...] = (
-    aten._softmax,
     aten._log_softmax,
     aten.native_batch_norm,
     aten._native_batch_norm_legit,
@@ -104,7 +111,7 @@ def _built() -> dict[OpOverload, Callable[..., Any]]:
             rules[operator] = decomposition_table[operator]
     for operator in _overloads(_KEPT):
         rules.pop(operator, None)
-    for family in (moments, norms, losses, indexing, recurrent):
+    for family in (activations, moments, norms, losses, indexing, recurrent):
         rules.update(family.DECOMPOSITIONS)
     return rules
 

@@ -39,6 +39,9 @@ class Schedule:
     - "rows": like persistent with ``x_block`` rows, but ``programs`` programs walk all
       rows and accumulate reductions ``over="parallel"``; each writes one partial row
       (stores with ``fn="partial"``).
+
+    Loops of a "looped" or "rows" kernel keep ``num_stages - 1`` steps of loads in flight through
+    shared memory where it is 3 or more.
     """
 
     kind: Literal["pointwise", "persistent", "looped", "rows"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from iocompiler.cost_model.device import Device
-from iocompiler.cost_model.schedule import choose, split_factor
+from iocompiler.cost_model.schedule import choose, row_programs, split_factor
 from iocompiler.plan.data import KernelStep, TensorSpec
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.index import product
@@ -22,7 +22,7 @@ def finish(
     program = step.program
     if column_reductions(program):
         rows = value_at(product([a.size for a in program.parallel]), hints)
-        programs = min(max(rows, 1), _row_programs(device))
+        programs = min(max(rows, 1), row_programs(program, device))
         return _two(step, split_rows(program, programs), device, hints, place, programs)
     parts = split_factor(program, device, hints)
     if parts > 1:
@@ -30,11 +30,6 @@ def finish(
         if halves is not None:
             return _two(step, halves, device, hints, place)
     return [replace(step, schedule=choose(program, device, hints))]
-
-
-def _row_programs(device: Device) -> int:
-    # two programs an SM hide each other's latency; more only add partial rows to fold
-    return 2 * device.sm_count
 
 
 def _two(

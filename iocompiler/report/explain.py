@@ -20,6 +20,7 @@ from iocompiler.convenience import compile as compiled
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.device import device as device_named
 from iocompiler.errors import CannotExplain, FallbackWarning, IOCompilerError
+from iocompiler.passes.dropout import dropout, replace_dropouts
 from iocompiler.pipeline import DEFAULT, Pipeline
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import Plan
@@ -28,6 +29,7 @@ from iocompiler.report.fakes import Retarget, double, double_inputs
 from iocompiler.report.kernels import Kernels
 from iocompiler.report.ledger import Lost, Report
 
+_DROPOUT = replace(dropout, function=lambda gm: replace_dropouts(gm, ("cpu", "cuda")))
 _ORDER = ("inference", "forward", "backward")
 _RECOMPILES = 256
 
@@ -72,7 +74,7 @@ def explain(
     try:
         double_model = double(model, mode)
         arguments, keywords = double_inputs((inputs, kwargs), mode)
-        run = compiled(double_model, pipeline=_retargeted(pipeline), **options)
+        run = compiled(double_model, pipeline=retargeted(pipeline), **options)
         with mode, _quiet(), torch.set_grad_enabled(training):
             result = run(*arguments, **keywords)
             if training:
@@ -115,10 +117,11 @@ def report_of(
     return replace(total, fallbacks=total.fallbacks + broken)
 
 
-def _retargeted(pipeline: Pipeline) -> Pipeline:
-    """Retargeting stands first among the flat passes: they and the planner see the device that is
-    asked for."""
-    return Pipeline(*pipeline.stage("graph"), Retarget(), *pipeline.stage("flat"))
+def retargeted(pipeline: Pipeline) -> Pipeline:
+    """The passes for a double on the CPU: dropout takes it for a GPU, and retargeting stands first
+    among the flat passes, so that they and the planner see the device that is asked for."""
+    graph = (_DROPOUT if each is dropout else each for each in pipeline.stage("graph"))
+    return Pipeline(*graph, Retarget(), *pipeline.stage("flat"))
 
 
 def _unplanned_engine(plan: Plan, gm: GraphModule) -> Callable[[list[Any]], Any]:

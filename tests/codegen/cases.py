@@ -171,6 +171,7 @@ CASES: dict[str, Case] = {
             "cos",
             "erf",
             "sigmoid",
+            "tanh",
             "floor",
             "ceil",
             "neg",
@@ -179,7 +180,14 @@ CASES: dict[str, Case] = {
     },
     **{
         f"{fn} of special values": unary(fn, F32, getattr(torch, fn), SPECIAL, libdevice=True)
-        for fn in ("tanh", "expm1", "log1p", "trunc", "round")
+        for fn in ("expm1", "log1p", "trunc", "round")
+    },
+    "normal_cdf of special values": unary("normal_cdf", F32, torch.special.ndtr, SPECIAL),
+    "normal_cdf": unary("normal_cdf", F32, torch.special.ndtr, torch.linspace(-6, 6, 97)),
+    "tanh": unary("tanh", F32, torch.tanh, torch.linspace(-2, 2, 97)),
+    **{
+        f"{fn} float64": unary(fn, F64, reference, SPECIAL.double(), libdevice=True)
+        for fn, reference in (("tanh", torch.tanh), ("normal_cdf", torch.special.ndtr))
     },
     **{
         f"{fn} float64": unary(fn, F64, getattr(torch, fn), SPECIAL.double())
@@ -191,7 +199,7 @@ CASES: dict[str, Case] = {
             F32,
             getattr(torch, fn),
             torch.tensor([1e-30, -1e-7, 3e-4, -0.01, 0.2]),
-            libdevice=True,
+            libdevice=fn != "tanh",
         )
         for fn in ("tanh", "expm1", "log1p")
     },

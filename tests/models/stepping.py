@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,9 +31,23 @@ def adamw_steps(dtype: torch.dtype, size: Size, device: str, compile_fn: Compile
         optimizer.zero_grad()
         # not of the squares, whose mean is one after a norm, whatever the weights
         call(x).exp().mean().backward()
-        update()
+        with _steps_counted_in(dtype):
+            update()
     values = {name: p.detach() for name, p in module.named_parameters()}
     for name, parameter in module.named_parameters():
         state = optimizer.state[parameter]
         values |= {f"{key} {name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
     return Results(values, {})
+
+
+@contextmanager
+def _steps_counted_in(dtype: torch.dtype) -> Iterator[None]:
+    """An optimizer counts in the default dtype. In float32 a reference would round 1 - beta**step
+    as eager does, and eager's error there would not be seen.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -195,3 +195,13 @@ def test_the_double_shares_what_the_original_shares():
     assert not twin[0].bias.requires_grad
     assert twin[0].weight.requires_grad
     assert twin is not model
+
+
+def test_a_dropout_is_planned_as_on_the_device_asked_for() -> None:
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x.exp(), 0.1, True)
+
+    report = ioc.explain(dropped, torch.randn(64, 256), compile_kernels=False)
+    assert [rewrite.pattern for rewrite in report.rewrites] == ["dropout"]
+    assert sum(kernel.generated for kernel in report.kernels) == 1
+    assert "native_dropout" not in str(report)

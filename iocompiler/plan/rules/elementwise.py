@@ -48,6 +48,7 @@ _UNARY = (
 ELEMENTWISE: dict[Any, Rule] = {
     **{getattr(aten, name).default: arithmetic(name, 1) for name in _UNARY},
     aten.abs.default: arithmetic("abs", 1),
+    aten.special_ndtr.default: arithmetic("normal_cdf", 1),
     **{
         getattr(aten, name).default: float_only(name)
         for name in ("floor", "ceil", "trunc", "round")

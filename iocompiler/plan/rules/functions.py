@@ -59,19 +59,18 @@ def silu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def gelu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """x * Phi(x) by the error function, or as tanh approximates it (Hendrycks and Gimpel, 2016)."""
+    """x * Phi(x), or as tanh approximates it (Hendrycks and Gimpel, 2016)."""
     build, dtype = low.builder, result_dtype(node)
     x = low.operand(node.args[0], node, index, mask, dtype)
-    half, one = build.const(0.5, dtype), build.const(1.0, dtype)
     if keyword(node, 1, "approximate", "none") == "tanh":
+        half, one = build.const(0.5, dtype), build.const(1.0, dtype)
         cube = build.map("mul", build.map("mul", x, x), x)
         inner = build.map("add", x, build.map("mul", cube, build.const(0.044715, dtype)))
         bend = build.map(
             "tanh", build.map("mul", inner, build.const(math.sqrt(2 / math.pi), dtype))
         )
-    else:
-        bend = build.map("erf", build.map("mul", x, build.const(math.sqrt(0.5), dtype)))
-    return build.map("mul", build.map("mul", x, half), build.map("add", bend, one))
+        return build.map("mul", build.map("mul", x, half), build.map("add", bend, one))
+    return build.map("mul", x, build.map("normal_cdf", x))
 
 
 def fma(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
