@@ -201,7 +201,7 @@ def test_a_dropout_is_planned_as_on_the_device_asked_for() -> None:
     def dropped(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(x.exp(), 0.1, True)
 
-    report = ioc.explain(dropped, torch.randn(64, 256), compile_kernels=False)
+    report = explain(dropped, torch.randn(64, 256), compile_kernels=False)
     assert [rewrite.pattern for rewrite in report.rewrites] == ["dropout"]
     assert sum(kernel.generated for kernel in report.kernels) == 1
     assert "native_dropout" not in str(report)
