@@ -9,6 +9,11 @@ from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.row_tile import fold_tile, name_parallel, name_reduced, tile
 from iocompiler.tile.program import Op
 
+_LANES = 32
+_MOST_REGISTERS = 255
+_REGISTERS_OF_AN_SM = 1 << 16
+_ROWS_HELD = 4
+
 
 def write_rows(writer: KernelWriter) -> None:
     """Each program walks its share of the rows; column sums stay in registers until it ends."""
@@ -28,8 +33,10 @@ def write_rows(writer: KernelWriter) -> None:
         not (program.varies[i] & by_row) and not _after(program.ops, i, columns)
         for i in range(len(program.ops))
     ]
+    held = _has_registers_to_spare(writer)
     for position, op in enumerate(program.ops):
-        if fixed[position] and op.kind not in ("store", "reduce"):
+        settled = fixed[position] and (held or not program.varies[position])
+        if settled and op.kind not in ("store", "reduce"):
             writer.write(position)
     total = expressions.size(writer.points(program.parallel))
     step = writer.schedule.programs * block
@@ -47,6 +54,16 @@ def write_rows(writer: KernelWriter) -> None:
     writer.depth -= 1
     for position in sorted(partial):
         _store_partial(writer, position)
+
+
+def _has_registers_to_spare(writer: KernelWriter) -> bool:
+    """Whether a program can keep what is the same for every row (weights) beside its sums, the row
+    and the row's gradient; else each row reads it again, from L2.
+    """
+    schedule = writer.schedule
+    each = schedule.x_block * schedule.r_block / (_LANES * schedule.num_warps)
+    most = min(_MOST_REGISTERS, _REGISTERS_OF_AN_SM // (_LANES * schedule.num_warps))
+    return _ROWS_HELD * each < most
 
 
 def _after(ops: tuple[Op, ...], position: int, columns: list[int]) -> bool:
