@@ -83,7 +83,7 @@ class _Loss(torch.autograd.Function):
         return _reduced(losses, target, setting[0], ctx.reduction)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[:3]
         if ctx.reduction == "none":
             inputs = ctx.saved_tensors

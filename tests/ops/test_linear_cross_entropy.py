@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,9 +19,8 @@ VOCABULARY, WIDTH = 300, 24
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", 1)  # the least: 128 rows
-    yield
 
 
 def inputs(rows: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:

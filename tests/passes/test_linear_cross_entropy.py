@@ -1,4 +1,4 @@
-"""Linear + cross-entropy, however it is written: taken where it is one, declined where it is not."""
+"""Linear + cross-entropy: taken however it is written, declined where it is something else."""
 
 from __future__ import annotations
 
@@ -135,10 +135,9 @@ def softmax_of_rows(x, w, b, y):
 
 
 def written_between(x, w, b, y):
-    h = x * 1
-    logits = F.linear(h, w)
-    h.mul_(2)
-    return F.cross_entropy(logits.view(-1, V), y.view(-1)) + h.sum()
+    logits = F.linear(x, w)
+    x.mul_(2)
+    return F.cross_entropy(logits.view(-1, V), y.view(-1))
 
 
 def rounded(x, w, b, y):
@@ -148,7 +147,7 @@ def rounded(x, w, b, y):
 def under_no_grad(x, w, b, y):
     with torch.no_grad():
         logits = F.linear(x, w)
-    return F.cross_entropy(logits.view(-1, V) , y.view(-1)) + x.sum() + w.sum()
+    return F.cross_entropy(logits.view(-1, V), y.view(-1)) + x.sum() + w.sum()
 
 
 DECLINED = [
@@ -201,7 +200,8 @@ def test_is_declined_with_its_reason(f: Model, reason: str) -> None:
     given = inputs()
     run, records = compiled(f, PIPELINE)
     for mine, theirs in zip(results(run, given), results(f, given), strict=True):
-        torch.testing.assert_close(mine, theirs)
+        atol = 5e-2 if f is rounded else 1e-5
+        torch.testing.assert_close(mine, theirs, atol=atol, rtol=1e-5)
     (record,) = records
     assert not record.rewrites
     assert [m.pattern for m in record.misses] == ["linear_cross_entropy"]
@@ -211,10 +211,12 @@ def test_is_declined_with_its_reason(f: Model, reason: str) -> None:
 
 def test_what_is_written_between_is_read_before() -> None:
     torch._dynamo.reset()
-    given = inputs()
-    run, _ = compiled(written_between, PIPELINE)
-    for mine, theirs in zip(results(run, given), results(written_between, given), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    given, again = inputs(), inputs()
+    run, records = compiled(written_between, PIPELINE)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*given), written_between(*again))
+    assert not records[0].rewrites
+    assert "writes in between" in records[0].misses[0].reason
 
 
 def test_a_loss_of_no_linear_is_no_miss() -> None:
@@ -238,7 +240,7 @@ def test_another_length_does_not_recompile() -> None:
     x, w, b, y = inputs()
     run, records = compiled(shifted, PIPELINE, dynamic=True)
     for length in (9, 5, 3):
-        part = (x[:, :length].detach(), w, b, y[:, :length].contiguous())
+        part = (x[:, :length].detach().clone(), w, b, y[:, :length].clone())
         torch.testing.assert_close(run(*part), shifted(*part))
     assert len(records) == 1
 

@@ -1,4 +1,4 @@
-"""A linear head and its cross-entropy as one `iocompiler::linear_cross_entropy`, logits in chunks."""
+"""A linear head and its cross-entropy as one operator that works in chunks."""
 
 from iocompiler.passes.linear_cross_entropy.rewrite import linear_cross_entropy, replace_losses
 

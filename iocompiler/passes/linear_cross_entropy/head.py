@@ -1,4 +1,4 @@
-"""From logits back to the linear that computes them, through views, casts, a scale and a soft-cap."""
+"""From logits back to the linear that computes them, through views, casts, scale, soft-cap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from iocompiler.passes.linear_cross_entropy.description import Declined, Head
 
 aten = torch.ops.aten
 _COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default)
-MOVES = (aten.reshape.default, aten.slice.Tensor, aten.select.int)
+_RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+MOVES = (*_RESHAPES, aten.slice.Tensor, aten.select.int)
 _NEAR = 4  # this far behind an operator that is not understood, a linear makes it a near miss
 
 
@@ -48,7 +49,7 @@ def read(node: Node, dim: int) -> Head | None:
         elif node.target is aten.tanh.default and not capped:
             capped = True
         elif node.target not in _COPIES:
-            if _linear_near(node):
+            if linear_near(node):
                 raise Declined(f"{node.target} between the head and the loss")
             return None
         path.append(node)
@@ -70,7 +71,8 @@ def _linear(node: Node) -> Head | None:
         x, weight, *rest = node.args
         return _head(node, x, weight, rest[0] if rest else None, False)
     if node.target in (aten.mm.default, aten.matmul.default):
-        return _head(node, *node.args, None, True)
+        left, right = node.args
+        return _head(node, left, right, None, True)
     if node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
         return _head(node, x, weight, bias, True)
@@ -95,11 +97,12 @@ def _head(node: Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Head 
     return Head(node, x, weight, bias, transposed)
 
 
-def _linear_near(node: Node, far: int = _NEAR) -> bool:
+def linear_near(node: Node, far: int = _NEAR) -> bool:
+    """Whether a linear is at most ``far`` calls behind."""
     if _linear(node) is not None:
         return True
     reads = node.all_input_nodes if node.op == "call_function" and far else []
-    return any(_linear_near(each, far - 1) for each in reads)
+    return any(linear_near(each, far - 1) for each in reads)
 
 
 def _factor(node: Node) -> float | None:
@@ -132,7 +135,7 @@ def _check_move(node: Node, dim: int) -> None:
     if dim != new.dim() - 1 or not _same(old.shape[-1], new.shape[-1]):
         raise Declined(f"{node.target} splits or cuts the classes")
     arguments: Any = node.args
-    if node.target is not aten.reshape.default:
+    if node.target not in _RESHAPES:
         which = arguments[1] if len(arguments) > 1 else 0
         if which % old.dim() == old.dim() - 1:
             raise Declined(f"{node.target} splits or cuts the classes")

@@ -60,7 +60,7 @@ def _recognised(gm: GraphModule, node: Node, least_bytes: int) -> tuple[Loss, He
         loss = losses.read(node)
     except Declined:
         logits = node.args[0]
-        if isinstance(logits, Node) and heads._linear_near(logits):
+        if isinstance(logits, Node) and heads.linear_near(logits):
             raise
         return None
     head = heads.read(loss.logits, loss.dim) if loss is not None else None
@@ -168,7 +168,7 @@ def _rows(gm: GraphModule, loss: Loss, head: Head) -> Node:
 
 def _width(gm: GraphModule, x: Node, near: Node) -> Any:
     """The size of the last dim: a number, or a node where it is symbolic."""
-    size = view.tensors(x)[0].shape[-1]
+    size: Any = view.tensors(x)[0].shape[-1]
     if isinstance(size, int):
         return size
     return edit.call(gm, aten.sym_size.int, (x, -1), {}, near=near)
