@@ -17,6 +17,7 @@ from iocompiler.graph.normalise import normalise
 from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
 from iocompiler.passes.foreach import foreach
+from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 
 
 class Pass(Protocol):
@@ -171,6 +172,7 @@ def _complete(gm: GraphModule, name: str) -> None:
 DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
     attention,  # while its dropout and its masks still stand as they were written
+    linear_cross_entropy,  # a head and its loss, while both stand whole
     dropout,  # what attention did not take: masks made again from seeds instead of being stored
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
 )

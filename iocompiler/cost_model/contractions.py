@@ -91,6 +91,34 @@ def linear(call: Call) -> Cost:
     return _contracted(call, (data, weight), 1, rows, n, k)
 
 
+def linear_losses(call: Call) -> Cost:
+    """input [t, k], weight [n, k]: a head's losses, its logits written and read in chunks."""
+    return _head(call, 1, 2)
+
+
+def linear_loss_gradients(call: Call) -> Cost:
+    """The logits, then a product for each gradient; the gradients overwrite the logits and are read
+    by each product."""
+    products = sum(call.argument(name, True) is True for name in ("x_grad", "weight_grad"))
+    return _head(call, 1 + products, 3 + products)
+
+
+def _head(call: Call, products: int, passes: int) -> Cost:
+    data, weight = call.args[0], call.args[1]
+    rows, k = data.spec.shape
+    n = weight.spec.shape[0]
+    one = Contraction(1, rows, n, k, data.spec.dtype)
+    moved = _moved(call, (one,) * products)
+    logits = rows * n * data.spec.dtype.itemsize
+    return Cost(
+        moved.read_bytes + (passes - passes // 2) * logits,
+        moved.written_bytes + passes // 2 * logits,
+        moved.flops + 5 * rows * n,
+        rows * n,
+        moved.contractions,
+    )
+
+
 def matmul(call: Call) -> Cost:
     """Any ranks: a shared right operand makes one tall product of the batch."""
     left, right = call.args[0], call.args[1]

@@ -164,6 +164,8 @@ ROWS: tuple[Row, ...] = (
     Row("mv dot addmv", contractions.matrix_vector),
     Row("linear", contractions.linear),
     Row("matmul", contractions.matmul),
+    Row("iocompiler.linear_cross_entropy_losses", contractions.linear_losses),
+    Row("iocompiler.linear_cross_entropy_gradients", contractions.linear_loss_gradients),
     Row("convolution conv1d conv2d conv3d", contractions.convolution),
     Row("convolution_backward", contractions.convolution_backward),
     Row(

@@ -38,6 +38,10 @@ _LIBRARY = {
     **dict.fromkeys(
         ("attention_forward", "attention_backward"), "attention: cuDNN, flash or efficient"
     ),
+    **dict.fromkeys(
+        ("linear_cross_entropy_losses", "linear_cross_entropy_gradients"),
+        "linear + cross-entropy in chunks: cuBLAS and a row kernel",
+    ),
 }
 
 # Beyond this many operations a shared value is stored, not recomputed by each of its readers.

@@ -387,3 +387,18 @@ def test_arguments_are_found_by_their_schema_name():
     assert attention_call(False, scale=0.5).argument("scale") == 0.5
     assert c.argument("enable_gqa") is False
     assert c.argument("no_such", "default") == "default"
+
+
+@pytest.mark.parametrize("products", [1, 2, 3])
+def test_a_head_with_its_loss_counts_its_products(products):
+    pytest.importorskip("iocompiler.ops.linear_cross_entropy")
+    x, weight, target = spec(64, 32), spec(100, 32), spec(64)
+    setting = (-100, 0.0, 1.0, 1.0, False)
+    if products == 1:
+        name, args = "losses", (x, weight, None, target, *setting)
+    else:
+        masks = (True, products == 3, False)
+        name, args = "gradients", (x, weight, None, target, None, *setting, *masks)
+    c = price(call(f"iocompiler.linear_cross_entropy_{name}.default", *args, out=spec(64)))
+    assert len(c.contractions) == products
+    assert sum(each.flops for each in c.contractions) == products * 2 * 64 * 32 * 100

@@ -1,0 +1,208 @@
+"""Linear + cross-entropy in chunks: losses and gradients against float64, and no whole logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iocompiler.ops import linear_cross_entropy as operators
+from iocompiler.ops import linear_cross_entropy_chunks as chunks
+from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from tests.accuracy import relative_error
+
+VOCABULARY, WIDTH = 300, 24
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "SCRATCH_BYTES", 1)  # the least: 128 rows
+
+
+def inputs(rows: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    x = torch.randn(rows, WIDTH).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCABULARY, WIDTH) / 4).to(dtype).requires_grad_()
+    target = torch.randint(0, VOCABULARY, (rows,))
+    target[::5] = -100
+    b = torch.randn(VOCABULARY).to(dtype).requires_grad_() if bias else None
+    return x, weight, b, target
+
+
+def ours(given: tuple[Any, ...], reduction: str, smoothing: float, capped: bool) -> Tensor:
+    outer, inner = (3.0, 0.4) if capped else (0.7, 1.0)
+    loss: Tensor = LINEAR_CROSS_ENTROPY(*given, -100, smoothing, outer, inner, capped, reduction)
+    return loss
+
+
+def eager(given: tuple[Any, ...], reduction: str, smoothing: float, capped: bool) -> Tensor:
+    x, weight, bias, target = given
+    z = F.linear(x, weight, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = 3.0 * torch.tanh(0.4 * z) if capped else 0.7 * z
+    return F.cross_entropy(z, target, reduction=reduction, label_smoothing=smoothing)
+
+
+def results(function: Any, given: tuple[Any, ...], *rest: Any) -> list[Tensor]:
+    loss = function(given, *rest)
+    cotangent = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    leaves = [t for t in given[:3] if t is not None]
+    return [loss, *torch.autograd.grad(loss, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("smoothing", "capped"), [(0.0, False), (0.1, False), (0.2, True)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_as_accurate_as_eager(
+    dtype: torch.dtype, reduction: str, smoothing: float, capped: bool, bias: bool
+) -> None:
+    given = inputs(1000, dtype, bias)
+    wide = tuple(
+        t.detach().double().requires_grad_() if t is not None and t.is_floating_point() else t
+        for t in given
+    )
+    rest = (reduction, smoothing, capped)
+    rows = zip(
+        results(ours, given, *rest),
+        results(eager, given, *rest),
+        results(eager, wide, *rest),
+        strict=True,
+    )
+    for place, (mine, theirs, exact) in enumerate(rows):
+        factor, least = (3, 0.0) if place else (2, torch.finfo(dtype).eps / 2)
+        allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(mine, exact) <= allowed, place
+        assert mine.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rows_that_are_all_ignored_and_no_rows_are_as_eager(reduction: str) -> None:
+    x, weight, bias, target = inputs(7, torch.float32)
+    nothing = x[:0].detach().requires_grad_()
+    for case in (
+        (x, weight, bias, torch.full_like(target, -100)),
+        (nothing, weight, bias, target[:0]),
+    ):
+        pairs = zip(
+            results(ours, case, reduction, 0.0, False),
+            results(eager, case, reduction, 0.0, False),
+            strict=True,
+        )
+        for mine, theirs in pairs:
+            torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_only_what_is_needed_is_computed(wanted: tuple[bool, bool]) -> None:
+    x, weight, _, target = inputs(200, torch.float32, bias=False)
+    x, weight = x.detach().requires_grad_(wanted[0]), weight.detach().requires_grad_(wanted[1])
+    with _Largest() as seen:
+        ours((x, weight, None, target), "mean", 0.0, False).backward()
+    assert (x.grad is not None, weight.grad is not None) == wanted
+    assert seen.products == 2 * 2  # two chunks: the logits and one gradient
+
+
+def test_no_gradient_is_computed_where_none_is_needed() -> None:
+    given = inputs(200, torch.float32)
+    with torch.no_grad(), _Largest() as seen:
+        ours(given, "mean", 0.0, False)
+    assert seen.products == 2
+
+
+_INSIDE = {operators.LOSSES: operators._losses, operators.GRADIENTS: operators._gradients}
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operator makes, and the matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = self.products = 0
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inner = _INSIDE.get(f)
+        if inner is not None:
+            with self:  # what the operator itself calls
+                return inner(*args, **(kwargs or {}))
+        out = f(*args, **(kwargs or {}))
+        self.products += f.__name__.startswith(("mm", "addmm"))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.numel())
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_logits_are_never_whole(reduction: str) -> None:
+    given = inputs(2000, torch.float32)
+    with _Largest() as seen:
+        ours(given, reduction, 0.1, True).sum().backward()
+    assert seen.elements < 2000 * VOCABULARY / 5
+
+
+def test_infinite_and_missing_logits_are_as_eager() -> None:
+    x, weight, bias, target = inputs(6, torch.float32)
+    with torch.no_grad():
+        bias[3], target[1], target[2] = -torch.inf, 3, 4
+        x[4, 0] = torch.nan
+    given = (x, weight, bias, target)
+    for mine, theirs in zip(
+        results(ours, given, "none", 0.0, False),
+        results(eager, given, "none", 0.0, False),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_a_target_out_of_range_is_an_error() -> None:
+    x, weight, bias, target = inputs(6, torch.float32)
+    target[1] = VOCABULARY
+    with pytest.raises((RuntimeError, IndexError)):
+        ours((x, weight, bias, target), "mean", 0.0, False)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 127, 1000, 8192])
+def test_chunks_are_even_and_fit(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "SCRATCH_BYTES", 1 << 28)
+    chunk = chunks.chunk_rows(rows, 128256, 2)
+    assert chunk <= rows
+    assert chunk * 128256 * 2 <= 1 << 28
+    assert rows < 8192 or chunk == 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [1000, 50257, 30522])
+@pytest.mark.parametrize(("smoothing", "capped"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_on_the_gpu(
+    dtype: torch.dtype,
+    vocabulary: int,
+    smoothing: float,
+    capped: bool,
+    reduction: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunks, "SCRATCH_BYTES", 256 * vocabulary * dtype.itemsize)
+    torch.manual_seed(0)
+    leaves = [torch.randn(n, 64, device="cuda") / 2 for n in (1000, vocabulary)]
+    x, weight = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+    target = torch.randint(0, vocabulary, (1000,), device="cuda")
+    target[::5] = -100
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    rest = (reduction, smoothing, capped)
+
+    def run(function: Any, pair: Any) -> list[Tensor]:
+        loss = function((*pair, None, target), *rest)
+        return [loss, *torch.autograd.grad(loss.sum(), list(pair))]
+
+    rows = zip(run(ours, (x, weight)), run(eager, (x, weight)), run(eager, wide), strict=True)
+    for place, (mine, theirs, exact) in enumerate(rows):
+        factor, least = (3, 0.0) if place else (2, torch.finfo(dtype).eps / 2)
+        allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(mine, exact) <= allowed, place

@@ -1,0 +1,285 @@
+"""Linear + cross-entropy: taken however it is written, declined where it is something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import iocompiler as ioc
+from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from iocompiler.passes.linear_cross_entropy import linear_cross_entropy, replace_losses
+from tests.accuracy import relative_error
+from tests.compiling import compiled
+
+B, S, D, V = 2, 9, 8, 50
+
+
+@ioc.graph_pass
+def small(gm: GraphModule) -> int:
+    """The pass without its threshold."""
+    return replace_losses(gm, 0)
+
+
+PIPELINE = ioc.DEFAULT.before("linear_cross_entropy", small).without("linear_cross_entropy")
+Model = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
+
+
+def plain(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1))
+
+
+def with_bias(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w, b).flatten(0, 1).float(), y.flatten())
+
+
+def matmul(x, w, b, y):
+    return F.cross_entropy((x @ w.t() + b).reshape(-1, V), y.reshape(-1), reduction="sum") / 7
+
+
+def mm(x, w, b, y):
+    return F.cross_entropy(torch.mm(x.view(-1, D), w.T), y.view(-1), label_smoothing=0.1)
+
+
+def addmm(x, w, b, y):
+    return F.cross_entropy(torch.addmm(b, x.view(-1, D), w.T), y.view(-1), ignore_index=3)
+
+
+def shifted(x, w, b, y):
+    logits = F.linear(x, w).float()
+    return F.cross_entropy(logits[..., :-1, :].reshape(-1, V), y[..., 1:].reshape(-1))
+
+
+def shifted_contiguous(x, w, b, y):
+    logits = F.linear(x, w)[:, :-1].contiguous()
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), y[:, 1:].contiguous().view(-1))
+
+
+def padded_labels(x, w, b, y):
+    logits, labels = F.linear(x, w).float(), F.pad(y, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1))
+
+
+def classes_second(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w).transpose(1, 2), y)
+
+
+def permuted(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w).permute(0, 2, 1), y, reduction="none").square().sum()
+
+
+def soft_cap(x, w, b, y):
+    logits = torch.tanh(F.linear(x, w) / 3.0) * 3.0
+    return F.cross_entropy(logits.view(-1, V), y.view(-1))
+
+
+def scaled(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w, b).view(-1, V) * 0.7 / 1.3, y.view(-1))
+
+
+def log_softmax(x, w, b, y):
+    return F.nll_loss(F.log_softmax(F.linear(x, w).view(-1, V), dim=-1), y.view(-1))
+
+
+def one_row_each(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w)[:, -1], y[:, -1])
+
+
+TAKEN = [
+    plain, with_bias, matmul, mm, addmm, shifted, shifted_contiguous, padded_labels, classes_second,
+    permuted, soft_cap, scaled, log_softmax, one_row_each,
+]  # fmt: skip
+
+
+def returned(x, w, b, y):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits
+
+
+def used_twice(x, w, b, y):
+    logits = F.linear(x, w).view(-1, V)
+    return F.cross_entropy(logits, y.view(-1)) + logits.square().mean()
+
+
+def weighted(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), weight=b.detach().abs())
+
+
+def probabilities(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w).view(-1, V), F.one_hot(y, V).to(x.dtype).view(-1, V))
+
+
+def dropped(x, w, b, y):
+    return F.cross_entropy(F.relu(F.linear(x, w)).view(-1, V), y.view(-1))
+
+
+def cut_classes(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w)[..., :-1].reshape(-1, V - 1), y.view(-1) % (V - 1))
+
+
+def over_rows(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w), y[:, :1].expand(B, V) % S)
+
+
+def split_classes(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w).view(-1, V // 2), y.repeat_interleave(2) % (V // 2))
+
+
+def softmax_of_rows(x, w, b, y):
+    return F.nll_loss(F.log_softmax(F.linear(x, w).view(-1, V), dim=0), y.view(-1))
+
+
+def written_between(x, w, b, y):
+    logits = F.linear(x, w)
+    x.mul_(2)
+    return F.cross_entropy(logits.view(-1, V), y.view(-1))
+
+
+def rounded(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w).to(torch.bfloat16).view(-1, V), y.view(-1))
+
+
+def under_no_grad(x, w, b, y):
+    with torch.no_grad():
+        logits = F.linear(x, w)
+    return F.cross_entropy(logits.view(-1, V), y.view(-1)) + x.sum() + w.sum()
+
+
+DECLINED = [
+    (returned, "returned elsewhere"), (used_twice, "used elsewhere"), (weighted, "weights"),
+    (probabilities, "class numbers"), (dropped, "relu"), (cut_classes, "splits or cuts"),
+    (over_rows, "columns"), (split_classes, "splits or cuts"), (softmax_of_rows, "another dim"),
+    (rounded, "rounded"), (under_no_grad, "grad mode"),
+]  # fmt: skip
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, w, b = torch.randn(B, S, D), torch.randn(V, D), torch.randn(V)
+    y = torch.randint(0, V, (B, S))
+    y[0, 3] = y[1, 5] = 3
+    return *(t.to(dtype).requires_grad_() for t in (x, w, b)), y  # type: ignore[return-value]
+
+
+def results(f: Model, given: tuple[Tensor, ...]) -> list[Tensor | None]:
+    loss = f(*given)  # type: ignore[call-arg]
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    return [loss, *torch.autograd.grad(loss, given[:3], allow_unused=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("f", TAKEN, ids=lambda f: f.__name__)
+def test_is_taken_and_as_accurate_as_eager(f: Model, dynamic: bool, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    given = inputs(dtype)
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in given]
+    run, records = compiled(f, PIPELINE, dynamic=dynamic)
+    rows = zip(results(run, given), results(f, given), results(f, tuple(wide)), strict=True)
+    for place, (mine, theirs, exact) in enumerate(rows):
+        assert (mine is None) == (theirs is None)
+        if mine is None or theirs is None or exact is None:
+            continue
+        assert mine.dtype == theirs.dtype
+        least = torch.finfo(dtype).eps / 2
+        allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(mine, exact) <= allowed, place
+    (record,) = records
+    assert [r.pattern for r in record.rewrites] == ["linear_cross_entropy"]
+    assert record.rewrites[0].where.startswith("test_linear_cross_entropy.py:")
+
+
+@pytest.mark.parametrize(("f", "reason"), DECLINED, ids=lambda f: getattr(f, "__name__", ""))
+def test_is_declined_with_its_reason(f: Model, reason: str) -> None:
+    torch._dynamo.reset()
+    given = inputs()
+    run, records = compiled(f, PIPELINE)
+    for mine, theirs in zip(results(run, given), results(f, given), strict=True):
+        atol = 5e-2 if f is rounded else 1e-5
+        torch.testing.assert_close(mine, theirs, atol=atol, rtol=1e-5)
+    (record,) = records
+    assert not record.rewrites
+    assert [m.pattern for m in record.misses] == ["linear_cross_entropy"]
+    assert reason in record.misses[0].reason
+    assert record.misses[0].where.startswith("test_linear_cross_entropy.py:")
+
+
+def test_what_is_written_between_is_read_before() -> None:
+    torch._dynamo.reset()
+    given, again = inputs(), inputs()
+    run, records = compiled(written_between, PIPELINE)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*given), written_between(*again))
+    assert not records[0].rewrites
+    assert "writes in between" in records[0].misses[0].reason
+
+
+def test_a_loss_of_no_linear_is_no_miss() -> None:
+    torch._dynamo.reset()
+    run, records = compiled(lambda x, y: F.cross_entropy(x, y), PIPELINE)
+    run(torch.randn(5, 7, requires_grad=True), torch.randint(0, 7, (5,)))
+    assert not records[0].rewrites
+    assert not records[0].misses
+
+
+def test_small_logits_stay_as_they_are_and_the_inequality_says_why() -> None:
+    torch._dynamo.reset()
+    run, records = compiled(plain, ioc.DEFAULT)
+    run(*inputs())
+    assert not records[0].rewrites
+    assert f"{B * S * V * 4} bytes < {32 << 20}" in records[0].misses[0].reason
+
+
+def test_another_length_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    x, w, b, y = inputs()
+    run, records = compiled(shifted, PIPELINE, dynamic=True)
+    for length in (9, 5, 3):
+        part = (x[:, :length].detach().clone(), w, b, y[:, :length].clone())
+        torch.testing.assert_close(run(*part), shifted(*part))
+    assert len(records) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_under_autocast_and_without_gradients(device: str) -> None:
+    torch._dynamo.reset()
+    given = inputs()
+    run, records = compiled(plain, PIPELINE)
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(run(*given), plain(*given), rtol=1e-2, atol=1e-2)
+    assert records[0].rewrites
+    calls = [n.target for g in records[0].flat.values() for n in g.graph.nodes]
+    assert torch.ops.iocompiler.linear_cross_entropy_gradients.default not in calls
+
+
+class Tied(nn.Module):
+    """A head that shares the embedding's weight, its loss alone returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.embedding(tokens))
+        logits = x @ self.embedding.weight.t()
+        return F.cross_entropy(logits[:, :-1].reshape(-1, V), tokens[:, 1:].reshape(-1))
+
+
+def test_a_tied_weight_gets_both_gradients() -> None:
+    torch._dynamo.reset()
+    model, tokens = Tied(), torch.randint(0, V, (B, S))
+    run, records = compiled(model, PIPELINE)
+    (mine,) = torch.autograd.grad(run(tokens), list(model.parameters()))
+    (theirs,) = torch.autograd.grad(model(tokens), list(model.parameters()))
+    torch.testing.assert_close(mine, theirs)
+    assert len(records[0].rewrites) == 1
+
+
+def test_the_pass_stands_in_the_pipeline() -> None:
+    assert linear_cross_entropy.name in ioc.DEFAULT.names
+    assert LINEAR_CROSS_ENTROPY is torch.ops.iocompiler.linear_cross_entropy.default
