@@ -1,0 +1,216 @@
+"""Launching the attention templates with a score program: its functions written and imported once,
+its tables of blocks made or found again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iocompiler.codegen.score_functions import module_text
+from iocompiler.cost_model.attention_tiles import Row, Tile, row
+from iocompiler.runtime.load import module_file
+from iocompiler.tile.score import ScoreProgram
+from iocompiler.tile.score_blocks import Grid, Table, table
+
+_NO_GPU = (9, 0)  # the interpreter: any row will do
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An attention of the templates.
+
+    Attributes:
+        query: [B, H, S, D]; key [B, G, K, D] and value [B, G, K, E] with G a divisor of H; any
+            strides.
+        operands: what the program loads.
+        numbers: its run-time integers.
+        tiles: instead of those of the cost model's table.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    program: ScoreProgram
+    operands: tuple[Tensor, ...] = ()
+    numbers: tuple[int, ...] = ()
+    tiles: Row | None = field(default=None, compare=False)
+
+    @functools.cached_property
+    def functions(self) -> ModuleType:
+        return functions(self.program, tuple(x.dim() for x in self.operands))
+
+    @functools.cached_property
+    def row(self) -> Row:
+        if self.tiles is not None:
+            return self.tiles
+        device = self.query.device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
+        width = max(self.query.shape[3], self.value.shape[3])
+        return row(capability, self.query.element_size(), width)
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[1] // self.key.shape[1]
+
+    def table(self, tile: Tile, *, transposed: bool = False) -> Table:
+        batch, heads, rows, _ = self.query.shape
+        grid = Grid(batch, heads, rows, self.key.shape[2], tile.m, tile.n)
+        if self.program.loads(self.program.keep):
+            return table(self.program, grid, self.operands, self.numbers, transposed=transposed)
+        return _known_table(self.program, grid, self.numbers, transposed, self.query.device)
+
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """The arguments all templates have."""
+        return {
+            "operands": self.operands,
+            "strides": tuple(s for x in self.operands for s in x.stride()),
+            "numbers": self.numbers,
+            "score": self.functions.new_score,
+            "keep": self.functions.keep,
+            "GROUP": self.group,
+            "D": self.query.shape[3],
+            "E": self.value.shape[3],
+            "BLOCK_D": _block(self.query.shape[3]),
+            "BLOCK_E": _block(self.value.shape[3]),
+            "PRECISION": _precision(self.query.dtype),
+        }
+
+
+@functools.lru_cache(maxsize=512)
+def functions(program: ScoreProgram, ranks: tuple[int, ...]) -> ModuleType:
+    """The module with the Triton functions of a program, imported from a real file."""
+    path = module_file(module_text(program, ranks), "score")
+    spec = importlib.util.spec_from_file_location("iocompiler_score", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.lru_cache(maxsize=256)
+def _known_table(
+    program: ScoreProgram,
+    grid: Grid,
+    numbers: tuple[int, ...],
+    transposed: bool,
+    device: torch.device,
+) -> Table:
+    """The table of a mask that reads no tensor: made on the host, once for each size."""
+    made = table(program, grid, (), numbers, transposed=transposed)
+    return Table(made.entries.to(device), made.ranges, made.room)
+
+
+def launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
+    """Run so many programs of a template."""
+    if programs:
+        kernel[(programs,)](*args, **kwargs)
+
+
+def forward(problem: Problem, out: Tensor) -> Tensor:
+    """Write the output [B, H, S, E] to ``out`` (any strides) and return the log2-sum-exp2 of the
+    rows, [B, H, S] float32, +inf where nothing counts.
+    """
+    from iocompiler.codegen.kernels.attention import attention_forward
+
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, rows, _ = query.shape
+    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    tile = problem.row.forward
+    found = problem.table(tile)
+    empty = problem.program.empty
+    mean = value.mean(2, keepdim=True) if empty == "uniform" else value
+    launch(
+        attention_forward, batch * heads * -(-rows // tile.m),
+        query, key, value, mean, out, lse,
+        query.stride(), key.stride(), value.stride(), mean.stride(), out.stride(),
+        table=found.entries, table_strides=found.strides,
+        heads=heads, rows=rows, columns=key.shape[2], room=found.room,
+        RANGES=found.ranges, EMPTY=empty, **_tile(tile), **problem.common,
+    )  # fmt: skip
+    return lse
+
+
+def backward(
+    problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, results: Sequence[Tensor]
+) -> None:
+    """Write the gradients of query, key and value to ``results``."""
+    from iocompiler.codegen.kernels.attention_backward import attention_dkv, attention_dq
+
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, rows, _ = query.shape
+    groups, columns = key.shape[1], key.shape[2]
+    dq, dk, dv = results
+    sums = delta(problem, grad, out)
+    inputs = (query, key, value, grad, lse, sums)
+    input_strides = (query.stride(), key.stride(), value.stride(), grad.stride())
+    slopes = {"slope": problem.functions.slope, "SCALE": problem.functions.SCALE}
+    tile = problem.row.dkv
+    found = problem.table(tile, transposed=True)
+    launch(
+        attention_dkv, batch * groups * -(-columns // tile.n),
+        *inputs, dk, dv, *input_strides, dk.stride(), dv.stride(),
+        table=found.entries, table_strides=found.strides,
+        groups=groups, rows=rows, columns=columns, room=found.room,
+        RANGES=found.ranges, **slopes, **_tile(tile), **problem.common,
+    )  # fmt: skip
+    tile = problem.row.dq
+    found = problem.table(tile)
+    launch(
+        attention_dq, batch * heads * -(-rows // tile.m),
+        *inputs, dq, *input_strides, dq.stride(),
+        table=found.entries, table_strides=found.strides,
+        heads=heads, rows=rows, columns=columns, room=found.room,
+        RANGES=found.ranges, **slopes, **_tile(tile), **problem.common,
+    )  # fmt: skip
+    if problem.program.empty == "uniform":
+        _add_uniform(dv, grad, lse)
+
+
+def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
+    """What flows to the values from rows that are their mean."""
+    through = (grad * (lse == float("inf")).unsqueeze(-1)).sum(2, dtype=torch.float32)
+    through = through.unflatten(1, (dv.shape[1], -1)).sum(2) / dv.shape[2]
+    dv += through.unsqueeze(2).to(dv.dtype)
+
+
+def delta(problem: Problem, grad: Tensor, out: Tensor) -> Tensor:
+    """The sums over the output's width of gradient times output, [B, H, S] float32."""
+    from iocompiler.codegen.kernels.attention_backward import attention_delta
+
+    batch, heads, rows, width = out.shape
+    sums = out.new_empty((batch, heads, rows), dtype=torch.float32)
+    block = 64
+    launch(
+        attention_delta, batch * heads * -(-rows // block),
+        out, grad, sums, out.stride(), grad.stride(), heads, rows,
+        E=width, BLOCK_E=_block(width), BLOCK_M=block,
+    )  # fmt: skip
+    return sums
+
+
+def _tile(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _block(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _precision(dtype: torch.dtype) -> str:
+    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
