@@ -17,7 +17,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """Tiles of the three kernels for heads up to ``width`` wide, elements up to ``bytes`` large, on
+    """Tiles of the kernels for heads up to ``width`` wide, elements up to ``bytes`` large, on
     devices of compute capability ``capability`` and newer.
     """
 
@@ -27,19 +27,22 @@ class Row:
     forward: Tile
     dq: Tile
     dkv: Tile
+    operand: Tile  # square: see `operand_diagonals`
 
 
-# the first row that fits is taken
+_SQUARE, _SMALL, _TINY = Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)
+# the first row that fits is taken: least capability, element size, head width, then the tiles of
+# forward, dq, dkv and operand gradients
 ROWS = (
-    Row((9, 0), 2, 64, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
-    Row((0, 0), 2, 64, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    Row((0, 0), 2, 128, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    Row((0, 0), 2, 256, Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    Row((0, 0), 4, 64, Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    Row((0, 0), 4, 128, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    Row((0, 0), 4, 256, Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    Row((9, 0), 2, 64, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), _SQUARE),
+    Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), _SQUARE),
+    Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), _SMALL),
+    Row((0, 0), 2, 64, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), _SQUARE),
+    Row((0, 0), 2, 128, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), _SQUARE),
+    Row((0, 0), 2, 256, Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), _SMALL),
+    Row((0, 0), 4, 64, Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), _SMALL),
+    Row((0, 0), 4, 128, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), _SMALL),
+    Row((0, 0), 4, 256, Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), _TINY),
 )
 
 

@@ -129,9 +129,7 @@ def _backward(
     kernel: str,
     layout: str,
 ) -> tuple[Tensor, ...]:
-    results = [
-        empty(x, x.shape, o) for x, o in zip((query, key, value), layout, strict=False)
-    ]
+    results = [empty(x, x.shape, o) for x, o in zip((query, key, value), layout, strict=False)]
     if not query.numel() or not key.numel():
         return tuple(x.zero_() for x in results)
     if kernel == "template":
@@ -178,8 +176,9 @@ def _operand(
         return torch.zeros_like(operands[which], memory_format=torch.contiguous_format)
     if kernel == "template":
         problem = _problem(query, key, value, operands, numbers, program)
-        found: Tensor = _templates().operand_gradient(problem, grad, out, logsumexp, which)
-        return found
+        from iocompiler.runtime.attention_operands import operand_gradient
+
+        return operand_gradient(problem, grad, out, logsumexp, which)
     run = Blockwise(query, key, value, _program(program), operands, numbers)
     return run.operand_gradient(grad, out, logsumexp, which)
 

@@ -86,9 +86,11 @@ class Problem:
 
 
 @functools.lru_cache(maxsize=512)
-def functions(program: ScoreProgram, ranks: tuple[int, ...]) -> ModuleType:
+def functions(
+    program: ScoreProgram, ranks: tuple[int, ...], gradients: tuple[int, ...] = ()
+) -> ModuleType:
     """The module with the Triton functions of a program, imported from a real file."""
-    path = module_file(module_text(program, ranks), "score")
+    path = module_file(module_text(program, ranks, gradients), "score")
     spec = importlib.util.spec_from_file_location("iocompiler_score", path)
     assert spec is not None
     assert spec.loader is not None
@@ -135,7 +137,7 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
         query.stride(), key.stride(), value.stride(), mean.stride(), out.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=key.shape[2], room=found.room,
-        RANGES=found.ranges, EMPTY=empty, **_tile(tile), **problem.common,
+        RANGES=found.ranges, EMPTY=empty, **tile_arguments(tile), **problem.common,
     )  # fmt: skip
     return lse
 
@@ -161,7 +163,7 @@ def backward(
         *inputs, dk, dv, *input_strides, dk.stride(), dv.stride(),
         table=found.entries, table_strides=found.strides,
         groups=groups, rows=rows, columns=columns, room=found.room,
-        RANGES=found.ranges, **slopes, **_tile(tile), **problem.common,
+        RANGES=found.ranges, **slopes, **tile_arguments(tile), **problem.common,
     )  # fmt: skip
     tile = problem.row.dq
     found = problem.table(tile)
@@ -170,7 +172,7 @@ def backward(
         *inputs, dq, *input_strides, dq.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=columns, room=found.room,
-        RANGES=found.ranges, **slopes, **_tile(tile), **problem.common,
+        RANGES=found.ranges, **slopes, **tile_arguments(tile), **problem.common,
     )  # fmt: skip
     if problem.program.empty == "uniform":
         _add_uniform(dv, grad, lse)
@@ -198,7 +200,8 @@ def delta(problem: Problem, grad: Tensor, out: Tensor) -> Tensor:
     return sums
 
 
-def _tile(tile: Tile) -> dict[str, int]:
+def tile_arguments(tile: Tile) -> dict[str, int]:
+    """A tile as a template takes it."""
     return {
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,

@@ -105,7 +105,9 @@ def _show(op: ScoreOp) -> str:
 def parsed(text: str) -> ScoreProgram:
     """The program a `ScoreProgram.key` says."""
     ops, score, keep, empty = json.loads(text)
-    made = (ScoreOp(kind, type_, fn, tuple(inputs), value) for kind, type_, fn, inputs, value in ops)
+    made = (
+        ScoreOp(kind, type_, fn, tuple(inputs), value) for kind, type_, fn, inputs, value in ops
+    )
     return ScoreProgram(tuple(made), score, keep, empty)
 
 
@@ -143,7 +145,9 @@ class ScoreBuilder:
 
     def const(self, value: float | int | bool) -> int:
         kind: Type = "bool" if isinstance(value, bool) else "int"
-        return self.add(ScoreOp("const", "float" if isinstance(value, float) else kind, value=value))
+        return self.add(
+            ScoreOp("const", "float" if isinstance(value, float) else kind, value=value)
+        )
 
     def load(self, operand: int, subscripts: Iterable[int], type_: Type) -> int:
         return self.add(ScoreOp("load", type_, "", tuple(subscripts), operand))
@@ -213,9 +217,7 @@ class ScoreBuilder:
                 return self.map("mul", inner.inputs[0], self.const(factor * literals[1]))
         return None
 
-    def program(
-        self, score: int, keep: int | None = None, empty: Empty = "nan"
-    ) -> ScoreProgram:
+    def program(self, score: int, keep: int | None = None, empty: Empty = "nan") -> ScoreProgram:
         """The finished program, operations nothing needs left out."""
         if keep is not None and self.literal(keep) is True:
             keep = None

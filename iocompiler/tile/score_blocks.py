@@ -110,11 +110,14 @@ def _loaded(program: ScoreProgram, op: ScoreOp, grid: Grid, operand: Tensor) -> 
     over all of the others.
     """
     dims: list[tuple[int, int, int]] = []  # (dim of the operand, dim of the grid, block)
-    values = operand if operand.dtype != torch.bool else operand.to(torch.uint8)
+    values = operand if operand.dtype != torch.bool else operand.view(torch.uint8)
+    lengths = {"b": grid.batch, "h": grid.heads, "i": grid.rows, "j": grid.columns}
     for dim, subscript in enumerate(op.inputs):
         index = program.ops[subscript]
         if index.kind == "index" and index.fn not in [program.ops[s].fn for s in op.inputs[:dim]]:
-            dims.append((dim, "bhij".index(index.fn), (1, 1, grid.m, grid.n)["bhij".index(index.fn)]))
+            values = values.narrow(dim, 0, lengths[index.fn])  # what lies behind is never read
+            place = "bhij".index(index.fn)
+            dims.append((dim, place, (1, 1, grid.m, grid.n)[place]))
     others = [d for d in range(operand.dim()) if d not in [dim for dim, _, _ in dims]]
     return Range(*(_reduced(values, dims, others, sign) for sign in (-1, 1)))
 
@@ -206,9 +209,7 @@ def _quotient(a: Range, b: Range) -> Range:
     """Of integers, rounded towards zero; unknown where the divisor may be 0."""
     known = (b.low > 0.0) | (b.high < 0.0)
     found = _corners(lambda x, y: (x / y).trunc())(a, b)
-    return Range(
-        torch.where(known, found.low, -math.inf), torch.where(known, found.high, math.inf)
-    )
+    return Range(torch.where(known, found.low, -math.inf), torch.where(known, found.high, math.inf))
 
 
 def _remainder(a: Range, b: Range) -> Range:
@@ -284,7 +285,10 @@ class Table:
     def strides(self) -> tuple[int, int, int]:
         """Of batch, head and row; 0 where all share."""
         sizes, strides = self.entries.shape, self.entries.stride()
-        return tuple(0 if n == 1 and d < 2 else s for d, (n, s) in enumerate(zip(sizes, strides, strict=True)))[:3]  # type: ignore[return-value]
+        return tuple(
+            0 if n == 1 and d < 2 else s
+            for d, (n, s) in enumerate(zip(sizes, strides, strict=True))
+        )[:3]  # type: ignore[return-value]
 
 
 def table(
@@ -333,5 +337,5 @@ def _as_ranges(some: Tensor, every: Tensor, partial: Tensor) -> Tensor:
 def _as_lists(every: Tensor, partial: Tensor) -> Tensor:
     parts = [partial.sum(-1, keepdim=True), every.sum(-1, keepdim=True)]
     for flags in (partial, every):
-        parts.append(flags.to(torch.int8).argsort(-1, descending=True, stable=True))
+        parts.append(flags.to(torch.int8).argsort(stable=True, dim=-1, descending=True))
     return torch.cat(parts, -1).to(torch.int32)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from iocompiler.runtime import attention
+from iocompiler.runtime import attention, attention_operands
 from iocompiler.runtime.attention import Problem
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -37,6 +37,9 @@ def resources(
     lse = attention.forward(problem, out)
     results = [torch.empty_like(x) for x in (query, problem.key, value)]
     attention.backward(problem, torch.empty_like(out), out, lse, results)
+    for which, operand in enumerate(problem.operands):
+        if operand.is_floating_point():
+            attention_operands.operand_gradient(problem, torch.empty_like(out), out, lse, which)
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Row
-from iocompiler.runtime import attention
+from iocompiler.runtime import attention, attention_operands
 from iocompiler.runtime.attention import Problem
 from tests.ops.score_programs import CASES, heads, reference
 
@@ -88,11 +88,9 @@ def _templates(
     attention.backward(problem, weights, out, lse, results)
     for which, each in enumerate(learned):
         if each.is_floating_point():
-            results.append(attention.operand_gradient(problem, weights, out, lse, which))
+            results.append(attention_operands.operand_gradient(problem, weights, out, lse, which))
     return [out, *results]
 
 
 def _learned(operands: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [
-        x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in operands
-    ]
+    return [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in operands]

@@ -19,7 +19,8 @@ pytestmark = [
     # Triton's interpreter in loops
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
-TILES = Row((0, 0), 4, 256, Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
+_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
+TILES = Row((0, 0), 4, 256, *_TILES)
 
 
 @pytest.mark.parametrize("name", CASES)
