@@ -1,4 +1,5 @@
-"""`iocompiler::scored_attention`: attention whose scores go through a program, opaque to the planner.
+"""`iocompiler::scored_attention`: attention whose scores go through a program, opaque to the
+planner.
 
     out = softmax(score(query @ key^T, b, h, i, j) where keep(b, h, i, j)) @ value
 

@@ -84,6 +84,11 @@ class Problem:
             "PRECISION": _precision(self.query.dtype),
         }
 
+    @property
+    def slopes(self) -> dict[str, Any]:
+        """The arguments of the templates that differentiate by the dot product."""
+        return {"slope": self.functions.slope, "SCALE": self.functions.SCALE}
+
 
 @functools.lru_cache(maxsize=512)
 def functions(
@@ -146,36 +151,50 @@ def backward(
     problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, results: Sequence[Tensor]
 ) -> None:
     """Write the gradients of query, key and value to ``results``."""
-    from iocompiler.codegen.kernels.attention_backward import attention_dkv, attention_dq
-
-    query, key, value = problem.query, problem.key, problem.value
-    batch, heads, rows, _ = query.shape
-    groups, columns = key.shape[1], key.shape[2]
     dq, dk, dv = results
     sums = delta(problem, grad, out)
-    inputs = (query, key, value, grad, lse, sums)
-    input_strides = (query.stride(), key.stride(), value.stride(), grad.stride())
-    slopes = {"slope": problem.functions.slope, "SCALE": problem.functions.SCALE}
+    key_gradients(problem, grad, lse, sums, dk, dv)
+    query_gradients(problem, grad, lse, sums, dq)
+    if problem.program.empty == "uniform":
+        _add_uniform(dv, grad, lse)
+
+
+def key_gradients(
+    problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Write the gradients of key and value; ``sums`` are those of `delta`."""
+    from iocompiler.codegen.kernels.attention_backward import attention_dkv
+
+    query, key, value = problem.query, problem.key, problem.value
+    batch, groups, columns, _ = key.shape
     tile = problem.row.dkv
     found = problem.table(tile, transposed=True)
     launch(
         attention_dkv, batch * groups * -(-columns // tile.n),
-        *inputs, dk, dv, *input_strides, dk.stride(), dv.stride(),
+        query, key, value, grad, lse, sums, dk, dv,
+        query.stride(), key.stride(), value.stride(), grad.stride(), dk.stride(), dv.stride(),
         table=found.entries, table_strides=found.strides,
-        groups=groups, rows=rows, columns=columns, room=found.room,
-        RANGES=found.ranges, **slopes, **tile_arguments(tile), **problem.common,
+        groups=groups, rows=query.shape[2], columns=columns, room=found.room,
+        RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
     )  # fmt: skip
+
+
+def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dq: Tensor) -> None:
+    """Write the gradient of query."""
+    from iocompiler.codegen.kernels.attention_backward import attention_dq
+
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, rows, _ = query.shape
     tile = problem.row.dq
     found = problem.table(tile)
     launch(
         attention_dq, batch * heads * -(-rows // tile.m),
-        *inputs, dq, *input_strides, dq.stride(),
+        query, key, value, grad, lse, sums, dq,
+        query.stride(), key.stride(), value.stride(), grad.stride(), dq.stride(),
         table=found.entries, table_strides=found.strides,
-        heads=heads, rows=rows, columns=columns, room=found.room,
-        RANGES=found.ranges, **slopes, **tile_arguments(tile), **problem.common,
+        heads=heads, rows=rows, columns=key.shape[2], room=found.room,
+        RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
     )  # fmt: skip
-    if problem.program.empty == "uniform":
-        _add_uniform(dv, grad, lse)
 
 
 def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:

@@ -71,7 +71,7 @@ def _of_one_load(
 def _arguments(
     problem: Problem, grad: Tensor, classes: Tensor, tile: Tile, found: Use
 ) -> dict[str, Any]:
-    batch, heads, rows, _ = problem.query.shape
+    _, heads, rows, _ = problem.query.shape
     functions = attention.functions(
         problem.program, tuple(x.dim() for x in problem.operands), (found.load,)
     )

@@ -19,7 +19,7 @@ from iocompiler.tile.score import ScoreOp, ScoreProgram
 
 @dataclass(frozen=True)
 class Grid:
-    """``batch`` x ``heads`` matrices of ``rows`` x ``columns`` scores in blocks of ``m`` x ``n``."""
+    """``batch`` x ``heads`` matrices of ``rows`` x ``columns`` scores, blocks of ``m`` x ``n``."""
 
     batch: int
     heads: int

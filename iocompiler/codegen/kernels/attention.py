@@ -32,7 +32,7 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_N)
-    for entry in range(0, count):
+    for entry in range(count):
         start = table_entry(table, entry, room, RANGES, PARTIAL) * BLOCK_N
         inside = column
         if PARTIAL:

@@ -60,7 +60,7 @@ def _into_queries(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_N)
-    for entry in range(0, count):
+    for entry in range(count):
         start = table_entry(table, entry, room, RANGES, PARTIAL) * BLOCK_N
         inside = column
         if PARTIAL:
@@ -145,7 +145,7 @@ def _into_keys(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     row = tl.arange(0, BLOCK_M)
-    for entry in range(0, count):
+    for entry in range(count):
         start = table_entry(table, entry, room, RANGES, PARTIAL) * BLOCK_M
         inside = row
         if PARTIAL:
@@ -205,7 +205,7 @@ def attention_dkv(
     j = (start + inside)[:, None]
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         h = g * GROUP + member
         line = (b.to(tl.int64) * groups * GROUP + h) * rows
         queries = head_of(Q, q_strides, b, h)

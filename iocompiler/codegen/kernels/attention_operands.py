@@ -11,7 +11,7 @@ results repeat bit for bit. CLASSES says of each block of scores whether it is e
 import triton
 import triton.language as tl
 
-from iocompiler.codegen.kernels.attention_parts import head_of, load_tile, row_of
+from iocompiler.codegen.kernels.attention_parts import load_tile, row_of
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def operand_tiles(
     own_b = z // own_heads
     own_h = z % own_heads
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step_b in range(0, batch // own_batch):
-        for step_h in range(0, heads // own_heads):
+    for step_b in range(batch // own_batch):
+        for step_h in range(heads // own_heads):
             b = own_b + step_b
             h = own_h + step_h
             kind = Classes + b * class_strides[0] + h * class_strides[1] + m * class_strides[2] + n
@@ -116,7 +116,7 @@ def operand_lines(
     SIZE: tl.constexpr = BLOCK_M if ROWS else BLOCK_N
     total = tl.zeros((SIZE,), tl.float32)
     Classes += b * class_strides[0] + h * class_strides[1]
-    for step in range(0, steps):
+    for step in range(steps):
         m = block if ROWS else 0 * block + step
         n = 0 * block + step if ROWS else block
         if tl.load(Classes + m * class_strides[2] + n) > 0:
@@ -163,7 +163,7 @@ def operand_diagonals(
     first = tl.maximum(0, -ahead)
     last = tl.minimum(down, across - ahead)
     Classes += b * class_strides[0] + h * class_strides[1]
-    for step in range(0, last - first):
+    for step in range(last - first):
         m = first + step
         n = m + ahead
         if tl.load(Classes + m * class_strides[2] + n) > 0:
