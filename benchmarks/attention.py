@@ -1,5 +1,5 @@
-"""Attention written plainly, forward and forward + backward: eager, Inductor, ours on the same code,
-and FlexAttention, for which the user rewrites the model."""
+"""Attention written plainly, forward and forward + backward: eager, Inductor, ours on the same
+code, and FlexAttention, for which the user rewrites the model."""
 
 from __future__ import annotations
 

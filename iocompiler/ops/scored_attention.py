@@ -211,7 +211,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     query, key, value, *operands, out, lse = ctx.saved_tensors
     # torch takes an empty list of numbers for one of tensors
-    unused = ([] if ctx.setting[0] == [] else None, *(None for _ in ctx.setting[1:]))
+    unused: tuple[Any, ...] = (
+        [] if ctx.setting[0] == [] else None,
+        *(None for _ in ctx.setting[1:]),
+    )
     if grad is None:
         return (None, None, None, [None] * len(operands), *unused)
     given = (grad, out, lse, query, key, value, operands, *ctx.setting)

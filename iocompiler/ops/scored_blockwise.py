@@ -143,5 +143,6 @@ class Blockwise:
             yield slice(start, min(start + step, rows))
 
     def _gathered(self, x: Tensor) -> Tensor:
-        x = x if x.shape[1] == self.groups else x.unflatten(1, (self.groups, -1)).sum(2)
+        if x.shape[1] != self.groups:
+            x = x.reshape(x.shape[0], self.groups, -1, *x.shape[2:]).sum(2)
         return x.to(self.query.dtype)

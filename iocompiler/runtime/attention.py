@@ -200,7 +200,8 @@ def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, d
 def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     """What flows to the values from rows that are their mean."""
     through = (grad * (lse == float("inf")).unsqueeze(-1)).sum(2, dtype=torch.float32)
-    through = through.unflatten(1, (dv.shape[1], -1)).sum(2) / dv.shape[2]
+    batch, groups, columns, width = dv.shape
+    through = through.reshape(batch, groups, -1, width).sum(2) / columns
     dv += through.unsqueeze(2).to(dv.dtype)
 
 

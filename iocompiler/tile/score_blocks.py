@@ -56,7 +56,9 @@ def classify(
         every = torch.ones((1, 1, *grid.counts), dtype=torch.bool, device=device)
         return every, every
     found = _ranges(program, grid, operands, numbers, device)[program.keep]
-    shape = torch.broadcast_shapes(found.low.shape, (1, 1, *grid.counts))
+    shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+        found.low.shape, (1, 1, *grid.counts)
+    )
     return (found.high > 0.0).expand(shape), (found.low > 0.0).expand(shape)
 
 
@@ -145,10 +147,14 @@ def _blocked(values: Tensor, dim: int, block: int, reduce: Callable[..., Tensor]
     whole = length // block * block
     parts = []
     if whole:
-        parts.append(reduce(values.narrow(dim, 0, whole).unflatten(dim, (-1, block)), dim + 1))
+        parts.append(reduce(_parted(values.narrow(dim, 0, whole), dim, block), dim + 1))
     if whole < length:
         parts.append(reduce(values.narrow(dim, whole, length - whole), dim, keepdim=True))
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def _parted(values: Tensor, dim: int, block: int) -> Tensor:
+    return values.unflatten(dim, (-1, block))  # type: ignore[no-any-return, no-untyped-call]
 
 
 # operations
