@@ -221,7 +221,7 @@ class ScoreBuilder:
         """The finished program, operations nothing needs left out."""
         if keep is not None and self.literal(keep) is True:
             keep = None
-        whole = ScoreProgram(tuple(self.ops), score, keep, empty if keep is not None else "nan")
+        whole = ScoreProgram(tuple(self.ops), score, keep, empty)
         live = sorted(whole.behind(score, keep))
         renumber = {old: new for new, old in enumerate(live)}
         ops = (

@@ -18,7 +18,7 @@ from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.attention_choice import choose
 from iocompiler.passes.attention import masks, strides, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
-from iocompiler.passes.attention.axes import flat
+from iocompiler.passes.attention.axes import Dims, flat
 from iocompiler.passes.attention.description import (
     Attention,
     Bias,
@@ -150,15 +150,7 @@ def apply(gm: GraphModule, call: Call) -> None:
     found, frame = call.found, Frame(call.found)
     anchor, dims = forward_views(found)
     arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
-    query, key, value = (
-        arranger.operand(_narrowed(operand, found.dtype), target)
-        for operand, target in (
-            (found.query, frame.query),
-            (found.key, frame.key),
-            (found.value, frame.value),
-        )
-    )
-    query, key, value = (_cast(arranger, each, found.dtype) for each in (query, key, value))
+    query, key, value = operands(arranger, found, frame)
     for factor in call.factors:
         inverse = isinstance(factor.factor, Inverse)
         by = factor.factor.of if inverse else factor.factor
@@ -184,7 +176,27 @@ def apply(gm: GraphModule, call: Call) -> None:
         choice.kernel,
         choice.layout,
     )
-    out = arranger.arranged(arranger.call(operator.getitem, results, 0), frame.out, dims)
+    finish(gm, found, arranger, arranger.call(operator.getitem, results, 0), anchor, dims)
+
+
+def operands(arranger: Arranger, found: Attention, frame: Frame) -> tuple[Node, Node, Node]:
+    """Query, key and value as the semantic ops take them."""
+    query, key, value = (
+        _cast(arranger, arranger.operand(_narrowed(operand, found.dtype), target), found.dtype)
+        for operand, target in (
+            (found.query, frame.query),
+            (found.key, frame.key),
+            (found.value, frame.value),
+        )
+    )
+    return query, key, value
+
+
+def finish(
+    gm: GraphModule, found: Attention, arranger: Arranger, out: Node, anchor: Node, dims: Dims
+) -> None:
+    """Let the output [B, H, S, E] stand where it was computed, and erase what it stands for."""
+    out = arranger.arranged(out, Frame(found).out, dims)
     out = _cast(arranger, out, views.dtype(anchor))
     strides.note(out, view.value(anchor))
     edit.redirect(gm, anchor, out)
