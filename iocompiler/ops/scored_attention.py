@@ -138,7 +138,7 @@ def _backward(
         _templates().backward(problem, grad, out, logsumexp, results)
         return tuple(results)
     run = Blockwise(query, key, value, _program(program), operands, numbers)
-    found = run.backward(grad, out, logsumexp)
+    found = run.backward(grad, logsumexp)
     return tuple(x.copy_(y) for x, y in zip(results, found, strict=True))
 
 
@@ -181,7 +181,7 @@ def _operand(
 
         return operand_gradient(problem, grad, out, logsumexp, which)
     run = Blockwise(query, key, value, _program(program), operands, numbers)
-    return run.operand_gradient(grad, out, logsumexp, which)
+    return run.operand_gradient(grad, logsumexp, which)
 
 
 def _operand_fake(

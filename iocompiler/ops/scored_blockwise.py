@@ -60,14 +60,14 @@ class Blockwise:
             out[:, :, part] = torch.where(nothing.unsqueeze(-1), mean, found).to(out.dtype)
         return out, lse
 
-    def backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of query, key and value, in their dtypes."""
         dq = torch.empty_like(self.query)
         dk, dv = torch.zeros_like(self.keys), torch.zeros_like(self.values)
         product = next(n for n, op in enumerate(self.program.ops) if op.kind == "score")
         widened, slope = derivative(self.program, product)
         wanted = (widened.score,) if slope is None else (widened.score, slope)
-        for part, p, ds, slopes in self._gradients(grad, out, lse, widened, wanted):
+        for part, p, ds, slopes in self._gradients(grad, lse, widened, wanted):
             g = grad[:, :, part].to(self.wide)
             dv += p.transpose(2, 3) @ g
             ds = ds * slopes[0] if slopes else ds
@@ -78,7 +78,7 @@ class Blockwise:
             dv += through / dv.shape[2]
         return dq, self._gathered(dk), self._gathered(dv)
 
-    def operand_gradient(self, grad: Tensor, out: Tensor, lse: Tensor, which: int) -> Tensor:
+    def operand_gradient(self, grad: Tensor, lse: Tensor, which: int) -> Tensor:
         """The gradient of one operand, over all places it is loaded at."""
         operand = self.operands[which]
         total = torch.zeros(operand.shape, dtype=self.wide, device=operand.device)
@@ -88,7 +88,7 @@ class Blockwise:
                 continue
             widened, slope = derivative(self.program, load)
             wanted = [widened.score, *([] if slope is None else [slope]), *op.inputs]
-            for _, _, ds, found in self._gradients(grad, out, lse, widened, wanted):
+            for _, _, ds, found in self._gradients(grad, lse, widened, wanted):
                 ds = ds if slope is None else ds * found[0]
                 places = found[0 if slope is None else 1 :]
                 if places:
@@ -101,7 +101,6 @@ class Blockwise:
     def _gradients(
         self,
         grad: Tensor,
-        out: Tensor,
         lse: Tensor,
         program: ScoreProgram,
         wanted: Sequence[int],
@@ -111,11 +110,11 @@ class Blockwise:
         """
         for part in self._blocks(self.query.shape[2]):
             scores, *others = self._scores(part, wanted, program)
-            p = torch.exp(scores - lse[:, :, part].unsqueeze(-1).to(self.wide))
-            g = grad[:, :, part].to(self.wide)
-            product = g * out[:, :, part].to(self.wide)
-            delta = product.masked_fill(g == 0.0, 0.0).sum(-1, keepdim=True)
-            ds = (p * (g @ self.values.transpose(2, 3) - delta)).masked_fill(p == 0.0, 0.0)
+            # rows are whole here: their sums need no rounded log-sum-exp
+            nothing = (lse[:, :, part] == float("inf")).unsqueeze(-1)
+            p = scores.softmax(-1).masked_fill(nothing, 0.0)
+            dp = grad[:, :, part].to(self.wide) @ self.values.transpose(2, 3)
+            ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(p == 0.0, 0.0)
             yield part, p, ds, others
 
     def _scores(

@@ -38,6 +38,10 @@ _LIBRARY = {
     **dict.fromkeys(
         ("attention_forward", "attention_backward"), "attention: cuDNN, flash or efficient"
     ),
+    **dict.fromkeys(
+        ("scored_attention", "scored_attention_backward", "scored_attention_operand"),
+        "attention: our template with a score program",
+    ),
 }
 
 # Beyond this many operations a shared value is stored, not recomputed by each of its readers.

@@ -113,7 +113,9 @@ def parsed(text: str) -> ScoreProgram:
 
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _ALWAYS_BOOL = (*_COMPARISONS, "isnan", "isinf", "logical_not")
-_BOOL_OF_BOOL = ("and", "or", "xor", "bitwise_not")
+_OPPOSITE = {
+    "lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq", "and": "or", "or": "and",
+}  # fmt: skip
 
 
 @dataclass
@@ -183,6 +185,8 @@ class ScoreBuilder:
                 return inputs[1]
         elif len(inputs) == 2:
             inputs = self._alike(inputs)
+        if fn == "logical_not":
+            return self._negated(inputs[0])
         folded = self._folded(fn, inputs)
         if folded is not None:
             return folded
@@ -190,6 +194,19 @@ class ScoreBuilder:
         if fn in _ALWAYS_BOOL:
             type_ = "bool"
         return self.add(ScoreOp("map", type_, fn, tuple(inputs)))
+
+    def _negated(self, value: int) -> int:
+        """The opposite of a condition, moved to its comparisons where no NaN can be."""
+        op = self.ops[value]
+        if op.kind == "const":
+            return self.const(not op.value)
+        if op.fn == "logical_not" and self.type(op.inputs[0]) == "bool":
+            return op.inputs[0]
+        if op.fn in ("and", "or"):
+            return self.map(_OPPOSITE[op.fn], *(self._negated(each) for each in op.inputs))
+        if op.fn in _OPPOSITE and all(self.type(each) != "float" for each in op.inputs):
+            return self.map(_OPPOSITE[op.fn], *op.inputs)
+        return self.add(ScoreOp("map", "bool", "logical_not", (value,)))
 
     def _alike(self, inputs: Iterable[int]) -> tuple[int, ...]:
         values = tuple(inputs)
@@ -249,5 +266,4 @@ _FOLDS: dict[str, Any] = {
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
-    "logical_not": lambda a: not a,
 }

@@ -120,7 +120,7 @@ def _folded(steps: tuple[Step, ...]) -> tuple[float, tuple[Scale, ...], tuple[St
         if isinstance(step, Cast) and not step.dtype.is_floating_point:
             raise Declined(f"the scores are rounded to {step.dtype}")
         if isinstance(step, Scale):
-            factor = None if step.dims else _number(step.factor)
+            factor = None if step.dims else literal(step.factor)
             if factor is None:
                 factors.append(step)
             else:
@@ -138,9 +138,10 @@ def _scaled(step: Step, scale: float) -> Step:
     return replace(step, value=step.value * scale) if isinstance(step, Fill) else step
 
 
-def _number(factor: Any) -> float | None:
+def literal(factor: Any) -> float | None:
+    """The number a factor is, None where it is known at run time only."""
     if isinstance(factor, Inverse):
-        below = _number(factor.of)
+        below = literal(factor.of)
         return None if below is None or below == 0.0 else 1.0 / below
     return number(factor)
 
@@ -151,15 +152,7 @@ def apply(gm: GraphModule, call: Call) -> None:
     anchor, dims = forward_views(found)
     arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
     query, key, value = operands(arranger, found, frame)
-    for factor in call.factors:
-        inverse = isinstance(factor.factor, Inverse)
-        by = factor.factor.of if inverse else factor.factor
-        if factor.dims:  # [B, H, S, 1] of the scores, as of the query
-            by = arranger.arranged(by, factor.dims, frame.scores, widen=False)
-        else:
-            by = _single(arranger, by)
-        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, by)
-        query = _cast(arranger, query, found.dtype)
+    query = multiplied(arranger, query, call.factors, frame, found.dtype)
     bias = _bias(arranger, call, frame)
     values = [view.value(each) if each is not None else None for each in (query, key, value, bias)]
     causal, dropout_p = call.masking.causal, found.dropout_p
@@ -190,6 +183,22 @@ def operands(arranger: Arranger, found: Attention, frame: Frame) -> tuple[Node, 
         )
     )
     return query, key, value
+
+
+def multiplied(
+    arranger: Arranger, query: Node, factors: tuple[Scale, ...], frame: Frame, dtype: torch.dtype
+) -> Node:
+    """The query times (or divided by) what the scores are."""
+    for factor in factors:
+        inverse = isinstance(factor.factor, Inverse)
+        by = factor.factor.of if inverse else factor.factor
+        if factor.dims:  # [B, H, S, 1] of the scores, as of the query
+            by = arranger.arranged(by, factor.dims, frame.scores, widen=False)
+        else:
+            by = _single(arranger, by)
+        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, by)
+        query = _cast(arranger, query, dtype)
+    return query
 
 
 def finish(

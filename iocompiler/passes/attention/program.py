@@ -261,7 +261,9 @@ def _check(program: ScoreProgram) -> None:
         if program.ops[load].type == "float":
             if use(program, load) is None:
                 raise Declined("a bias whose gradient has no kernel")
-            derivative(program, load)
+            widened, slope = derivative(program, load)
+            if product in widened.behind(slope):
+                raise Declined("what the scores are multiplied by has a gradient that cancels out")
 
 
 def _renumbered(program: ScoreProgram, used: list[int]) -> ScoreProgram:

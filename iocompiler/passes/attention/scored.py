@@ -5,7 +5,8 @@ kernels do not express, or only by a matrix of biases.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch.fx import GraphModule, Node
@@ -15,11 +16,15 @@ from iocompiler.ops.attention_choice import order
 from iocompiler.ops.scored_attention import FORWARD, choose
 from iocompiler.passes.attention import execute, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
+from iocompiler.passes.attention.axes import flat
 from iocompiler.passes.attention.description import (
     Attention,
     Bias,
+    Cast,
     Declined,
     Pointwise,
+    Scale,
+    Step,
 )
 from iocompiler.passes.attention.distances import Distances
 from iocompiler.passes.attention.element import Source
@@ -35,6 +40,7 @@ class ScoredCall:
 
     found: Attention
     scored: Scored
+    factors: tuple[Scale, ...]  # what the query is multiplied by
 
     @property
     def variant(self) -> str:
@@ -74,7 +80,23 @@ def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
     for operand in (found.query, found.key, found.value):
         if not views.dtype(operand.node).is_floating_point:
             raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
-    return ScoredCall(found, extract(found, evaluator))
+    factors, rest = _factors(found)
+    return ScoredCall(found, extract(replace(found, steps=rest), evaluator), factors)
+
+
+def _factors(found: Attention) -> tuple[tuple[Scale, ...], tuple[Step, ...]]:
+    """The tensors that the scores are multiplied by before all else, which the query may be
+    multiplied by instead: their gradient is then more exact. And the other steps.
+    """
+    first = list(takewhile(lambda step: isinstance(step, (Scale, Cast)), found.steps))
+    factors = [
+        step
+        for step in first
+        if isinstance(step, Scale)
+        and (step.dims or execute.literal(step.factor) is None)
+        and found.column not in flat(step.dims)
+    ]
+    return tuple(factors), tuple(step for step in found.steps if step not in factors)
 
 
 def apply(gm: GraphModule, call: ScoredCall) -> None:
@@ -83,10 +105,11 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
     anchor, dims = forward_views(found)
     arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
     query, key, value = execute.operands(arranger, found, frame)
+    query = execute.multiplied(arranger, query, call.factors, frame, found.dtype)
     loaded = [_loaded(arranger, source, frame) for source in call.scored.sources]
     numbers = [arranger.size((axis,)) for axis in call.scored.numbers]
     q, k, v = (view.value(each) for each in (query, key, value))
-    letters = order(q, k, v)
+    letters = order(q, k, v) + _out_order(anchor, q)
     results = arranger.call(
         FORWARD,
         query,
@@ -96,10 +119,17 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
         numbers,
         call.scored.program.key,
         choose(q, v),
-        letters + letters[0],
+        letters,
     )
     out = arranger.call(operator.getitem, results, 0)
     execute.finish(gm, found, arranger, out, anchor, dims)
+
+
+def _out_order(anchor: Node, query: torch.Tensor) -> str:
+    """The memory order of the output: the caller's where the graph returns it, else the query's."""
+    value = view.value(anchor)
+    returned = any(user.op == "output" for user in anchor.users)
+    return order(value if returned and value.dim() == 4 else query)
 
 
 def _loaded(arranger: Arranger, source: Source, frame: Frame) -> Node:
