@@ -94,13 +94,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out = empty(query, (*query.shape[:3], value.shape[3]), layout[3])
     if not query.numel() or not key.numel():
-        return out.zero_(), query.new_zeros(query.shape[:3], dtype=_wide(query))
+        return out.zero_(), query.new_zeros(_rows(query, program), dtype=_wide(query))
     if kernel == "template":
         return out, _templates().forward(
             _problem(query, key, value, operands, numbers, program), out
         )
     found, lse = Blockwise(query, key, value, _program(program), operands, numbers).forward()
-    return out.copy_(found), lse
+    return out.copy_(found), lse.expand(_rows(query, program)).contiguous()
 
 
 def _forward_fake(
@@ -114,7 +114,7 @@ def _forward_fake(
     layout: str,
 ) -> tuple[Tensor, Tensor]:
     out = empty(query, (*query.shape[:3], value.shape[3]), layout[3])
-    return out, query.new_empty(query.shape[:3], dtype=_wide(query))
+    return out, query.new_empty(_rows(query, program), dtype=_wide(query))
 
 
 def _backward(
@@ -138,7 +138,7 @@ def _backward(
         _templates().backward(problem, grad, out, logsumexp, results)
         return tuple(results)
     run = Blockwise(query, key, value, _program(program), operands, numbers)
-    found = run.backward(grad, logsumexp)
+    found = run.backward(grad, logsumexp[0])
     return tuple(x.copy_(y) for x, y in zip(results, found, strict=True))
 
 
@@ -181,7 +181,7 @@ def _operand(
 
         return operand_gradient(problem, grad, out, logsumexp, which)
     run = Blockwise(query, key, value, _program(program), operands, numbers)
-    return run.operand_gradient(grad, logsumexp, which)
+    return run.operand_gradient(grad, logsumexp[0], which)
 
 
 def _operand_fake(
@@ -255,6 +255,10 @@ def _templates() -> Any:
     from iocompiler.runtime import attention
 
     return attention
+
+
+def _rows(query: Tensor, program: str) -> tuple[Any, ...]:
+    return (2 if _program(program).sinks else 1, *query.shape[:3])
 
 
 def _wide(query: Tensor) -> torch.dtype:

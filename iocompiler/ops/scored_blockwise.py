@@ -55,7 +55,7 @@ class Blockwise:
             sums = torch.logsumexp(scores, -1)
             nothing = sums == float("-inf")
             lse[:, :, part] = sums.masked_fill(nothing, float("inf"))
-            p = torch.exp(scores - lse[:, :, part].unsqueeze(-1))
+            p = scores.softmax(-1)  # rows are whole: nothing is lost beside a large negative number
             found = p @ self.values
             out[:, :, part] = torch.where(nothing.unsqueeze(-1), mean, found).to(out.dtype)
         return out, lse

@@ -81,6 +81,7 @@ class Problem:
             "E": self.value.shape[3],
             "BLOCK_D": _block(self.query.shape[3]),
             "BLOCK_E": _block(self.value.shape[3]),
+            "SINKS": self.program.sinks,
             "PRECISION": _precision(self.query.dtype),
         }
 
@@ -124,21 +125,26 @@ def launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
 
 
 def forward(problem: Problem, out: Tensor) -> Tensor:
-    """Write the output [B, H, S, E] to ``out`` (any strides) and return the log2-sum-exp2 of the
-    rows, [B, H, S] float32, +inf where nothing counts.
+    """Write the output [B, H, S, E] to ``out`` (any strides).
+
+    Returns:
+        of each row log2 of the sum of the powers of two, +inf where nothing counts, [1, B, H, S]
+        float32; where the program has `sinks`, the largest score and log2 of what is left, in two
+        planes.
     """
     from iocompiler.codegen.kernels.attention import attention_forward
 
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, _ = query.shape
-    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    planes = 2 if problem.program.sinks else 1
+    lse = query.new_empty((planes, batch, heads, rows), dtype=torch.float32)
     tile = problem.row.forward
     found = problem.table(tile)
     empty = problem.program.empty
     mean = value.mean(2, keepdim=True) if empty == "uniform" else value
     launch(
         attention_forward, batch * heads * -(-rows // tile.m),
-        query, key, value, mean, out, lse,
+        query, key, value, mean, out, lse[0], lse[-1],
         query.stride(), key.stride(), value.stride(), mean.stride(), out.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=key.shape[2], room=found.room,
@@ -171,7 +177,7 @@ def key_gradients(
     found = problem.table(tile, transposed=True)
     launch(
         attention_dkv, batch * groups * -(-columns // tile.n),
-        query, key, value, grad, lse, sums, dk, dv,
+        query, key, value, grad, lse[0], lse[-1], sums, dk, dv,
         query.stride(), key.stride(), value.stride(), grad.stride(), dk.stride(), dv.stride(),
         table=found.entries, table_strides=found.strides,
         groups=groups, rows=query.shape[2], columns=columns, room=found.room,
@@ -189,7 +195,7 @@ def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, d
     found = problem.table(tile)
     launch(
         attention_dq, batch * heads * -(-rows // tile.m),
-        query, key, value, grad, lse, sums, dq,
+        query, key, value, grad, lse[0], lse[-1], sums, dq,
         query.stride(), key.stride(), value.stride(), grad.stride(), dq.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=key.shape[2], room=found.room,
@@ -199,7 +205,7 @@ def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, d
 
 def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     """What flows to the values from rows that are their mean."""
-    through = (grad * (lse == float("inf")).unsqueeze(-1)).sum(2, dtype=torch.float32)
+    through = (grad * (lse[0] == float("inf")).unsqueeze(-1)).sum(2, dtype=torch.float32)
     batch, groups, columns, width = dv.shape
     through = through.reshape(batch, groups, -1, width).sum(2) / columns
     dv += through.unsqueeze(2).to(dv.dtype)

@@ -44,7 +44,7 @@ def _of_one_load(
     down, across = -(-rows // tile.m), -(-columns // tile.n)
     grid = Grid(batch, heads, rows, columns, tile.m, tile.n)
     classes = _classes(problem, grid)
-    given = (problem.query, problem.key, problem.value, grad, lse, sums, classes)
+    given = (problem.query, problem.key, problem.value, grad, lse[0], lse[-1], sums, classes)
     arguments = _arguments(problem, grad, classes, tile, found)
     made = grad.new_empty
     if found.way == "tile":

@@ -22,6 +22,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Any, Literal, TypeAlias
 
 Type: TypeAlias = Literal["float", "int", "bool"]
@@ -63,6 +64,16 @@ class ScoreProgram:
         """The program as text: what `parsed` reads, equal for equal programs."""
         ops = [[op.kind, op.type, op.fn, list(op.inputs), op.value] for op in self.ops]
         return json.dumps([ops, self.score, self.keep, self.empty], separators=(",", ":"))
+
+    @cached_property
+    def sinks(self) -> bool:
+        """Whether a row may consist of finite scores so negative that the logarithm of their sum is
+        lost beside them: it is then kept apart.
+        """
+        ops = (self.ops[value] for value in self.behind(self.score))
+        return any(
+            op.kind == "const" and op.type == "float" and -inf < op.value < -1e6 for op in ops
+        )
 
     def behind(self, *values: int | None) -> frozenset[int]:
         """The values that these are computed from, these included."""
@@ -113,9 +124,8 @@ def parsed(text: str) -> ScoreProgram:
 
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _ALWAYS_BOOL = (*_COMPARISONS, "isnan", "isinf", "logical_not")
-_OPPOSITE = {
-    "lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq", "and": "or", "or": "and",
-}  # fmt: skip
+_PAIRS = (("lt", "ge"), ("le", "gt"), ("eq", "ne"), ("and", "or"))
+_OPPOSITE = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
 
 
 @dataclass

@@ -67,6 +67,12 @@ def padding(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     return s, b.load(0, (b.index("b"), b.index("j")), "bool")
 
 
+def sunk(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    """Padding written into the scores: a row of it is uniform over what the mask keeps."""
+    kept = b.load(0, (b.index("b"), b.index("j")), "bool")
+    return b.map("where", kept, s, b.const(-1e30)), lower(b)
+
+
 def tile_mask(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     return s, b.load(0, (b.index("i"), b.index("j")), "bool")
 
@@ -99,6 +105,7 @@ CASES = {
     "padding": Case(padding, _padding),
     "padding, zero": Case(padding, _padding, "zero"),
     "padding, uniform": Case(padding, _padding, "uniform"),
+    "sunk": Case(sunk, _padding),
     "block mask": Case(tile_mask, _block_mask, "zero"),
 }
 

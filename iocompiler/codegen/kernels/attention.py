@@ -63,18 +63,19 @@ def _attend(
 
 @triton.jit(do_not_specialize=["heads", "rows", "columns", "room"])
 def attention_forward(
-    Q, K, V, Mean, Out, Lse,
+    Q, K, V, Mean, Out, Lse, Rest,
     q_strides, k_strides, v_strides, mean_strides, out_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room,
     score: tl.constexpr, keep: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, EMPTY: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head.
 
-    Q [B, H, S, D], K [B, G, K, D], V [B, G, K, E], Out [B, H, S, E], any strides; Lse [B, H, S]
-    float32, contiguous: log2 of the sum of the powers of two, +inf for a row with no score that
-    counts. Mean [B, G, E]: what such a row is where EMPTY is "uniform".
+    Q [B, H, S, D], K [B, G, K, D], V [B, G, K, E], Out [B, H, S, E], any strides; Lse and Rest
+    [B, H, S] float32, contiguous. Lse is log2 of the sum of the powers of two, +inf for a row with
+    no score that counts; with SINKS only the largest score, and Rest is log2 of what is left. Mean
+    [B, G, E] is what a row in which nothing counts becomes where EMPTY is "uniform".
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     # later queries see more keys under a causal mask: they start first
@@ -116,7 +117,11 @@ def attention_forward(
         mean = head_of(Mean, mean_strides, b, g) + e * mean_strides[3]
         mean = tl.load(mean, mask=e < E, other=0.0).to(tl.float32)
         acc = tl.where(empty[:, None], mean[None, :], acc)
-    lse = tl.where(empty, float("inf"), top + tl.log2(divisor))
-    tl.store(Lse + z.to(tl.int64) * rows + start + row, lse, mask=start + row < rows)
+    line = z.to(tl.int64) * rows + start + row
+    rest = tl.log2(divisor)
+    if SINKS:
+        tl.store(Rest + line, rest, mask=start + row < rows)
+        rest = tl.zeros_like(rest)
+    tl.store(Lse + line, tl.where(empty, float("inf"), top + rest), mask=start + row < rows)
     Out = row_of(Out, out_strides, b, h, start)
     store_tile(Out, row, out_strides[2], e, out_strides[3], acc, rows - start, E, BLOCK_E)

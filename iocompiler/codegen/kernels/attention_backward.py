@@ -16,6 +16,7 @@ import triton.language as tl
 from iocompiler.codegen.kernels.attention_parts import (
     head_of,
     load_tile,
+    powers,
     row_of,
     store_tile,
     table_entry,
@@ -51,11 +52,12 @@ def attention_delta(
 
 @triton.jit
 def _into_queries(
-    dq, q, grad, lse, delta, K, V, k_strides, v_strides, b, h, i,
+    dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
     operands, strides, numbers, table, count, room, columns,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -71,7 +73,7 @@ def _into_queries(
         v_row = V + start.to(tl.int64) * v_strides[2]
         v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(score(s, b, h, i, j, operands, strides, numbers) - lse)
+        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta)
         if slope is not None:
@@ -87,13 +89,13 @@ def _into_queries(
 
 @triton.jit(do_not_specialize=["heads", "rows", "columns", "room"])
 def attention_dq(
-    Q, K, V, Grad, Lse, Delta, DQ,
+    Q, K, V, Grad, Lse, Rest, Delta, DQ,
     q_strides, k_strides, v_strides, grad_strides, dq_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries; the table is the forward's kind."""
     blocks = tl.cdiv(rows, BLOCK_M)
@@ -113,6 +115,7 @@ def attention_dq(
                      grad_strides[3], E, BLOCK_E)  # fmt: skip
     line = z.to(tl.int64) * rows + start + inside
     lse = tl.load(Lse + line)[:, None]
+    rest = tl.load(Rest + line)[:, None] if SINKS else lse
     delta = tl.load(Delta + line)[:, None]
     K = head_of(K, k_strides, b, g)
     V = head_of(V, v_strides, b, g)
@@ -120,14 +123,14 @@ def attention_dq(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     table, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     dq = _into_queries(
-        dq, q, grad, lse, delta, K, V, k_strides, v_strides, b, h, i,
+        dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
         operands, strides, numbers, table, full, room, columns, score, keep, slope, SCALE,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, PRECISION,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, SINKS, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
-        dq, q, grad, lse, delta, K, V, k_strides, v_strides, b, h, i,
+        dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
         operands, strides, numbers, table, partial, room, columns, score, keep, slope, SCALE,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, PRECISION,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, SINKS, PRECISION,
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
     store_tile(DQ, row, dq_strides[2], d, dq_strides[3], dq * SCALE, rows - start, D, BLOCK_D)
@@ -135,11 +138,12 @@ def attention_dq(
 
 @triton.jit
 def _into_keys(
-    dk, dv, k, v, Q, Grad, Lse, Delta, q_strides, grad_strides, b, h, j,
+    dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j,
     operands, strides, numbers, table, count, room, rows,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles are transposed, [keys, queries], so that p and ds are left operands as they are."""
     d = tl.arange(0, BLOCK_D)
@@ -156,9 +160,10 @@ def _into_keys(
         grad_row = Grad + start.to(tl.int64) * grad_strides[2]
         grad = load_tile(grad_row, inside, grad_strides[2], e, grad_strides[3], E, BLOCK_E)
         lse = tl.load(Lse + start + inside)[None, :]
+        rest = tl.load(Rest + start + inside)[None, :] if SINKS else lse
         delta = tl.load(Delta + start + inside)[None, :]
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(score(s, b, h, i, j, operands, strides, numbers) - lse)
+        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
         if PARTIAL:
             kept = (start + row < rows)[None, :]
             if keep is not None:
@@ -177,13 +182,13 @@ def _into_keys(
 
 @triton.jit(do_not_specialize=["groups", "rows", "columns", "room"])
 def attention_dkv(
-    Q, K, V, Grad, Lse, Delta, DK, DV,
+    Q, K, V, Grad, Lse, Rest, Delta, DK, DV,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     operands, strides, numbers, table, table_strides, groups, rows, columns, room,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, over all query heads of its group; the table has a row for
     each block of keys.
@@ -212,16 +217,18 @@ def attention_dkv(
         grads = head_of(Grad, grad_strides, b, h)
         entries, partial, full = table_row(table, table_strides, b, h, n, RANGES)
         dk, dv = _into_keys(
-            dk, dv, k, v, queries, grads, Lse + line, Delta + line, q_strides, grad_strides,
-            b, h, j, operands, strides, numbers, entries, full, room, rows,
+            dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
+            q_strides, grad_strides, b, h, j, operands, strides, numbers,
+            entries, full, room, rows,
             score, keep, slope, SCALE,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, PRECISION,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
-            dk, dv, k, v, queries, grads, Lse + line, Delta + line, q_strides, grad_strides,
-            b, h, j, operands, strides, numbers, entries, partial, room, rows,
+            dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
+            q_strides, grad_strides, b, h, j, operands, strides, numbers,
+            entries, partial, room, rows,
             score, keep, slope, SCALE,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, PRECISION,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
         )  # fmt: skip
     DK = row_of(DK, dk_strides, b, g, start)
     DV = row_of(DV, dv_strides, b, g, start)

@@ -11,16 +11,16 @@ results repeat bit for bit. CLASSES says of each block of scores whether it is e
 import triton
 import triton.language as tl
 
-from iocompiler.codegen.kernels.attention_parts import load_tile, row_of
+from iocompiler.codegen.kernels.attention_parts import load_tile, powers, row_of
 
 
 @triton.jit
 def _gradients(
-    Q, K, V, Grad, Lse, Delta, q_strides, k_strides, v_strides, grad_strides,
+    Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
     operands, strides, numbers, b, h, row_start, column_start, heads, rows, columns,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds times the derivative by the load, of one tile of scores."""
     row = tl.arange(0, BLOCK_M)
@@ -40,11 +40,12 @@ def _gradients(
                   v_strides[3], E, BLOCK_E)  # fmt: skip
     line = (b.to(tl.int64) * heads + h) * rows + row_start + row_inside
     lse = tl.load(Lse + line)[:, None]
+    rest = tl.load(Rest + line)[:, None] if SINKS else lse
     delta = tl.load(Delta + line)[:, None]
     i = (row_start + row_inside)[:, None]
     j = (column_start + inside)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(score(s, b, h, i, j, operands, strides, numbers) - lse)
+    p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
     ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta)
     if gradient is not None:
         ds = ds * gradient(s, b, h, i, j, operands, strides, numbers)
@@ -56,12 +57,12 @@ def _gradients(
 
 @triton.jit(do_not_specialize=["heads", "rows", "columns", "own_batch", "own_heads"])
 def operand_tiles(
-    Q, K, V, Grad, Lse, Delta, Classes, Result,
+    Q, K, V, Grad, Lse, Rest, Delta, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, batch, heads, rows, columns, own_batch, own_heads,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Elements of their own for each (i, j): Result [own_batch, own_heads, S, K], contiguous, each
     of the two either all there are or 1, and then summed over.
@@ -81,10 +82,10 @@ def operand_tiles(
             kind = Classes + b * class_strides[0] + h * class_strides[1] + m * class_strides[2] + n
             if tl.load(kind) > 0:
                 total += _gradients(
-                    Q, K, V, Grad, Lse, Delta, q_strides, k_strides, v_strides, grad_strides,
+                    Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
                     operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
                     heads, rows, columns, score, keep, gradient, GROUP,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PRECISION,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
                 )  # fmt: skip
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,12 +96,13 @@ def operand_tiles(
 
 @triton.jit(do_not_specialize=["heads", "rows", "columns"])
 def operand_lines(
-    Q, K, V, Grad, Lse, Delta, Classes, Result,
+    Q, K, V, Grad, Lse, Rest, Delta, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Elements shared along rows of the scores, Result [B, H, S], or (not ROWS) along columns,
     [B, H, K]; float32, contiguous.
@@ -121,10 +123,10 @@ def operand_lines(
         n = 0 * block + step if ROWS else block
         if tl.load(Classes + m * class_strides[2] + n) > 0:
             tile = _gradients(
-                Q, K, V, Grad, Lse, Delta, q_strides, k_strides, v_strides, grad_strides,
+                Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
                 heads, rows, columns, score, keep, gradient, GROUP,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PRECISION,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             total += tl.sum(tile, 1 if ROWS else 0)
     length = rows if ROWS else columns
@@ -134,12 +136,12 @@ def operand_lines(
 
 @triton.jit(do_not_specialize=["heads", "rows", "columns"])
 def operand_diagonals(
-    Q, K, V, Grad, Lse, Delta, Classes, Result,
+    Q, K, V, Grad, Lse, Rest, Delta, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Elements shared along diagonals, of square tiles: one program walks down a diagonal of tiles
     and finds the sums for two stretches of distances j - i.
@@ -168,10 +170,10 @@ def operand_diagonals(
         n = m + ahead
         if tl.load(Classes + m * class_strides[2] + n) > 0:
             tile = _gradients(
-                Q, K, V, Grad, Lse, Delta, q_strides, k_strides, v_strides, grad_strides,
+                Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
                 heads, rows, columns, score, keep, gradient, GROUP,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PRECISION,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             tile = tl.gather(tile, turned % BLOCK_N, 1)
             above += tl.sum(tl.where(turned < BLOCK_N, tile, 0.0), 0)

@@ -79,3 +79,12 @@ def head_of(base, strides, b, h):
 def row_of(base, strides, b, h, row):
     """The pointer to a row of one head."""
     return head_of(base, strides, b, h) + row.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def powers(score, lse, rest, SINKS: tl.constexpr):
+    """The probabilities: with SINKS, lse is the largest score and rest log2 of the other factor."""
+    score = score - lse
+    if SINKS:
+        score = score - rest
+    return tl.exp2(score)

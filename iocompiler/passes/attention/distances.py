@@ -46,7 +46,7 @@ class Distances:
     Attributes:
         node: the tensor.
         root: the distances it is computed from, key minus query times ``sign`` plus ``offset``.
-        head: the dim of the heads, None where it has none.
+        head: the dim of the heads, None where it has none; keys: that of the column.
     """
 
     node: Node
@@ -56,6 +56,7 @@ class Distances:
     row: Axis
     column: Axis
     head: int | None
+    keys: int
 
     def emit(self, arranger: Arranger) -> Node:
         """[H or 1, S + K - 1] for the distances from 1 - S to K - 1, as nodes of the graph."""
@@ -73,12 +74,13 @@ class Distances:
             apart = arranger.call(aten.unsqueeze.default, apart, 0)
         made: dict[Node, Node] = {self.root: apart}
         found = self._copy(arranger, self.node, made)
-        if self.head is None:
-            return arranger.call(aten.reshape.default, found, [1, -1])
         rank = len(views.shape(found))
-        order = [self.head, *(d for d in range(rank) if d != self.head)]
-        found = arranger.call(aten.permute.default, found, order)
-        return arranger.call(aten.reshape.default, found, [views.shape(found)[0], -1])
+        order = [d for d in (self.head, self.keys) if d is not None]
+        ones = [d for d in range(rank) if d not in order]
+        found = arranger.call(aten.permute.default, found, [*ones, *order])
+        for _ in ones:
+            found = arranger.call(aten.select.int, found, 0, 0)
+        return found if self.head is not None else arranger.call(aten.unsqueeze.default, found, 0)
 
     def _copy(self, arranger: Arranger, node: Node, made: dict[Node, Node]) -> Node:
         if node not in made:
@@ -119,7 +121,9 @@ def by_distance(
     sizes = zip((row, column), views.shape(found)[-2:], strict=True)
     if not all(known(axis.size == n) for axis, n in sizes):
         return None
-    return Distances(node, found, *affine, row, column, others[0] if others else None)
+    return Distances(
+        node, found, *affine, row, column, others[0] if others else None, places[column]
+    )
 
 
 def _root(node: Node, evaluator: Evaluator, steps: int) -> tuple[Node, int] | None:

@@ -79,7 +79,7 @@ class Elements:
         self.numbers: list[Axis] = []
         self.frame = Frame(found)
         self._found = found
-        self._evaluator = evaluator
+        self.evaluator = evaluator
         self._axes = [*found.rows, found.column]
         self.bounds: Bounds = {axis.index: expression(axis.size) for axis in self._axes}
         self._depth = 0
@@ -97,7 +97,7 @@ class Elements:
             raise NotExpressed
         if not isinstance(view.value(node), torch.Tensor):
             return self._scalar(node)
-        if self._evaluator.is_written(node):
+        if self.evaluator.is_written(node):
             raise Declined(f"{node.name} is written in place")
         marks = (len(self.sources), len(self.build.ops))
         self._depth += 1
@@ -172,7 +172,7 @@ class Elements:
 
     def _load(self, node: Node, at: At) -> int:
         row, column = self._found.row, self._found.column
-        distances = by_distance(node, at, row, column, self._evaluator, self.bounds)
+        distances = by_distance(node, at, row, column, self.evaluator, self.bounds)
         if distances is not None and self._is_head(at, distances.head):
             return self._loaded(distances, views.dtype(node))
         groups = tuple(self._group(x, n) for x, n in zip(at, views.shape(node), strict=True))
@@ -205,7 +205,7 @@ class Elements:
         """A loaded float whose finite values stay finite when multiplied by log2(e)."""
         if self.build.type(value) != "float":
             return value
-        found = self._evaluator.element(node, at, self.bounds)
+        found = self.evaluator.element(node, at, self.bounds)
         if getattr(found, "bound", _LARGEST + 1) <= _LARGEST or _is_learned(node):
             return value
         lowest = self.build.map("maximum", value, self.build.const(_MOST_NEGATIVE))

@@ -26,6 +26,7 @@ from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import DROWNS, MASKS
 from iocompiler.passes.attention.places import At
 from iocompiler.passes.attention.scores import Inverse
+from iocompiler.passes.attention.values import magnitude
 from iocompiler.tile.score import Empty, ScoreBuilder, ScoreProgram
 from iocompiler.tile.score_algebra import NotDifferentiable, derivative
 from iocompiler.tile.score_operands import use
@@ -71,6 +72,7 @@ class _Extraction:
         self.found, self.elements, self.build = found, elements, elements.build
         self.score = self.build.score()
         self.masks: list[_Mask] = []
+        self.size = 0.0  # what all that is added to the scores does not exceed
 
     def scored(self) -> Scored:
         for step in self.found.steps:
@@ -137,6 +139,12 @@ class _Extraction:
                 if any(mask.value > DROWNS for mask in self.masks):
                     self._settle()  # a row of such masks differs by what is added
                 self.score = self.build.map("add", self.score, part)
+                self.size += self._size(step)
+
+    def _size(self, step: Bias) -> float:
+        places: At = tuple(index(group) for group in step.dims)
+        found = self.elements.evaluator.element(step.node, places, self.elements.bounds)
+        return abs(step.factor) * magnitude(found)
 
     def _terms(self, value: int) -> list[int]:
         """The terms of a sum; of ``where(keep, x, -1e9)`` x and the mask that it adds."""
@@ -204,11 +212,12 @@ class _Extraction:
             return self._all(hidden), nothing
         everything = self._all(self.masks)
         rows_fit = self.found.row is None or known(self.found.row.size <= self.found.column.size)
-        if always(self.build.ops, everything, diagonal=rows_fit):
+        drowned = all(mask.value <= -4.0 * self.size for mask in finite)
+        if drowned and always(self.build.ops, everything, diagonal=rows_fit):
             return everything, nothing
         same = len({mask.value for mask in finite}) == 1 and not any(m.added for m in finite)
         alone = len(finite) == 1 and (not finite[0].added or finite[0].value <= DROWNS)
-        if not hidden and (same or alone):
+        if drowned and not hidden and (same or alone):
             return everything, "uniform"
         for mask in finite:
             self.score = self._masked(self.score, mask)
