@@ -16,9 +16,11 @@ from torch import Tensor
 
 from iocompiler.codegen.score_functions import module_text
 from iocompiler.cost_model.attention_tiles import Row, Tile, row
+from iocompiler.runtime.attention_blocks import blocks
+from iocompiler.runtime.attention_launch import launch
 from iocompiler.runtime.load import module_file
 from iocompiler.tile.score import ScoreProgram
-from iocompiler.tile.score_blocks import Grid, Table, table
+from iocompiler.tile.score_blocks import Grid, Table
 
 _NO_GPU = (9, 0)  # the interpreter: any row will do
 
@@ -63,9 +65,8 @@ class Problem:
     def table(self, tile: Tile, *, transposed: bool = False) -> Table:
         batch, heads, rows, _ = self.query.shape
         grid = Grid(batch, heads, rows, self.key.shape[2], tile.m, tile.n)
-        if self.program.loads(self.program.keep):
-            return table(self.program, grid, self.operands, self.numbers, transposed=transposed)
-        return _known_table(self.program, grid, self.numbers, transposed, self.query.device)
+        given = (self.program, self.functions.keep, grid, self.operands, self.numbers)
+        return blocks(*given, self.query.device, transposed=transposed)
 
     @functools.cached_property
     def common(self) -> dict[str, Any]:
@@ -105,25 +106,6 @@ def functions(
     return module
 
 
-@functools.lru_cache(maxsize=256)
-def _known_table(
-    program: ScoreProgram,
-    grid: Grid,
-    numbers: tuple[int, ...],
-    transposed: bool,
-    device: torch.device,
-) -> Table:
-    """The table of a mask that reads no tensor: made on the host, once for each size."""
-    made = table(program, grid, (), numbers, transposed=transposed)
-    return Table(made.entries.to(device), made.ranges, made.room)
-
-
-def launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
-    """Run so many programs of a template."""
-    if programs:
-        kernel[(programs,)](*args, **kwargs)
-
-
 def forward(problem: Problem, out: Tensor) -> Tensor:
     """Write the output [B, H, S, E] to ``out`` (any strides).
 
@@ -144,8 +126,9 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
     mean = value.mean(2, keepdim=True) if empty == "uniform" else value
     launch(
         attention_forward, batch * heads * -(-rows // tile.m),
-        query, key, value, mean, out, lse[0], lse[-1],
-        query.stride(), key.stride(), value.stride(), mean.stride(), out.stride(),
+        Q=query, K=key, V=value, Mean=mean, Out=out, Lse=lse[0], Rest=lse[-1],
+        q_strides=query.stride(), k_strides=key.stride(), v_strides=value.stride(),
+        mean_strides=mean.stride(), out_strides=out.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=key.shape[2], room=found.room,
         RANGES=found.ranges, EMPTY=empty, **tile_arguments(tile), **problem.common,
@@ -171,14 +154,14 @@ def key_gradients(
     """Write the gradients of key and value; ``sums`` are those of `delta`."""
     from iocompiler.codegen.kernels.attention_backward import attention_dkv
 
-    query, key, value = problem.query, problem.key, problem.value
+    query, key = problem.query, problem.key
     batch, groups, columns, _ = key.shape
     tile = problem.row.dkv
     found = problem.table(tile, transposed=True)
     launch(
         attention_dkv, batch * groups * -(-columns // tile.n),
-        query, key, value, grad, lse[0], lse[-1], sums, dk, dv,
-        query.stride(), key.stride(), value.stride(), grad.stride(), dk.stride(), dv.stride(),
+        **backward_inputs(problem, grad, lse, sums), DK=dk, DV=dv,
+        dk_strides=dk.stride(), dv_strides=dv.stride(),
         table=found.entries, table_strides=found.strides,
         groups=groups, rows=query.shape[2], columns=columns, room=found.room,
         RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
@@ -189,14 +172,13 @@ def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, d
     """Write the gradient of query."""
     from iocompiler.codegen.kernels.attention_backward import attention_dq
 
-    query, key, value = problem.query, problem.key, problem.value
+    query, key = problem.query, problem.key
     batch, heads, rows, _ = query.shape
     tile = problem.row.dq
     found = problem.table(tile)
     launch(
         attention_dq, batch * heads * -(-rows // tile.m),
-        query, key, value, grad, lse[0], lse[-1], sums, dq,
-        query.stride(), key.stride(), value.stride(), grad.stride(), dq.stride(),
+        **backward_inputs(problem, grad, lse, sums), DQ=dq, dq_strides=dq.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=key.shape[2], room=found.room,
         RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
@@ -220,10 +202,29 @@ def delta(problem: Problem, grad: Tensor, out: Tensor) -> Tensor:
     block = 64
     launch(
         attention_delta, batch * heads * -(-rows // block),
-        out, grad, sums, out.stride(), grad.stride(), heads, rows,
+        Out=out, Grad=grad, Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(),
+        heads=heads, rows=rows,
         E=width, BLOCK_E=_block(width), BLOCK_M=block,
     )  # fmt: skip
     return sums
+
+
+def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -> dict[str, Any]:
+    """What every kernel of the backward reads."""
+    query, key, value = problem.query, problem.key, problem.value
+    return {
+        "Q": query,
+        "K": key,
+        "V": value,
+        "Grad": grad,
+        "Lse": lse[0],
+        "Rest": lse[-1],
+        "Delta": sums,
+        "q_strides": query.stride(),
+        "k_strides": key.stride(),
+        "v_strides": value.stride(),
+        "grad_strides": grad.stride(),
+    }
 
 
 def tile_arguments(tile: Tile) -> dict[str, int]:

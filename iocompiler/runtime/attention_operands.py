@@ -10,7 +10,9 @@ from torch import Tensor
 from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime import attention
 from iocompiler.runtime.attention import Problem
-from iocompiler.tile.score_blocks import Grid, classify
+from iocompiler.runtime.attention_blocks import classes
+from iocompiler.runtime.attention_launch import launch
+from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_operands import Use, use
 
 
@@ -43,46 +45,40 @@ def _of_one_load(
     tile = problem.row.operand
     down, across = -(-rows // tile.m), -(-columns // tile.n)
     grid = Grid(batch, heads, rows, columns, tile.m, tile.n)
-    classes = _classes(problem, grid)
-    given = (problem.query, problem.key, problem.value, grad, lse[0], lse[-1], sums, classes)
-    arguments = _arguments(problem, grad, classes, tile, found)
+    kept = problem.functions.keep
+    mask = (problem.program, kept, grid, problem.operands, problem.numbers, problem.query.device)
+    arguments = _arguments(problem, classes(*mask), tile, found)
+    arguments |= attention.backward_inputs(problem, grad, lse, sums)
     made = grad.new_empty
     if found.way == "tile":
         own = (batch if "b" in found.dims else 1, heads if "h" in found.dims else 1)
         result = made((*own, rows, columns), dtype=operand.dtype)
         owners = {"batch": batch, "own_batch": own[0], "own_heads": own[1]}
         programs = own[0] * own[1] * down * across
-        attention.launch(_kernels().operand_tiles, programs, *given, result, **owners, **arguments)
+        launch(_kernels().operand_tiles, programs, Result=result, **owners, **arguments)
     elif found.way == "diagonal":
         result = made((batch, heads, 2, down + across - 1, tile.n), dtype=torch.float32)
         programs = batch * heads * (down + across - 1)
-        attention.launch(_kernels().operand_diagonals, programs, *given, result, **arguments)
+        launch(_kernels().operand_diagonals, programs, Result=result, **arguments)
         result = _distances(result)[:, :, (down * tile.m - rows) :]
     else:
         along = found.way == "row"
         result = made((batch, heads, rows if along else columns), dtype=torch.float32)
         programs = batch * heads * (down if along else across)
-        attention.launch(
-            _kernels().operand_lines, programs, *given, result, ROWS=along, **arguments
-        )
+        launch(_kernels().operand_lines, programs, Result=result, ROWS=along, **arguments)
     return found.gathered(result, operand, problem.program, problem.numbers, rows)
 
 
-def _arguments(
-    problem: Problem, grad: Tensor, classes: Tensor, tile: Tile, found: Use
-) -> dict[str, Any]:
+def _arguments(problem: Problem, kinds: Tensor, tile: Tile, found: Use) -> dict[str, Any]:
     _, heads, rows, _ = problem.query.shape
     functions = attention.functions(
         problem.program, tuple(x.dim() for x in problem.operands), (found.load,)
     )
     return {
-        "q_strides": problem.query.stride(),
-        "k_strides": problem.key.stride(),
-        "v_strides": problem.value.stride(),
-        "grad_strides": grad.stride(),
+        "Classes": kinds,
         "class_strides": tuple(
             0 if n == 1 and d < 2 else s
-            for d, (n, s) in enumerate(zip(classes.shape, classes.stride(), strict=True))
+            for d, (n, s) in enumerate(zip(kinds.shape, kinds.stride(), strict=True))
         )[:3],
         "heads": heads,
         "rows": rows,
@@ -91,12 +87,6 @@ def _arguments(
         **attention.tile_arguments(tile),
         **problem.common,
     }
-
-
-def _classes(problem: Problem, grid: Grid) -> Tensor:
-    """Of each block 0 where it is empty, 1 where it is partial, 2 where it is full."""
-    some, every = classify(problem.program, grid, problem.operands, problem.numbers)
-    return (some.to(torch.int8) + every).contiguous().to(problem.query.device)
 
 
 def _distances(result: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from iocompiler.runtime import attention, attention_operands
+from iocompiler.runtime import attention, attention_blocks, attention_operands
 from iocompiler.runtime.attention import Problem
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -28,10 +28,11 @@ def resources(
     """For each kernel of forward and backward: registers, spilled bytes, bytes of shared memory."""
     found: dict[str, dict[str, int]] = {}
 
-    def compile_(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
-        found[kernel.__name__] = _compiled(kernel, capability, args, kwargs)
+    def compile_(kernel: Any, programs: int, **arguments: Any) -> None:
+        found[kernel.__name__] = _compiled(kernel, capability, arguments)
 
-    monkeypatch.setattr(attention, "launch", compile_)
+    for module in (attention, attention_blocks, attention_operands):
+        monkeypatch.setattr(module, "launch", compile_)
     query, value = problem.query, problem.value
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     lse = attention.forward(problem, out)
@@ -43,12 +44,12 @@ def resources(
     return found
 
 
-def _compiled(kernel: Any, capability: int, args: Any, kwargs: Any) -> dict[str, int]:
+def _compiled(kernel: Any, capability: int, arguments: Any) -> dict[str, int]:
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*args, **{"debug": False, **kwargs})
-    kwargs = {"debug": False, **kwargs}
+    kwargs = {"debug": False, **arguments}
+    bound, specialization, options = bind(**kwargs)
     options, signature, constants, attrs = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
