@@ -80,7 +80,10 @@ class Distances:
         found = arranger.call(aten.permute.default, found, [*ones, *order])
         for _ in ones:
             found = arranger.call(aten.select.int, found, 0, 0)
-        return found if self.head is not None else arranger.call(aten.unsqueeze.default, found, 0)
+        if self.head is None:
+            return arranger.call(aten.unsqueeze.default, found, 0)
+        # neighbouring distances are read together
+        return arranger.call(aten.contiguous.default, found)
 
     def _copy(self, arranger: Arranger, node: Node, made: dict[Node, Node]) -> Node:
         if node not in made:
