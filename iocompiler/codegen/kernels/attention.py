@@ -23,7 +23,7 @@ from iocompiler.codegen.kernels.attention_parts import (
 @triton.jit
 def _attend(
     acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-    operands, strides, numbers, table, count, room, columns,
+    operands, strides, numbers, visited, count, room, columns,
     score: tl.constexpr, keep: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -33,7 +33,7 @@ def _attend(
     e = tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_N)
     for entry in range(count):
-        start = table_entry(table, entry, room, RANGES, PARTIAL) * BLOCK_N
+        start = table_entry(visited, entry, room, RANGES, PARTIAL) * BLOCK_N
         inside = column
         if PARTIAL:
             inside = tl.minimum(column, columns - 1 - start)
@@ -97,15 +97,15 @@ def attention_forward(
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    table, partial, full = table_row(table, table_strides, b, h, m, RANGES)
+    visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     acc, total, top = _attend(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, table, full, room, columns, score, keep,
+        operands, strides, numbers, visited, full, room, columns, score, keep,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, PRECISION,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, table, partial, room, columns, score, keep,
+        operands, strides, numbers, visited, partial, room, columns, score, keep,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, PRECISION,
     )  # fmt: skip
     empty = total == 0.0

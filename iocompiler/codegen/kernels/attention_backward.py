@@ -53,7 +53,7 @@ def attention_delta(
 @triton.jit
 def _into_queries(
     dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-    operands, strides, numbers, table, count, room, columns,
+    operands, strides, numbers, visited, count, room, columns,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
@@ -63,7 +63,7 @@ def _into_queries(
     e = tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_N)
     for entry in range(count):
-        start = table_entry(table, entry, room, RANGES, PARTIAL) * BLOCK_N
+        start = table_entry(visited, entry, room, RANGES, PARTIAL) * BLOCK_N
         inside = column
         if PARTIAL:
             inside = tl.minimum(column, columns - 1 - start)
@@ -121,15 +121,15 @@ def attention_dq(
     V = head_of(V, v_strides, b, g)
     i = (start + inside)[:, None]
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    table, partial, full = table_row(table, table_strides, b, h, m, RANGES)
+    visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, table, full, room, columns, score, keep, slope, SCALE,
+        operands, strides, numbers, visited, full, room, columns, score, keep, slope, SCALE,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, SINKS, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, table, partial, room, columns, score, keep, slope, SCALE,
+        operands, strides, numbers, visited, partial, room, columns, score, keep, slope, SCALE,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, SINKS, PRECISION,
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
@@ -139,7 +139,7 @@ def attention_dq(
 @triton.jit
 def _into_keys(
     dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j,
-    operands, strides, numbers, table, count, room, rows,
+    operands, strides, numbers, visited, count, room, rows,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
@@ -150,7 +150,7 @@ def _into_keys(
     e = tl.arange(0, BLOCK_E)
     row = tl.arange(0, BLOCK_M)
     for entry in range(count):
-        start = table_entry(table, entry, room, RANGES, PARTIAL) * BLOCK_M
+        start = table_entry(visited, entry, room, RANGES, PARTIAL) * BLOCK_M
         inside = row
         if PARTIAL:
             inside = tl.minimum(row, rows - 1 - start)
@@ -215,18 +215,18 @@ def attention_dkv(
         line = (b.to(tl.int64) * groups * GROUP + h) * rows
         queries = head_of(Q, q_strides, b, h)
         grads = head_of(Grad, grad_strides, b, h)
-        entries, partial, full = table_row(table, table_strides, b, h, n, RANGES)
+        visited, partial, full = table_row(table, table_strides, b, h, n, RANGES)
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
             q_strides, grad_strides, b, h, j, operands, strides, numbers,
-            entries, full, room, rows,
+            visited, full, room, rows,
             score, keep, slope, SCALE,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
             q_strides, grad_strides, b, h, j, operands, strides, numbers,
-            entries, partial, room, rows,
+            visited, partial, room, rows,
             score, keep, slope, SCALE,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
         )  # fmt: skip

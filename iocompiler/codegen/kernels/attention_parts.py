@@ -16,25 +16,26 @@ import triton.language as tl
 
 @triton.jit
 def table_row(table, table_strides, b, h, row, RANGES: tl.constexpr):
-    """(pointer to the row, number of partial blocks, number of full blocks)."""
+    """(what `table_entry` needs of a row, number of partial blocks, number of full blocks)."""
     table += b * table_strides[0] + h * table_strides[1] + row * table_strides[2]
+    first = tl.load(table)
+    second = tl.load(table + 1)
     if RANGES:
-        partial = tl.load(table + 1) + tl.load(table + 3)
         full = tl.load(table + 2)
+        partial = second + tl.load(table + 3)
     else:
-        partial = tl.load(table)
-        full = tl.load(table + 1)
-    return table, partial, full
+        full = second
+        partial = first
+    return (table, first, second, full), partial, full
 
 
 @triton.jit
-def table_entry(table, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
+def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
     """The position of the n-th partial or full block of a row."""
+    table, first, left, full = visited
     if RANGES:
-        first = tl.load(table)
-        left = tl.load(table + 1)
         if PARTIAL:
-            found = first + entry + tl.where(entry < left, 0, tl.load(table + 2))
+            found = first + entry + tl.where(entry < left, 0, full)
         else:
             found = first + left + entry
     else:
