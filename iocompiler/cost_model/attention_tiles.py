@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class Row:
     dq: Tile
     dkv: Tile
     operand: Tile  # square: see `operand_diagonals`
+
+    def lighter(self) -> Row:
+        """For a program that loads an element for each score, or masks loads of a narrow head: its
+        loads take registers, and a third stage of them spills.
+        """
+        tiles = (self.forward, self.dq, self.dkv)
+        forward, dq, dkv = (replace(each, stages=min(each.stages, 2)) for each in tiles)
+        return replace(self, forward=forward, dq=dq, dkv=dkv)
 
 
 _SQUARE, _SMALL, _TINY = Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)

@@ -21,6 +21,7 @@ from iocompiler.runtime.attention_launch import launch
 from iocompiler.runtime.load import module_file
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table
+from iocompiler.tile.score_operands import use
 
 _NO_GPU = (9, 0)  # the interpreter: any row will do
 
@@ -56,7 +57,8 @@ class Problem:
         device = self.query.device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
         width = max(self.query.shape[3], self.value.shape[3])
-        return row(capability, self.query.element_size(), width)
+        found = row(capability, self.query.element_size(), width)
+        return found.lighter() if _loads_tiles(self.program) or width < _block(width) else found
 
     @property
     def group(self) -> int:
@@ -104,6 +106,12 @@ def functions(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _loads_tiles(program: ScoreProgram) -> bool:
+    """Whether an element is loaded for each score."""
+    ways = [use(program, load) for load in program.loads(program.score)]
+    return any(way is None or way.way in ("tile", "diagonal") for way in ways)
 
 
 def forward(problem: Problem, out: Tensor) -> Tensor:
