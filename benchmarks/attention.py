@@ -142,15 +142,16 @@ def _flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    masks: list[Any] = []
+    made: list[Any] = []
 
     def run(**given: Tensor) -> Any:
-        score_mod, mask_mod = case.flex(given)
         q, k, v = (given[name] for name in "qkv")
-        if not masks:  # made once: what a model does that keeps its mask from layer to layer
+        if not made:  # once: what a model does that keeps its mask from layer to layer
+            score_mod, mask_mod = case.flex(given)
             lengths = (q.shape[0], None, q.shape[2], k.shape[2])
-            masks.append(create_block_mask(mask_mod, *lengths, device=q.device))
-        return compiled(q, k, v, score_mod=score_mod, block_mask=masks[0])
+            mask = create_block_mask(mask_mod, *lengths, device=q.device)
+            made.append({"score_mod": score_mod, "block_mask": mask})
+        return compiled(q, k, v, **made[0])
 
     return run
 

@@ -108,6 +108,7 @@ def functions(
     return module
 
 
+@functools.lru_cache(maxsize=512)
 def _loads_tiles(program: ScoreProgram) -> bool:
     """Whether an element is loaded for each score."""
     ways = [use(program, load) for load in program.loads(program.score)]

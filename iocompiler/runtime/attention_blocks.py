@@ -27,7 +27,7 @@ def blocks(
     transposed: bool,
 ) -> Table:
     """The table of a program's mask; ``keep`` is its Triton function."""
-    if not program.loads(program.keep):
+    if not _reads(program):
         return _proved(program, grid, numbers, transposed, device)
     found = classes(program, keep, grid, operands, numbers, device)
     batch, heads, down, across = found.shape
@@ -65,10 +65,11 @@ def classes(
     """0, 1 or 2 for each block of scores that is empty, partial or full, int8 [B or 1, H or 1, M,
     N].
     """
-    if not program.loads(program.keep):
+    if not _reads(program):
         some, every = classify(program, grid, operands, numbers)
         return (some.to(torch.int8) + every).contiguous().to(device)
-    own_batch, own_heads = own(program, grid)
+    batched, by_head = _differs(program)
+    own_batch, own_heads = grid.batch if batched else 1, grid.heads if by_head else 1
     found = torch.empty((own_batch, own_heads, *grid.counts), dtype=torch.int8, device=device)
     launch(
         _kernels().classify_blocks,
@@ -88,10 +89,17 @@ def classes(
     return found
 
 
-def own(program: ScoreProgram, grid: Grid) -> tuple[int, int]:
-    """Of how many batches and heads the mask differs."""
+@functools.lru_cache(maxsize=512)
+def _reads(program: ScoreProgram) -> bool:
+    """Whether the mask reads a tensor."""
+    return bool(program.loads(program.keep))
+
+
+@functools.lru_cache(maxsize=512)
+def _differs(program: ScoreProgram) -> tuple[bool, bool]:
+    """Whether the mask differs from batch to batch, and from head to head."""
     names = {program.ops[value].fn for value in program.behind(program.keep)}
-    return grid.batch if "b" in names else 1, grid.heads if "h" in names else 1
+    return "b" in names, "h" in names
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,7 +24,12 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     """
     if not programs:
         return
-    key = _form(kernel, arguments)
+    device = next(each.device for each in arguments.values() if isinstance(each, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, **arguments)
+        return
+    key = _form(kernel, arguments, device)
     compiled = _known.get(key)
     if compiled is None or _watched():
         compiled = kernel[(programs,)](**arguments)
@@ -33,8 +38,7 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
                 _known.clear()
             _known[key] = compiled
         return
-    device = torch.cuda.current_device()
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
     given = [arguments[name] for name in kernel.arg_names]
     compiled.run(
         programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
@@ -42,10 +46,10 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     )  # fmt: skip
 
 
-def _form(kernel: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
     """What Triton compiles a kernel for, and more: equal forms have the same cubin."""
     sizes = getattr(kernel, "do_not_specialize", None) or ()
-    parts: list[Any] = [kernel, torch.cuda.current_device() if torch.cuda.is_available() else -1]
+    parts: list[Any] = [kernel, device]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             parts.append((value.dtype, value.data_ptr() % 16 == 0))

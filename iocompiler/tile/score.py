@@ -59,6 +59,9 @@ class ScoreProgram:
     keep: int | None = None
     empty: Empty = "nan"
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # a text's hash is kept: programs are looked up at every call
+
     @cached_property
     def key(self) -> str:
         """The program as text: what `parsed` reads, equal for equal programs."""

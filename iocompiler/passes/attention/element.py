@@ -174,7 +174,7 @@ class Elements:
         row, column = self._found.row, self._found.column
         distances = by_distance(node, at, row, column, self.evaluator, self.bounds)
         if distances is not None and self._is_head(at, distances.head):
-            return self._loaded(distances, views.dtype(node))
+            return self.finite(self._loaded(distances, views.dtype(node)), node, at)
         groups = tuple(self._group(x, n) for x, n in zip(at, views.shape(node), strict=True))
         source = Loaded(node, groups)
         return self.finite(self._loaded(source, views.dtype(node)), node, at)

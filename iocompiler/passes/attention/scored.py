@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
 from iocompiler.ops.attention_choice import order
-from iocompiler.ops.scored_attention import FORWARD, choose
+from iocompiler.ops.scored_attention import FORWARD, WIDEST, choose
 from iocompiler.passes.attention import execute, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
 from iocompiler.passes.attention.axes import flat
@@ -63,8 +63,12 @@ def wanted(call: execute.Call | None, found: Attention) -> bool:
         return False
     if call is None:
         return True
-    device = view.value(found.query.node).device
-    return device.type == "cuda" and bool(call.masking.masks or call.masking.terms)
+    if not (call.masking.masks or call.masking.terms):
+        return False
+    widths = (found.width.size, found.value_width.size)
+    narrow = all(isinstance(each, int) and each <= WIDEST for each in widths)
+    on_gpu = view.value(found.query.node).device.type == "cuda"
+    return on_gpu and narrow and found.dtype != torch.float64
 
 
 def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
