@@ -18,12 +18,11 @@ Types are "float" (float32 in kernels), "int" (as wide as loaded; 32 bits otherw
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 Type: TypeAlias = Literal["float", "int", "bool"]
 Kind: TypeAlias = Literal["score", "index", "number", "const", "load", "map", "cast"]
@@ -65,8 +64,9 @@ class ScoreProgram:
     @cached_property
     def key(self) -> str:
         """The program as text: what `parsed` reads, equal for equal programs."""
-        ops = [[op.kind, op.type, op.fn, list(op.inputs), op.value] for op in self.ops]
-        return json.dumps([ops, self.score, self.keep, self.empty], separators=(",", ":"))
+        ops = "; ".join(_word(op) for op in self.ops)
+        keep = "" if self.keep is None else f" where {self.keep}"
+        return f"{ops} -> {self.score}{keep} else {self.empty}"
 
     @cached_property
     def sinks(self) -> bool:
@@ -116,13 +116,36 @@ def _show(op: ScoreOp) -> str:
             return f"{op.fn or op.type}({inputs})"
 
 
+def _word(op: ScoreOp) -> str:
+    """An operation as text: ``kind.type.fn:value`` and its inputs, without what is empty."""
+    value = f":{op.value!r}" if op.kind in ("const", "load", "number") else ""
+    name = f"{op.kind}.{op.type}" + (f".{op.fn}" if op.fn else "")
+    return " ".join([name + value, *map(str, op.inputs)])
+
+
 def parsed(text: str) -> ScoreProgram:
     """The program a `ScoreProgram.key` says."""
-    ops, score, keep, empty = json.loads(text)
-    made = (
-        ScoreOp(kind, type_, fn, tuple(inputs), value) for kind, type_, fn, inputs, value in ops
-    )
-    return ScoreProgram(tuple(made), score, keep, empty)
+    words, _, results = text.partition(" -> ")
+    result, _, empty = results.partition(" else ")
+    score, _, keep = result.partition(" where ")
+    ops = tuple(_read(word) for word in words.split("; "))
+    return ScoreProgram(ops, int(score), int(keep) if keep else None, cast(Empty, empty))
+
+
+def _read(word: str) -> ScoreOp:
+    head, *inputs = word.split(" ")
+    name, _, value = head.partition(":")
+    kind, type_, *fn = name.split(".")
+    places = tuple(int(each) for each in inputs)
+    return ScoreOp(cast(Kind, kind), cast(Type, type_), "".join(fn), places, _number(type_, value))
+
+
+def _number(type_: str, value: str) -> float | int | bool:
+    if not value:
+        return 0
+    if value in ("True", "False"):
+        return value == "True"
+    return float(value) if type_ == "float" and not value.isdigit() else int(value)
 
 
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")

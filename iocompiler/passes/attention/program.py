@@ -21,7 +21,8 @@ from iocompiler.passes.attention.description import (
     Scale,
     Step,
 )
-from iocompiler.passes.attention.element import Elements, NotExpressed, Source, apply
+from iocompiler.passes.attention.element import Elements, Source
+from iocompiler.passes.attention.element_rules import NotExpressed, apply
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import DROWNS, MASKS
 from iocompiler.passes.attention.places import At
