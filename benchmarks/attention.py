@@ -157,7 +157,7 @@ def _flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check(case: Case, train: bool, ours: Peer, row: Row) -> None:
-    size = Sizes(2, 4, 384, 32) if timing.on_gpu() else Sizes(1, 2, 70, 16)
+    size = Sizes(2, 4, 384, 32) if timing.on_gpu() else Sizes(1, 2, 128, 16)
     given = {name: x.detach() for name, x in inputs(case, size).items()}
     for name in ("q", "k", "v", *case.learned):
         given[name].requires_grad_()
