@@ -174,6 +174,7 @@ ROWS: tuple[Row, ...] = (
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
         _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable
         _scaled_dot_product_attention_math iocompiler.attention_forward
+        iocompiler.scored_attention
         """,
         contractions.attention,
     ),
@@ -184,9 +185,11 @@ ROWS: tuple[Row, ...] = (
         _scaled_dot_product_cudnn_attention_backward
         _scaled_dot_product_flash_attention_for_cpu_backward
         _scaled_dot_product_fused_attention_overrideable_backward iocompiler.attention_backward
+        iocompiler.scored_attention_backward
         """,
         contractions.attention_backward,
     ),
+    Row("iocompiler.scored_attention_operand", contractions.attention),
 )
 
 

@@ -42,10 +42,15 @@ def choose(
 ) -> Choice:
     """The kernel for these (fake) tensors, as `iocompiler::attention_forward` takes them."""
     kernel = _kernel(query, key, value, bias, causal, dropout_p)
-    orders = "".join(_order(x) for x in (query, key, value))
+    orders = order(query, key, value)
     if kernel in ("efficient", "blockwise"):
         return Choice(kernel, "ssss")  # that is how they allocate
     return Choice(kernel, orders + orders[0])
+
+
+def order(*tensors: Tensor) -> str:
+    """The letters of `MEMORY` that say how tensors [B, H, S, D] lie."""
+    return "".join(_order(x) for x in tensors)
 
 
 def _kernel(

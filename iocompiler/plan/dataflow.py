@@ -42,6 +42,10 @@ _LIBRARY = {
         ("linear_cross_entropy_losses", "linear_cross_entropy_gradients"),
         "linear + cross-entropy in chunks: cuBLAS and a row kernel",
     ),
+    **dict.fromkeys(
+        ("scored_attention", "scored_attention_backward", "scored_attention_operand"),
+        "attention: our template with a score program",
+    ),
 }
 
 # Beyond this many operations a shared value is stored, not recomputed by each of its readers.

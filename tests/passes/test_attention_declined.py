@@ -44,13 +44,13 @@ def double_softmax(q, k, v):
     return (q @ k.mT).softmax(-1).softmax(-1) @ v
 
 
-def softcap(q, k, v):
-    return (torch.tanh(q @ k.mT / 30.0) * 30.0).softmax(-1) @ v
+def dropped_softcap(q, k, v):
+    return F.dropout((torch.tanh(q @ k.mT / 30.0) * 30.0).softmax(-1), 0.5) @ v
 
 
-def scores_times_tensor(q, k, v):
-    s = q @ k.mT
-    return (s * torch.arange(s.shape[-1])).softmax(-1) @ v
+def unknown_function(q, k, v):
+    s = q @ k.mT / 30.0
+    return torch.clamp(s, torch.tensor(-1.0), torch.tensor(1.0)).softmax(-1) @ v
 
 
 def sum_of_products(q, k, v):
@@ -59,16 +59,6 @@ def sum_of_products(q, k, v):
 
 def values_on_rows(q, k, v):
     return (q @ k.mT).softmax(-1).mT @ v
-
-
-def mask_to_zero(q, k, v):
-    s = q @ k.mT
-    return s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), 0.0).softmax(-1) @ v
-
-
-def mild_mask(q, k, v):
-    s = q @ k.mT
-    return s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -10.0).softmax(-1) @ v
 
 
 def sum_with_epsilon(q, k, v):
@@ -131,12 +121,9 @@ NEARLY = [
     scores_used,
     mask_after_softmax,
     double_softmax,
-    softcap,
-    scores_times_tensor,
+    dropped_softcap,
     sum_of_products,
     values_on_rows,
-    mask_to_zero,
-    mild_mask,
     no_grad_in_between,
     weighted_average,
 ]
@@ -147,6 +134,7 @@ UNLIKE = [
     max_over_queries,
     sigmoid_attention,
     dropped_scores,
+    unknown_function,
     late_division_by_others,
 ]
 
@@ -182,20 +170,6 @@ def test_integer_query_is_declined() -> None:
     assert len(compiled.misses) == 1
 
 
-def test_a_bias_wider_than_the_kernels_is_declined() -> None:
-    def function(q, k, v, slopes):
-        s = q @ k.mT
-        distance = torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None]
-        return (s + slopes[:, None, None] * distance).softmax(-1).to(v.dtype) @ v
-
-    inputs = {name: x.detach().bfloat16() for name, x in heads().items()}
-    slopes = torch.tensor([0.5, 0.25, 0.1, 0.01])
-    compiled = Compiled(function)
-    compiled(**inputs, slopes=slopes)
-    assert compiled.variants == []
-    assert "precision" in compiled.misses[0]
-
-
 def test_a_finite_mask_that_may_hide_a_whole_row_keeps_the_row_uniform() -> None:
     """Over a row of finfo.min the softmax is uniform; -inf there would give NaN or zeros."""
 
@@ -214,8 +188,9 @@ def test_a_finite_mask_that_may_hide_a_whole_row_keeps_the_row_uniform() -> None
         torch.testing.assert_close(out[:, :, 3], expected, atol=1e-2, rtol=1e-2)
     half = {name: x.detach().half() for name, x in heads().items()}
     compiled = Compiled(function)
-    torch.testing.assert_close(compiled(**half, keep=keep), function(**half, keep=keep))
-    assert "float16" in compiled.misses[0]
+    exact = function(**{n: x.float() for n, x in half.items()}, keep=keep)
+    torch.testing.assert_close(compiled(**half, keep=keep).float(), exact, atol=5e-3, rtol=5e-3)
+    assert compiled.variants == ["program+mask"]  # float16 has no bias for such a row
 
 
 def test_a_causal_finite_mask_with_padding_is_no_structure() -> None:

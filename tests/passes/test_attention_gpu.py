@@ -42,6 +42,37 @@ def bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     return (q @ k.mT * 0.125 + table).softmax(-1) @ v
 
 
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * 0.125
+    place = torch.arange(s.shape[-1], device=s.device)
+    apart = place[:, None] - place[None, :]
+    return s.masked_fill((apart < 0) | (apart > 40), float("-inf")).softmax(-1) @ v
+
+
+def softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh(q @ k.mT * 0.005) * 25.0).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("length", [128, 150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("function", [bias, window, softcap])
+def test_a_program_on_a_gpu(function: Callable[..., Any], length: int, dtype: torch.dtype) -> None:
+    given = heads(rows=length, columns=length, width=64)
+    if function is bias:
+        given["table"] = torch.randn(1, 4, length, length).requires_grad_()
+    made: list[Compiled] = []
+
+    def compile_(module: Spelling) -> Compiled:
+        made.append(Compiled(module))
+        return made[0]
+
+    assert_as_accurate_as_eager(
+        lambda: Spelling(function), given, compile_, dtype=dtype, device="cuda"
+    )
+    assert made[0].variants[0].startswith("program")
+    assert made[0].calls == []
+
+
 @pytest.mark.parametrize("length", [128, 150])
 @pytest.mark.parametrize(
     ("function", "kernels"),
@@ -50,13 +81,10 @@ def bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         (causal, ("cudnn", "flash")),
         (packed, ("cudnn", "flash")),
         (grouped, ("cudnn", "flash")),
-        (bias, ("efficient",)),
     ],
 )
 def test_on_a_gpu(function: Callable[..., Any], kernels: tuple[str, ...], length: int) -> None:
     given = heads(rows=length, columns=length, width=64)
-    if function is bias:
-        given["table"] = torch.randn(1, 4, length, length).requires_grad_()
     made: list[Compiled] = []
 
     def compile_(module: Spelling) -> Compiled:

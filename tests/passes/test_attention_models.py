@@ -216,14 +216,13 @@ def test_other_spellings_of_models(name: str) -> None:
     assert compiled.variants == [variant], compiled.misses
 
 
-def test_a_softcap_is_declined_by_its_name() -> None:
+def test_a_softcap_is_a_program() -> None:
     config = transformers.Gemma2Config(**SIZE, **SMALL, num_key_value_heads=2, head_dim=8)
     model = transformers.Gemma2ForCausalLM(config).eval()
     model.set_attn_implementation("eager")
     compiled = Compiled(Outputs(model))
     torch.testing.assert_close(compiled(input_ids=_ids()), model(input_ids=_ids()).logits)
-    assert compiled.variants == []
-    assert "tanh" in compiled.misses[0]
+    assert compiled.variants == ["program+gqa+mask+score"] * config.num_hidden_layers
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -94,20 +94,20 @@ class Arranger:
             node = self.call(
                 aten.expand.default,
                 node,
-                [self._size((axis,)) if axis in missing else -1 for axis in wanted],
+                [self.size((axis,)) if axis in missing else -1 for axis in wanted],
             )
         return self._reshape(node, tuple((axis,) for axis in wanted), target)
 
     def _reshape(self, node: Node, dims: Dims, target: Dims) -> Node:
         if dims == target and len(dims) == len(views.shape(node)):
             return node
-        sizes = [self._size(group) for group in target]
+        sizes = [self.size(group) for group in target]
         symbolic = [place for place, size in enumerate(sizes) if isinstance(size, Node)]
         if len(symbolic) == 1:
             sizes[symbolic[0]] = -1
         return self.call(aten.reshape.default, node, sizes)
 
-    def _size(self, group: Group) -> Any:
+    def size(self, group: Group) -> Any:
         """The size of a dim: a number, or a node where it is symbolic."""
         size: Any = 1
         for axis in group:

@@ -18,7 +18,7 @@ from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.attention_choice import choose
 from iocompiler.passes.attention import masks, strides, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
-from iocompiler.passes.attention.axes import flat
+from iocompiler.passes.attention.axes import Dims, flat
 from iocompiler.passes.attention.description import (
     Attention,
     Bias,
@@ -120,7 +120,7 @@ def _folded(steps: tuple[Step, ...]) -> tuple[float, tuple[Scale, ...], tuple[St
         if isinstance(step, Cast) and not step.dtype.is_floating_point:
             raise Declined(f"the scores are rounded to {step.dtype}")
         if isinstance(step, Scale):
-            factor = None if step.dims else _number(step.factor)
+            factor = None if step.dims else literal(step.factor)
             if factor is None:
                 factors.append(step)
             else:
@@ -138,9 +138,10 @@ def _scaled(step: Step, scale: float) -> Step:
     return replace(step, value=step.value * scale) if isinstance(step, Fill) else step
 
 
-def _number(factor: Any) -> float | None:
+def literal(factor: Any) -> float | None:
+    """The number a factor is, None where it is known at run time only."""
     if isinstance(factor, Inverse):
-        below = _number(factor.of)
+        below = literal(factor.of)
         return None if below is None or below == 0.0 else 1.0 / below
     return number(factor)
 
@@ -150,24 +151,8 @@ def apply(gm: GraphModule, call: Call) -> None:
     found, frame = call.found, Frame(call.found)
     anchor, dims = forward_views(found)
     arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
-    query, key, value = (
-        arranger.operand(_narrowed(operand, found.dtype), target)
-        for operand, target in (
-            (found.query, frame.query),
-            (found.key, frame.key),
-            (found.value, frame.value),
-        )
-    )
-    query, key, value = (_cast(arranger, each, found.dtype) for each in (query, key, value))
-    for factor in call.factors:
-        inverse = isinstance(factor.factor, Inverse)
-        by = factor.factor.of if inverse else factor.factor
-        if factor.dims:  # [B, H, S, 1] of the scores, as of the query
-            by = arranger.arranged(by, factor.dims, frame.scores, widen=False)
-        else:
-            by = _single(arranger, by)
-        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, by)
-        query = _cast(arranger, query, found.dtype)
+    query, key, value = operands(arranger, found, frame)
+    query = multiplied(arranger, query, call.factors, frame, found.dtype)
     bias = _bias(arranger, call, frame)
     values = [view.value(each) if each is not None else None for each in (query, key, value, bias)]
     causal, dropout_p = call.masking.causal, found.dropout_p
@@ -184,7 +169,43 @@ def apply(gm: GraphModule, call: Call) -> None:
         choice.kernel,
         choice.layout,
     )
-    out = arranger.arranged(arranger.call(operator.getitem, results, 0), frame.out, dims)
+    finish(gm, found, arranger, arranger.call(operator.getitem, results, 0), anchor, dims)
+
+
+def operands(arranger: Arranger, found: Attention, frame: Frame) -> tuple[Node, Node, Node]:
+    """Query, key and value as the semantic ops take them."""
+    query, key, value = (
+        _cast(arranger, arranger.operand(_narrowed(operand, found.dtype), target), found.dtype)
+        for operand, target in (
+            (found.query, frame.query),
+            (found.key, frame.key),
+            (found.value, frame.value),
+        )
+    )
+    return query, key, value
+
+
+def multiplied(
+    arranger: Arranger, query: Node, factors: tuple[Scale, ...], frame: Frame, dtype: torch.dtype
+) -> Node:
+    """The query times (or divided by) what the scores are."""
+    for factor in factors:
+        inverse = isinstance(factor.factor, Inverse)
+        by = factor.factor.of if inverse else factor.factor
+        if factor.dims:  # [B, H, S, 1] of the scores, as of the query
+            by = arranger.arranged(by, factor.dims, frame.scores, widen=False)
+        else:
+            by = _single(arranger, by)
+        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, by)
+        query = _cast(arranger, query, dtype)
+    return query
+
+
+def finish(
+    gm: GraphModule, found: Attention, arranger: Arranger, out: Node, anchor: Node, dims: Dims
+) -> None:
+    """Let the output [B, H, S, E] stand where it was computed, and erase what it stands for."""
+    out = arranger.arranged(out, Frame(found).out, dims)
     out = _cast(arranger, out, views.dtype(anchor))
     strides.note(out, view.value(anchor))
     edit.redirect(gm, anchor, out)

@@ -10,10 +10,11 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
-from iocompiler.passes.attention import contraction, execute, library, strides
+from iocompiler.passes.attention import contraction, execute, library, scored, strides
 from iocompiler.passes.attention.description import Attention, Declined
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
+from iocompiler.passes.attention.scored import ScoredCall
 
 _PATTERN = "attention"
 
@@ -50,13 +51,39 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
             return 0
         where = view.where(node)
         _check_alone(gm, found)
-        call = execute.plan(found, Evaluator(gm))
+        call = _planned(found, Evaluator(gm))
     except Declined as reason:
         record(gm, Miss(_PATTERN, view.where(node), str(reason)))
         return 0
-    execute.apply(gm, call)
+    if isinstance(call, ScoredCall):
+        scored.apply(gm, call)
+    else:
+        execute.apply(gm, call)
     record(gm, Rewrite(_PATTERN, where, call.variant))
     return 1
+
+
+def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCall:
+    """The library's call, or a score program where there is none or it is dearer.
+
+    Raises:
+        Declined: neither runs it.
+    """
+    call: execute.Call | None = None
+    declined: Declined | None = None
+    try:
+        call = execute.plan(found, evaluator)
+    except Declined as reason:
+        declined = reason
+    if scored.wanted(call, found):
+        try:
+            return scored.plan(found, evaluator)
+        except Declined as reason:
+            declined = declined and Declined(f"{declined}; {reason}")
+    if call is None:
+        assert declined is not None
+        raise declined
+    return call
 
 
 def _check_alone(gm: GraphModule, found: Attention) -> None:

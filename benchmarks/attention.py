@@ -1,0 +1,177 @@
+"""Attention written plainly, forward and forward + backward: eager, Inductor, ours on the same
+code, and FlexAttention, for which the user rewrites the model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import timing
+from benchmarks.attention_zoo import CASES, Case, Sizes
+from benchmarks.harness import Session, columns, note, parser, verdict, wanted
+from benchmarks.peers import Peer, chosen
+from benchmarks.table import Row, Table, ratio
+from tests.accuracy import compare_with_eager
+
+PHASES = ("forward", "step")
+FLEX = "flex"
+
+
+def main() -> None:
+    args = arguments()
+    if args.sweep:
+        from benchmarks.attention_sweep import sweep
+
+        sweep(args, sizes(args))
+        return
+    peers = chosen(args.peers)
+    shown = ["name", *columns(peers, "ms"), "flex ms", "ours/flex", "ours/inductor"]
+    shown += [*columns(peers, "GiB"), "flex GiB", "check"]
+    session = Session(args, Table("attention", shown))
+    for case in CASES:
+        for phase in ("step",) if args.quick else tuple(args.phase.split(",")):
+            if wanted(f"{case.name} {phase}", args.only):
+                _row(session, case, phase)
+    session.table.finish(args.json)
+
+
+def arguments() -> argparse.Namespace:
+    found = parser(__doc__)
+    found.add_argument("--phase", default=",".join(PHASES), help="forward, step (with backward)")
+    found.add_argument("--sweep", action="store_true", help="time tiles of our template instead")
+    found.add_argument("--length", type=int, default=4096)
+    found.add_argument("--width", type=int, default=64)
+    found.add_argument("--no-flex", dest="flex", action="store_false")
+    found.set_defaults(budget=0.3)
+    return found.parse_args()
+
+
+def sizes(args: argparse.Namespace) -> Sizes:
+    return Sizes(1, 2, 256, 16) if args.quick else Sizes(4, 16, args.length, args.width)
+
+
+def device() -> str:
+    return "cuda" if timing.on_gpu() else "cpu"
+
+
+def inputs(case: Case, size: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """q, k, v that lie as a projection leaves them, [B, S, H, D], and the case's own."""
+    torch.manual_seed(0)
+    shape = (size.batch, size.length, size.heads, size.width)
+    made = {name: torch.randn(shape, device=device()).to(dtype).transpose(1, 2) for name in "qkv"}
+    made |= case.extra(size, device())
+    for name in ("q", "k", "v", *case.learned):
+        made[name].requires_grad_()
+    return made
+
+
+class _Plain(nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.plain = case.plain
+
+    def forward(self, **given: Tensor) -> Tensor:
+        return self.plain(**given)
+
+
+def _row(session: Session, case: Case, phase: str) -> None:
+    row: Row = {"name": f"{case.name} {phase}"}
+    session.table.rows.append(row)
+    train = phase == "step"
+    for peer in session.peers:
+        if session.args.check and peer.name == "ours":
+            session.attempt(row, "check", partial(_check, case, train, peer, row))
+        measure = partial(_measure, session.args, case, train, peer.name, peer.compile, row)
+        session.attempt(row, peer.name, measure)
+    if session.args.flex and not session.args.quick:
+        flex = partial(_measure, session.args, case, train, FLEX, partial(_flex, case), row)
+        session.attempt(row, FLEX, flex)
+    for other in (FLEX, "inductor"):
+        row[f"ours/{other}"] = ratio(row.get("ours ms"), row.get(f"{other} ms"))
+
+
+def _measure(
+    args: argparse.Namespace,
+    case: Case,
+    train: bool,
+    name: str,
+    compile_: Callable[[Callable[..., Any]], Callable[..., Any]],
+    row: Row,
+) -> None:
+    given = inputs(case, sizes(args))
+    function = compile_(_Plain(case))
+    cotangent = torch.randn_like(given["q"])
+
+    def step() -> None:
+        for leaf in given.values():
+            leaf.grad = None
+        function(**given).backward(cotangent)
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(**given)
+
+    call = step if train else forward
+    timing.first_call(call)
+    for leaf in given.values():
+        leaf.grad = None
+    with timing.PeakMemory() as peak:
+        call()
+    row[f"{name} GiB"] = peak.gib
+    time = timing.steps(call, args.steps, args.budget, flush=True)
+    row[f"{name} ms"], row[f"{name} spread ms"] = time.ms, time.spread_ms
+    if name == "ours":
+        note(row, "ours", _variant(case, given))
+
+
+def _variant(case: Case, given: dict[str, Tensor]) -> str:
+    """What the recogniser says of the code."""
+    import iocompiler as ioc
+
+    report = ioc.explain(_Plain(case), **given)
+    found = [str(each.variant) for each in report.rewrites if each.pattern == "attention"]
+    return ", ".join(found) or "; ".join(str(each.reason) for each in report.misses)
+
+
+def _flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    made: list[Any] = []
+
+    def run(**given: Tensor) -> Any:
+        q, k, v = (given[name] for name in "qkv")
+        if not made:  # once: what a model does that keeps its mask from layer to layer
+            score_mod, mask_mod = case.flex(given)
+            lengths = (q.shape[0], None, q.shape[2], k.shape[2])
+            mask = create_block_mask(mask_mod, *lengths, device=q.device)
+            made.append({"score_mod": score_mod, "block_mask": mask})
+        return compiled(q, k, v, **made[0])
+
+    return run
+
+
+def _check(case: Case, train: bool, ours: Peer, row: Row) -> None:
+    size = Sizes(2, 4, 384, 32) if timing.on_gpu() else Sizes(1, 2, 128, 16)
+    given = {name: x.detach() for name, x in inputs(case, size).items()}
+    for name in ("q", "k", "v", *case.learned):
+        given[name].requires_grad_()
+    row["check"] = verdict(
+        compare_with_eager(
+            lambda: _Plain(case),
+            given,
+            ours.compile,
+            dtype=torch.bfloat16,
+            device=device(),
+            train=train,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

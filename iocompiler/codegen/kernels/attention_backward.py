@@ -1,0 +1,237 @@
+"""Attention with a score program, backward.
+
+With p_ij = exp2(s_ij - lse_i) of the forward and delta_i = sum_e dout_ie out_ie:
+
+    dv_j = sum_i p_ij dout_i              ds_ij = p_ij (dout_i . v_j - delta_i)
+    dk_j = scale sum_i ds_ij slope_ij q_i   dq_i = scale sum_j ds_ij slope_ij k_j
+
+where slope is the derivative of the score program by scale * q_i . k_j. Tri Dao,
+"FlashAttention-2", arXiv 2307.08691, algorithm 2, with a kernel of its own for dq: no atomic
+additions, so that results repeat bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from iocompiler.codegen.kernels.attention_parts import (
+    head_of,
+    load_tile,
+    powers,
+    row_of,
+    store_tile,
+    table_entry,
+    table_row,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "rows"])
+def attention_delta(
+    Out, Grad, Delta, out_strides, grad_strides, heads, rows,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta_i = sum_e dout_ie out_ie; Delta [B, H, S] float32, contiguous."""
+    blocks = tl.cdiv(rows, BLOCK_M)
+    start = (tl.program_id(0) % blocks) * BLOCK_M
+    z = tl.program_id(0) // blocks
+    b = z // heads
+    h = z % heads
+    row = tl.arange(0, BLOCK_M)
+    inside = tl.minimum(row, rows - 1 - start)
+    e = tl.arange(0, BLOCK_E)
+    out = load_tile(row_of(Out, out_strides, b, h, start), inside, out_strides[2], e,
+                    out_strides[3], E, BLOCK_E)  # fmt: skip
+    grad = load_tile(row_of(Grad, grad_strides, b, h, start), inside, grad_strides[2], e,
+                     grad_strides[3], E, BLOCK_E)  # fmt: skip
+    product = out.to(tl.float32) * grad.to(tl.float32)
+    # a row without a score that counts may be NaN; nothing flows back through it
+    product = tl.where(grad == 0.0, 0.0, product)
+    tl.store(
+        Delta + z.to(tl.int64) * rows + start + row, tl.sum(product, 1), mask=start + row < rows
+    )
+
+
+@triton.jit
+def _into_queries(
+    dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
+    operands, strides, numbers, visited, count, room, columns,
+    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    column = tl.arange(0, BLOCK_N)
+    for entry in range(count):
+        start = table_entry(visited, entry, room, RANGES, PARTIAL) * BLOCK_N
+        inside = column
+        if PARTIAL:
+            inside = tl.minimum(column, columns - 1 - start)
+        j = (start + inside)[None, :]
+        k_row = K + start.to(tl.int64) * k_strides[2]
+        k = load_tile(k_row, inside, k_strides[2], d, k_strides[3], D, BLOCK_D)
+        v_row = V + start.to(tl.int64) * v_strides[2]
+        v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta)
+        if slope is not None:
+            ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
+        if PARTIAL:
+            kept = (start + column < columns)[None, :]
+            if keep is not None:
+                kept = kept & keep(b, h, i, j, operands, strides, numbers)
+            ds = tl.where(kept, ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "columns", "room"])
+def attention_dq(
+    Q, K, V, Grad, Lse, Rest, Delta, DQ,
+    q_strides, k_strides, v_strides, grad_strides, dq_strides,
+    operands, strides, numbers, table, table_strides, heads, rows, columns, room,
+    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one block of queries; the table is the forward's kind."""
+    blocks = tl.cdiv(rows, BLOCK_M)
+    m = blocks - 1 - tl.program_id(0) % blocks
+    z = tl.program_id(0) // blocks
+    b = z // heads
+    h = z % heads
+    g = h // GROUP
+    start = m * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    inside = tl.minimum(row, rows - 1 - start)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    q = load_tile(row_of(Q, q_strides, b, h, start), inside, q_strides[2], d, q_strides[3],
+                  D, BLOCK_D)  # fmt: skip
+    grad = load_tile(row_of(Grad, grad_strides, b, h, start), inside, grad_strides[2], e,
+                     grad_strides[3], E, BLOCK_E)  # fmt: skip
+    line = z.to(tl.int64) * rows + start + inside
+    lse = tl.load(Lse + line)[:, None]
+    rest = tl.load(Rest + line)[:, None] if SINKS else lse
+    delta = tl.load(Delta + line)[:, None]
+    K = head_of(K, k_strides, b, g)
+    V = head_of(V, v_strides, b, g)
+    i = (start + inside)[:, None]
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
+    dq = _into_queries(
+        dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
+        operands, strides, numbers, visited, full, room, columns, score, keep, slope, SCALE,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, SINKS, PRECISION,
+    )  # fmt: skip
+    dq = _into_queries(
+        dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
+        operands, strides, numbers, visited, partial, room, columns, score, keep, slope, SCALE,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, SINKS, PRECISION,
+    )  # fmt: skip
+    DQ = row_of(DQ, dq_strides, b, h, start)
+    store_tile(DQ, row, dq_strides[2], d, dq_strides[3], dq * SCALE, rows - start, D, BLOCK_D)
+
+
+@triton.jit
+def _into_keys(
+    dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j,
+    operands, strides, numbers, visited, count, room, rows,
+    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles are transposed, [keys, queries], so that p and ds are left operands as they are."""
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    row = tl.arange(0, BLOCK_M)
+    for entry in range(count):
+        start = table_entry(visited, entry, room, RANGES, PARTIAL) * BLOCK_M
+        inside = row
+        if PARTIAL:
+            inside = tl.minimum(row, rows - 1 - start)
+        i = (start + inside)[None, :]
+        q_row = Q + start.to(tl.int64) * q_strides[2]
+        q = load_tile(q_row, inside, q_strides[2], d, q_strides[3], D, BLOCK_D)
+        grad_row = Grad + start.to(tl.int64) * grad_strides[2]
+        grad = load_tile(grad_row, inside, grad_strides[2], e, grad_strides[3], E, BLOCK_E)
+        lse = tl.load(Lse + start + inside)[None, :]
+        rest = tl.load(Rest + start + inside)[None, :] if SINKS else lse
+        delta = tl.load(Delta + start + inside)[None, :]
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
+        if PARTIAL:
+            kept = (start + row < rows)[None, :]
+            if keep is not None:
+                kept = kept & keep(b, h, i, j, operands, strides, numbers)
+            p = tl.where(kept, p, 0.0)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = p * (dp - delta)
+        if slope is not None:
+            ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
+            if PARTIAL:
+                ds = tl.where(kept, ds, 0.0)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "columns", "room"])
+def attention_dkv(
+    Q, K, V, Grad, Lse, Rest, Delta, DK, DV,
+    q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
+    operands, strides, numbers, table, table_strides, groups, rows, columns, room,
+    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys, over all query heads of its group; the table has a row for
+    each block of keys.
+    """
+    blocks = tl.cdiv(columns, BLOCK_N)
+    n = tl.program_id(0) % blocks  # earlier keys are seen by more queries under a causal mask
+    z = tl.program_id(0) // blocks
+    b = z // groups
+    g = z % groups
+    start = n * BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    inside = tl.minimum(column, columns - 1 - start)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    k = load_tile(row_of(K, k_strides, b, g, start), inside, k_strides[2], d, k_strides[3],
+                  D, BLOCK_D)  # fmt: skip
+    v = load_tile(row_of(V, v_strides, b, g, start), inside, v_strides[2], e, v_strides[3],
+                  E, BLOCK_E)  # fmt: skip
+    j = (start + inside)[:, None]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for member in range(GROUP):
+        h = g * GROUP + member
+        line = (b.to(tl.int64) * groups * GROUP + h) * rows
+        queries = head_of(Q, q_strides, b, h)
+        grads = head_of(Grad, grad_strides, b, h)
+        visited, partial, full = table_row(table, table_strides, b, h, n, RANGES)
+        dk, dv = _into_keys(
+            dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
+            q_strides, grad_strides, b, h, j, operands, strides, numbers,
+            visited, full, room, rows,
+            score, keep, slope, SCALE,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
+        )  # fmt: skip
+        dk, dv = _into_keys(
+            dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
+            q_strides, grad_strides, b, h, j, operands, strides, numbers,
+            visited, partial, room, rows,
+            score, keep, slope, SCALE,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
+        )  # fmt: skip
+    DK = row_of(DK, dk_strides, b, g, start)
+    DV = row_of(DV, dv_strides, b, g, start)
+    store_tile(DK, column, dk_strides[2], d, dk_strides[3], dk * SCALE, columns - start,
+               D, BLOCK_D)  # fmt: skip
+    store_tile(DV, column, dv_strides[2], e, dv_strides[3], dv, columns - start, E, BLOCK_E)

@@ -1,0 +1,91 @@
+"""What the attention kernels share: the table of blocks they visit, and how they read matrices.
+
+A table says for each row of blocks (of queries, or of keys in the kernel that walks over queries)
+which blocks are visited: *full* ones, in which every score is kept, and *partial* ones, in which a
+score may not be. It is one tensor of int32 [B or 1, H or 1, rows of blocks, length]:
+
+- with RANGES, four numbers a row: the first block that is not empty, how many partial ones follow,
+  then how many full ones, then how many partial ones again;
+- else the number of partial blocks, the number of full ones, then the positions of the partial
+  ones, then those of the full ones, each with ``room`` for all.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def table_row(table, table_strides, b, h, row, RANGES: tl.constexpr):
+    """(what `table_entry` needs of a row, number of partial blocks, number of full blocks)."""
+    table += b * table_strides[0] + h * table_strides[1] + row * table_strides[2]
+    first = tl.load(table)
+    second = tl.load(table + 1)
+    if RANGES:
+        full = tl.load(table + 2)
+        partial = second + tl.load(table + 3)
+    else:
+        full = second
+        partial = first
+    return (table, first, second, full), partial, full
+
+
+@triton.jit
+def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
+    """The position of the n-th partial or full block of a row."""
+    table, first, left, full = visited
+    if RANGES:
+        if PARTIAL:
+            found = first + entry + tl.where(entry < left, 0, full)
+        else:
+            found = first + left + entry
+    else:
+        if PARTIAL:
+            found = tl.load(table + 2 + entry)
+        else:
+            found = tl.load(table + 2 + room + entry)
+    return found
+
+
+@triton.jit
+def load_tile(base, row, stride, column, column_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[len(row), BLOCK] of a matrix WIDTH wide, zeros beyond it."""
+    pointers = base + row[:, None] * stride + column[None, :] * column_stride
+    if WIDTH < BLOCK:
+        tile = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base, row, stride, column, column_stride, tile, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the first ``rows`` rows of a tile."""
+    kept = (row < rows)[:, None]
+    if WIDTH < BLOCK:
+        kept = kept & (column < WIDTH)[None, :]
+    pointers = base + row[:, None] * stride + column[None, :] * column_stride
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def head_of(base, strides, b, h):
+    """The pointer to one head of a tensor [B, H, S, D]."""
+    return base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def row_of(base, strides, b, h, row):
+    """The pointer to a row of one head."""
+    return head_of(base, strides, b, h) + row.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def powers(score, lse, rest, SINKS: tl.constexpr):
+    """The probabilities: with SINKS, lse is the largest score and rest log2 of the other factor."""
+    score = score - lse
+    if SINKS:
+        score = score - rest
+    return tl.exp2(score)

@@ -1,0 +1,117 @@
+"""Score programs as the Triton functions an attention template is given.
+
+The scores the functions return are multiplied by log2(e), so that the templates may use exp2; the
+factor is folded into constants where it can be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from iocompiler.codegen.prelude import PRELUDE
+from iocompiler.tile.ops import MAPS
+from iocompiler.tile.score import ScoreOp, ScoreProgram
+from iocompiler.tile.score_algebra import LOG2E, derivative, peeled, scaled
+
+_ARGUMENTS = "b, h, i, j, operands, strides, numbers"
+# faster than the op table's text, which rounds as eager does: what follows is a softmax
+_FAST = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "tanh": "_soft_tanh({0})"}
+_SOFT_TANH = '''
+
+@triton.jit
+def _soft_tanh(x):
+    """1 - 2 / (1 + exp(2 x)): errs by 1e-6 at most, with no case apart for small x."""
+    above = 1.0 + tl.exp2(x * 2.8853900817779268)
+    return 1.0 - 2.0 * tl.rsqrt(above * above)  # one step where a division takes several
+'''
+_CASTS = {"float": "tl.float32", "int": "tl.int32", "bool": "tl.int1"}
+
+
+def module_text(program: ScoreProgram, ranks: Sequence[int], gradients: Sequence[int] = ()) -> str:
+    """A Python module with the functions of a program.
+
+    ``new_score`` and ``keep`` are the program; ``slope`` is the new score and its derivative by
+    ``SCALE`` times the dot product; ``gradient_<load>`` its derivative by a load. What is not
+    needed (nothing masked, a derivative of 1) is None.
+
+    Args:
+        ranks: the number of dims of each operand.
+        gradients: the loads (places in the program) that are differentiated.
+    """
+    scale, rest = peeled(program)
+    forward = scaled(rest, LOG2E, scale)
+    product = _product(rest)
+    text = PRELUDE + _SOFT_TANH + f"\nSCALE = {scale!r}\n"
+    text += _function("new_score", "s, ", forward, ranks, (forward.score,))
+    if program.keep is None:
+        text += "\nkeep = None\n"
+    else:
+        text += _function("keep", "", forward, ranks, (forward.keep,))
+    widened, slope = derivative(rest, product) if product is not None else (rest, None)
+    if product is None or slope is None:
+        text += "\nslope = None\n"
+    else:
+        text += _function("slope", "s, ", widened, ranks, (slope,))
+    for load in gradients:
+        text += _gradient(program, ranks, load)
+    return text
+
+
+def _product(program: ScoreProgram) -> int | None:
+    return next((n for n, op in enumerate(program.ops) if op.kind == "score"), None)
+
+
+def _gradient(program: ScoreProgram, ranks: Sequence[int], load: int) -> str:
+    widened, slope = derivative(program, load)
+    if slope is None:
+        return f"\ngradient_{load} = None\n"
+    return _function(f"gradient_{load}", "s, ", widened, ranks, (slope,))
+
+
+def _function(
+    name: str,
+    first: str,
+    program: ScoreProgram,
+    ranks: Sequence[int],
+    results: Sequence[int | None],
+) -> str:
+    wanted = [value for value in results if value is not None]
+    lines = []
+    names: dict[int, str] = {}
+    for value in sorted(program.behind(*wanted)):
+        op = program.ops[value]
+        names[value] = _inlined(op) or f"v{value}"
+        if not _inlined(op):
+            lines.append(f"    v{value} = {_text(op, [names[v] for v in op.inputs], ranks)}")
+    returned = ", ".join(names[value] for value in wanted)
+    body = "\n".join([*lines, f"    return {returned}"])
+    return f"\n\n@triton.jit\ndef {name}({first}{_ARGUMENTS}):\n{body}\n"
+
+
+def _inlined(op: ScoreOp) -> str:
+    """The text of what needs no name of its own; "" for the rest."""
+    if op.kind == "score":
+        return "s"
+    if op.kind == "index":
+        return op.fn
+    if op.kind == "number":
+        return f"numbers[{op.value}]"
+    return _literal(op.value) if op.kind == "const" else ""
+
+
+def _literal(value: float | int | bool) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    return repr(value) if value >= 0 else f"({value!r})"
+
+
+def _text(op: ScoreOp, inputs: list[str], ranks: Sequence[int]) -> str:
+    if op.kind == "load":
+        first = sum(ranks[: int(op.value)])
+        terms = [f"{x} * strides[{first + d}]" for d, x in enumerate(inputs) if x != "0"]
+        loaded = f"tl.load({' + '.join([f'operands[{op.value}]', *terms])})"
+        return f"{loaded}.to(tl.float32)" if op.type == "float" else loaded
+    if op.kind == "cast":
+        return f"tl.cast({inputs[0]}, {_CASTS[op.type]})"
+    return _FAST.get(op.fn, MAPS[op.fn].triton).format(*inputs)

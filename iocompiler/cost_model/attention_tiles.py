@@ -1,0 +1,66 @@
+"""Tiles of the attention templates, as data: by kernel, element size, head width and device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``m`` queries by ``n`` keys at a time, warps of a program, stages of its loads."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tiles of the kernels for heads up to ``width`` wide, elements up to ``bytes`` large, on
+    devices of compute capability ``capability`` and newer.
+    """
+
+    capability: tuple[int, int]
+    bytes: int
+    width: int
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    operand: Tile  # square: see `operand_diagonals`
+
+    def lighter(self) -> Row:
+        """For a program that loads an element for each score, or masks loads of a narrow head: its
+        loads take registers, and a third stage of them spills.
+        """
+        tiles = (self.forward, self.dq, self.dkv)
+        forward, dq, dkv = (replace(each, stages=min(each.stages, 2)) for each in tiles)
+        return replace(self, forward=forward, dq=dq, dkv=dkv)
+
+
+_SQUARE, _SMALL, _TINY = Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)
+# the first row that fits is taken: least capability, element size, head width, then the tiles of
+# forward, dq, dkv and operand gradients
+ROWS = (
+    Row((9, 0), 2, 64, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), _SQUARE),
+    Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), _SQUARE),
+    Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), _SMALL),
+    Row((0, 0), 2, 64, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), _SQUARE),
+    Row((0, 0), 2, 128, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), _SQUARE),
+    Row((0, 0), 2, 256, Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), _SMALL),
+    Row((0, 0), 4, 64, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), _SMALL),
+    Row((0, 0), 4, 128, Tile(16, 32, 8, 1), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1), _SMALL),
+    Row((0, 0), 4, 256, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), _TINY),
+)
+
+
+def row(capability: tuple[int, int], bytes_each: int, width: int) -> Row:
+    """The tiles for a device.
+
+    Raises:
+        LookupError: no template takes heads as wide.
+    """
+    for each in ROWS:
+        if capability >= each.capability and bytes_each <= each.bytes and width <= each.width:
+            return each
+    raise LookupError(f"heads of {width} elements of {bytes_each} bytes")

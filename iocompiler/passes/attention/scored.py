@@ -1,0 +1,142 @@
+"""The execution of a recognised attention by `iocompiler::scored_attention`: of what the library's
+kernels do not express, or only by a matrix of biases.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import torch
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph import view
+from iocompiler.ops.attention_choice import order
+from iocompiler.ops.scored_attention import FORWARD, WIDEST, choose
+from iocompiler.passes.attention import execute, views
+from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
+from iocompiler.passes.attention.axes import flat
+from iocompiler.passes.attention.description import (
+    Attention,
+    Bias,
+    Cast,
+    Declined,
+    Pointwise,
+    Scale,
+    Step,
+)
+from iocompiler.passes.attention.distances import Distances
+from iocompiler.passes.attention.element import Source
+from iocompiler.passes.attention.evaluate import Evaluator
+from iocompiler.passes.attention.program import Scored, extract
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class ScoredCall:
+    """One call of the semantic op, before its operands are brought to its layout."""
+
+    found: Attention
+    scored: Scored
+    factors: tuple[Scale, ...]  # what the query is multiplied by
+
+    @property
+    def variant(self) -> str:
+        frame = Frame(self.found)
+        steps = self.found.steps
+        program = self.scored.program
+        names = (
+            ("gqa", frame.heads != frame.groups),
+            ("mask", program.keep is not None),
+            ("score", any(isinstance(step, (Pointwise, Bias)) for step in steps)),
+        )
+        return "+".join(["program", *(name for name, there in names if there)])
+
+
+def wanted(call: execute.Call | None, found: Attention) -> bool:
+    """Whether a program is better than ``call``, the libraries' way: where that is none, and on a
+    GPU where it needs a matrix of biases.
+    """
+    if found.dropout_p:
+        return False
+    if call is None:
+        return True
+    if not (call.masking.masks or call.masking.terms):
+        return False
+    widths = (found.width.size, found.value_width.size)
+    narrow = all(isinstance(each, int) and each <= WIDEST for each in widths)
+    on_gpu = view.value(found.query.node).device.type == "cuda"
+    return on_gpu and narrow and found.dtype != torch.float64
+
+
+def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
+    """The attention as a score program.
+
+    Raises:
+        Declined: there is none.
+    """
+    if found.dtype not in _DTYPES:
+        raise Declined(f"the output is {found.dtype}")
+    if found.dropout_p:
+        raise Declined("dropout with a score program")
+    for operand in (found.query, found.key, found.value):
+        if not views.dtype(operand.node).is_floating_point:
+            raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
+    factors, rest = _factors(found)
+    return ScoredCall(found, extract(replace(found, steps=rest), evaluator), factors)
+
+
+def _factors(found: Attention) -> tuple[tuple[Scale, ...], tuple[Step, ...]]:
+    """The tensors that the scores are multiplied by before all else, which the query may be
+    multiplied by instead: their gradient is then more exact. And the other steps.
+    """
+    first = list(takewhile(lambda step: isinstance(step, (Scale, Cast)), found.steps))
+    factors = [
+        step
+        for step in first
+        if isinstance(step, Scale)
+        and (step.dims or execute.literal(step.factor) is None)
+        and found.column not in flat(step.dims)
+    ]
+    return tuple(factors), tuple(step for step in found.steps if step not in factors)
+
+
+def apply(gm: GraphModule, call: ScoredCall) -> None:
+    """Put the call where the attention's output was computed, and erase what it stands for."""
+    found, frame = call.found, Frame(call.found)
+    anchor, dims = forward_views(found)
+    arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
+    query, key, value = execute.operands(arranger, found, frame)
+    query = execute.multiplied(arranger, query, call.factors, frame, found.dtype)
+    loaded = [_loaded(arranger, source, frame) for source in call.scored.sources]
+    numbers = [arranger.size((axis,)) for axis in call.scored.numbers]
+    q, k, v = (view.value(each) for each in (query, key, value))
+    letters = order(q, k, v) + _out_order(anchor, q)
+    results = arranger.call(
+        FORWARD,
+        query,
+        key,
+        value,
+        loaded,
+        numbers,
+        call.scored.program.key,
+        choose(q, v),
+        letters,
+    )
+    out = arranger.call(operator.getitem, results, 0)
+    execute.finish(gm, found, arranger, out, anchor, dims)
+
+
+def _out_order(anchor: Node, query: torch.Tensor) -> str:
+    """The memory order of the output: the caller's where the graph returns it, else the query's."""
+    value = view.value(anchor)
+    returned = any(user.op == "output" for user in anchor.users)
+    return order(value if returned and value.dim() == 4 else query)
+
+
+def _loaded(arranger: Arranger, source: Source, frame: Frame) -> Node:
+    if isinstance(source, Distances):
+        return source.emit(arranger)
+    return arranger.arranged(source.node, source.dims, frame.scores, widen=False)

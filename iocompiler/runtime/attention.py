@@ -1,0 +1,255 @@
+"""Launching the attention templates with a score program: its functions written and imported once,
+its tables of blocks made or found again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iocompiler.codegen.score_functions import module_text
+from iocompiler.cost_model.attention_tiles import Row, Tile, row
+from iocompiler.runtime.attention_blocks import blocks
+from iocompiler.runtime.attention_launch import launch
+from iocompiler.runtime.load import module_file
+from iocompiler.tile.score import ScoreProgram
+from iocompiler.tile.score_blocks import Grid, Table
+from iocompiler.tile.score_operands import use
+
+_NO_GPU = (9, 0)  # the interpreter: any row will do
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An attention of the templates.
+
+    Attributes:
+        query: [B, H, S, D]; key [B, G, K, D] and value [B, G, K, E] with G a divisor of H; any
+            strides.
+        operands: what the program loads.
+        numbers: its run-time integers.
+        tiles: instead of those of the cost model's table.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    program: ScoreProgram
+    operands: tuple[Tensor, ...] = ()
+    numbers: tuple[int, ...] = ()
+    tiles: Row | None = field(default=None, compare=False)
+
+    @functools.cached_property
+    def functions(self) -> ModuleType:
+        return functions(self.program, tuple(x.dim() for x in self.operands))
+
+    @functools.cached_property
+    def row(self) -> Row:
+        if self.tiles is not None:
+            return self.tiles
+        device = self.query.device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
+        width = max(self.query.shape[3], self.value.shape[3])
+        found = row(capability, self.query.element_size(), width)
+        return found.lighter() if _loads_tiles(self.program) or width < _block(width) else found
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[1] // self.key.shape[1]
+
+    def table(self, tile: Tile, *, transposed: bool = False) -> Table:
+        batch, heads, rows, _ = self.query.shape
+        grid = Grid(batch, heads, rows, self.key.shape[2], tile.m, tile.n)
+        given = (self.program, self.functions.keep, grid, self.operands, self.numbers)
+        return blocks(*given, self.query.device, transposed=transposed)
+
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """The arguments all templates have."""
+        return {
+            "operands": self.operands,
+            "strides": tuple(s for x in self.operands for s in x.stride()),
+            "numbers": self.numbers,
+            "score": self.functions.new_score,
+            "keep": self.functions.keep,
+            "GROUP": self.group,
+            "D": self.query.shape[3],
+            "E": self.value.shape[3],
+            "BLOCK_D": _block(self.query.shape[3]),
+            "BLOCK_E": _block(self.value.shape[3]),
+            "SINKS": self.program.sinks,
+            "PRECISION": _precision(self.query.dtype),
+        }
+
+    @property
+    def slopes(self) -> dict[str, Any]:
+        """The arguments of the templates that differentiate by the dot product."""
+        return {"slope": self.functions.slope, "SCALE": self.functions.SCALE}
+
+
+@functools.lru_cache(maxsize=512)
+def functions(
+    program: ScoreProgram, ranks: tuple[int, ...], gradients: tuple[int, ...] = ()
+) -> ModuleType:
+    """The module with the Triton functions of a program, imported from a real file."""
+    path = module_file(module_text(program, ranks, gradients), "score")
+    spec = importlib.util.spec_from_file_location("iocompiler_score", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.lru_cache(maxsize=512)
+def _loads_tiles(program: ScoreProgram) -> bool:
+    """Whether an element is loaded for each score."""
+    ways = [use(program, load) for load in program.loads(program.score)]
+    return any(way is None or way.way in ("tile", "diagonal") for way in ways)
+
+
+def forward(problem: Problem, out: Tensor) -> Tensor:
+    """Write the output [B, H, S, E] to ``out`` (any strides).
+
+    Returns:
+        of each row log2 of the sum of the powers of two, +inf where nothing counts, [1, B, H, S]
+        float32; where the program has `sinks`, the largest score and log2 of what is left, in two
+        planes.
+    """
+    from iocompiler.codegen.kernels.attention import attention_forward
+
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, rows, _ = query.shape
+    planes = 2 if problem.program.sinks else 1
+    lse = query.new_empty((planes, batch, heads, rows), dtype=torch.float32)
+    tile = problem.row.forward
+    found = problem.table(tile)
+    empty = problem.program.empty
+    mean = value.mean(2, keepdim=True) if empty == "uniform" else value
+    launch(
+        attention_forward, batch * heads * -(-rows // tile.m),
+        Q=query, K=key, V=value, Mean=mean, Out=out, Lse=lse[0], Rest=lse[-1],
+        q_strides=query.stride(), k_strides=key.stride(), v_strides=value.stride(),
+        mean_strides=mean.stride(), out_strides=out.stride(),
+        table=found.entries, table_strides=found.strides,
+        heads=heads, rows=rows, columns=key.shape[2], room=found.room,
+        RANGES=found.ranges, EMPTY=empty, **tile_arguments(tile), **problem.common,
+    )  # fmt: skip
+    return lse
+
+
+def backward(
+    problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, results: Sequence[Tensor]
+) -> None:
+    """Write the gradients of query, key and value to ``results``."""
+    dq, dk, dv = results
+    sums = delta(problem, grad, out)
+    key_gradients(problem, grad, lse, sums, dk, dv)
+    query_gradients(problem, grad, lse, sums, dq)
+    if problem.program.empty == "uniform":
+        _add_uniform(dv, grad, lse)
+
+
+def key_gradients(
+    problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Write the gradients of key and value; ``sums`` are those of `delta`."""
+    from iocompiler.codegen.kernels.attention_backward import attention_dkv
+
+    query, key = problem.query, problem.key
+    batch, groups, columns, _ = key.shape
+    tile = problem.row.dkv
+    found = problem.table(tile, transposed=True)
+    launch(
+        attention_dkv, batch * groups * -(-columns // tile.n),
+        **backward_inputs(problem, grad, lse, sums), DK=dk, DV=dv,
+        dk_strides=dk.stride(), dv_strides=dv.stride(),
+        table=found.entries, table_strides=found.strides,
+        groups=groups, rows=query.shape[2], columns=columns, room=found.room,
+        RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
+    )  # fmt: skip
+
+
+def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dq: Tensor) -> None:
+    """Write the gradient of query."""
+    from iocompiler.codegen.kernels.attention_backward import attention_dq
+
+    query, key = problem.query, problem.key
+    batch, heads, rows, _ = query.shape
+    tile = problem.row.dq
+    found = problem.table(tile)
+    launch(
+        attention_dq, batch * heads * -(-rows // tile.m),
+        **backward_inputs(problem, grad, lse, sums), DQ=dq, dq_strides=dq.stride(),
+        table=found.entries, table_strides=found.strides,
+        heads=heads, rows=rows, columns=key.shape[2], room=found.room,
+        RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
+    )  # fmt: skip
+
+
+def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
+    """What flows to the values from rows that are their mean."""
+    through = (grad * (lse[0] == float("inf")).unsqueeze(-1)).sum(2, dtype=torch.float32)
+    batch, groups, columns, width = dv.shape
+    through = through.reshape(batch, groups, -1, width).sum(2) / columns
+    dv += through.unsqueeze(2).to(dv.dtype)
+
+
+def delta(problem: Problem, grad: Tensor, out: Tensor) -> Tensor:
+    """The sums over the output's width of gradient times output, [B, H, S] float32."""
+    from iocompiler.codegen.kernels.attention_backward import attention_delta
+
+    batch, heads, rows, width = out.shape
+    sums = out.new_empty((batch, heads, rows), dtype=torch.float32)
+    block = 64
+    launch(
+        attention_delta, batch * heads * -(-rows // block),
+        Out=out, Grad=grad, Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(),
+        heads=heads, rows=rows,
+        E=width, BLOCK_E=_block(width), BLOCK_M=block,
+    )  # fmt: skip
+    return sums
+
+
+def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -> dict[str, Any]:
+    """What every kernel of the backward reads."""
+    query, key, value = problem.query, problem.key, problem.value
+    return {
+        "Q": query,
+        "K": key,
+        "V": value,
+        "Grad": grad,
+        "Lse": lse[0],
+        "Rest": lse[-1],
+        "Delta": sums,
+        "q_strides": query.stride(),
+        "k_strides": key.stride(),
+        "v_strides": value.stride(),
+        "grad_strides": grad.stride(),
+    }
+
+
+def tile_arguments(tile: Tile) -> dict[str, int]:
+    """A tile as a template takes it."""
+    return {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _block(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _precision(dtype: torch.dtype) -> str:
+    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"

@@ -1,0 +1,73 @@
+"""Launching a template. Triton's own way through its arguments takes longer than short kernels run;
+here it is gone once for each form of the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOST = 4096
+_INT32 = 2**31 - 1
+_known: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Run so many programs of a template.
+
+    Args:
+        kernel: a ``@triton.jit`` function; in Triton's interpreter it runs there.
+        arguments: all of its arguments, and the options of a launch (num_warps, num_stages).
+    """
+    if not programs:
+        return
+    device = next(each.device for each in arguments.values() if isinstance(each, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, **arguments)
+        return
+    key = _form(kernel, arguments, device)
+    compiled = _known.get(key)
+    if compiled is None or _watched():
+        compiled = kernel[(programs,)](**arguments)
+        if hasattr(compiled, "packed_metadata"):  # the interpreter returns nothing
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[key] = compiled
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    given = [arguments[name] for name in kernel.arg_names]
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *given,
+    )  # fmt: skip
+
+
+def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for, and more: equal forms have the same cubin."""
+    sizes = getattr(kernel, "do_not_specialize", None) or ()
+    parts: list[Any] = [kernel, device]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif name in sizes:
+            parts.append(value > _INT32)
+        elif isinstance(value, tuple):
+            parts.append(tuple(_element(each) for each in value))
+        else:
+            parts.append(value)
+    return tuple(parts)
+
+
+def _element(value: Any) -> Any:
+    return (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
+
+
+def _watched() -> bool:
+    """Whether somebody (a profiler) listens to launches."""
+    from triton import knobs
+
+    return knobs.runtime.launch_enter_hook is not None

@@ -1,0 +1,38 @@
+"""The attention templates in Triton's interpreter; ``test_interpreted.py`` starts this."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+
+from iocompiler.cost_model.attention_tiles import Row, Tile
+from tests.ops.score_checks import Shape, problems
+from tests.ops.score_programs import CASES
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of NaN that is meant
+    # Triton's interpreter in loops
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
+TILES = Row((0, 0), 4, 256, *_TILES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_programs(name: str) -> None:
+    assert not problems(name, (2, 2, 2, 48, 64, 16, 16), torch.float32, tiles=TILES)
+
+
+@pytest.mark.parametrize("name", ["window", "alibi", "document", "padding, uniform", "relative"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4, 2, 50, 70, 24, 20), (2, 3, 1, 70, 33, 16, 16), (1, 1, 1, 1, 40, 33, 16)],
+    ids=str,
+)
+def test_odd_sizes_and_groups(name: str, shape: Shape) -> None:
+    assert not problems(name, shape, torch.float32, tiles=TILES)

@@ -1,0 +1,46 @@
+"""The attention templates compile with no GPU, in registers and shared memory that are there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iocompiler.runtime.attention import Problem
+from tests.codegen.attention_compiling import resources
+from tests.ops.score_programs import CASES
+
+SHARED = {90: 227 * 1024, 80: 163 * 1024}
+SPILLS = 512  # bytes: what wide or odd heads may spill
+
+
+def problem(name: str, width: int, dtype: torch.dtype) -> Problem:
+    case = CASES[name]
+    q = torch.zeros(2, 256, 4, width, dtype=dtype).transpose(1, 2)
+    operands = [x.to(dtype) if x.is_floating_point() else x for x in case.operands(2, 4, 256, 256)]
+    return Problem(q, q, q, case.program(width**-0.5), tuple(operands))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "alibi", "softcap", "document", "relative"])
+def test_the_usual_tiles_spill_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = resources(problem(name, 64, torch.bfloat16), 90, monkeypatch)
+    assert {"attention_forward", "attention_dq", "attention_dkv"} <= found.keys()
+    assert all(each["spills"] == 0 for each in found.values()), found
+    assert all(each["shared"] <= SHARED[90] for each in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("width", [33, 64, 128, 256])
+@pytest.mark.parametrize(
+    "name", ["alibi", "softcap", "relative", "bias", "padding, uniform", "sunk"]
+)
+def test_every_width_compiles(
+    name: str, width: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: divmod(capability, 10))
+    monkeypatch.setattr("iocompiler.runtime.attention._NO_GPU", divmod(capability, 10))
+    found = resources(problem(name, width, dtype), capability, monkeypatch)
+    assert all(each["shared"] <= SHARED[capability] for each in found.values()), found
+    if dtype == torch.bfloat16 and width <= 128 and capability == 90:
+        assert all(each["spills"] <= SPILLS for each in found.values()), found

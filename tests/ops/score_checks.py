@@ -1,0 +1,96 @@
+"""The templates against float64 and against eager's own error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iocompiler.cost_model.attention_tiles import Row
+from iocompiler.runtime import attention, attention_operands
+from iocompiler.runtime.attention import Problem
+from tests.ops.score_programs import CASES, heads, reference
+
+Shape = tuple[int, int, int, int, int, int, int]
+"""Batch, heads, groups, rows, columns, width, value width."""
+
+
+def problems(
+    name: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    tiles: Row | None = None,
+    scale: float = 0.3,
+    gradients: bool = True,
+) -> list[str]:
+    """What errs more than 2x (output) or 3x (gradients) eager's error in ``dtype``, plus 1e-5."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    operands = [x.to(device) for x in case.operands(shape[0], shape[1], shape[3], shape[4])]
+    given = [x.to(device, dtype) for x in heads(*shape)]
+    program = case.program(scale)
+    exact = _run(given, operands, program, torch.float64, None)
+    weights = torch.randn(exact[0].shape, device=device).to(dtype)
+    weights = weights.masked_fill(exact[0].isnan(), 0.0)
+    defined = not bool(exact[0].isnan().any())
+    exact = _run(given, operands, program, torch.float64, weights)
+    eager = _run(given, operands, program, dtype, weights)
+    ours = _templates(given, operands, program, dtype, weights, tiles, gradients)
+    found = []
+    for place, (true, theirs, one) in enumerate(zip(exact, eager, ours, strict=False)):
+        if not defined and place:
+            continue  # eager's gradients are NaN altogether
+        assert one.dtype == dtype
+        if not torch.equal(one.isnan(), true.isnan()):
+            found.append(f"result {place}: NaN where there should be none, or none where there")
+            continue
+        errors = [(x.double() - true).nan_to_num().abs().max().item() for x in (theirs, one)]
+        if not errors[1] <= (3 if place else 2) * errors[0] + 1e-5:
+            found.append(f"result {place}: error {errors[1]:.3g}, eager's {errors[0]:.3g}")
+    return found
+
+
+def _run(
+    given: list[Tensor],
+    operands: list[Tensor],
+    program: object,
+    dtype: torch.dtype,
+    weights: Tensor | None,
+) -> list[Tensor]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    learned = _learned(operands, dtype)
+    out = reference(*leaves, program, learned)  # type: ignore[arg-type]
+    if weights is None:
+        return [out]
+    wanted = [*leaves, *(x for x in learned if x.requires_grad)]
+    return [out, *torch.autograd.grad(out, wanted, weights.to(dtype))]
+
+
+def _templates(
+    given: list[Tensor],
+    operands: list[Tensor],
+    program: object,
+    dtype: torch.dtype,
+    weights: Tensor,
+    tiles: Row | None,
+    gradients: bool,
+) -> list[Tensor]:
+    learned = [x.detach() for x in _learned(operands, dtype)]
+    problem = Problem(*given, program, tuple(learned), (), tiles)  # type: ignore[arg-type]
+    query, value = given[0], given[2]
+    batch, heads, rows, _ = query.shape
+    out = query.new_empty((batch, rows, heads, value.shape[3])).transpose(1, 2)
+    lse = attention.forward(problem, out)
+    if not gradients:
+        return [out]
+    results = [torch.empty_like(x) for x in given]
+    attention.backward(problem, weights, out, lse, results)
+    for which, each in enumerate(learned):
+        if each.is_floating_point():
+            results.append(attention_operands.operand_gradient(problem, weights, out, lse, which))
+    return [out, *results]
+
+
+def _learned(operands: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in operands]

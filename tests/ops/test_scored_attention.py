@@ -1,0 +1,45 @@
+"""Attention with a score program on the CPU, against every matrix made; and what fakes promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iocompiler.ops.scored_attention import FORWARD, scored_attention
+from tests.ops.score_programs import CASES, heads, reference
+
+SHAPES = [(2, 4, 4, 33, 33, 8, 8), (2, 4, 2, 17, 40, 16, 12), (1, 3, 1, 40, 21, 8, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_blockwise(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iocompiler.ops.scored_blockwise._ELEMENTS", 1000)
+    torch.manual_seed(0)
+    case, given = CASES[name], heads(*shape)
+    batch, h, _, rows, columns = shape[:5]
+    operands = case.operands(batch, h, rows, columns)
+    leaves = [x.clone().requires_grad_() for x in given]
+    learned = [x.clone().requires_grad_() if x.is_floating_point() else x for x in operands]
+    ours = scored_attention(*leaves, case.program(), learned)
+    exact = reference(*leaves, case.program(), learned)
+    torch.testing.assert_close(ours, exact, equal_nan=True)
+    differentiable = [*leaves, *(x for x in learned if x.requires_grad)]
+    weights = torch.randn_like(exact).masked_fill(exact.isnan(), 0.0)
+    found = torch.autograd.grad(ours, differentiable, weights)
+    if exact.isnan().any():  # eager's gradients are NaN altogether
+        assert all(x.isfinite().all() for x in found)
+        return
+    wanted = torch.autograd.grad(exact, differentiable, weights)
+    for one, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, true)
+
+
+def test_operator_is_registered_as_torch_wants_it() -> None:
+    for name in ("alibi", "document"):
+        case = CASES[name]
+        operands = [x.float() if x.is_floating_point() else x for x in case.operands(2, 4, 9, 9)]
+        operands = [x.requires_grad_() if x.is_floating_point() else x for x in operands]
+        q, k, v = (x.float().requires_grad_() for x in heads(2, 4, 2, 9, 9, 8))
+        arguments = (q, k, v, operands, [], case.program().key, "blockwise", "shsh")
+        torch.library.opcheck(FORWARD, arguments)

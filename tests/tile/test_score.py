@@ -1,0 +1,177 @@
+"""Score programs: text, folding, derivatives, proofs, and blocks that are what they are said to
+be.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from iocompiler.tile.score import ScoreBuilder, ScoreProgram, parsed
+from iocompiler.tile.score_algebra import LOG2E, NotDifferentiable, derivative, peeled, scaled
+from iocompiler.tile.score_blocks import Grid, classify, table
+from iocompiler.tile.score_operands import use
+from iocompiler.tile.score_proof import always
+from iocompiler.tile.score_reference import evaluate
+from tests.ops.score_programs import CASES
+
+SIZES = (2, 3, 70, 90)
+
+
+def places() -> dict[str, Tensor]:
+    shapes = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "i": (-1, 1), "j": (-1,)}
+    return {
+        name: torch.arange(n).reshape(shape)
+        for (name, shape), n in zip(shapes.items(), SIZES, strict=True)
+    }
+
+
+def value(program: ScoreProgram, wanted: int, score: Tensor, operands: list[Tensor]) -> Tensor:
+    return evaluate(program, [wanted], score, places(), operands, [], torch.float64)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_goes_both_ways(name: str) -> None:
+    program = CASES[name].program()
+    assert parsed(program.key) == program
+    assert "score" in str(program)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("m", "n"), [(16, 32), (32, 16), (7, 90), (1, 1)])
+def test_blocks_are_what_they_are_said_to_be(name: str, m: int, n: int) -> None:
+    torch.manual_seed(0)
+    case, grid = CASES[name], Grid(*SIZES, m, n)
+    program, operands = case.program(), case.operands(*SIZES)
+    some, every = classify(program, grid, operands, [])
+    kept = torch.ones(SIZES, dtype=torch.bool)
+    if program.keep is not None:
+        kept = value(program, program.keep, torch.zeros(SIZES), operands).expand(SIZES)
+    for row in range(grid.counts[0]):
+        for column in range(grid.counts[1]):
+            block = kept[:, :, row * m : (row + 1) * m, column * n : (column + 1) * n].flatten(2)
+            assert (block.any(-1) <= some[:, :, row, column]).all()
+            assert (block.all(-1) >= every[:, :, row, column]).all()
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "full"])
+def test_blocks_of_plain_masks_are_sharp(name: str) -> None:
+    program = CASES[name].program()
+    some, every = classify(program, Grid(1, 1, 64, 64, 1, 1), [], [])
+    assert torch.equal(some, every)
+    found = table(program, Grid(1, 1, 64, 64, 16, 16), [], [])
+    assert found.ranges
+    if name == "causal":  # first block, partial ones, full ones, partial ones
+        rows = [[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 2, 1], [0, 0, 3, 1]]
+        assert found.entries[0, 0].tolist() == rows
+
+
+def test_a_block_past_the_end_is_never_full() -> None:
+    found = table(CASES["full"].program(), Grid(1, 1, 64, 70, 16, 16), [], [])
+    assert found.entries[0, 0, 0].tolist() == [0, 0, 4, 1]
+    turned = table(CASES["full"].program(), Grid(1, 1, 70, 64, 16, 16), [], [], transposed=True)
+    assert turned.entries[0, 0, 0].tolist() == [0, 0, 4, 1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scaling_and_peeling_change_nothing_but_the_scale(name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    program, operands = case.program(), case.operands(*SIZES)
+    score = torch.randn(SIZES, dtype=torch.float64)
+    plain = value(program, program.score, score, operands)
+    factor, rest = peeled(program)
+    torch.testing.assert_close(value(rest, rest.score, score * factor, operands), plain)
+    wide = scaled(rest, LOG2E, factor)
+    torch.testing.assert_close(value(wide, wide.score, score, operands), plain * LOG2E)
+    assert factor in (0.3, 0.3 * 0.5)
+
+
+FUNCTIONS = {
+    "tanh": torch.tanh, "sigmoid": torch.sigmoid, "exp": torch.exp, "abs": torch.abs,
+    "sqrt": lambda x: torch.sqrt(x * x + 1), "log": lambda x: torch.log(x * x + 1),
+    "maximum": lambda x: x.clamp_min(0.25), "minimum": lambda x: x.clamp_max(0.25),
+    "div": lambda x: 1 / (x * x + 1), "sin": torch.sin, "cos": torch.cos, "exp2": torch.exp2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives(name: str) -> None:
+    build = ScoreBuilder()
+    x = build.score()
+    if name in ("sqrt", "log", "div"):
+        x = build.map("add", build.map("mul", x, x), build.const(1.0))
+    other = {"maximum": (0.25,), "minimum": (0.25,)}.get(name, ())
+    arguments = [x, *(build.const(each) for each in other)]
+    y = build.map("div", build.const(1.0), x) if name == "div" else build.map(name, *arguments)
+    program = build.program(build.map("mul", y, build.const(3.0)))
+    product = next(n for n, op in enumerate(program.ops) if op.kind == "score")
+    widened, slope = derivative(program, product)
+    assert slope is not None
+    score = torch.randn(SIZES, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad((3.0 * FUNCTIONS[name](score)).sum(), score)
+    torch.testing.assert_close(value(widened, slope, score.detach(), []).expand(SIZES), expected)
+
+
+def test_what_has_no_derivative_says_so() -> None:
+    build = ScoreBuilder()
+    program = build.program(build.map("floor", build.score()))
+    with pytest.raises(NotDifferentiable, match="floor"):
+        derivative(program, 0)
+
+
+def test_folding() -> None:
+    build = ScoreBuilder()
+    s, i, j = build.score(), build.index("i"), build.index("j")
+    twice = build.map("mul", build.map("mul", s, build.const(2.0)), build.const(0.25))
+    assert build.literal(build.ops[twice].inputs[1]) == 0.5
+    assert build.map("add", i, build.const(0)) == i
+    negated = build.map("logical_not", build.map("or", build.map("lt", i, j), build.const(False)))
+    assert build.ops[negated].fn == "ge"
+    unsure = build.map("logical_not", build.map("lt", s, build.const(0.0)))
+    assert build.ops[unsure].fn == "logical_not"  # of a NaN both are false
+    assert build.map("where", build.const(True), i, j) == i
+    assert math.isnan(float(build.literal(build.const(float("nan"))) or 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "diagonal", "proved"),
+    [
+        ("causal", True, True),
+        ("causal", False, True),
+        ("window", True, True),
+        ("window", False, False),
+        ("document", True, True),
+        ("document", False, False),
+        ("padding", True, False),
+        ("block mask", True, False),
+    ],
+)
+def test_rows_that_keep_a_column(name: str, diagonal: bool, proved: bool) -> None:
+    program = CASES[name].program()
+    assert program.keep is not None
+    assert always(program.ops, program.keep, diagonal=diagonal) == proved
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("alibi", "row"), ("bias", "tile"), ("relative", "diagonal")]
+)
+def test_ways_an_operand_is_read(name: str, way: str) -> None:
+    program = CASES[name].program()
+    (load,) = program.loads(program.score)
+    found = use(program, load)
+    assert found is not None
+    assert found.way == way
+
+
+def test_a_gather_is_no_way() -> None:
+    build = ScoreBuilder()
+    i, j = build.index("i"), build.index("j")
+    place = build.map("add", i, j)
+    found = build.load(0, (place,), "float")
+    twice = build.load(1, (i, i), "float")
+    program = build.program(build.map("add", build.map("add", build.score(), found), twice))
+    assert [use(program, load) for load in program.loads(program.score)] == [None, None]
