@@ -1,0 +1,53 @@
+"""Small programs that were planned wrong once; most were found by tests/fuzz and tests/opinfo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iocompiler.backend import Compiler
+
+Case = tuple[Callable[..., Any], tuple[Tensor, ...]]
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+CASES: dict[str, Case] = {
+    "a diagonal is reduced, the whole is stored": (
+        lambda x: (F.celu(x), F.celu(x).diagonal().mean([0, 1], keepdim=True)), (leaf(1, 2, 1),)),
+    "an element is deviated": (
+        lambda x: x.abs().add(0.1).log().select(1, 0).std(0, correction=0), (leaf(1, 2),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_what_eager_gives(name: str) -> None:
+    function, inputs = CASES[name]
+    ours, theirs = (
+        [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs] for _ in range(2)
+    )
+    results = _listed(torch.compile(function, backend=Compiler(engine="reference", strict=True))(*ours))
+    expected = _listed(function(*theirs))
+    torch.testing.assert_close(results, expected)
+    for outputs in (results, expected):
+        wanted = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
+        if wanted:
+            torch.autograd.backward(wanted, [_cotangent(y) for y in wanted])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def _listed(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, tuple) else [output]
+
+
+def _cotangent(y: Tensor) -> Tensor:
+    return torch.arange(1.0, 1.0 + y.numel()).reshape(y.shape).to(y.dtype)
