@@ -24,6 +24,9 @@ CASES: dict[str, Case] = {
         lambda x: (F.celu(x), F.celu(x).diagonal().mean([0, 1], keepdim=True)), (leaf(1, 2, 1),)),
     "an element is deviated": (
         lambda x: x.abs().add(0.1).log().select(1, 0).std(0, correction=0), (leaf(1, 2),)),
+    "index_select of a scalar": (
+        lambda x, i: x.index_select(0, i) * 2, (leaf(), torch.tensor([0]))),
+    "gather of a scalar": (lambda x, i: x.gather(0, i) * 2, (leaf(), torch.tensor([0]))),
 }  # fmt: skip
 
 
