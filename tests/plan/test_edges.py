@@ -27,6 +27,8 @@ CASES: dict[str, Case] = {
     "index_select of a scalar": (
         lambda x, i: x.index_select(0, i) * 2, (leaf(), torch.tensor([0]))),
     "gather of a scalar": (lambda x, i: x.gather(0, i) * 2, (leaf(), torch.tensor([0]))),
+    "a flipped axis is split": (lambda x: x.flatten().flip(0).view(2, 3, 2) * 2, (leaf(2, 6),)),
+    "every product but one": (lambda x: x.prod(), (leaf(2, 3, 2),)),
 }  # fmt: skip
 
 
