@@ -29,6 +29,8 @@ CASES: dict[str, Case] = {
     "gather of a scalar": (lambda x, i: x.gather(0, i) * 2, (leaf(), torch.tensor([0]))),
     "a flipped axis is split": (lambda x: x.flatten().flip(0).view(2, 3, 2) * 2, (leaf(2, 6),)),
     "every product but one": (lambda x: x.prod(), (leaf(2, 3, 2),)),
+    "an element beside the first of a batch": (
+        lambda a, b: (a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]), (leaf(1, 2), leaf(1, 2))),
 }  # fmt: skip
 
 
