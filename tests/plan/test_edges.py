@@ -31,6 +31,8 @@ CASES: dict[str, Case] = {
     "every product but one": (lambda x: x.prod(), (leaf(2, 3, 2),)),
     "an element beside the first of a batch": (
         lambda a, b: (a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]), (leaf(1, 2), leaf(1, 2))),
+    "ties down a column, then along the row": (
+        lambda x: x[..., None].expand(1, 2).amin(0), (leaf(1),)),
 }  # fmt: skip
 
 
