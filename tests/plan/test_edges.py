@@ -33,6 +33,7 @@ CASES: dict[str, Case] = {
         lambda a, b: (a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]), (leaf(1, 2), leaf(1, 2))),
     "ties down a column, then along the row": (
         lambda x: x[..., None].expand(1, 2).amin(0), (leaf(1),)),
+    "copied into a temporary": (lambda x: (x.exp() - x).copy_(x.sin()), (leaf(3),)),
 }  # fmt: skip
 
 
