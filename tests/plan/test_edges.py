@@ -34,6 +34,10 @@ CASES: dict[str, Case] = {
     "ties down a column, then along the row": (
         lambda x: x[..., None].expand(1, 2).amin(0), (leaf(1),)),
     "copied into a temporary": (lambda x: (x.exp() - x).copy_(x.sin()), (leaf(3),)),
+    "a norm in both halves of a stack": (
+        lambda x: torch.stack([torch.linalg.vector_norm(x, dim=0), x.sum()]), (leaf(2),)),
+    "a sum beside its rows": (lambda x: torch.cat([x.sum(1, keepdim=True), x], 1), (leaf(3, 4),)),
+    "a running sum beside its row": (lambda x: torch.cat([x, x.cumsum(1)], 1), (leaf(3, 4),)),
 }  # fmt: skip
 
 
