@@ -38,6 +38,8 @@ CASES: dict[str, Case] = {
         lambda x: torch.stack([torch.linalg.vector_norm(x, dim=0), x.sum()]), (leaf(2),)),
     "a sum beside its rows": (lambda x: torch.cat([x.sum(1, keepdim=True), x], 1), (leaf(3, 4),)),
     "a running sum beside its row": (lambda x: torch.cat([x, x.cumsum(1)], 1), (leaf(3, 4),)),
+    "a bound below zero, of a uint8": (
+        lambda x: x.clamp(-1, 1), (torch.tensor([0, 1, 5], dtype=torch.uint8),)),
 }  # fmt: skip
 
 
