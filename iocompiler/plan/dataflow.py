@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
+from iocompiler.errors import CannotPlan
 from iocompiler.plan.found import Symbolic, finders, needed
 from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
@@ -91,6 +92,9 @@ class Dataflow:
     # --- which operators are generated
 
     def _classify(self) -> None:
+        for node in finders(self.graph).values():
+            if is_view(node):  # a slice from one value read to another: no call finds its size
+                raise CannotPlan(operator=f"{node.target} between sizes that only a run finds")
         for node in self.graph.nodes:
             if node.target in _CHECKS:
                 self.opaque[node] = "a check of the user's values"
