@@ -40,6 +40,7 @@ CASES: dict[str, Case] = {
     "a running sum beside its row": (lambda x: torch.cat([x, x.cumsum(1)], 1), (leaf(3, 4),)),
     "a bound below zero, of a uint8": (
         lambda x: x.clamp(-1, 1), (torch.tensor([0, 1, 5], dtype=torch.uint8),)),
+    "copied onto itself": (lambda x: x.copy_(x), (torch.tensor(2.0),)),
 }  # fmt: skip
 
 
@@ -49,7 +50,9 @@ def test_is_what_eager_gives(name: str) -> None:
     ours, theirs = (
         [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs] for _ in range(2)
     )
-    results = _listed(torch.compile(function, backend=Compiler(engine="reference", strict=True))(*ours))
+    results = _listed(
+        torch.compile(function, backend=Compiler(engine="reference", strict=True))(*ours)
+    )
     expected = _listed(function(*theirs))
     torch.testing.assert_close(results, expected)
     for outputs in (results, expected):
