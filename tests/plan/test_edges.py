@@ -41,6 +41,7 @@ CASES: dict[str, Case] = {
     "a bound below zero, of a uint8": (
         lambda x: x.clamp(-1, 1), (torch.tensor([0, 1, 5], dtype=torch.uint8),)),
     "copied onto itself": (lambda x: x.copy_(x), (torch.tensor(2.0),)),
+    "take by a scalar": (lambda x, i: x.take(i) * 2, (leaf(3, 2), torch.tensor(4))),
 }  # fmt: skip
 
 
