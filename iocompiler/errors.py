@@ -123,6 +123,21 @@ class StrictFallback(IOCompilerError):
     message = "strict: {region} failed: {cause}"
 
 
+class FallbackTooLarge(IOCompilerError):
+    """Under ``no_fallback``, a call of aten would write more bytes than allowed."""
+
+    message = (
+        "{node} = {operator} runs on aten ({reason}) and writes {bytes} bytes; "
+        "no_fallback allows {allowed}"
+    )
+
+
+class UnboundedFallback(IOCompilerError):
+    """Under ``no_fallback``, a region that would run on aten, whatever it writes there."""
+
+    message = "no_fallback: {region} failed and would run on aten: {cause}"
+
+
 class CompileError(IOCompilerError):
     """Triton, or the process it runs in, could not compile a kernel."""
 

@@ -41,6 +41,8 @@ _LIBRARY = {
     ),
 }
 
+LIBRARY_REASONS = frozenset(_LIBRARY.values())
+
 # Beyond this many operations a shared value is stored, not recomputed by each of its readers.
 _RECOMPUTE_OPS = 40
 
