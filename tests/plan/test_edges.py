@@ -42,6 +42,10 @@ CASES: dict[str, Case] = {
         lambda x: x.clamp(-1, 1), (torch.tensor([0, 1, 5], dtype=torch.uint8),)),
     "copied onto itself": (lambda x: x.copy_(x), (torch.tensor(2.0),)),
     "take by a scalar": (lambda x, i: x.take(i) * 2, (leaf(3, 2), torch.tensor(4))),
+    "the least of short floats": (
+        lambda x: (x * x).amin(0), (torch.randn(7, 3).bfloat16().requires_grad_(),)),
+    "the greatest of short floats": (
+        lambda x: (x.abs().add(0.5) ** -0.5).amax(1), (torch.randn(3, 7).half().requires_grad_(),)),
 }  # fmt: skip
 
 
