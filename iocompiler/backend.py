@@ -37,6 +37,7 @@ from iocompiler.pipeline import DEFAULT, Observer, Pipeline
 from iocompiler.plan.data import Plan
 from iocompiler.runtime.graph_cache import Slot, slot
 from iocompiler.runtime.kernels import warm_workers
+from iocompiler.versions import require_supported
 
 Compiled = Callable[..., Any]
 Result = TypeVar("Result")
@@ -119,6 +120,7 @@ def compile_graph(
         then runs on aten, with one `FallbackWarning`; under ``strict``, `StrictFallback` is
         raised, under ``no_fallback`` `UnboundedFallback` or `FallbackTooLarge`.
     """
+    require_supported()
     folder = dump_folder(options.dump) if options.dump else None
     return _Walk(options, pipeline, compilation, folder).compile(gm, example_inputs)
 

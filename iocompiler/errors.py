@@ -73,6 +73,12 @@ class BadArgument(IOCompilerError):
     message = "{argument}: {cause}"
 
 
+class UnsupportedVersion(IOCompilerError):
+    """torch or Triton is older than what the compiler works with."""
+
+    message = "iocompiler needs {name} {oldest} or later, this is {found}"
+
+
 class CaptureFailed(IOCompilerError):
     """Dynamo's graph could not be traced again to pre-dispatch ATen."""
 
