@@ -17,7 +17,13 @@ from torch.fx import GraphModule, Node
 from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.engines import Boxed
-from iocompiler.errors import CannotPlan, FallbackWarning, StrictFallback
+from iocompiler.errors import (
+    CannotPlan,
+    FallbackTooLarge,
+    FallbackWarning,
+    StrictFallback,
+    UnboundedFallback,
+)
 from iocompiler.graph import view
 from iocompiler.graph.autocast import region_entered
 from iocompiler.graph.capture import capture
@@ -31,9 +37,13 @@ from iocompiler.pipeline import DEFAULT, Observer, Pipeline
 from iocompiler.plan.data import Plan
 from iocompiler.runtime.graph_cache import Slot, slot
 from iocompiler.runtime.kernels import warm_workers
+from iocompiler.versions import require_supported
 
 Compiled = Callable[..., Any]
 Result = TypeVar("Result")
+
+_ON_ATEN = "runs on aten"
+_ASKED_FOR = (StrictFallback, FallbackTooLarge, UnboundedFallback)
 
 
 class Compiler:
@@ -107,8 +117,10 @@ def compile_graph(
 
     Returns:
         a function of the graph's inputs. Nothing that fails in here breaks the program: the region
-        then runs on aten, with one `FallbackWarning`; under ``strict``, `StrictFallback` is raised.
+        then runs on aten, with one `FallbackWarning`; under ``strict``, `StrictFallback` is
+        raised, under ``no_fallback`` `UnboundedFallback` or `FallbackTooLarge`.
     """
+    require_supported()
     folder = dump_folder(options.dump) if options.dump else None
     return _Walk(options, pipeline, compilation, folder).compile(gm, example_inputs)
 
@@ -189,6 +201,7 @@ class _Walk:
     def _plan(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
         # a CPU graph never needs the planner
         from iocompiler.plan.build import build_plan
+        from iocompiler.plan.fallbacks import check_fallbacks
         from iocompiler.plan.padding import report_strides, settle_strides
 
         self.pipeline.stage("flat").run(flat, start=name)
@@ -199,6 +212,8 @@ class _Walk:
                 raise CannotPlan(operator=node.target.__name__, where=view.where(node))
         settle_strides(flat, name, inputs)
         plan = build_plan(flat, engines.device_row(flat, self.options), name)
+        if self.options.no_fallback is not None:
+            check_fallbacks(plan, flat, self.options.no_fallback)
         plan, measured = engines.tuned(plan, flat, self.options)
         if measured:
             self.compilation.tuned[name] = measured
@@ -224,13 +239,13 @@ class _Walk:
         return run
 
     def _try(
-        self, region: str, step: Callable[[], Result], instead: str = "runs on aten"
+        self, region: str, step: Callable[[], Result], instead: str = _ON_ATEN
     ) -> Result | None:
         """What the step returns; None, one record and one warning where it fails."""
         try:
             return step()
-        except (RestartAnalysis, StrictFallback):
-            raise  # the first is Dynamo's way to start over, the second has been through here
+        except (RestartAnalysis, *_ASKED_FOR):
+            raise  # Dynamo's way to start over; what has been through here
         except Exception as error:
             self._fallback(region, error, instead)
             return None
@@ -242,6 +257,8 @@ class _Walk:
         self.compilation.fallbacks.append(Fallback(region, cause, getattr(error, "where", "")))
         if self.options.strict:
             raise StrictFallback(region=region, cause=cause) from error
+        if self.options.no_fallback is not None and instead == _ON_ATEN:
+            raise UnboundedFallback(region=region, cause=cause) from error
         text = f"iocompiler: {region} failed, the graph {instead}: {cause}"
         warnings.warn(text, FallbackWarning, stacklevel=2)
 

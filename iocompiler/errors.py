@@ -73,6 +73,12 @@ class BadArgument(IOCompilerError):
     message = "{argument}: {cause}"
 
 
+class UnsupportedVersion(IOCompilerError):
+    """torch or Triton is older than what the compiler works with."""
+
+    message = "iocompiler needs {name} {oldest} or later, this is {found}"
+
+
 class CaptureFailed(IOCompilerError):
     """Dynamo's graph could not be traced again to pre-dispatch ATen."""
 
@@ -121,6 +127,21 @@ class StrictFallback(IOCompilerError):
     """Under ``strict``, a step that failed, where otherwise its region would run on aten."""
 
     message = "strict: {region} failed: {cause}"
+
+
+class FallbackTooLarge(IOCompilerError):
+    """Under ``no_fallback``, a call of aten would write more bytes than allowed."""
+
+    message = (
+        "{node} = {operator} runs on aten ({reason}) and writes {bytes} bytes; "
+        "no_fallback allows {allowed}"
+    )
+
+
+class UnboundedFallback(IOCompilerError):
+    """Under ``no_fallback``, a region that would run on aten, whatever it writes there."""
+
+    message = "no_fallback: {region} failed and would run on aten: {cause}"
 
 
 class CompileError(IOCompilerError):

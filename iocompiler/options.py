@@ -32,6 +32,9 @@ class Options:
             "reference" (the
             tile interpreter, on the CPU, slow: for tests) or "aten" (no plan); or a function
             ``(plan, graph) -> callable(list) -> list`` of one's own.
+        no_fallback: bytes; a call of an aten operator that is no library's kernel and writes more
+            than this is an error, and so is a region that would run on aten. None allows any. Where
+            Inductor runs the graph (on the CPU, "auto") nothing is planned, and nothing refused.
         cache: look for the graph in the disk cache before compiling it, and keep it there. Passes
             do not run for a graph that is found.
     """
@@ -43,6 +46,7 @@ class Options:
     device: str = ""
     engine: str | Callable[..., Any] = "auto"
     cache: bool = True
+    no_fallback: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
@@ -51,6 +55,9 @@ class Options:
         for name in ("strict", "verify", "cache"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(name=name, expected="True or False", value=getattr(self, name))
+        allowed = self.no_fallback
+        if allowed is not None and (type(allowed) is not int or allowed < 0):
+            raise InvalidOption(name="no_fallback", expected="bytes or None", value=allowed)
         _one_of("device", self.device, ("", *DEVICES))
         if not callable(self.engine):
             _one_of("engine", self.engine, ENGINES)

@@ -20,6 +20,8 @@ from iocompiler.graph.capture import capture
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--fuzz", type=int, default=200, help="how many random programs to run")
+    parser.addoption("--seed", type=int, default=0, help="the seed of the first random program")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

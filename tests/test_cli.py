@@ -5,7 +5,8 @@ import torch
 
 from iocompiler.cli import main, parse_input
 from iocompiler.errors import BadArgument
-from iocompiler.report.doctor import Check, exit_code, version_tuple
+from iocompiler.report.doctor import Check, exit_code
+from iocompiler.versions import version_tuple
 
 MODEL = """
 import torch

@@ -34,6 +34,8 @@ def _functional(node: Node) -> torch._ops.OpOverload | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
+    if target is torch.ops.aten.copy_.default:
+        return None  # aten.copy has no derivative
     name = target._schema.name.split("::")[1]
     if not name.endswith("_") or name.startswith("__") or view.mutates(node) != (node.args[0],):
         return None

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
@@ -212,8 +213,7 @@ class _Builder:
             self.values[node] = node.name
             return ((node.name, spec_of(value)),), False
         if isinstance(value, Symbolic):
-            # what is equal to a size known before is read for nothing
-            return ((value.node.expr.name if value.node.expr.is_Symbol else None, None),), False
+            return ((_symbol_of(value.node.expr), None),), False
         items: dict[int, Node] = {}
         for user in node.users:
             if user.target is operator.getitem:
@@ -222,6 +222,15 @@ class _Builder:
         return tuple(
             (items[i].name, spec_of(v)) if i in items else (None, None) for i, v in enumerate(value)
         ), True
+
+
+def _symbol_of(expr: sympy.Basic) -> str | None:
+    """The name of the symbol a call finds; None where it is equal to a size known before, and so
+    read for nothing. A truth is written ``Eq(u0, 1)``.
+    """
+    if isinstance(expr, sympy.Eq) and expr.args[1] == 1:
+        expr = expr.args[0]
+    return str(expr.name) if isinstance(expr, sympy.Symbol) else None
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
+from iocompiler.errors import CannotPlan
 from iocompiler.plan.found import Symbolic, finders, needed
 from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
@@ -47,6 +48,8 @@ _LIBRARY = {
         "attention: our template with a score program",
     ),
 }
+
+LIBRARY_REASONS = frozenset(_LIBRARY.values())
 
 # Beyond this many operations a shared value is stored, not recomputed by each of its readers.
 _RECOMPUTE_OPS = 40
@@ -99,6 +102,9 @@ class Dataflow:
     # --- which operators are generated
 
     def _classify(self) -> None:
+        for node in finders(self.graph).values():
+            if is_view(node):  # a slice from one value read to another: no call finds its size
+                raise CannotPlan(operator=f"{node.target} between sizes that only a run finds")
         for node in self.graph.nodes:
             if node.target in _CHECKS:
                 self.opaque[node] = "a check of the user's values"

@@ -22,11 +22,13 @@ def number(build: Builder, expr: sympy.Expr, dtype: torch.dtype) -> int:
     """The value of a float expression over sizes, computed in ``dtype``.
 
     Raises:
-        NoNumber: as above.
+        NoNumber: as above, or the number is no function of sizes (``x.item()``).
     """
     name = type(expr).__name__
     if expr.is_number and not expr.free_symbols:
         return build.const(float(expr), dtype)
+    if expr.is_Symbol and not expr.is_integer:
+        raise NoNumber("a number that only a run finds")
     if expr.is_Symbol or (expr.is_integer and expr.is_polynomial(*expr.free_symbols)):
         return build.const(expr, dtype)
     if name == "ToFloat":

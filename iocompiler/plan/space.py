@@ -20,7 +20,7 @@ from iocompiler.plan.views import (
     shape_of,
     unflatten,
 )
-from iocompiler.tile.index import Affine, product
+from iocompiler.tile.index import Affine, Size, product
 
 aten = torch.ops.aten
 
@@ -95,8 +95,9 @@ def output_index(
 
 def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> list[Index]:
     space, shape = lowering.space, shape_of(stored_into(output))
-    found = list(filter(None, [propagate(lowering, seeds).get(output)]))
     total = product(list(shape))
+    carried = propagate(lowering, seeds).get(output)
+    found = [carried] if carried is not None and _covers(lowering, carried, total) else []
     spans = [space.axes, space.part(reduced=False)]
     if space.reduced:
         spans.append(space.part(reduced=True))
@@ -110,6 +111,12 @@ def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -
             if index not in found:
                 found.append(index)
     return found
+
+
+def _covers(lowering: Lowering, index: Index, total: Size) -> bool:
+    """Whether the index, one to one, reaches every element; that of a slice's base does not."""
+    axes = [lowering.extents[name] for name in sorted(lowering.axes_of(index))]
+    return equal(product(axes), total)
 
 
 def propagate(lowering: Lowering, seeds: Mapping[Node, Index]) -> dict[Node, Index]:

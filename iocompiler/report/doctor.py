@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from iocompiler.versions import OLDEST, version_tuple
+
 OLDEST_PYTHON = (3, 10)
-OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 
 State = Literal["ok", "missing", "broken"]
 
@@ -66,16 +67,6 @@ def _package(name: str, needed: bool, advice: str) -> Check:
     if version_tuple(found) < OLDEST[name]:
         return Check(name, "broken", f"{found} is too old", advice, needed)
     return Check(name, "ok", found, needed=needed)
-
-
-def version_tuple(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.13.0+cpu" is (2, 13, 0)."""
-    numbers = []
-    for part in version.partition("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
 
 
 def _optional(module: str, advice: str) -> Check:

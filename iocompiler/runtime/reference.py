@@ -106,8 +106,8 @@ def _aten(step: AtenStep, values: dict[str, Any], sizes: dict[str, int]) -> None
     for (name, spec), value in zip(step.outputs, results, strict=False):
         if name is None:
             continue
-        if spec is None and isinstance(value, int):
-            sizes[name] = value
+        if spec is None and isinstance(value, (int, float)):
+            sizes[name] = value  # type: ignore[assignment]  # a number among the sizes
         if spec is not None and isinstance(value, torch.Tensor):
             found_sizes(spec, value, sizes)
             value = laid_out(value, size_values(spec.shape, sizes), size_values(spec.stride, sizes))

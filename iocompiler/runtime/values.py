@@ -71,10 +71,14 @@ def resolve(
 
 
 def _number(expr: sympy.Basic, sizes: Mapping[str, int]) -> int | float | bool:
-    value = expr.xreplace({s: sympy.Integer(sizes[s.name]) for s in expr.free_symbols})
+    value = expr.xreplace({s: _sympy(sizes[s.name]) for s in expr.free_symbols})
     if value in (sympy.true, sympy.false):
         return bool(value)
     return int(value) if value.is_Integer else float(value)
+
+
+def _sympy(number: float) -> sympy.Basic:
+    return sympy.Float(number) if isinstance(number, float) else sympy.Integer(number)
 
 
 def laid_out(tensor: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:

@@ -19,8 +19,8 @@ LENGTH = sympy.Symbol("n", integer=True, positive=True)
 def flat_program(program: TileProgram) -> tuple[TileProgram, Size] | None:
     """The program over one axis of `LENGTH` points, and that length; None if a place matters.
 
-    Every access must be to the point's own row-major position or to a fixed element (a 0-dim
-    tensor).
+    Every access must be to the point's own row-major position or to the one element of a tensor
+    that has no more.
     """
     placed = ("iota", "rand", "scan", "reduce")
     if program.reduced or any(op.kind in placed for op in program.ops):
@@ -29,8 +29,10 @@ def flat_program(program: TileProgram) -> tuple[TileProgram, Size] | None:
     ops = []
     for op in program.ops:
         index = op.index
+        if index is not None and index.const != 0:
+            return None
         if index is not None and index.terms:
-            if index.terms != position.terms or index.const != 0:
+            if index.terms != position.terms:
                 return None
             index = Affine.of("x0")
         ops.append(replace(op, index=index))

@@ -98,7 +98,7 @@ class _Run:
                 return other.expand(address.shape)
             return torch.where(mask, buffer[torch.where(mask, address, 0)], other)
         self._check(op, address, buffer)
-        return buffer[address] if address.numel() else torch.empty(address.shape, dtype=op.dtype)
+        return buffer.take(address)  # indexed by a 0-dim place it would be a view, not a value
 
     def _store(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         buffer = self.buffers[op.buffer]

@@ -51,10 +51,26 @@ def check_rows(program: TileProgram) -> None:
 
 
 def _check_order(program: TileProgram) -> None:
-    """What a column reduction gives is known only when every row is done: no row may need it."""
+    """What a column reduction gives is known only when every row is done: no row may need it, and
+    what is computed from it folds no row again.
+    """
     for position in _dependent_stores(program):
         if program.varies[position] - {a.name for a in program.reduced}:
             raise RowsTooLong("a row needs the result of a column sum")
+        if any(program.ops[i].kind == "reduce" for i in _sources(program, position)):
+            raise RowsTooLong("a reduction beside or after a column sum gives one result")
+
+
+def _sources(program: TileProgram, position: int) -> set[int]:
+    """Positions read for the one at ``position``, no further than the column reductions."""
+    columns, found, queue = set(column_reductions(program)), set[int](), [position]
+    while queue:
+        for read in program.ops[queue.pop()].reads:
+            if read in columns:
+                continue
+            found.add(read)
+            queue.append(read)
+    return found
 
 
 def _depends(program: TileProgram) -> list[bool]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from iocompiler.backend import Compiler
 from iocompiler.codegen.module import emit_module
 from iocompiler.compilation import Compilation
+from iocompiler.errors import FallbackWarning
+from tests.runtime.text_engine import TextEngine
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +75,27 @@ def test_the_module_reads_them_where_they_are_found() -> None:
     assert "u0 = nonzero.shape[0]" in text
     (number,) = re.findall(r"(u\d+) = aten__local_scalar_dense\(", text)
     assert f"u0:i32:16 {number}:i64:16" in text  # an extent, and a number of any size
+
+
+@pytest.mark.parametrize("engine", ["reference", TextEngine()], ids=["reference", "module"])
+@pytest.mark.parametrize("number", [2.5, True, 7])
+def test_numbers_are_returned_and_used(engine: Any, number: float) -> None:
+    def f(x: Tensor, n: Tensor) -> tuple[Any, ...]:
+        return n.item(), x + n.item(), torch.full((2,), n.item())
+
+    run = torch.compile(f, backend=Compiler(engine=engine, strict=True, cache=False))
+    for n in (torch.tensor(number), torch.tensor(number) * 0):
+        x = torch.arange(3.0)
+        ours, theirs = run(x, n), f(x, n)
+        assert type(ours[0]) is type(theirs[0])
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_slice_between_numbers_runs_on_aten() -> None:
+    def f(x: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        return x.tensor_split(n)
+
+    run = torch.compile(f, backend=Compiler(engine="reference", cache=False))
+    x, n = torch.randn(5, 3), torch.tensor([1, 3])
+    with pytest.warns(FallbackWarning, match="sizes that only a run finds"):
+        torch.testing.assert_close(run(x, n), f(x, n))

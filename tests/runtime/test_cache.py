@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -145,6 +147,7 @@ def test_keys_hold_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _PROCESS = """
 import sys
+import time
 from pathlib import Path
 from iocompiler.runtime.cache import Cache
 cache = Cache(Path(sys.argv[1]))
@@ -164,3 +167,34 @@ def test_two_processes(tmp_path: Path) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
+
+
+_WRITER = """
+import itertools, sys
+from pathlib import Path
+from iocompiler.runtime.cache import Cache
+cache = Cache(Path(sys.argv[1]), limit=1 << 20)
+print("ready", flush=True)
+for number in itertools.count():
+    content = bytes([number % 251]) * 20_000
+    cache.put("kernel", f"{number % 60:02}", {"a": content, "b": content}, {"n": number % 251})
+"""
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    root, chance = tmp_path / "cache", random.Random(0)
+    for _ in range(3):
+        command = [sys.executable, "-c", _WRITER, str(root)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(chance.uniform(0.0, 0.2))
+        writer.kill()
+        writer.communicate()
+    cache = Cache(root)
+    entries = [cache.get("kernel", f"{number:02}") for number in range(60)]  # a warning is an error
+    assert any(entries)
+    for entry in filter(None, entries):
+        assert set(entry.files["a"]) == set(entry.files["b"]) == {entry.meta["n"]}
+    cache.put("kernel", "after", {"a": b"x"}, {})
+    assert cache.get("kernel", "after") is not None

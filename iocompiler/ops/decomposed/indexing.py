@@ -124,7 +124,16 @@ def to_copy(
     return converted.contiguous(memory_format=memory_format)
 
 
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """aten.take: elements of the flattened ``x``. Python's ``x[index]`` would read a 0-dim index on
+    the host.
+    """
+    result: Tensor = aten.index.Tensor(x.reshape(-1), [index])
+    return result
+
+
 DECOMPOSITIONS = {
+    aten.take.default: take,
     aten.scatter.value: scatter_value,
     aten.scatter.src: scatter_src,
     aten.scatter_add.default: scatter_add,

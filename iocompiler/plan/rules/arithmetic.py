@@ -55,10 +55,26 @@ def float_only(fn: str) -> Rule:
 def comparison(fn: str) -> Rule:
     def rule(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
         dtype = operands_dtype(node)
-        values = [low.operand(a, node, index, mask, dtype) for a in node.args[:2]]
+        values = [_as_stored(low, a, node, index, mask, dtype) for a in node.args[:2]]
         return low.builder.map(fn, *values, dtype=torch.bool)
 
     return rule
+
+
+def _as_stored(
+    low: Lowering, arg: Any, node: Node, index: Index, mask: int | None, dtype: torch.dtype
+) -> int:
+    """An operand to compare. A short float is rounded first: the gradient of ``amax`` looks for
+    the stored maximum among values that are computed again, unrounded.
+    """
+    value = low.operand(arg, node, index, mask, dtype)
+    made = arg.meta["val"] if isinstance(arg, Node) else None
+    if not isinstance(made, torch.Tensor) or compute_dtype(made.dtype) == made.dtype:
+        return value
+    op = low.builder.ops[value]
+    if op.kind == "cast" and low.builder.ops[op.inputs[0]].dtype == made.dtype:
+        return value
+    return low.builder.cast(low.builder.cast(value, made.dtype), dtype)
 
 
 def predicate(fn: str) -> Rule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,11 +18,20 @@ def clamp(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     dtype = result_dtype(node)
     value = low.operand(node.args[0], node, index, mask, dtype)
     least, most = keyword(node, 1, "min", None), keyword(node, 2, "max", None)
-    if least is not None:
-        value = low.builder.map("maximum", value, low.operand(least, node, index, mask, dtype))
-    if most is not None:
-        value = low.builder.map("minimum", value, low.operand(most, node, index, mask, dtype))
+    for limit, fn in ((least, "maximum"), (most, "minimum")):
+        if limit is not None:
+            bound = low.operand(_wrapped(limit, node), node, index, mask, dtype)
+            value = low.builder.map(fn, value, bound)
     return value
+
+
+def _wrapped(limit: Any, node: Node) -> Any:
+    """A bound of a short integer in its own dtype, as aten takes it: -1 is 255 to a uint8."""
+    dtype = node.meta["val"].dtype
+    if not isinstance(limit, int) or dtype not in (torch.uint8, torch.int8, torch.int16):
+        return limit
+    info = torch.iinfo(dtype)
+    return (limit - info.min) % (info.max - info.min + 1) + info.min
 
 
 def relu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:

@@ -54,6 +54,8 @@ def _embedding(low: Lowering, node: Node, index: Index, mask: int | None) -> int
 
 def _index_select(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source, ids = _tensor(node.args[0]), _tensor(node.args[2])
+    if not shape_of(source):
+        return low.value(source, (), mask)  # the one element there is
     dim = dim_argument(node, 1, len(index))
     at = (index[dim],) if ids.meta["val"].dim() else ()
     picked = _indirect(low, ids, at, mask, shape_of(source)[dim], wrap=False)
@@ -62,8 +64,10 @@ def _index_select(low: Lowering, node: Node, index: Index, mask: int | None) -> 
 
 def _gather(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source, ids = _tensor(node.args[0]), _tensor(node.args[2])
+    if not shape_of(source):
+        return low.value(source, (), mask)  # the one element there is
     if not index:
-        raise Unsupported("gather of a 0-dim tensor")
+        raise Unsupported("gather of a 0-dim index")
     dim = dim_argument(node, 1, len(index))
     picked = _indirect(low, ids, index, mask, shape_of(source)[dim], wrap=False)
     return low.value(source, index[:dim] + (picked,) + index[dim + 1 :], mask)

@@ -100,6 +100,7 @@ def _reduction(fn: str) -> Rule:
         if node.kwargs.get("dtype") not in (None, node.meta["val"].dtype):
             raise Unsupported("a reduction with a dtype other than its result's")
         inner, over = source_index(low, node, index)
+        _check_mask(low, mask, over, node)
         source = node.args[0]
         assert isinstance(source, Node)
         value = low.value(source, inner, mask)
@@ -117,6 +118,15 @@ def _reduction(fn: str) -> Rule:
         return low.builder.map("div", folded, low.builder.const(count, dtype))
 
     return rule
+
+
+def _check_mask(low: Lowering, mask: int | None, over: Over, node: Node) -> None:
+    """What is read for a result must not depend on where the result goes: under ``cat``, each half
+    is asked for only in its own places, but a sum needs every element everywhere.
+    """
+    folded = {a.name for a in low.space.part(reduced=over == "reduced")}
+    if mask is not None and low.varies(mask) & folded:
+        raise Unsupported(f"{node.name} is needed at some places along the axes it folds")
 
 
 def _truth(low: Lowering, value: int, fn: str, over: Over) -> int:
@@ -144,6 +154,7 @@ def _scan(fn: str) -> Rule:
             raise Unsupported(f"{node.name} scans along another axis than the kernel's")
         if low.axes_of(index[:dim] + index[dim + 1 :]) & low.space.reduced:
             raise Unsupported(f"{node.name} varies along the axis it scans")
+        _check_mask(low, mask, "reduced", node)
         value = low.convert(low.value(source, index, mask), compute_dtype(node.meta["val"].dtype))
         return low.builder.scan(fn, value)
 

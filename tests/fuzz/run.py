@@ -1,0 +1,59 @@
+"""``python -m tests.fuzz.run --fuzz 1000 --seed 0``: many programs, failing ones shrunk and shown
+as tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+
+import torch
+
+from tests.fuzz.generate import generate
+from tests.fuzz.judge import valid, verdict
+from tests.fuzz.program import Program
+from tests.fuzz.shrink import shrink
+
+
+def failure(seed: int, engine: str = "reference", device: str = "cpu") -> str:
+    """ "" where the seed's program is right; else its shrunk form, as a test, and what is wrong."""
+    program = generate(seed)
+    if not valid(program):
+        return ""
+    wrong = verdict(program, engine, device)
+    if not wrong:
+        return ""
+    kind = wrong.split(":")[0] if wrong.startswith(("raises", "eager")) else ""
+
+    def fails(candidate: Program) -> bool:
+        if not valid(candidate):
+            return False
+        found = verdict(candidate, engine, device)
+        return bool(found) and found.startswith(kind) and found.startswith("raises") == bool(kind)
+
+    smaller = shrink(program, fails)
+    return f"{smaller.as_test(f'seed {seed}')}\n# {verdict(smaller, engine, device) or wrong}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fuzz", type=int, default=1000, help="how many programs")
+    parser.add_argument("--seed", type=int, default=0, help="the first one's seed")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    engine = "reference" if given.device == "cpu" else "auto"
+    wrong = 0
+    for seed in range(given.seed, given.seed + given.fuzz):
+        text = failure(seed, engine, given.device)
+        wrong += bool(text)
+        if text:
+            print(text, flush=True)
+    print(f"{given.fuzz} programs from seed {given.seed}: {wrong} wrong", flush=True)
+
+
+if __name__ == "__main__":
+    main()

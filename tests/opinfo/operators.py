@@ -1,0 +1,64 @@
+"""The operators torch tests itself with, as calls of `check`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.testing._internal import common_methods_invocations as invocations
+
+from tests.opinfo.check import Call, problems
+from tests.opinfo.exceptions import RANDOM, excepted
+
+
+def _unseeded(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's own seeds before each call, which breaks the graph; here the caller has seeded."""
+    return op(*args, **kwargs)
+
+
+invocations.wrapper_set_seed = _unseeded
+op_db = invocations.op_db
+
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+)
+OPERATORS = {
+    f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name: op for op in op_db
+}
+
+
+def forward_and_backward(name: str, count: int = 3) -> list[str]:
+    """Problems of a few float32 samples, spread over those the operator has."""
+    op = OPERATORS[name]
+    if torch.float32 not in op.dtypes:
+        return []
+    grad = op.supports_autograd and torch.float32 in op.backward_dtypes
+    return problems(_calls(name, torch.float32, count, grad), grad)
+
+
+def other_dtypes(name: str) -> list[str]:
+    """Problems of one sample a dtype, forward alone."""
+    dtypes = [d for d in DTYPES if d in OPERATORS[name].dtypes]
+    return problems([c for d in dtypes for c in _calls(name, d, 1, False)], False)
+
+
+def _calls(name: str, dtype: torch.dtype, count: int, grad: bool) -> list[Call]:
+    op = OPERATORS[name]
+    torch.manual_seed(0)
+    samples = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=grad), 12))
+    step = max(1, len(samples) // count)
+    calls = [_call(name, dtype, i, s) for i, s in list(enumerate(samples))[::step][:count]]
+    return [call for call in calls if not excepted(call.label)]
+
+
+def _call(name: str, dtype: torch.dtype, position: int, sample: Any) -> Call:
+    op = OPERATORS[name]
+    label = f"{name} {str(dtype)[6:]} sample {position}"
+    random = op.name in RANDOM or bool(sample.kwargs.get("dropout_p"))
+    return Call(label, op.op, (sample.input, *sample.args), sample.kwargs, random)
