@@ -61,6 +61,8 @@ def _has_registers_to_spare(writer: KernelWriter) -> bool:
     and the row's gradient; else each row reads it again, from L2.
     """
     schedule = writer.schedule
+    if schedule.num_stages < 3:
+        return True  # nothing is in flight: a row would wait for its weights
     each = schedule.x_block * schedule.r_block / (_LANES * schedule.num_warps)
     most = min(_MOST_REGISTERS, _REGISTERS_OF_AN_SM // (_LANES * schedule.num_warps))
     return _ROWS_HELD * each < most

@@ -5,22 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from iocompiler.cost_model.device import Device
-from iocompiler.tile.index import Size
+from iocompiler.tile.arrange import merge_axes, rows_contiguous
+from iocompiler.tile.index import Size, product
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import traffic
 
 # A special function unit result costs about this many additions.
 _TRANSCENDENTAL_FLOPS = 8
+# What memory gives where one element is asked for.
+_SECTOR_BYTES = 32
 
 
 def kernel_seconds(program: TileProgram, device: Device, hints: Mapping[str, int]) -> float:
     """Roofline time: the longer of moving its bytes and doing its arithmetic, after one launch."""
     moved = traffic(program)
     read, written = _at(moved.read_bytes, hints), _at(moved.written_bytes, hints)
+    wasted = _at(_unread_bytes(program), hints)
     work = _at(moved.flops, hints) + _TRANSCENDENTAL_FLOPS * _at(moved.transcendentals, hints)
     return device.launch_s + max(
-        (read + written) / device.hbm_bytes_per_s, work / device.vector_flops
+        (read + written + wasted) / device.hbm_bytes_per_s, work / device.vector_flops
     )
+
+
+def _unread_bytes(program: TileProgram) -> Size:
+    """Bytes that come along unasked: in a kernel whose reductions read along rows, whatever runs
+    down the columns moves a sector an element, and the other way round.
+    """
+    if not any(op.kind == "reduce" for op in program.ops):
+        return 0
+    merged = merge_axes(program)
+    reduced = {a.name for a in merged.reduced}
+    along_rows = rows_contiguous(merged)
+    wasted: Size = 0
+    for op in merged.ops:
+        if op.kind not in ("load", "store") or op.index is None:
+            continue
+        names = {n for n in op.index.names if not n.startswith("%")}
+        contiguous = [n for n in names if op.index.coefficient(n) == 1]
+        both_ways = names & reduced and names - reduced
+        if both_ways and contiguous and (contiguous[0] in reduced) != along_rows:
+            points = product([a.size for a in merged.axes if a.name in names])
+            wasted = wasted + points * (_SECTOR_BYTES - op.dtype.itemsize)
+    return wasted
 
 
 def _at(size: Size, hints: Mapping[str, int]) -> float:

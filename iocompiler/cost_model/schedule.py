@@ -22,6 +22,10 @@ _DEFAULT_HINT = 1024
 _LOW_REDUCTION = 1024
 # A row from which weights read anew for every row weigh as much as the row.
 _LONG_ROW = 8192
+# Of a multiprocessor's shared memory, what loads in flight may take; reductions need some too.
+_SHARED_FOR_LOADS = 0.87
+_MOST_REGISTERS = 255
+_CROWDED = 0.7
 
 
 def choose(
@@ -95,7 +99,9 @@ def _row_reduction(program: TileProgram, hints: Mapping[str, int]) -> Schedule:
         if _rereads_much(program):
             piece = min(4096, block // 4)
             return Schedule("looped", x_block=1, r_block=piece, num_warps=_warps(piece, 8))
-        return Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, 16))
+        # random numbers are long chains of arithmetic: two programs an SM overlap with them
+        each = 64 if block > _LONG_ROW and any(op.kind == "rand" for op in program.ops) else 16
+        return Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, each))
     block = min(4096, max(64, power_of_two(at_hint(width, hints))))
     x = max(1, min(2048 // block, power_of_two(rows)))
     return Schedule("looped", x_block=x, r_block=block, num_warps=_warps(x * block, 8))
@@ -143,7 +149,20 @@ def _column_reduction(
     schedule = Schedule("looped", x_block=x, r_block=r, num_warps=warps)
     if isinstance(height, int) and power_of_two(height) <= r:
         return replace(schedule, kind="persistent", r_block=power_of_two(height))
+    if x >= 64 and len(_tile_loads(program)) > 1:
+        # a tile computed from several tensors: small ones, the next on their way
+        return replace(schedule, x_block=min(x, 64), r_block=min(r, 32), num_warps=4, num_stages=3)
     return schedule
+
+
+def _tile_loads(program: TileProgram) -> list[int]:
+    """Bytes of an element of each load that differs along rows and along columns."""
+    both = ({a.name for a in program.parallel}, {a.name for a in program.reduced})
+    return [
+        op.dtype.itemsize
+        for position, op in enumerate(program.ops)
+        if op.kind == "load" and all(program.varies[position] & names for names in both)
+    ]
 
 
 # --- rows with column sums
@@ -154,14 +173,39 @@ def _rows(program: TileProgram, device: Device) -> Schedule:
     assert isinstance(width, int), "a row with column sums has a static length"
     block = power_of_two(width)
     x = max(1, min(4096 // block, 16))
+    programs = row_programs(program, device)
+    # the tiles of two further steps wait in shared memory, those of the weights too where they are
+    # read again
+    ahead = 2 * x * block * (sum(_tile_loads(program)) + _weight_bytes(program))
     warps = _warps(x * block, 32)
+    fits = ahead <= _SHARED_FOR_LOADS * device.shared_bytes_per_sm * device.sm_count // programs
     return Schedule(
         "rows",
         x,
         r_block=block,
         num_warps=warps,
-        num_stages=3,
-        programs=row_programs(program, device),
+        num_stages=3 if fits and not _crowded(program, x * block, warps, device) else 1,
+        programs=programs,
+    )
+
+
+def _crowded(program: TileProgram, elements: int, warps: int, device: Device) -> bool:
+    """Whether a row that waits for its reductions, beside the sums down the columns, leaves too few
+    registers for the rest: loads in flight only add to the spills (layer norm backward at 16384).
+    """
+    each = elements / (32 * warps)
+    held = sum(op.kind == "reduce" for op in program.ops)
+    most = min(_MOST_REGISTERS, device.registers_per_sm // (32 * warps))
+    return held * each > _CROWDED * most
+
+
+def _weight_bytes(program: TileProgram) -> int:
+    """Bytes an element of a row of what is loaded the same for every row."""
+    reduced = {a.name for a in program.reduced}
+    return sum(
+        op.dtype.itemsize
+        for position, op in enumerate(program.ops)
+        if op.kind == "load" and program.varies[position] and program.varies[position] <= reduced
     )
 
 

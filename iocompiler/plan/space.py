@@ -13,6 +13,7 @@ from iocompiler.plan.sizes import equal, value_at
 from iocompiler.plan.views import (
     Index,
     NotAffine,
+    SplitAxis,
     flatten,
     input_index,
     is_view,
@@ -73,24 +74,41 @@ def output_index(
 ) -> tuple[Index, int]:
     """Where ``output`` lies in the space, and its value there.
 
+    Over equal extents there may be several places: that which loads least anew is taken, since
+    in the others the columns of what is there already would be read as rows.
+
     Raises `Unsupported` where it has no place.
     """
     reasons: list[str] = []
+    places: list[tuple[int, Index, int]] = []
     for index in _candidates(lowering, output, seeds):
+        before = _loads(lowering)
         try:
             value = lowering.value(output, index)
         except Unsupported as error:
             reasons.append(str(error))
             continue
+        except (SplitAxis, NotAffine):
+            if not places:
+                raise
+            continue
         extra = lowering.varies(value) - lowering.axes_of(index)
         if not extra:
-            return index, value
+            places.append((_loads(lowering) - before, index, value))
+            continue
         reasons.append(
             f"{output.name} varies over {', '.join(sorted(extra))} beside its own elements"
         )
+    if places:
+        _, index, value = min(places, key=lambda place: place[0])
+        return index, value
     raise Unsupported(
         reasons[0] if reasons else f"{output.name} {list(shape_of(output))} does not fit the space"
     )
+
+
+def _loads(lowering: Lowering) -> int:
+    return sum(op.kind == "load" for op in lowering.builder.ops)
 
 
 def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> list[Index]:

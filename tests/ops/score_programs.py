@@ -130,7 +130,8 @@ def reference(
     found = evaluate(program, wanted, scores, places, operands, numbers, q.dtype)
     score = found[0]
     if program.keep is not None:
-        fill = -1e30 if program.empty == "uniform" else float("-inf")
+        lowest = max(-1e30, torch.finfo(score.dtype).min)
+        fill = lowest if program.empty == "uniform" else float("-inf")
         score = score.masked_fill(~found[1], fill)
     weights = score.softmax(-1)
     if program.empty == "zero" and program.keep is not None:

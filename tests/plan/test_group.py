@@ -103,3 +103,15 @@ def test_small_independent_kernels_share_a_launch() -> None:
     for got, want in zip(planned(fn)(*inputs), fn(*inputs), strict=True):
         torch.testing.assert_close(got, want)
     assert [len(s.outputs) for s in planned.kernels] in ([2, 1], [1, 2])
+
+
+def test_a_square_layer_norm_backward_reads_its_rows_once() -> None:
+    """Over equal extents the columns of one sum could be taken for the rows of another, and half
+    of the tensor be read across its rows.
+    """
+    planned = Planned()
+    x = torch.randn(256, 256, requires_grad=True)
+    w, b = torch.randn(256, requires_grad=True), torch.randn(256, requires_grad=True)
+    planned(lambda x, w, b: F.layer_norm(x, (256,), w, b))(x, w, b).sum().backward()
+    backward = [s for s in planned.plans[1].steps if isinstance(s, KernelStep)]
+    assert [s.schedule.kind == "rows" for s in backward] == [True, False]
