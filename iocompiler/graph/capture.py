@@ -47,10 +47,13 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         traces kept.
 
     Raises:
-        CaptureFailed: the graph takes tensor subclasses, or cannot be traced.
+        CaptureFailed: the graph takes tensor subclasses, holds a transform of torch.func (whose
+            levels a second trace would enter with fake tensors), or cannot be traced.
     """
     if any(is_traceable_wrapper_subclass(x) for x in example_inputs):
         raise CaptureFailed(cause="an input is a tensor subclass")
+    if any(_transforms(node) for node in gm.graph.nodes):
+        raise CaptureFailed(cause="it holds a transform of torch.func")
     mode = _fresh_mode(example_inputs)
     fakes = fake_inputs(example_inputs, mode)
     try:
@@ -66,6 +69,12 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     traced.meta.update(gm.meta)
     _enter_checkpoints(traced)
     return traced
+
+
+def _transforms(node: Node) -> bool:
+    """Whether the node enters or leaves a level of ``torch.func.grad``, ``vmap`` and their kin."""
+    module = str(getattr(node.target, "__module__", ""))
+    return node.op == "call_function" and "_functorch" in module and "nesting" in node.name
 
 
 def fake_inputs(example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:

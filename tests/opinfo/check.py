@@ -23,7 +23,11 @@ from tests.opinfo.exceptions import expected
 SEED = 5
 
 # fewer graph breaks: what can be handed over is
-_CAPTURE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+_CAPTURE = {
+    "capture_scalar_outputs": True,
+    "capture_dynamic_output_shape_ops": True,
+    "allow_rnn": True,
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,205 @@
+"""What else Dynamo can hand over: transforms, higher-order operators, subclasses, threads.
+
+Parts of these run on aten, with a warning; the results are eager's.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from iocompiler.backend import Compiler
+from iocompiler.compilation import Compilation
+from iocompiler.errors import FallbackWarning
+
+
+@pytest.fixture(autouse=True)
+def _told() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        yield
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend=Compiler(engine="reference", cache=False))
+
+
+def _cond(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+
+def _loop(x: Tensor) -> Tensor:
+    result: Tensor = while_loop(
+        lambda i, x: i < 3, lambda i, x: (i + 1, x * 2), (torch.tensor(0), x)
+    )[1]
+    return result
+
+
+def _scan(x: Tensor) -> tuple[Tensor, Tensor]:
+    return scan(lambda c, v: (c + v, c * v), torch.zeros(5), x, dim=0)
+
+
+def _flex(x: Tensor) -> Tensor:
+    q = x[:, None, :, None].expand(4, 1, 5, 16).contiguous()
+    return flex_attention(q, q, q, score_mod=lambda s, b, h, i, j: s + (i - j))
+
+
+def _inference(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x * 2
+
+
+def _out(x: Tensor) -> tuple[Tensor, Tensor]:
+    o = torch.empty(4, 5)
+    torch.add(x, 1, out=o)
+    return o, o * 2
+
+
+def _random(x: Tensor) -> tuple[Tensor, ...]:
+    drawn = torch.rand_like(x), torch.randn(3), torch.bernoulli(x.sigmoid())
+    return *drawn, torch.randperm(5), torch.randint(0, 9, (4,))
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "cond": _cond,
+    "while_loop": _loop,
+    "scan": _scan,
+    "flex_attention": _flex,
+    "grad": torch.func.grad(lambda y: (y**2).sum()),
+    "vmap": torch.func.vmap(lambda row: row.softmax(0)),
+    "jvp": lambda x: torch.func.jvp(lambda y: y.softmax(0), (x,), (x,)),
+    "inference_mode": _inference,
+    "out=": _out,
+    "float8": lambda x: (x.to(torch.float8_e4m3fn).float() * 2, x.to(torch.float8_e5m2).float()),
+    "sparse": lambda x: torch.sparse.mm(x.relu().to_sparse(), x.t()) + 1,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*Sparse.*:UserWarning")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_is_what_eager_gives(name: str) -> None:
+    function, x = FUNCTIONS[name], torch.randn(4, 5)
+    result, expected = compiled(lambda x: function(x))(x), function(x)
+    torch.testing.assert_close(result, expected)
+    for tensor in result if isinstance(result, tuple) else (result,):
+        assert type(tensor) is Tensor
+
+
+def test_transforms_of_a_compiled_function() -> None:
+    x = torch.randn(4, 5)
+
+    def f(x: Tensor) -> Tensor:
+        return (x.sin() * 2).sum(-1)
+
+    run = compiled(f)
+    torch.testing.assert_close(torch.func.vmap(run)(x), torch.func.vmap(f)(x))
+    torch.testing.assert_close(torch.func.grad(run)(x[0]), torch.func.grad(f)(x[0]))
+
+
+def test_nested_tensors() -> None:
+    parts = [torch.randn(2, 3), torch.randn(4, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    result = compiled(lambda n: (n * 2).sin())(nested)
+    torch.testing.assert_close(result.values(), (nested * 2).sin().values())
+
+
+def test_a_second_derivative_is_refused_clearly() -> None:
+    x = torch.randn(4, requires_grad=True)
+    (slope,) = torch.autograd.grad(compiled(lambda x: (x**3).sum())(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        slope.sum().backward()
+
+
+def test_checkpoint_with_reentrant_autograd() -> None:
+    linear = torch.nn.Linear(5, 5)
+
+    def f(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: linear(y).sin(), x, use_reentrant=True).sum()
+
+    ours, theirs = (torch.ones(4, 5, requires_grad=True) for _ in range(2))
+    compiled(f)(ours).backward()
+    f(theirs).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_hooks() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x.sin()
+        y.register_hook(lambda grad: grad * 2)
+        return y.sum()
+
+    ours, theirs = (torch.ones(3, requires_grad=True) for _ in range(2))
+    compiled(f)(ours).backward()
+    f(theirs).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    module = torch.nn.Linear(3, 3)
+    module.register_forward_hook(lambda module, given, out: out * 3)
+    torch.testing.assert_close(compiled(module)(torch.ones(2, 3)), module(torch.ones(2, 3)))
+
+
+def test_inputs_that_share_memory() -> None:
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        a.add_(1)
+        return b * 2 + a.sum()
+
+    for places in ((slice(4), slice(2, 6)), (slice(4), slice(4)), (slice(3), slice(3, 6))):
+        torch._dynamo.reset()  # torch's guards take one overlap for the other, in any backend
+        run = compiled(f)
+        ours, theirs = torch.arange(6.0), torch.arange(6.0)
+        expected = f(theirs[places[0]], theirs[places[1]])
+        torch.testing.assert_close(run(ours[places[0]], ours[places[1]]), expected)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_random_numbers_repeat_under_a_seed() -> None:
+    run, x = compiled(_random), torch.randn(4, 5)
+    torch.manual_seed(1)
+    first = run(x)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, first, run(x)))
+    assert not torch.equal(first[0], run(x)[0])
+
+
+def test_fifty_shapes_are_two_graphs() -> None:
+    records: list[Compilation] = []
+    backend = Compiler(engine="reference", cache=False, on_compiled=records.append)
+    linear, draw = torch.nn.Linear(8, 8), random.Random(0)
+
+    def f(x: Tensor) -> Tensor:
+        return linear(x).softmax(-1).sum(1)
+
+    run = torch.compile(f, backend=backend)
+    for _ in range(50):
+        x = torch.randn(draw.randint(2, 40), draw.randint(2, 50), 8)
+        torch.testing.assert_close(run(x), f(x))
+    assert len(records) <= 2
+
+
+def test_calls_from_several_threads() -> None:
+    run, wrong = compiled(lambda x: (x.sin() * 2).sum(0)), list[Exception]()
+
+    def call(rows: int) -> None:
+        try:
+            x = torch.randn(rows, 4)
+            torch.testing.assert_close(run(x), (x.sin() * 2).sum(0))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=call, args=(3 + i % 2,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
