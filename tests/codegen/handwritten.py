@@ -113,7 +113,10 @@ def norm_backward() -> Case:
         build.program(axes(13), axes(10, reduced=True), buffers),
         lambda: {"x": torch.randn(130), "dy": torch.randn(130), "w": torch.randn(10)},
         expected,
-        tuple(Schedule("rows", x_block=b, r_block=16, programs=3, num_warps=1) for b in (1, 2)),
+        tuple(
+            Schedule("rows", x_block=b, r_block=16, programs=3, num_warps=1, num_stages=stages)
+            for b, stages in ((1, 2), (2, 2), (2, 3))
+        ),
     )
 
 
@@ -300,6 +303,24 @@ def empty() -> Case:
         lambda: {"a": torch.empty(0)},
         lambda t: {"total": torch.zeros(5), "top": torch.full((5,), -INF)},
         persistent(1, 1, 4) + looped(4, 1, 4),
+        exact=True,
+    )
+
+
+def lonely() -> Case:
+    """Folds of one element, without an axis."""
+    build = Builder()
+    a = build.load("a", Affine(), F32)
+    for fn, dtype in (("sum", F32), ("max", F32), ("argmax", I64)):
+        build.store(fn, Affine(), build.reduce(fn, a, dtype))
+    program = build.program(
+        (), (), ins(a=(F32, 1)) + outs(sum=(F32, 1), max=(F32, 1), argmax=(I64, 1))
+    )
+    return Case(
+        program,
+        lambda: {"a": torch.randn(1)},
+        lambda t: {"sum": t["a"], "max": t["a"], "argmax": torch.zeros(1, dtype=I64)},
+        persistent(1, 1),
         exact=True,
     )
 

@@ -101,6 +101,44 @@ def test_a_copy_fills_the_device_and_reads_sixteen_bytes_a_thread() -> None:
     assert 2 * schedule.x_block // (32 * schedule.num_warps) >= 16
 
 
+def test_a_fold_of_one_element_is_no_pointwise_kernel() -> None:
+    assert choose(CASES["one element"].program, H200).kind == "persistent"
+
+
+def with_column_sums(width: int, dtype: torch.dtype, folds: int) -> TileProgram:
+    """A gradient of rows: each element less its row's folds; the sums of the columns."""
+    build, at = Builder(), X0 * width + R0
+    x, dy = build.load("x", at, dtype), build.load("dy", at, dtype)
+    value = build.map("mul", build.cast(x, F32), build.cast(dy, F32))
+    for _ in range(folds):
+        value = build.map("sub", value, build.reduce("sum", value, F32))
+    build.store("dx", at, build.cast(value, dtype))
+    build.store(
+        "dw", R0, build.reduce("sum", build.cast(dy, F32), F32, over="parallel"), fn="partial"
+    )
+    buffers = ins(x=(dtype, 8192 * width), dy=(dtype, 8192 * width)) + outs(
+        dx=(dtype, 8192 * width), dw=(F32, 264 * width)
+    )
+    return build.program(axes(8192), axes(width, reduced=True), buffers)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "folds", "stages"),
+    [
+        (4096, BF16, 1, 3),
+        (4096, BF16, 2, 3),
+        (16384, BF16, 1, 3),
+        (16384, BF16, 2, 1),  # too few registers
+        (16384, F32, 1, 1),  # too little shared memory
+    ],
+)
+def test_rows_are_loaded_ahead_where_there_is_room(
+    width: int, dtype: torch.dtype, folds: int, stages: int
+) -> None:
+    schedule = choose(with_column_sums(width, dtype, folds), H200)
+    assert (schedule.kind, schedule.num_stages) == ("rows", stages)
+
+
 def test_sums_with_little_parallelism_are_split() -> None:
     assert split_factor(columns(8192, 1024), H200) > 1
     whole = rows(fold("sum", F32), torch.sum, (1, 1 << 24), (), row_result=True)
