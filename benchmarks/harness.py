@@ -93,6 +93,7 @@ class Session:
             note(row, label, f"{type(error).__name__}: {first_line(error)}")
             self.broken = self.broken or device_error()
         fresh()
+        self.table.write(self.args.json)  # a group that is stopped keeps what it measured
         print(f"  {row['name']} {label}: {time.perf_counter() - started:.1f} s", flush=True)
 
     def _raise_if_over(self) -> None:

@@ -45,11 +45,15 @@ class Table:
     def markdown(self) -> str:
         return markdown(self.columns, self.rows)
 
-    def finish(self, path: str | None) -> None:
-        """Write the JSON, then print notes and, last, the table."""
+    def write(self, path: str | None) -> None:
+        """Write the JSON as far as it goes, where a path is given."""
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(json.dumps(self.as_json(), indent=1) + "\n")
+
+    def finish(self, path: str | None) -> None:
+        """Write the JSON, then print notes and, last, the table."""
+        self.write(path)
         for row in self.rows:
             if row.get("note"):
                 print(f"note: {row.get('name')}: {row['note']}")

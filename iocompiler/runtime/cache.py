@@ -18,6 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class Cache:
         """Remove every entry; returns how many there were."""
         entries = self._entries()
         for folder, _, _ in entries:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         return len(entries)
 
     def evict(self) -> int:
@@ -158,7 +159,7 @@ class Cache:
         for folder, _, size in entries:
             if total <= self.limit:
                 break
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             total -= size
             removed += 1
         return removed
@@ -180,7 +181,7 @@ class Cache:
         return found
 
     def _drop_damaged(self, folder: Path, reason: str) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         self._warn(f"damaged cache entry {folder.name}: {reason}; built again")
 
     def _warn(self, message: str) -> None:
@@ -263,6 +264,20 @@ def _move(aside: Path, target: Path) -> None:
             # another process is removing it at this moment
             time.sleep(0.001 * attempt)
     raise OSError(errno.EEXIST, "remains of an entry are in the way", str(target))
+
+
+def _remove(folder: Path) -> None:
+    """Take an entry out of its place in one step, then delete it: a process killed on the way
+    leaves no half of an entry. What it leaves aside is evicted when it is stale.
+    """
+    aside = folder
+    if not folder.name.startswith(_ASIDE):
+        aside = folder.with_name(f"{_ASIDE}{folder.name}-{uuid.uuid4().hex}")
+        try:
+            os.replace(folder, aside)
+        except OSError:
+            return  # another process was faster, or nothing can be removed here
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -17,8 +17,8 @@ from benchmarks.timing import summary
 from tests.accuracy import Comparison
 
 
-def _session(limit: float = 100.0) -> Session:
-    args = argparse.Namespace(quick=True, limit=limit, peers="eager")
+def _session(limit: float = 100.0, path: str | None = None) -> Session:
+    args = argparse.Namespace(quick=True, limit=limit, peers="eager", json=path)
     return Session(args, Table("t", ["name", "eager ms"]))
 
 
@@ -31,6 +31,14 @@ def test_a_failure_is_a_note_and_the_next_peer_still_runs() -> None:
     session.attempt(row, "two", lambda: row.update({"two ms": 1.0}))
     assert row["note"] == "one: ValueError: no kernel"
     assert row["two ms"] == 1.0
+
+
+def test_what_is_measured_is_written_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    session, row = _session(path=str(path)), {"name": "row"}
+    session.table.rows.append(row)
+    session.attempt(row, "one", lambda: row.update({"one ms": 1.0}))
+    assert json.loads(path.read_text())["rows"] == [{"name": "row", "one ms": 1.0}]
 
 
 def test_a_fallback_warning_is_a_note() -> None:
