@@ -30,6 +30,7 @@ from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.cost_model.candidates import candidates
 from iocompiler.cost_model.device import DEVICES, Device, current_device
+from iocompiler.ops.target import planned_for
 from iocompiler.pipeline import DEFAULT
 from iocompiler.plan.data import Plan, Schedule
 from iocompiler.report.explain import retargeted
@@ -125,7 +126,13 @@ def plan_of(zoo: Kernel, rows: int, width: int) -> Plan:
     # fakes of the CPU, retargeted: those of CUDA need a torch built with it
     settings: dict[str, Any] = {"engine": _on_fakes, "strict": True}
     backend = Compiler(retargeted(DEFAULT), on_compiled=records.append, **settings)
-    with mode, warnings.catch_warnings(), torch.set_grad_enabled(zoo.backward):
+    capability = DEVICES["h200"].capability
+    with (
+        mode,
+        warnings.catch_warnings(),
+        planned_for(capability),
+        torch.set_grad_enabled(zoo.backward),
+    ):
         warnings.simplefilter("ignore")
         given = {
             name: torch.empty(shape, dtype=torch.bfloat16, device="cpu").requires_grad_(

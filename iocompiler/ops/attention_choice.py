@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from iocompiler.ops import target
+
 KERNELS = ("cudnn", "flash", "efficient", "cpu", "blockwise")
 MEMORY = {"h": (0, 1, 2, 3), "s": (0, 2, 1, 3), "t": (2, 0, 1, 3)}
 """Memory orders of a [B, H, S, D] tensor, outermost dim first: heads apart, [B, S, H, D] of a split
 projection, [S, B, H, D] of one whose batch does not come first."""
 _HALF = (torch.float16, torch.bfloat16)
-_NO_GPU = (9, 0)  # what is compiled for where no GPU is present
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,16 @@ def order(*tensors: Tensor) -> str:
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout_p: float
 ) -> str:
-    if q.device.type == "cpu":
+    if target.device_type(q) == "cpu":
         # its kernel takes a mask of the inputs' dtype only
         plain = q.dtype in (torch.float32, torch.float64, *_HALF) and (
             bias is None or bias.dtype == q.dtype
         )
         same = plain and dropout_p == 0.0 and _equal(q.shape[3], v.shape[3])
         return "cpu" if same else "blockwise"
-    if q.device.type != "cuda" or dropout_p >= 1.0:
+    if target.device_type(q) != "cuda" or dropout_p >= 1.0:
         return "blockwise"
-    capability = (
-        torch.cuda.get_device_capability(q.device) if torch.cuda.is_available() else _NO_GPU
-    )
+    capability = target.capability(q)
     same_head = _equal(q.shape[3], v.shape[3])
     square = not causal or _equal(q.shape[2], k.shape[2])
     half = q.dtype in _HALF and capability >= (8, 0)

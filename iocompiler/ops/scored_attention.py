@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iocompiler.ops import target
 from iocompiler.ops.attention_choice import MEMORY
 from iocompiler.ops.scored_blockwise import Blockwise
 from iocompiler.tile.score import ScoreProgram, parsed
@@ -74,7 +75,8 @@ def choose(query: Tensor, value: Tensor) -> str:
     """The kernel for these (fake) tensors."""
     fits = query.dtype in (torch.float16, torch.bfloat16, torch.float32)
     narrow = all(isinstance(x.shape[3], int) and x.shape[3] <= WIDEST for x in (query, value))
-    return "template" if query.device.type == "cuda" and fits and narrow else "blockwise"
+    on_gpu = target.device_type(query) == "cuda"
+    return "template" if on_gpu and fits and narrow else "blockwise"
 
 
 @functools.lru_cache(maxsize=512)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
+from iocompiler.ops import target
 from iocompiler.ops.random import SEEDS, UNIFORM
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ def replace_dropouts(gm: GraphModule, devices: Collection[str]) -> int:
         reason = _declined(node)
         if reason is None:
             device = view.tensors(node)[0].device
-            if device.type in devices:
+            if target.device_type(view.tensors(node)[0]) in devices:
                 sites.setdefault(device, []).append(node)
         elif reason:
             record(gm, Miss("dropout", view.where(node), reason))

@@ -20,7 +20,7 @@ from iocompiler.convenience import compile as compiled
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.device import device as device_named
 from iocompiler.errors import CannotExplain, FallbackWarning, IOCompilerError
-from iocompiler.passes.dropout import dropout, replace_dropouts
+from iocompiler.ops.target import planned_for
 from iocompiler.pipeline import DEFAULT, Pipeline
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import Plan
@@ -29,7 +29,6 @@ from iocompiler.report.fakes import Retarget, double, double_inputs
 from iocompiler.report.kernels import Kernels
 from iocompiler.report.ledger import Lost, Report
 
-_DROPOUT = replace(dropout, function=lambda gm: replace_dropouts(gm, ("cpu", "cuda")))
 _ORDER = ("inference", "forward", "backward")
 _RECOMPILES = 256
 
@@ -75,7 +74,7 @@ def explain(
         double_model = double(model, mode)
         arguments, keywords = double_inputs((inputs, kwargs), mode)
         run = compiled(double_model, pipeline=retargeted(pipeline), **options)
-        with mode, _quiet(), torch.set_grad_enabled(training):
+        with mode, _quiet(), planned_for(row.capability), torch.set_grad_enabled(training):
             result = run(*arguments, **keywords)
             if training:
                 loss_of(result).backward()  # type: ignore[no-untyped-call]
@@ -118,10 +117,9 @@ def report_of(
 
 
 def retargeted(pipeline: Pipeline) -> Pipeline:
-    """The passes for a double on the CPU: dropout takes it for a GPU, and retargeting stands first
-    among the flat passes, so that they and the planner see the device that is asked for."""
-    graph = (_DROPOUT if each is dropout else each for each in pipeline.stage("graph"))
-    return Pipeline(*graph, Retarget(), *pipeline.stage("flat"))
+    """Retargeting stands first among the flat passes: they and the planner see the device that is
+    asked for."""
+    return Pipeline(*pipeline.stage("graph"), Retarget(), *pipeline.stage("flat"))
 
 
 def _unplanned_engine(plan: Plan, gm: GraphModule) -> Callable[[list[Any]], Any]:

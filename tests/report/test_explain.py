@@ -205,3 +205,33 @@ def test_a_dropout_is_planned_as_on_the_device_asked_for() -> None:
     assert [rewrite.pattern for rewrite in report.rewrites] == ["dropout"]
     assert sum(kernel.generated for kernel in report.kernels) == 1
     assert "native_dropout" not in str(report)
+
+
+def _kernels_of_attention(device: str, window: int) -> list[str]:
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        near = torch.ones(128, 128, dtype=torch.bool).tril()
+        if window:
+            near = near & ~torch.ones_like(near).tril(-window)
+        scores = (q @ k.transpose(-1, -2) / 8).masked_fill(~near, float("-inf"))
+        return scores.softmax(-1) @ v
+
+    given = [torch.randn(2, 4, 128, 64, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+    report = explain(attended, *given, device=device, training=True, compile_kernels=False)
+    (graph,) = (g for name, g in report.graphs.items() if name.startswith("forward"))
+    calls = [n for n in graph.graph.nodes if "attention" in str(n.target)]
+    return [a for call in calls for a in call.args if a in ("cudnn", "flash", "cpu", "template")]
+
+
+@pytest.mark.parametrize(
+    ("device", "window", "kernel"),
+    [
+        ("h200", 0, "cudnn"),
+        ("a100", 0, "flash"),
+        ("h200", 16, "template"),
+        ("cpu", 0, "cpu"),
+    ],
+)
+def test_attention_is_chosen_as_on_the_device_asked_for(
+    device: str, window: int, kernel: str
+) -> None:
+    assert _kernels_of_attention(device, window) == [kernel]

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
+from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
 from iocompiler.ops.scored_attention import FORWARD, WIDEST, choose
 from iocompiler.passes.attention import execute, views
@@ -67,7 +68,7 @@ def wanted(call: execute.Call | None, found: Attention) -> bool:
         return False
     widths = (found.width.size, found.value_width.size)
     narrow = all(isinstance(each, int) and each <= WIDEST for each in widths)
-    on_gpu = view.value(found.query.node).device.type == "cuda"
+    on_gpu = target.device_type(view.value(found.query.node)) == "cuda"
     return on_gpu and narrow and found.dtype != torch.float64
 
 

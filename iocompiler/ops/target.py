@@ -1,0 +1,42 @@
+"""The device a graph is compiled for: that of its tensors, or one that is only planned for.
+
+`explain` walks a double of the model on the CPU; what is chosen by device (kernels of attention,
+dropout by seeds) has to be chosen as on the device that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+Capability = tuple[int, int]
+
+_NO_GPU: Capability = (9, 0)  # what is compiled for where no GPU is present
+_planned: ContextVar[Capability | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planned_for(capability: Capability | None) -> Iterator[None]:
+    """Tensors on the CPU count as on a CUDA device of this capability; None: as they are."""
+    token = _planned.set(capability)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def device_type(x: Tensor) -> str:
+    """The type of the device that ``x`` will be on."""
+    return "cuda" if x.device.type == "cpu" and _planned.get() is not None else x.device.type
+
+
+def capability(x: Tensor) -> Capability:
+    """The compute capability of the CUDA device that ``x`` will be on."""
+    planned = _planned.get()
+    if planned is not None:
+        return planned
+    return torch.cuda.get_device_capability(x.device) if torch.cuda.is_available() else _NO_GPU
