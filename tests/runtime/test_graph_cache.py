@@ -94,6 +94,31 @@ def mlp(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 # equal results
 
 
+def capped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh(q @ k.transpose(-1, -2) / 20) * 20).softmax(-1) @ v
+
+
+def head_and_loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w), y).reshape(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "pattern"),
+    [
+        (capped_attention, ((2, 3, 24, 16),) * 3, "attention"),
+        (head_and_loss, ((520, 16), (17000, 16)), "linear_cross_entropy"),
+    ],
+)
+def test_operators_of_ours_are_found_again(
+    function: Callable[..., Any], shapes: tuple[tuple[int, ...], ...], pattern: str
+) -> None:
+    inputs = [grad(*shape) for shape in shapes]
+    if function is head_and_loss:
+        inputs.append(torch.randint(17000, (520,)))
+    seen = found_again(function, *inputs)
+    assert [rewrite.pattern for record in seen for rewrite in record.rewrites] == [pattern] * 2
+
+
 def test_nothing_is_traced_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = (grad(4, 8), grad(8, 6), grad(6))
     first, _ = compiled(mlp)
