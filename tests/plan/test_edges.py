@@ -15,8 +15,11 @@ from iocompiler.backend import Compiler
 Case = tuple[Callable[..., Any], tuple[Tensor, ...]]
 
 
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape, requires_grad=True)
+_DRAWN = torch.Generator().manual_seed(0)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=_DRAWN).to(dtype).requires_grad_()
 
 
 CASES: dict[str, Case] = {
@@ -43,9 +46,9 @@ CASES: dict[str, Case] = {
     "copied onto itself": (lambda x: x.copy_(x), (torch.tensor(2.0),)),
     "take by a scalar": (lambda x, i: x.take(i) * 2, (leaf(3, 2), torch.tensor(4))),
     "the least of short floats": (
-        lambda x: (x * x).amin(0), (torch.randn(7, 3).bfloat16().requires_grad_(),)),
+        lambda x: (x * x).amin(0), (leaf(7, 3, dtype=torch.bfloat16),)),
     "the greatest of short floats": (
-        lambda x: (x.abs().add(0.5) ** -0.5).amax(1), (torch.randn(3, 7).half().requires_grad_(),)),
+        lambda x: (x.abs().add(0.5) ** -0.5).amax(1), (leaf(3, 7, dtype=torch.float16),)),
 }  # fmt: skip
 
 
@@ -66,7 +69,14 @@ def test_is_what_eager_gives(name: str) -> None:
             torch.autograd.backward(wanted, [_cotangent(y) for y in wanted])
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
-        torch.testing.assert_close(one.grad, other.grad)
+        _close(one.grad, other.grad)
+
+
+def _close(one: Tensor | None, other: Tensor | None) -> None:
+    """A short float may be off by a rounding: it was held in float32 in between."""
+    short = other is not None and other.dtype in (torch.float16, torch.bfloat16)
+    rounding = {"rtol": 2 * torch.finfo(other.dtype).eps, "atol": 0.0} if short else {}  # type: ignore[union-attr]
+    torch.testing.assert_close(one, other, **rounding)
 
 
 def _listed(output: Any) -> list[Any]:
