@@ -149,10 +149,17 @@ def _column_reduction(
     schedule = Schedule("looped", x_block=x, r_block=r, num_warps=warps)
     if isinstance(height, int) and power_of_two(height) <= r:
         return replace(schedule, kind="persistent", r_block=power_of_two(height))
-    if x >= 64 and len(_tile_loads(program)) > 1:
-        # a tile computed from several tensors: small ones, the next on their way
-        return replace(schedule, x_block=min(x, 64), r_block=min(r, 32), num_warps=4, num_stages=3)
+    loads = _tile_loads(program)
+    small = replace(schedule, x_block=min(x, 64), r_block=min(r, 32), num_warps=4, num_stages=3)
+    if x >= 64 and len(loads) > 1 and _fits_ahead(small, sum(loads), device, 2 * device.sm_count):
+        return small  # a tile computed from several tensors: small ones, the next on their way
     return schedule
+
+
+def _fits_ahead(schedule: Schedule, bytes_a_point: int, device: Device, programs: int) -> bool:
+    """Whether shared memory holds the tiles of two further steps, with so many programs at once."""
+    ahead = 2 * schedule.x_block * schedule.r_block * bytes_a_point
+    return ahead <= _SHARED_FOR_LOADS * device.shared_bytes_per_sm * device.sm_count // programs
 
 
 def _tile_loads(program: TileProgram) -> list[int]:
@@ -174,19 +181,14 @@ def _rows(program: TileProgram, device: Device) -> Schedule:
     block = power_of_two(width)
     x = max(1, min(4096 // block, 16))
     programs = row_programs(program, device)
-    # the tiles of two further steps wait in shared memory, those of the weights too where they are
-    # read again
-    ahead = 2 * x * block * (sum(_tile_loads(program)) + _weight_bytes(program))
     warps = _warps(x * block, 32)
-    fits = ahead <= _SHARED_FOR_LOADS * device.shared_bytes_per_sm * device.sm_count // programs
-    return Schedule(
-        "rows",
-        x,
-        r_block=block,
-        num_warps=warps,
-        num_stages=3 if fits and not _crowded(program, x * block, warps, device) else 1,
-        programs=programs,
-    )
+    schedule = Schedule("rows", x, r_block=block, num_warps=warps, num_stages=1, programs=programs)
+    # weights are counted too: where they are not kept, they are read ahead as the rows are
+    loads = sum(_tile_loads(program)) + _weight_bytes(program)
+    fits = _fits_ahead(schedule, loads, device, programs)
+    if fits and not _crowded(program, x * block, warps, device):
+        return replace(schedule, num_stages=3)
+    return schedule
 
 
 def _crowded(program: TileProgram, elements: int, warps: int, device: Device) -> bool:

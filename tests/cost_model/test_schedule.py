@@ -139,6 +139,22 @@ def test_rows_are_loaded_ahead_where_there_is_room(
     assert (schedule.kind, schedule.num_stages) == ("rows", stages)
 
 
+@pytest.mark.parametrize(("count", "stages"), [(1, 2), (2, 3), (30, 2)])
+def test_columns_are_loaded_ahead_where_there_is_room(count: int, stages: int) -> None:
+    """A sum down the columns of ``count`` tensors: one needs nothing ahead, many do not fit."""
+    build, at = Builder(), X0 + R0 * 4096
+    value = build.load("a0", at, F32)
+    for number in range(1, count):
+        value = build.map("mul", value, build.load(f"a{number}", at, F32))
+    build.store("sum", X0, build.reduce("sum", value, F32))
+    given = {f"a{number}": (F32, 8192 * 4096) for number in range(count)}
+    program = build.program(
+        axes(4096), axes(8192, reduced=True), ins(**given) + outs(sum=(F32, 4096))
+    )
+    schedule = choose(program, H200)
+    assert (schedule.kind, schedule.num_stages) == ("looped", stages)
+
+
 def test_sums_with_little_parallelism_are_split() -> None:
     assert split_factor(columns(8192, 1024), H200) > 1
     whole = rows(fold("sum", F32), torch.sum, (1, 1 << 24), (), row_result=True)
