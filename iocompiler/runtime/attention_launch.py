@@ -73,4 +73,5 @@ def _direct() -> bool:
     """
     from triton import __version__, knobs
 
-    return __version__.startswith(_TRIED) and knobs.runtime.launch_enter_hook is None
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return __version__.startswith(_TRIED) and not any(hook.calls for hook in hooks)
