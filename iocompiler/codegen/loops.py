@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from iocompiler.codegen import expressions
+from iocompiler.codegen import expressions, rescaled
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.row_tile import (
     ROW_POSITION,
@@ -46,7 +46,8 @@ def write_looped(writer: KernelWriter) -> None:
     """One loop over the row for each level of reductions on reductions; each loads values again."""
     name_parallel(writer, f"tl.program_id(0) * {writer.schedule.x_block}")
     program = writer.program
-    level = _levels(writer)
+    maxima = rescaled.maxima(program)
+    level = _levels(writer, maxima)
     along_r: list[bool] = []
     for position in range(len(program.ops)):
         along_r.append(_along_row(writer, position, along_r))
@@ -55,11 +56,12 @@ def write_looped(writer: KernelWriter) -> None:
         default=-1,
     )
     last = max(
-        last, max((level[op.inputs[0]] for op in program.ops if op.kind == "reduce"), default=0)
+        last,
+        max((level[i] - 1 for i, op in enumerate(program.ops) if op.kind == "reduce"), default=0),
     )
     for number in range(last + 1):
         _write_settled(writer, level, along_r, number)
-        _write_pass(writer, level, along_r, number)
+        _write_pass(writer, level, along_r, number, maxima)
     _write_settled(writer, level, along_r, last + 1)
 
 
@@ -85,12 +87,16 @@ def _row_spans(writer: KernelWriter, position: int) -> set[str]:
     return spans
 
 
-def _levels(writer: KernelWriter) -> list[int]:
+def _levels(writer: KernelWriter, maxima: dict[int, int]) -> list[int]:
     """For each operation, how many loops over the row must be done before it can be computed."""
     found: list[int] = []
-    for op in writer.program.ops:
+    for position, op in enumerate(writer.program.ops):
         level = max((found[r] for r in op.reads), default=0)
-        found.append(level + 1 if op.kind == "reduce" else level)
+        if position in maxima:
+            level = found[maxima[position]]
+        elif op.kind == "reduce":
+            level += 1
+        found.append(level)
     return found
 
 
@@ -107,13 +113,16 @@ def _write_settled(
             writer.write(position)
 
 
-def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], number: int) -> None:
+def _write_pass(
+    writer: KernelWriter,
+    level: list[int],
+    along_r: list[bool],
+    number: int,
+    maxima: dict[int, int],
+) -> None:
     program = writer.program
-    folds = [
-        i
-        for i, op in enumerate(program.ops)
-        if op.kind == "reduce" and level[op.inputs[0]] == number
-    ]
+    folds = [i for i, op in enumerate(program.ops) if op.kind == "reduce" and level[i] == number + 1]
+    shrinking = [i for i in folds if i in maxima]
     stores = [
         i
         for i, op in enumerate(program.ops)
@@ -121,7 +130,7 @@ def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], num
     ]
     if not folds and not stores:
         return
-    needed = _needed(writer, folds + stores, along_r)
+    needed = _needed(writer, [i for i in folds if i not in maxima] + stores, along_r)
     for position in folds:
         _start_accumulator(writer, position)
     scans = [i for i in needed if program.ops[i].kind == "scan"]
@@ -140,12 +149,15 @@ def _write_pass(writer: KernelWriter, level: list[int], along_r: list[bool], num
             _scan_piece(writer, position)
         elif program.ops[position].kind != "reduce":
             writer.write(position)
+    for position in shrinking:
+        rescaled.accumulate(writer, position, maxima[position])
     for position in folds:
-        _accumulate(writer, position)
+        if position not in maxima:
+            _accumulate(writer, position)
     writer.depth -= 1
     writer.names = outside
-    for position in folds:
-        _finish_accumulator(writer, position)
+    for position in folds:  # a maximum stands before the sums below it
+        _finish_accumulator(writer, position, maxima.get(position))
 
 
 def _needed(writer: KernelWriter, targets: list[int], along_r: list[bool]) -> list[int]:
@@ -197,10 +209,14 @@ def _accumulate(writer: KernelWriter, position: int) -> None:
     )
 
 
-def _finish_accumulator(writer: KernelWriter, position: int) -> None:
+def _finish_accumulator(writer: KernelWriter, position: int, top: int | None) -> None:
+    """Fold the lanes; those of a sum below the maximum at ``top`` as they were kept."""
     op = writer.program.ops[position]
     name = f"{op.fn}_{position}"
     writer.names[f"%{position}"] = name
+    if top is not None:
+        writer.line(f"{name} = {rescaled.total(writer, position, top)}")
+        return
     if op.fn in ("argmax", "argmin"):
         pair, fn = f"(acc_{position}, place_{position})", extremum(op.fn.removeprefix("arg"))
         writer.line(f"_, {name} = tl.reduce({pair}, 1, {fn}, keep_dims=True)")

@@ -27,6 +27,14 @@ def _either(a, b):
 
 
 @triton.jit
+def _rescaled(total, top, x):
+    """total exp(top - t) + exp(x - t) for t = max(top, x), of which one exponent is 0."""
+    above = x - tl.maximum(top, -3.4028234663852886e38)  # -inf only where x is
+    shrink = tl.exp(-tl.abs(above))
+    return tl.where(above > 0.0, total * shrink + 1.0, total + shrink)
+
+
+@triton.jit
 def _later_maximum(value, place, other, other_place):
     """Of two (value, place) pairs the larger value, NaN before all; of equals the smaller place."""
     wins = (other > value) | ((other != other) & (value == value))

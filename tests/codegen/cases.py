@@ -55,6 +55,13 @@ def _with_nans() -> torch.Tensor:
     return a
 
 
+def _extreme() -> torch.Tensor:
+    a = 50 * torch.randn(7, 13)
+    a[0, 3], a[1, 2], a[2, 5], a[3] = NAN, INF, -INF, -INF
+    a[4, 0], a[4, 1], a[5], a[6, :4] = -3e38, 3e38, -3.4028234663852886e38, -INF
+    return a
+
+
 def _ties() -> torch.Tensor:
     return torch.randint(-3, 3, (5, 9))
 
@@ -82,6 +89,9 @@ CASES: dict[str, Case] = {
     "one element": lonely(),
     "softmax": rows(softmax, lambda a: a.softmax(1), (5, 13), both(4, 16)),
     "softmax bf16": rows(softmax, lambda a: a.softmax(1), (5, 13), both(4, 16), BF16),
+    "softmax of extreme values": rows(
+        softmax, lambda a: a.softmax(1), (7, 13), both(4, 16), values=_extreme
+    ),
     "softmax float64": rows(softmax, lambda a: a.softmax(1), (5, 13), both(4, 16), F64),
     "softmax, any size": rows(
         softmax, lambda a: a.softmax(1), (5, 13), looped(4, 1, 4), symbolic=True

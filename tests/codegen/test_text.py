@@ -70,21 +70,15 @@ def kernel(a_ptr, out_ptr, s0, s1):
     x = tl.program_id(0) * 4 + tl.arange(0, 4)[:, None]
     x_mask = x < s0
     acc_1 = tl.full([4, 4], float('-inf'), tl.float32)
-    for start in range(0, s1, 4):
-        r = start + tl.arange(0, 4)[None, :]
-        r_mask = r < s1
-        load_0 = tl.load(a_ptr + (r.to(tl.int64) + x.to(tl.int64) * (s1)), x_mask & r_mask, other=0.0)
-        acc_1 = _maximum(acc_1, tl.where(r_mask, tl.broadcast_to(load_0, [4, 4]), float('-inf')))
-    max_1 = tl.reduce(acc_1, 1, _maximum, keep_dims=True)
     acc_4 = tl.full([4, 4], 0.0, tl.float32)
     for start in range(0, s1, 4):
         r = start + tl.arange(0, 4)[None, :]
         r_mask = r < s1
         load_0 = tl.load(a_ptr + (r.to(tl.int64) + x.to(tl.int64) * (s1)), x_mask & r_mask, other=0.0)
-        sub_2 = load_0 - max_1
-        exp_3 = tl.exp(sub_2)
-        acc_4 = acc_4 + tl.where(r_mask, tl.broadcast_to(exp_3, [4, 4]), 0.0)
-    sum_4 = tl.sum(acc_4, axis=1, keep_dims=True)
+        acc_4 = _rescaled(acc_4, acc_1, tl.where(r_mask, tl.broadcast_to(load_0, [4, 4]), float('-inf')))
+        acc_1 = _maximum(acc_1, tl.where(r_mask, tl.broadcast_to(load_0, [4, 4]), float('-inf')))
+    max_1 = tl.reduce(acc_1, 1, _maximum, keep_dims=True)
+    sum_4 = tl.sum(acc_4 * tl.exp(acc_1 - max_1), axis=1, keep_dims=True)
     for start in range(0, s1, 4):
         r = start + tl.arange(0, 4)[None, :]
         r_mask = r < s1
