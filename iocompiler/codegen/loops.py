@@ -121,7 +121,8 @@ def _write_pass(
     maxima: dict[int, int],
 ) -> None:
     program = writer.program
-    folds = [i for i, op in enumerate(program.ops) if op.kind == "reduce" and level[i] == number + 1]
+    reductions = [i for i, op in enumerate(program.ops) if op.kind == "reduce"]
+    folds = [i for i in reductions if level[i] == number + 1]
     shrinking = [i for i in folds if i in maxima]
     stores = [
         i
