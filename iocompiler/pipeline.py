@@ -18,6 +18,7 @@ from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
+from iocompiler.passes.patches import patches
 
 
 class Pass(Protocol):
@@ -174,5 +175,6 @@ DEFAULT = Pipeline(
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
     dropout,  # what attention did not take: masks made again from seeds instead of being stored
+    patches,  # touches nothing the others look for
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
 )

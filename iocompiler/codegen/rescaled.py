@@ -1,8 +1,8 @@
 """Sums of exp(x - max x) taken in the pass over the row that finds the maximum.
 
 Each lane keeps the largest x so far and the sum below it; where a larger one comes, the sum
-shrinks: one exponential an element. Milakov and Gimelshein, "Online normalizer calculation for softmax",
-arXiv 1805.02867, algorithm 3.
+shrinks: one exponential an element. Milakov and Gimelshein, "Online normalizer calculation for
+softmax", arXiv 1805.02867, algorithm 3.
 """
 
 from __future__ import annotations

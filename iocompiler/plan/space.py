@@ -11,6 +11,7 @@ from iocompiler.plan.lowering import Lowering, Space, Unsupported
 from iocompiler.plan.rules import folded_dims, is_elementwise
 from iocompiler.plan.sizes import equal, value_at
 from iocompiler.plan.views import (
+    RESHAPES,
     Index,
     NotAffine,
     SplitAxis,
@@ -199,10 +200,7 @@ def _inverse(view: Node, source: Node, index: Index, lowering: Lowering) -> Inde
     return None
 
 
-_RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
+_RESHAPES = RESHAPES | {
     aten.unsqueeze.default,
     aten.squeeze.default,
     aten.squeeze.dim,

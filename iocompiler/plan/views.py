@@ -161,6 +161,11 @@ def input_index(node: Node, index: Index, extents: Mapping[str, Size]) -> tuple[
     assert isinstance(source, Node)
     if node.target is operator.getitem:
         return _split_item(node, source, index)
+    if node.target in RESHAPES:
+        # straight to the first of a chain: shapes in between may split what it does not
+        while source.target in RESHAPES:
+            source = source.args[0]
+            assert isinstance(source, Node)
     return source, VIEWS[node.target](node, source, index, extents)
 
 
@@ -287,12 +292,11 @@ def _split_item(node: Node, source: Node, index: Index) -> tuple[Node, Index]:
     return base, index[:dim] + (index[dim] + start,) + index[dim + 1 :]
 
 
+RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default}
 
 VIEWS: dict[Any, Callable[[Node, Node, Index, Mapping[str, Size]], Index]] = {
-    aten.view.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.reshape.default: _reshape,
+    **dict.fromkeys(RESHAPES, _reshape),
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.t.default: _transpose,

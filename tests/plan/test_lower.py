@@ -20,6 +20,10 @@ FUNCTIONS = {
     "split heads": (lambda a: a.view(2, 6, 4, 8).transpose(1, 2).contiguous() + 1, [(2, 6, 32)]),
     "merge heads": (lambda a: a.transpose(1, 2).reshape(2, 6, 32).sigmoid(), [(2, 4, 6, 8)]),
     "reshape that regroups": (lambda a: a.reshape(6, 4).exp(), [(3, 8)]),
+    "split and joined again": (
+        lambda a, b: torch.cat([a, (b * 2).view(3, 2, 2, 5).reshape(3, 4, 5)], 1),
+        [(3, 1, 5), (3, 4, 5)],
+    ),
     "slice with step": (lambda a: a[:, 1::3] - a[:, :4].mean(), [(5, 12)]),
     "negative slice": (lambda a: a[-3:, :-2] * 3, [(7, 9)]),
     "select and unsqueeze": (lambda a: a[2].unsqueeze(1) * a[:, 0], [(4, 4)]),
