@@ -17,6 +17,7 @@ from iocompiler.graph.normalise import normalise
 from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
 from iocompiler.passes.foreach import foreach
+from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.patches import patches
 
@@ -175,6 +176,8 @@ DEFAULT = Pipeline(
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
     dropout,  # what attention did not take: masks made again from seeds instead of being stored
+    gelu_by_tanh,  # one operator saves its input alone, and its derivative is cheap
+    gelu_by_erf,
     patches,  # touches nothing the others look for
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
 )

@@ -155,6 +155,7 @@ _DOUBLE = {
     "sqrt": "tl.sqrt({0})",
     "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
     "tanh": "libdevice.tanh({0})",
+    "normal_pdf": "0.3989422804014327 * tl.exp(-0.5 * {0} * {0})",
     "normal_cdf": "0.5 * libdevice.erfc({0} * -0.7071067811865476)",
 }
 

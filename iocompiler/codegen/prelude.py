@@ -78,6 +78,12 @@ def _normal_cdf(x):
 
 
 @triton.jit
+def _normal_pdf(x):
+    """phi(x) = exp(-x^2 / 2) / sqrt(2 pi), by the power that `_normal_cdf` takes."""
+    return 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
+
+
+@triton.jit
 def _uniform(seed, counter):
     """Philox2x32-7 (Salmon et al., SC11) at each counter: float32 in [0, 1)."""
     # a block of two words serves two counters: computed once where a thread holds both

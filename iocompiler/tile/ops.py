@@ -6,6 +6,7 @@ and bool.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +61,10 @@ def _round_to_even(x: torch.Tensor) -> torch.Tensor:
     return torch.round(x) if x.is_floating_point() else x
 
 
+def _normal_pdf(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
+
+
 _LIB = "libdevice.{}({{0}})"
 
 MAPS: dict[str, MapRow] = {
@@ -87,6 +92,7 @@ MAPS: dict[str, MapRow] = {
     "erf": MapRow("tl.erf({0})", torch.erf, 16),
     "erfc": MapRow(_LIB.format("erfc"), torch.erfc, 16),
     "normal_cdf": MapRow("_normal_cdf({0})", torch.special.ndtr, 16),
+    "normal_pdf": MapRow("_normal_pdf({0})", _normal_pdf, 10),
     "sigmoid": MapRow("tl.sigmoid({0})", torch.sigmoid, 12),
     "floor": MapRow("tl.floor({0})", torch.floor),
     "ceil": MapRow("tl.ceil({0})", torch.ceil),

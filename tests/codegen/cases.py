@@ -62,6 +62,10 @@ def _extreme() -> torch.Tensor:
     return a
 
 
+def density(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(torch.distributions.Normal(0.0, 1.0).log_prob(x.double())).to(x.dtype)
+
+
 def _ties() -> torch.Tensor:
     return torch.randint(-3, 3, (5, 9))
 
@@ -196,6 +200,8 @@ CASES: dict[str, Case] = {
     },
     "normal_cdf of special values": unary("normal_cdf", F32, torch.special.ndtr, SPECIAL),
     "normal_cdf": unary("normal_cdf", F32, torch.special.ndtr, torch.linspace(-6, 6, 97)),
+    "normal_pdf": unary("normal_pdf", F32, density, torch.linspace(-6, 6, 97)),
+    "normal_pdf float64": unary("normal_pdf", F64, density, SPECIAL.double()),
     "tanh": unary("tanh", F32, torch.tanh, torch.linspace(-2, 2, 97)),
     **{
         f"{fn} float64": unary(fn, F64, reference, SPECIAL.double(), libdevice=True)

@@ -28,6 +28,7 @@ from iocompiler.plan.rules.functions import (
     fill,
     fma,
     gelu,
+    gelu_backward,
     reciprocal,
     relu,
     sign,
@@ -48,7 +49,6 @@ _UNARY = (
 ELEMENTWISE: dict[Any, Rule] = {
     **{getattr(aten, name).default: arithmetic(name, 1) for name in _UNARY},
     aten.abs.default: arithmetic("abs", 1),
-    aten.special_ndtr.default: arithmetic("normal_cdf", 1),
     **{
         getattr(aten, name).default: float_only(name)
         for name in ("floor", "ceil", "trunc", "round")
@@ -60,6 +60,7 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.sign.default: sign,
     aten.silu.default: silu,
     aten.gelu.default: gelu,
+    aten.gelu_backward.default: gelu_backward,
     aten.add.Tensor: sum_or_difference("add"),
     aten.add.Scalar: sum_or_difference("add"),
     aten.sub.Tensor: sum_or_difference("sub"),

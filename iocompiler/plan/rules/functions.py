@@ -69,18 +69,40 @@ def silu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def gelu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """x * Phi(x), or as tanh approximates it (Hendrycks and Gimpel, 2016)."""
+    """x * Phi(x), or as tanh approximates it (Hendrycks and Gimpel, 2016): x * sigmoid(2 u)."""
     build, dtype = low.builder, result_dtype(node)
     x = low.operand(node.args[0], node, index, mask, dtype)
     if keyword(node, 1, "approximate", "none") == "tanh":
-        half, one = build.const(0.5, dtype), build.const(1.0, dtype)
-        cube = build.map("mul", build.map("mul", x, x), x)
-        inner = build.map("add", x, build.map("mul", cube, build.const(0.044715, dtype)))
-        bend = build.map(
-            "tanh", build.map("mul", inner, build.const(math.sqrt(2 / math.pi), dtype))
-        )
-        return build.map("mul", build.map("mul", x, half), build.map("add", bend, one))
+        return build.map("mul", x, _tanh_gate(low, x, dtype)[0])
     return build.map("mul", x, build.map("normal_cdf", x))
+
+
+def gelu_backward(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    """grad * (Phi(x) + x phi(x)), or of the gate g that tanh gives, grad * (g + x g')."""
+    build, dtype = low.builder, result_dtype(node)
+    grad, x = (low.operand(each, node, index, mask, dtype) for each in node.args[:2])
+    if keyword(node, 2, "approximate", "none") == "tanh":
+        gate, slope = _tanh_gate(low, x, dtype)
+    else:
+        gate, slope = build.map("normal_cdf", x), build.map("normal_pdf", x)
+    return build.map("mul", grad, build.map("add", gate, build.map("mul", x, slope)))
+
+
+def _tanh_gate(low: Lowering, x: int, dtype: torch.dtype) -> tuple[int, int]:
+    """g = (1 + tanh u) / 2 = sigmoid(2 u) for u = sqrt(2 / pi) (x + 0.044715 x^3), and g'; what a
+    kernel does not use of it is never written.
+    """
+    build = low.builder
+    twice = 2 * math.sqrt(2 / math.pi)
+    one = build.const(1.0, dtype)
+    square = build.map("mul", x, x)
+    bent = build.map("add", build.map("mul", square, build.const(0.044715 * twice, dtype)),
+                     build.const(twice, dtype))  # fmt: skip
+    gate = build.map("sigmoid", build.map("mul", x, bent))
+    inner = build.map("add", build.map("mul", square, build.const(3 * 0.044715 * twice, dtype)),
+                      build.const(twice, dtype))  # fmt: skip
+    spread = build.map("mul", gate, build.map("sub", one, gate))
+    return gate, build.map("mul", spread, inner)
 
 
 def fma(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
