@@ -18,7 +18,7 @@ from torch.fx import Node
 from iocompiler.plan.lowering import Lowering, Unsupported
 from iocompiler.plan.rules import rule_of
 from iocompiler.plan.sizes import equal, normal, size_of
-from iocompiler.plan.space import output_index, root_space, stored_into
+from iocompiler.plan.space import output_index, root_space, settled, stored_into
 from iocompiler.plan.views import Index, NotAffine, SplitAxis
 from iocompiler.tile.index import Affine, Axis, Size
 from iocompiler.tile.program import Buffer, TileProgram
@@ -47,7 +47,8 @@ def lower(
     space, seeds = root_space(home, outputs, order)
     for _ in range(16):
         try:
-            return _lower_in(Lowering(space, home, virtual, rule_of), seeds, outputs)
+            places = settled(Lowering(space, home, virtual, rule_of), seeds, outputs)
+            return _lower_in(Lowering(space, home, virtual, rule_of), seeds, outputs, places)
         except SplitAxis as wish:
             space, rename = space.split(wish.axis, wish.inner)
             seeds = {n: tuple(i.substitute(rename) for i in index) for n, index in seeds.items()}
@@ -57,12 +58,15 @@ def lower(
 
 
 def _lower_in(
-    lowering: Lowering, seeds: Mapping[Node, Index], outputs: tuple[Node, ...]
+    lowering: Lowering,
+    seeds: Mapping[Node, Index],
+    outputs: tuple[Node, ...],
+    places: Mapping[Node, Index],
 ) -> Lowered:
     stored: dict[Node, Affine] = {}
     for output in outputs:
         target = stored_into(output)
-        index, value = output_index(lowering, output, seeds)
+        index, value = output_index(lowering, output, seeds, places.get(output))
         tensor = target.meta["val"]
         address = Affine()
         for position, stride in zip(index, tensor.stride(), strict=True):

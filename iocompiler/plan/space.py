@@ -38,7 +38,7 @@ def root_space(
     """
     reductions = sorted((n for n in home if folded_dims(n) is not None), key=lambda n: order[n])
     if not reductions:
-        root = max(sorted(outputs, key=lambda n: order[n]), key=_points)
+        root = max(sorted(outputs, key=lambda n: order[n]), key=points)
         space, index = Space.of_shape(shape_of(root))
         return space, {root: index}
     best = max(reductions, key=_reduction_rank)
@@ -50,7 +50,8 @@ def root_space(
     return space, {source: index}
 
 
-def _points(node: Node) -> int:
+def points(node: Node) -> int:
+    """How many elements a tensor has, symbolic sizes at a default."""
     return value_at(product(list(shape_of(node))), {})
 
 
@@ -58,7 +59,7 @@ def _reduction_rank(node: Node) -> tuple[int, bool]:
     source = node.args[0]
     assert isinstance(source, Node)
     dims = folded_dims(node) or ()
-    return _points(source), len(shape_of(source)) - 1 in dims
+    return points(source), len(shape_of(source)) - 1 in dims
 
 
 def stored_into(output: Node) -> Node:
@@ -70,10 +71,28 @@ def stored_into(output: Node) -> Node:
     return output
 
 
+def settled(
+    lowering: Lowering, seeds: Mapping[Node, Index], outputs: tuple[Node, ...]
+) -> dict[Node, Index]:
+    """The places of all outputs, where parallel and reduced extents are equal and an output may lie
+    along either: the widest, which have one place, come first, and what they load tells where the
+    others lie best. Nothing where no output has a choice.
+    """
+    across = product([a.size for a in lowering.space.part(reduced=True)])
+    down = product([a.size for a in lowering.space.part(reduced=False)])
+    if len(outputs) < 2 or not equal(across, down):
+        return {}
+    found = {}
+    for output in sorted(outputs, key=points, reverse=True):
+        found[output], value = output_index(lowering, output, seeds)
+        lowering.builder.store("", Affine(), value)
+    return found
+
+
 def output_index(
-    lowering: Lowering, output: Node, seeds: Mapping[Node, Index]
+    lowering: Lowering, output: Node, seeds: Mapping[Node, Index], place: Index | None = None
 ) -> tuple[Index, int]:
-    """Where ``output`` lies in the space, and its value there.
+    """Where ``output`` lies in the space, and its value there; ``place`` where that is known.
 
     Over equal extents there may be several places: that which loads least anew is taken, since
     in the others the columns of what is there already would be read as rows.
@@ -82,8 +101,9 @@ def output_index(
     """
     reasons: list[str] = []
     places: list[tuple[int, Index, int]] = []
-    for index in _candidates(lowering, output, seeds):
-        before = _loads(lowering)
+    ops = lowering.builder.ops
+    kept = _loads(lowering, [i for i, op in enumerate(ops) if op.kind == "store"])
+    for index in _candidates(lowering, output, seeds) if place is None else [place]:
         try:
             value = lowering.value(output, index)
         except Unsupported as error:
@@ -95,7 +115,7 @@ def output_index(
             continue
         extra = lowering.varies(value) - lowering.axes_of(index)
         if not extra:
-            places.append((_loads(lowering) - before, index, value))
+            places.append((len(_loads(lowering, [value]) - kept), index, value))
             continue
         reasons.append(
             f"{output.name} varies over {', '.join(sorted(extra))} beside its own elements"
@@ -108,8 +128,16 @@ def output_index(
     )
 
 
-def _loads(lowering: Lowering) -> int:
-    return sum(op.kind == "load" for op in lowering.builder.ops)
+def _loads(lowering: Lowering, values: list[int]) -> set[int]:
+    """The loads that some values need; what was tried for another place is not among them."""
+    ops = lowering.builder.ops
+    needed, waiting = set(values), list(values)
+    while waiting:
+        for read in ops[waiting.pop()].reads:
+            if read not in needed:
+                needed.add(read)
+                waiting.append(read)
+    return {position for position in needed if ops[position].kind == "load"}
 
 
 def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> list[Index]:

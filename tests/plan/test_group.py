@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -105,13 +106,22 @@ def test_small_independent_kernels_share_a_launch() -> None:
     assert [len(s.outputs) for s in planned.kernels] in ([2, 1], [1, 2])
 
 
-def test_a_square_layer_norm_backward_reads_its_rows_once() -> None:
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [256, 2048])
+def test_a_square_norm_backward_reads_its_rows_once(
+    norm: str, dtype: torch.dtype, width: int
+) -> None:
     """Over equal extents the columns of one sum could be taken for the rows of another, and half
     of the tensor be read across its rows.
     """
     planned = Planned()
-    x = torch.randn(256, 256, requires_grad=True)
-    w, b = torch.randn(256, requires_grad=True), torch.randn(256, requires_grad=True)
-    planned(lambda x, w, b: F.layer_norm(x, (256,), w, b))(x, w, b).sum().backward()
+    x = torch.randn(width, width, dtype=dtype, requires_grad=True)
+    w, b = (torch.randn(width, dtype=dtype, requires_grad=True) for _ in range(2))
+    if norm == "layer":
+        y = planned(lambda x, w, b: F.layer_norm(x, (width,), w, b))(x, w, b)
+    else:
+        y = planned(lambda x, w: F.rms_norm(x, (width,), w))(x, w)
+    y.backward(torch.randn_like(y))
     backward = [s for s in planned.plans[1].steps if isinstance(s, KernelStep)]
     assert [s.schedule.kind == "rows" for s in backward] == [True, False]
