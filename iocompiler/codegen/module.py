@@ -31,11 +31,14 @@ _SETUP = """\
 # %% call
 {imports}import torch
 
-from iocompiler.runtime.module import open_module
+{operators}from iocompiler.runtime.module import open_module
 
 module = open_module(__file__, globals(), "{device}")
 empty, reinterpret, laid_out, current_stream = module.tools()
 """
+
+# another process may know none of our operators
+_OURS = "import iocompiler.ops.registered\n"
 
 _MAIN = """\
 if __name__ == "__main__":
@@ -74,10 +77,10 @@ def emit_module(plan: Plan, name: str) -> str:
         cells.append(f"# %% prelude\n{helpers_for(emitter.PRELUDE, texts)}")
     cells += [_cell(kernel) for kernel in kernels.found.values()]
     imports = "import math\n\n" if "math." in body.text else ""
-    setup = _SETUP.format(device=plan.device, imports=imports)
-    setup += "".join(
-        line + "\n" for line in body.globals + [k.registration for k in kernels.launchers.values()]
-    )
+    made = body.globals + [k.registration for k in kernels.launchers.values()]
+    ours = any("torch.ops.iocompiler." in line for line in made)
+    setup = _SETUP.format(device=plan.device, imports=imports, operators=_OURS if ours else "")
+    setup += "".join(line + "\n" for line in made)
     cells += [setup, body.text, _example_inputs(plan), _MAIN]
     return "\n\n".join(cell.strip("\n") + "\n" for cell in cells)
 

@@ -63,7 +63,7 @@ def _extreme() -> torch.Tensor:
 
 
 def density(x: torch.Tensor) -> torch.Tensor:
-    return torch.exp(torch.distributions.Normal(0.0, 1.0).log_prob(x.double())).to(x.dtype)
+    return torch.exp(-x.double().square() / 2).div((2 * torch.pi) ** 0.5).to(x.dtype)
 
 
 def _ties() -> torch.Tensor:

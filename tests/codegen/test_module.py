@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import textwrap
 import weakref
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from iocompiler.codegen.module import emit_module
 from iocompiler.codegen.pytext import argument_text, elements_text, size_text
-from iocompiler.plan.data import AtenStep, ConstantStep, Plan, Ref, ViewStep
+from iocompiler.plan.data import AtenStep, ConstantStep, Plan, Ref, TensorSpec, ViewStep
 from iocompiler.runtime.load import load_text
 from iocompiler.runtime.reference import run_plan
 from tests.runtime.plans import S0, binary, interpreter, kernel, plan, scaled, spec
@@ -295,6 +298,31 @@ def test_aten_arguments() -> None:
         (Ref("c"), Ref("i"), Ref("f"), Ref("where")),
     )
     agree(graph, [torch.randn(3, 5)])
+
+
+def test_operators_of_ours_in_a_process_that_knows_none(tmp_path: Path) -> None:
+    """As a module from the disk cache runs: nothing has registered them but the file itself."""
+    step = AtenStep(
+        "iocompiler.aligned_mm.default",
+        (Ref("x"), Ref("w"), None, 8),
+        (),
+        (("y", TensorSpec((3, 5), (8, 1), torch.float32, "cpu")),),
+        False,
+    )
+    graph = plan({"x": spec(3, 4), "w": spec(4, 5)}, [step], (Ref("y"),))
+    (tmp_path / "graph.txt").write_text(emit_module(graph, "graph"))
+    script = (
+        "import torch\n"
+        "from iocompiler.runtime.load import load_text\n"
+        "call = load_text(open('graph.txt').read(), 'graph', 'cpu', lambda spec: None)\n"
+        "x, w = torch.randn(3, 4), torch.randn(4, 5)\n"
+        "torch.testing.assert_close(call([x, w])[0], x @ w)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True, timeout=120, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
 
 
 def test_results_get_the_planned_strides() -> None:
