@@ -56,15 +56,11 @@ def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tu
             parts.append((value.dtype, value.data_ptr() % 16 == 0))
         elif name in sizes:
             parts.append(value > _INT32)
-        elif isinstance(value, tuple):
-            parts.append(tuple(_element(each) for each in value))
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            parts.append(tuple((each.dtype, each.data_ptr() % 16 == 0) for each in value))
         else:
             parts.append(value)
     return tuple(parts)
-
-
-def _element(value: Any) -> Any:
-    return (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
 
 
 def _direct() -> bool:
