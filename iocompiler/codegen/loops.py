@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from iocompiler.codegen import expressions, rescaled
@@ -15,6 +17,8 @@ from iocompiler.codegen.row_tile import (
     tile,
 )
 from iocompiler.tile.program import Op
+
+_VECTOR = 16  # elements of one byte in the widest access
 
 # --- the whole row in registers
 
@@ -140,25 +144,41 @@ def _write_pass(
         start = "1" if op.fn == "cumprod" else "0"
         shape, kind = f"[{writer.schedule.x_block}, 1]", expressions.TYPES[op.dtype]
         writer.line(f"carry_{position} = tl.full({shape}, {start}, {kind})")
-    total = expressions.size(writer.points(program.reduced))
-    writer.line(f"for start in {writer.steps(f'0, {total}, {writer.schedule.r_block}')}:")
-    writer.depth += 1
     outside = dict(writer.names)
-    name_reduced(writer, "start")
-    for position in needed:
-        if program.ops[position].kind == "scan":
-            _scan_piece(writer, position)
-        elif program.ops[position].kind != "reduce":
-            writer.write(position)
-    for position in shrinking:
-        rescaled.accumulate(writer, position, maxima[position])
-    for position in folds:
-        if position not in maxima:
-            _accumulate(writer, position)
-    writer.depth -= 1
-    writer.names = outside
+
+    def piece(masked: bool) -> None:
+        name_reduced(writer, "start", masked)
+        for position in needed:
+            if program.ops[position].kind == "scan":
+                _scan_piece(writer, position)
+            elif program.ops[position].kind != "reduce":
+                writer.write(position)
+        for position in shrinking:
+            rescaled.accumulate(writer, position, maxima[position])
+        for position in folds:
+            if position not in maxima:
+                _accumulate(writer, position)
+        writer.names = dict(outside)
+
+    _write_pieces(writer, piece)
     for position in folds:  # a maximum stands before the sums below it
         _finish_accumulator(writer, position, maxima.get(position))
+
+
+def _write_pieces(writer: KernelWriter, piece: Callable[[bool], None]) -> None:
+    """Write the loop over the pieces of a row. Where its end would keep even the whole pieces from
+    moving 16 bytes at once (the mask of an odd length), the last piece stands for itself.
+    """
+    total, block = writer.points(writer.program.reduced), writer.schedule.r_block
+    odd = isinstance(total, int) and total % _VECTOR != 0 and total > block
+    end = expressions.size(total // block * block if odd else total)
+    writer.line(f"for start in {writer.steps(f'0, {end}, {block}')}:")
+    writer.depth += 1
+    piece(not odd)
+    writer.depth -= 1
+    if odd:
+        writer.line(f"start = {end}")
+        piece(True)
 
 
 def _needed(writer: KernelWriter, targets: list[int], along_r: list[bool]) -> list[int]:

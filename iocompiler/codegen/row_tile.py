@@ -17,12 +17,17 @@ def name_parallel(writer: KernelWriter, start: str) -> None:
     writer.flat_axes(writer.program.parallel, "x", "x")
 
 
-def name_reduced(writer: KernelWriter, start: str = "") -> None:
-    """Name the reduced axes of the points from ``start`` on; they run across the tile."""
+def name_reduced(writer: KernelWriter, start: str = "", masked: bool = True) -> None:
+    """Name the reduced axes of the points from ``start`` on; they run across the tile. ``masked``:
+    unless all of them are known to be there.
+    """
     block = writer.schedule.r_block
     offset = f"{start} + " if start else ""
     writer.line(f"r = {offset}tl.arange(0, {block})[None, :]")
-    writer.bounded("r", "r", writer.points(writer.program.reduced), block)
+    if masked:
+        writer.bounded("r", "r", writer.points(writer.program.reduced), block)
+    else:
+        writer.masks.pop("r", None)
     writer.flat_axes(writer.program.reduced, "r", "r")
 
 

@@ -188,6 +188,36 @@ def test_gathers() -> None:
         assert torch.equal(g, w)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_sum_of_a_one_hot_is_no_sum(dim: int) -> None:
+    """As in the gradient of a cross-entropy; a place that does not exist gives 0."""
+
+    def f(a: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(7).unsqueeze(1 - dim)
+        hot = torch.where(places == where.unsqueeze(dim), a.unsqueeze(dim), 0.0)
+        return hot.sum(dim) * 2
+
+    a = torch.tensor([1.5, float("nan"), -2.0, 3.0, float("inf"), 4.0])
+    where = torch.tensor([0, 6, -1, 7, 3, 2])
+    planned = Planned()
+    got = planned(f)(a, where)
+    torch.testing.assert_close(got, f(a, where), rtol=0, atol=0, equal_nan=True)
+    assert not [op for step in planned.kernels for op in step.program.ops if op.kind == "reduce"]
+
+
+def test_the_sum_of_what_is_no_one_hot() -> None:
+    def f(a: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(6)
+        left = torch.where(places < where.unsqueeze(1), a.unsqueeze(1), 0.0).sum(1)
+        along = torch.where(places == where.unsqueeze(1), a, 0.0).sum(1)
+        ones = torch.where(places == where.unsqueeze(1), a.unsqueeze(1), 1.0).sum(1)
+        twice = torch.where(2 * places == where.unsqueeze(1), a.unsqueeze(1), 0.0).sum(1)
+        return left + 10 * along + 100 * ones + 1000 * twice
+
+    a, where = torch.randn(6), torch.tensor([0, 5, 2, 4, 3, 1])
+    torch.testing.assert_close(Planned()(f)(a, where), f(a, where), rtol=1e-5, atol=1e-4)
+
+
 def test_nan_and_inf_pass_through() -> None:
     a = rand(4, 9)
     a[0, 3], a[1, 2], a[2, 5] = float("nan"), float("inf"), float("-inf")

@@ -110,6 +110,10 @@ def _reduction(fn: str) -> Rule:
         if fn in ("argmax", "argmin"):
             return low.builder.reduce(fn, value, torch.int64, over)
         value = low.convert(value, dtype)
+        if fn == "sum":
+            single = _one_hot(low, value, over)
+            if single is not None:
+                return single
         folded = low.builder.reduce("sum" if fn == "mean" else fn, value, dtype, over)
         if fn != "mean":
             return folded
@@ -118,6 +122,32 @@ def _reduction(fn: str) -> Rule:
         return low.builder.map("div", folded, low.builder.const(count, dtype))
 
     return rule
+
+
+def _one_hot(low: Lowering, value: int, over: Over) -> int | None:
+    """The sum of where(place == v, a, 0) along the one axis it runs over, where neither v nor a
+    differs: a if there is such a place, else 0. None for any other value.
+    """
+    build = low.builder
+    axes = low.space.part(reduced=over == "reduced")
+    chosen = build.ops[value]
+    if len(axes) != 1 or (chosen.kind, chosen.fn) != ("map", "where"):
+        return None
+    condition, there, elsewhere = chosen.inputs
+    zero, test = build.ops[elsewhere], build.ops[condition]
+    if (zero.kind, zero.value) != ("const", 0) or (test.kind, test.fn) != ("map", "eq"):
+        return None
+    for place, sought in (test.inputs, test.inputs[::-1]):
+        iota = build.ops[place]
+        fixed = axes[0].name not in low.varies(sought) | low.varies(there)
+        if fixed and iota.kind == "iota" and iota.index == Affine.of(axes[0].name):
+            kind = build.dtype(sought)
+            first, end = build.const(0, kind), build.const(axes[0].size, kind)
+            above = build.map("ge", sought, first, dtype=torch.bool)
+            below = build.map("lt", sought, end, dtype=torch.bool)
+            inside = build.map("and", above, below, dtype=torch.bool)
+            return build.map("where", inside, there, elsewhere, dtype=chosen.dtype)
+    return None
 
 
 def _check_mask(low: Lowering, mask: int | None, over: Over, node: Node) -> None:
