@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,17 +41,12 @@ def dropout(gm: GraphModule) -> int:
     attention, and dropouts that are not elementwise or rescale differently (alpha_dropout,
     feature_dropout).
     """
-    return replace_dropouts(gm, ("cuda",))
-
-
-def replace_dropouts(gm: GraphModule, devices: Collection[str]) -> int:
-    """The pass `dropout` for tensors on devices of the given types; returns the number of sites."""
     sites: dict[torch.device, list[Node]] = {}
     for node in view.calls(gm):
         reason = _declined(node)
         if reason is None:
             device = view.tensors(node)[0].device
-            if target.device_type(view.tensors(node)[0]) in devices:
+            if target.device_type(view.tensors(node)[0]) == "cuda":
                 sites.setdefault(device, []).append(node)
         elif reason:
             record(gm, Miss("dropout", view.where(node), reason))

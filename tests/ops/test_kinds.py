@@ -17,10 +17,11 @@ from torch.fx import GraphModule
 
 from iocompiler.graph.capture import capture
 from iocompiler.graph.normalise import normalise
+from iocompiler.ops import target
 from iocompiler.ops.decompositions import table
 from iocompiler.ops.partition import partition
 from iocompiler.ops.random import SEEDS
-from iocompiler.passes.dropout import replace_dropouts
+from iocompiler.passes.dropout import dropout
 from iocompiler.passes.foreach import foreach
 from iocompiler.plan.rules import RULES
 from iocompiler.plan.views import VIEWS
@@ -55,7 +56,8 @@ class Kinds:
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Any:
         graph = capture(gm, inputs)
         normalise(graph)
-        replace_dropouts(graph, ("cpu",))
+        with target.planned_for((9, 0)):
+            dropout(graph)
         graph.recompile()
         return aot_autograd(
             fw_compiler=self._count,

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 
 from iocompiler.graph.capture import capture
 from iocompiler.graph.normalise import normalise
-from iocompiler.ops import decompositions
+from iocompiler.ops import decompositions, target
 from iocompiler.ops.partition import Saved, partition, saved
-from iocompiler.passes.dropout import replace_dropouts
+from iocompiler.passes.dropout import dropout
 
 Parts = tuple[GraphModule, GraphModule]
 
@@ -44,7 +44,8 @@ def parts_of(
         graph._param_name_to_source = constants  # without it AOTAutograd knows of no parameters
         normalise(graph)
         if ours:
-            replace_dropouts(graph, ("cpu",))
+            with target.planned_for((9, 0)):
+                dropout(graph)
         graph.recompile()
         compiler = lambda flat, _: make_boxed_func(flat.forward)
         return aot_autograd(
