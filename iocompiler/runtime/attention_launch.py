@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iocompiler.cost_model.attention_tiles import Tile
+
 _MOST = 4096
 _TRIED = "3.6."  # the Triton whose compiled kernels take these arguments
 _INT32 = 2**31 - 1
@@ -47,6 +49,16 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     )  # fmt: skip
 
 
+def tile_arguments(tile: Tile) -> dict[str, int]:
+    """A tile as a template takes it."""
+    return {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
 def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
     """What Triton compiles a kernel for, and more: equal forms have the same cubin."""
     sizes = getattr(kernel, "do_not_specialize", None) or ()
@@ -57,14 +69,17 @@ def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tu
         elif name in sizes:
             parts.append(value > _INT32)
         elif isinstance(value, tuple):
-            parts.append(tuple(_element(each) for each in value))
+            parts.append(tuple(_element(each) for each in value))  # strides, numbers, operands
         else:
             parts.append(value)
     return tuple(parts)
 
 
 def _element(value: Any) -> Any:
-    return (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
+    """Triton looks at whether an integer is 1, and a multiple of 16, and at its width."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return value == 1, value % 16 == 0, -_INT32 <= value <= _INT32
 
 
 def _direct() -> bool:
