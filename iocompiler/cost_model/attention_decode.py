@@ -11,14 +11,12 @@ from iocompiler.cost_model.attention_tiles import Tile, padded
 from iocompiler.cost_model.device import Device
 
 MOST_QUERIES = 16
-MOST_ROWS = 64
-
+_MOST_WAVES = 8
 _TILES = (
     # largest element in bytes, widest head, most rows, keys, stages; compiled for sm_90 nothing
     # spills, and three programs of 16 rows fit an SM
-    (2, 64, 16, 128, 3),
-    (2, 64, 64, 64, 3),
-    (2, 128, 64, 64, 3),
+    (2, 64, 32, 64, 4),
+    (2, 128, 32, 64, 3),
     (2, 256, 16, 32, 3),
     (4, 64, 16, 32, 3),
     (4, 128, 16, 32, 2),
@@ -66,12 +64,10 @@ def tile(work: Decode) -> Tile:
         LookupError: no template takes heads as wide.
     """
     wide = max(work.width, work.value_width)
-    fits = [each for each in _TILES if work.bytes <= each[0] and wide <= each[1]]
-    least = max(16, 1 << (work.packed - 1).bit_length())
-    for bytes_each, widest, most, n, stages in fits:
-        same = [each[2] for each in fits if each[:2] == (bytes_each, widest)]
-        if least <= most or most == max(same):
-            return Tile(min(least, most), n, _WARPS, stages)
+    for bytes_each, widest, most, n, stages in _TILES:
+        if work.bytes <= bytes_each and wide <= widest:
+            m = max(16, 1 << (work.packed - 1).bit_length())
+            return Tile(min(m, most), n, _WARPS, stages)
     raise LookupError(f"heads of {wide} elements of {work.bytes} bytes")
 
 
@@ -79,21 +75,29 @@ def parts(work: Decode, device: Device) -> int:
     """In how many parts the keys of a head are read: the fewest of those that take least time."""
     chosen = tile(work)
     programs = work.heads * math.ceil(work.packed / chosen.m)
-    two_waves = math.ceil(2 * _resident(chosen, work, device) / programs)
-    most = max(1, min(two_waves, math.ceil(work.columns / chosen.n)))
-    return min(range(1, most + 1), key=lambda count: template_time(work, device, count))
+    blocks = math.ceil(work.columns / chosen.n)
+    most = math.ceil(_MOST_WAVES * _resident(chosen, work, device) / programs)
+    # of those in which the longest part is equally long, the fewest
+    counts = sorted({math.ceil(blocks / longest) for longest in range(1, blocks + 1)})
+    counts = [count for count in counts if count <= most]
+    return min(counts, key=lambda count: template_time(work, device, count), default=1)
 
 
 def template_time(work: Decode, device: Device, count: int) -> float:
-    """Seconds of the template with the keys in ``count`` parts: each program resident has its share
-    of the memory's rate, and the last wave is as long as the others.
+    """Seconds of the template with the keys in ``count`` parts.
+
+    Each program resident has its share of the memory's rate, the last wave is as long as the
+    others, and a program waits for its first block. Tiles of queries of the same keys run at the
+    same time: the keys come from L2 after the first.
     """
     chosen = tile(work)
+    tiles = math.ceil(work.packed / chosen.m)
     resident = _resident(chosen, work, device)
-    programs = work.heads * math.ceil(work.packed / chosen.m) * count
+    waves = math.ceil(work.heads * tiles * count / resident)
     blocks = math.ceil(math.ceil(work.columns / chosen.n) / count)
-    of_a_block = chosen.n * work.row_bytes * resident / device.memory_rate
-    seconds = device.launch_s + math.ceil(programs / resident) * blocks * of_a_block
+    rate = min(tiles * device.memory_rate, device.l2_bytes_per_s)
+    seconds = waves * (blocks + 1) * chosen.n * work.row_bytes * resident / rate
+    seconds += device.launch_s
     if count > 1:  # written, and read again by a second kernel
         partial = work.heads * work.packed * count * 4 * (work.value_width + 2)
         seconds += device.launch_s + 2 * partial / device.memory_rate
@@ -103,20 +107,15 @@ def template_time(work: Decode, device: Device, count: int) -> float:
 def _resident(chosen: Tile, work: Decode, device: Device) -> int:
     """Programs that run at the same time."""
     by_memory = device.shared_bytes_per_sm // (shared_bytes(chosen, work) + _RESERVED)
-    by_registers = 4 if chosen.m < 64 else 2  # 128 and 255 of a thread
+    by_registers = 3 if chosen.m == 16 else 2  # 168 and 255 of a thread
     return device.sm_count * max(1, min(by_memory, by_registers))
 
 
 def shared_bytes(chosen: Tile, work: Decode) -> int:
-    """Shared memory of a program: blocks of keys and values on their way, the queries and, where
-    they do not stay in registers, the probabilities.
-    """
-    group = chosen.m >= 64  # a warp group's products read their block from there
-    blocks = chosen.stages if group else chosen.stages - 1
+    """Shared memory of a program: keys and values on their way, queries and probabilities."""
     width, value_width = padded(work.width), padded(work.value_width)
-    probabilities = 0 if group else chosen.n
-    ways = blocks * chosen.n * (width + value_width)
-    return (ways + chosen.m * (width + probabilities)) * work.bytes
+    ways = (chosen.stages - 1) * chosen.n * (width + value_width)
+    return (ways + chosen.m * (width + chosen.n)) * work.bytes
 
 
 def library_time(work: Decode, device: Device, kernel: str) -> float:

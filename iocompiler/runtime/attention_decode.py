@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _COLUMNS = 128
 """Lengths are priced in steps of this: a cache that grows by one key asks seldom."""
 _PARTS_AT_ONCE = 16
+_COMBINED = (
+    *("V", "Out", "Lse", "Rest", "v_strides", "out_strides", "rows", "columns"),
+    *("GROUP", "E", "BLOCK_E", "EMPTY", "SINKS"),
+)
+"""What the second kernel takes of the first one's arguments."""
 _NO_GPU = "h200"  # the interpreter: any row will do
 
 
@@ -58,10 +63,8 @@ def split_forward(problem: Problem, arguments: dict[str, Any], count: int = 0) -
     )  # fmt: skip
     if count == 1:
         return
-    same = ("V", "Out", "Lse", "Rest", "v_strides", "out_strides", "rows", "columns")
-    same += ("GROUP", "E", "BLOCK_E", "EMPTY", "SINKS")
     launch(
-        attention_combine, queries, **{name: arguments[name] for name in same}, **partial,
+        attention_combine, queries, **{name: arguments[name] for name in _COMBINED}, **partial,
         heads=query.shape[1], BLOCK_P=_PARTS_AT_ONCE, BLOCK_N=chosen.n, num_warps=4,
     )  # fmt: skip
 

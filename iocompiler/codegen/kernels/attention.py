@@ -53,7 +53,8 @@ def attention_forward(
     """One block of queries of one head.
 
     Q [B, H, S, D], K [B, G, K, D], V [B, G, K, E], Out [B, H, S, E], any strides; Lse and Rest
-    [B, H, S] float32, contiguous: see `finished`. Mean [B, G, 1, E] is read where EMPTY is "uniform".
+    [B, H, S] float32, contiguous: see `finished`. Mean [B, G, 1, E] is read where
+    EMPTY is "uniform".
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     # later queries see more keys under a causal mask: they start first

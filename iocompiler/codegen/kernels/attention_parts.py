@@ -1,5 +1,5 @@
-"""What the attention kernels share: one step of the online softmax, how it ends, the table of blocks
-they visit, and how they read matrices.
+"""What the attention kernels share: one step of the online softmax, how it ends, the table of
+blocks they visit, and how they read matrices.
 
 A table says for each row of blocks (of queries, or of keys in the kernel that walks over queries)
 which blocks are visited: *full* ones, in which every score is kept, and *partial* ones, in which a

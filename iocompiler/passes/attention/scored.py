@@ -15,7 +15,7 @@ from iocompiler.graph import view
 from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
 from iocompiler.ops.scored_attention import FORWARD, WIDEST, choose
-from iocompiler.passes.attention import execute, views
+from iocompiler.passes.attention import decode, execute, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
 from iocompiler.passes.attention.axes import flat
 from iocompiler.passes.attention.description import (
@@ -58,14 +58,14 @@ class ScoredCall:
 
 def wanted(call: execute.Call | None, found: Attention) -> bool:
     """Whether a program is better than ``call``, the libraries' way: where that is none, and on a
-    GPU where it needs a matrix of biases.
+    GPU where it needs a matrix of biases, or few queries meet many keys.
     """
     if found.dropout_p:
         return False
     if call is None:
         return True
     if not (call.masking.masks or call.masking.terms):
-        return False
+        return decode.is_better(call)
     widths = (found.width.size, found.value_width.size)
     narrow = all(isinstance(each, int) and each <= WIDEST for each in widths)
     on_gpu = target.device_type(view.value(found.query.node)) == "cuda"
