@@ -76,7 +76,8 @@ def parts(work: Decode, device: Device) -> int:
     chosen = tile(work)
     programs = work.heads * math.ceil(work.packed / chosen.m)
     blocks = math.ceil(work.columns / chosen.n)
-    most = math.ceil(_MOST_WAVES * _resident(chosen, work, device) / programs)
+    resident = device.sm_count * programs_per_sm(chosen, work, device)
+    most = math.ceil(_MOST_WAVES * resident / programs)
     # of those in which the longest part is equally long, the fewest
     counts = sorted({math.ceil(blocks / longest) for longest in range(1, blocks + 1)})
     counts = [count for count in counts if count <= most]
@@ -92,7 +93,7 @@ def template_time(work: Decode, device: Device, count: int) -> float:
     """
     chosen = tile(work)
     tiles = math.ceil(work.packed / chosen.m)
-    resident = _resident(chosen, work, device)
+    resident = device.sm_count * programs_per_sm(chosen, work, device)
     waves = math.ceil(work.heads * tiles * count / resident)
     blocks = math.ceil(math.ceil(work.columns / chosen.n) / count)
     rate = min(tiles * device.memory_rate, device.l2_bytes_per_s)
@@ -104,11 +105,13 @@ def template_time(work: Decode, device: Device, count: int) -> float:
     return seconds
 
 
-def _resident(chosen: Tile, work: Decode, device: Device) -> int:
-    """Programs that run at the same time."""
+def programs_per_sm(chosen: Tile, work: Decode, device: Device) -> int:
+    """Programs that run on an SM at the same time."""
     by_memory = device.shared_bytes_per_sm // (shared_bytes(chosen, work) + _RESERVED)
-    by_registers = 3 if chosen.m == 16 else 2  # 168 and 255 of a thread
-    return device.sm_count * max(1, min(by_memory, by_registers))
+    widths = (work.width, work.value_width)
+    masked = any(padded(each) != each for each in widths)  # loads by element
+    by_registers = 3 if chosen.m == 16 and not masked else 2  # 168 and 255 of a thread
+    return max(1, min(by_memory, by_registers))
 
 
 def shared_bytes(chosen: Tile, work: Decode) -> int:
