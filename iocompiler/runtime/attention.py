@@ -37,6 +37,7 @@ class Problem:
         operands: what the program loads.
         numbers: its run-time integers.
         tiles: instead of those of the cost model's table.
+        parts: of the keys, where few queries meet them; 0: as many as are priced best.
     """
 
     query: Tensor
@@ -46,6 +47,7 @@ class Problem:
     operands: tuple[Tensor, ...] = ()
     numbers: tuple[int, ...] = ()
     tiles: Row | None = field(default=None, compare=False)
+    parts: int = field(default=0, compare=False)
 
     @functools.cached_property
     def functions(self) -> ModuleType:

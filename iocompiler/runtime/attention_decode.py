@@ -39,8 +39,8 @@ def work(problem: Problem) -> Decode:
     return Decode(batch, groups, heads // groups, rows, columns, width, wide, size)
 
 
-def split_forward(problem: Problem, arguments: dict[str, Any], count: int = 0) -> None:
-    """The forward with the keys of each head in ``count`` parts, of 0 in as many as are fastest.
+def split_forward(problem: Problem, arguments: dict[str, Any]) -> None:
+    """The forward with the keys of each head in parts.
 
     Args:
         arguments: what `attention.forward` gives to both templates.
@@ -50,8 +50,7 @@ def split_forward(problem: Problem, arguments: dict[str, Any], count: int = 0) -
     query, value = problem.query, problem.value
     task = work(problem)
     chosen = tile(task)
-    count = count or _parts(replace(task, columns=_rounded(task.columns)), query.device)
-    count = min(count, -(-task.columns // chosen.n))
+    count = min(problem.parts or parts_of(task, query.device), -(-task.columns // chosen.n))
     queries = query.shape[0] * query.shape[1] * query.shape[2]
     lines = queries * count if count > 1 else 0
     acc = query.new_empty((lines, value.shape[3]), dtype=torch.float32)
@@ -69,6 +68,12 @@ def split_forward(problem: Problem, arguments: dict[str, Any], count: int = 0) -
     )  # fmt: skip
 
 
+def parts_of(task: Decode, device: torch.device) -> int:
+    """In how many parts the keys are read."""
+    rounded = -(-task.columns // _COLUMNS) * _COLUMNS
+    return _parts(replace(task, columns=rounded), device)
+
+
 @functools.lru_cache(maxsize=4096)
 def _parts(task: Decode, device: torch.device) -> int:
     return parts(task, _row(device))
@@ -77,7 +82,3 @@ def _parts(task: Decode, device: torch.device) -> int:
 @functools.lru_cache(maxsize=64)
 def _row(device: torch.device) -> Any:
     return current_device(device) if device.type == "cuda" else DEVICES[_NO_GPU]
-
-
-def _rounded(columns: int) -> int:
-    return -(-columns // _COLUMNS) * _COLUMNS
