@@ -38,6 +38,7 @@ class Problem:
         numbers: its run-time integers.
         tiles: instead of those of the cost model's table.
         parts: of the keys, where few queries meet them; 0: as many as are priced best.
+        dropout_p, seed: of the probabilities; one int64 where dropout_p is not 0.
     """
 
     query: Tensor
@@ -48,10 +49,13 @@ class Problem:
     numbers: tuple[int, ...] = ()
     tiles: Row | None = field(default=None, compare=False)
     parts: int = field(default=0, compare=False)
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
     @functools.cached_property
     def functions(self) -> ModuleType:
-        return functions(self.program, tuple(x.dim() for x in self.operands))
+        ranks = tuple(x.dim() for x in self.operands)
+        return functions(self.program, ranks, dropout_p=self.dropout_p)
 
     @functools.cached_property
     def row(self) -> Row:
@@ -82,6 +86,9 @@ class Problem:
             "numbers": self.numbers,
             "score": self.functions.new_score,
             "keep": self.functions.keep,
+            "drop": self.functions.drop,
+            "KEPT": self.functions.KEPT,
+            "Seed": self.query if self.seed is None else self.seed,  # not read without dropout
             "GROUP": self.group,
             "D": self.query.shape[3],
             "E": self.value.shape[3],
@@ -99,10 +106,13 @@ class Problem:
 
 @functools.lru_cache(maxsize=512)
 def functions(
-    program: ScoreProgram, ranks: tuple[int, ...], gradients: tuple[int, ...] = ()
+    program: ScoreProgram,
+    ranks: tuple[int, ...],
+    gradients: tuple[int, ...] = (),
+    dropout_p: float = 0.0,
 ) -> ModuleType:
     """The module with the Triton functions of a program, imported from a real file."""
-    path = module_file(module_text(program, ranks, gradients), "score")
+    path = module_file(module_text(program, ranks, gradients, dropout_p), "score")
     spec = importlib.util.spec_from_file_location("iocompiler_score", path)
     assert spec is not None
     assert spec.loader is not None

@@ -20,7 +20,7 @@ _COLUMNS = 128
 _PARTS_AT_ONCE = 16
 _COMBINED = (
     *("V", "Out", "Lse", "Rest", "v_strides", "out_strides", "rows", "columns"),
-    *("GROUP", "E", "BLOCK_E", "EMPTY", "SINKS"),
+    *("GROUP", "E", "BLOCK_E", "KEPT", "EMPTY", "SINKS"),
 )
 """What the second kernel takes of the first one's arguments."""
 _NO_GPU = "h200"  # the interpreter: any row will do

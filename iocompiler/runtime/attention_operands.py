@@ -72,7 +72,7 @@ def _of_one_load(
 def _arguments(problem: Problem, kinds: Tensor, tile: Tile, found: Use) -> dict[str, Any]:
     _, heads, rows, _ = problem.query.shape
     functions = attention.functions(
-        problem.program, tuple(x.dim() for x in problem.operands), (found.load,)
+        problem.program, tuple(x.dim() for x in problem.operands), (found.load,), problem.dropout_p
     )
     return {
         "Classes": kinds,

@@ -25,8 +25,8 @@ from iocompiler.codegen.kernels.attention_parts import (
 @triton.jit
 def _attend(
     acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-    operands, strides, numbers, visited, count, room, columns,
-    score: tl.constexpr, keep: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    operands, strides, numbers, seed, visited, count, room, columns,
+    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -35,18 +35,21 @@ def _attend(
         start = table_entry(visited, entry, room, RANGES, PARTIAL) * BLOCK_N
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-            operands, strides, numbers, start, columns, score, keep,
+            operands, strides, numbers, seed, start, columns, score, keep, drop,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, PARTIAL, PRECISION,
         )  # fmt: skip
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns", "room"])
+@triton.jit(
+    do_not_specialize=["heads", "rows", "columns", "room"], do_not_specialize_on_alignment=["Seed"]
+)
 def attention_forward(
-    Q, K, V, Mean, Out, Lse, Rest,
+    Q, K, V, Mean, Out, Lse, Rest, Seed,
     q_strides, k_strides, v_strides, mean_strides, out_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room,
-    score: tl.constexpr, keep: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,18 +76,19 @@ def attention_forward(
     K = head_of(K, k_strides, b, g)
     V = head_of(V, v_strides, b, g)
     i = (start + inside)[:, None]
+    seed = tl.load(Seed) if drop is not None else 0
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     acc, total, top = _attend(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, visited, full, room, columns, score, keep,
+        operands, strides, numbers, seed, visited, full, room, columns, score, keep, drop,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, PRECISION,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, visited, partial, room, columns, score, keep,
+        operands, strides, numbers, seed, visited, partial, room, columns, score, keep, drop,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, PRECISION,
     )  # fmt: skip
     mean = 0.0
@@ -92,7 +96,7 @@ def attention_forward(
         mean = tl.load(
             head_of(Mean, mean_strides, b, g) + e * mean_strides[3], mask=e < E, other=0.0
         ).to(tl.float32)[None, :]
-    acc, lse, rest = finished(acc, total, top, mean, EMPTY, SINKS)
+    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, SINKS)
     line = z.to(tl.int64) * rows + start + row
     if SINKS:
         tl.store(Rest + line, rest, mask=start + row < rows)

@@ -59,12 +59,16 @@ def _mean_if(
     return (tl.sum(total, 0) / columns)[None, :]
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "columns", "parts"])
+@triton.jit(
+    do_not_specialize=["groups", "rows", "columns", "parts"],
+    do_not_specialize_on_alignment=["Seed"],
+)
 def attention_split(
-    Q, K, V, Out, Lse, Rest, Acc, Tops, Totals,
+    Q, K, V, Out, Lse, Rest, Seed, Acc, Tops, Totals,
     q_strides, k_strides, v_strides, out_strides,
     operands, strides, numbers, groups, rows, columns, parts,
-    score: tl.constexpr, keep: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +98,7 @@ def attention_split(
         q = tl.load(pointers)
     K = head_of(K, k_strides, b, g)
     V = head_of(V, v_strides, b, g)
+    seed = tl.load(Seed) if drop is not None else 0
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -106,8 +111,8 @@ def attention_split(
     for block in range(first, last + 1):
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-            operands, strides, numbers, (block * parts + part) * BLOCK_N, columns, score, keep,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PRECISION,
+            operands, strides, numbers, seed, (block * parts + part) * BLOCK_N, columns,
+            score, keep, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     own = query < packed
     e = tl.arange(0, BLOCK_E)
@@ -117,7 +122,7 @@ def attention_split(
         if EMPTY == "uniform":
             mean = _mean_if(tl.min(total, 0) == 0.0, V, v_strides[2], v_strides[3], columns,
                             E, BLOCK_E, BLOCK_N)  # fmt: skip
-        out, lse, rest = finished(acc, total, top, mean, EMPTY, SINKS)
+        out, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, SINKS)
         tl.store(Lse + row, lse, mask=own)
         if SINKS:
             tl.store(Rest + row, rest, mask=own)
@@ -134,7 +139,7 @@ def attention_split(
 def attention_combine(
     Acc, Tops, Totals, V, Out, Lse, Rest, v_strides, out_strides, heads, rows, columns, parts,
     GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, KEPT: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One query of one head: its parts put together."""
     line = tl.program_id(0)
@@ -172,7 +177,7 @@ def attention_combine(
         V = head_of(V, v_strides, b, h // GROUP)
         mean = _mean_if(tl.min(total, 0) == 0.0, V, v_strides[2], v_strides[3], columns,
                         E, BLOCK_E, BLOCK_N)  # fmt: skip
-    acc, lse, rest = finished(acc, total, top, mean, EMPTY, SINKS)
+    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, SINKS)
     one = tl.arange(0, 1)
     tl.store(Lse + line + one, lse)
     if SINKS:

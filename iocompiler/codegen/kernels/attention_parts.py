@@ -95,8 +95,8 @@ def powers(score, lse, rest, SINKS: tl.constexpr):
 @triton.jit
 def attend(
     acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-    operands, strides, numbers, start, columns,
-    score: tl.constexpr, keep: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    operands, strides, numbers, seed, start, columns,
+    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +124,8 @@ def attend(
     shrink = tl.exp2(top - finite_top)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
+    if drop is not None:  # what the softmax is divided by is the sum of all
+        p = tl.where(drop(seed, b, h, i, j), p, 0.0)
     v_row = V + start.to(tl.int64) * v_strides[2]
     v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -131,16 +133,20 @@ def attend(
 
 
 @triton.jit
-def finished(acc, total, top, mean, EMPTY: tl.constexpr, SINKS: tl.constexpr):
+def finished(
+    acc, total, top, mean, KEPT: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr
+):  # fmt: skip
     """(output, Lse, Rest) of a tile of queries that has seen all keys.
 
     Lse is log2 of the sum of the powers of two, +inf for a row with no score that counts; with
     SINKS only the largest score, and Rest is log2 of what is left. A row in which nothing counts
-    becomes NaN, zero, or (EMPTY "uniform") ``mean``, [1, E].
+    becomes NaN, zero, or (EMPTY "uniform") ``mean``, [1, E]. KEPT: 1 / (1 - p) of dropout.
     """
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     acc = acc / divisor[:, None]
+    if KEPT != 1.0:
+        acc = acc * KEPT
     if EMPTY == "nan":
         acc = tl.where(empty[:, None], float("nan"), acc)
     if EMPTY == "uniform":

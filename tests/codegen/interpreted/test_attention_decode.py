@@ -54,6 +54,12 @@ def test_odd_sizes_and_groups(name: str, shape: Shape, ran: list[str]) -> None:
     assert ran[0] == "attention_split"
 
 
+@pytest.mark.parametrize("name", ["full", "padding", "sunk"])
+def test_dropout(name: str) -> None:
+    shape = (2, 4, 2, 3, 100, 16, 16)
+    assert not problems(name, shape, torch.float32, gradients=False, dropout_p=0.3)
+
+
 @pytest.mark.parametrize("name", ["causal", "softcap"])
 def test_rows_of_several_tiles(name: str) -> None:
     assert not problems(name, (1, 8, 1, 5, 70, 16, 16), torch.float32)
