@@ -25,7 +25,8 @@ def is_better(call: Call) -> bool:
     """
     found = call.found
     like = view.value(found.query.node)
-    if target.device_type(like) != "cuda" or found.dtype not in (torch.float16, torch.bfloat16):
+    half = found.dtype in (torch.float16, torch.bfloat16)
+    if target.device_type(like) != "cuda" or not half or found.dropout_p:
         return False
     frame = Frame(found)
     rows, width, value_width = (axes.size(frame.out[2]), *_widths(frame))
