@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,6 +49,14 @@ def test_every_width_compiles(
     assert all(each["shared"] <= SHARED[capability] for each in found.values()), found
     if dtype == torch.bfloat16 and width <= 128 and capability == 90:
         assert all(each["spills"] <= SPILLS for each in found.values()), found
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi", "bias"])
+def test_dropout_spills_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = replace(problem(name, 64, torch.bfloat16), dropout_p=0.1, seed=torch.tensor(1))
+    found = resources(given, 90, monkeypatch)
+    assert all(each["spills"] == 0 for each in found.values()), found
+    assert all(each["shared"] <= SHARED[90] for each in found.values()), found
 
 
 def decoding(name: str, width: int, rows: int, dtype: torch.dtype) -> Problem:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import iocompiler as ioc
 from iocompiler.ops.random import SEEDS
 from iocompiler.ops.scored_attention import FORWARD
 from iocompiler.passes.attention import scored
@@ -64,6 +65,23 @@ def test_forward_and_backward_drop_what_the_seed_says() -> None:
 
     for one, true in zip(found, gradients(exact, given), strict=True):
         torch.testing.assert_close(one, true)
+
+
+@pytest.mark.parametrize("engine", ["reference", None])
+def test_through_the_whole_compiler(engine: str | None) -> None:
+    """The seed goes from the compiled forward to the compiled backward."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"engine": engine} if engine else {}
+    compiled = torch.compile(softcap, backend=ioc.Compiler(cache=False, **options))
+    given = heads(columns=9)
+    found = gradients(compiled, given)
+    left = spared(seeded(1)[0], (2, 4, 7, 9))
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((torch.tanh(q @ k.mT / 30.0) * 30.0).softmax(-1) * left) @ v
+
+    for one, true in zip(found, gradients(exact, given), strict=True):
+        torch.testing.assert_close(one, true, atol=2e-5, rtol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_result_and_another_another() -> None:
