@@ -65,7 +65,10 @@ class Problem:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
         width = max(self.query.shape[3], self.value.shape[3])
         found = row(capability, self.query.element_size(), width)
-        return found.lighter() if _loads_tiles(self.program) or width < padded(width) else found
+        loads, masked = _loads(self.program), width < padded(width)
+        if not loads and not masked:
+            return found
+        return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
 
     @property
     def group(self) -> int:
@@ -122,10 +125,14 @@ def functions(
 
 
 @functools.lru_cache(maxsize=512)
-def _loads_tiles(program: ScoreProgram) -> bool:
-    """Whether an element is loaded for each score."""
+def _loads(program: ScoreProgram) -> str:
+    """How an element is loaded for each score: "diagonal" for places that are computed, "tile", ""
+    where none is.
+    """
     ways = [use(program, load) for load in program.loads(program.score)]
-    return any(way is None or way.way in ("tile", "diagonal") for way in ways)
+    if any(way is None or way.way == "diagonal" for way in ways):
+        return "diagonal"
+    return "tile" if any(way is not None and way.way == "tile" for way in ways) else ""
 
 
 def forward(problem: Problem, out: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def test_every_width_compiles(
     monkeypatch.setattr("iocompiler.runtime.attention._NO_GPU", divmod(capability, 10))
     found = resources(problem(name, width, dtype), capability, monkeypatch)
     assert all(each["shared"] <= SHARED[capability] for each in found.values()), found
-    if dtype == torch.bfloat16 and width <= 128 and capability == 90:
+    if dtype == torch.bfloat16 and capability == 90:
         assert all(each["spills"] <= SPILLS for each in found.values()), found
 
 
