@@ -4,6 +4,7 @@ code, and FlexAttention, for which the user rewrites the model."""
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,14 +28,16 @@ def main() -> None:
     if args.sweep:
         from benchmarks.attention_sweep import sweep
 
-        sweep(args, sizes(args))
+        sweep(args)
         return
     peers = chosen(args.peers)
     shown = ["name", *columns(peers, "ms"), "flex ms", "ours/flex", "ours/inductor"]
-    shown += [*columns(peers, "GiB"), "flex GiB", "check"]
+    shown += ["ours % copy", *columns(peers, "GiB"), "flex GiB", "check"]
     session = Session(args, Table("attention", shown))
+    session.table.facts["copy GB/s"] = copy_rate(args.quick) / 1e9
     for case in CASES:
-        for phase in ("step",) if args.quick else tuple(args.phase.split(",")):
+        phases = ("step",) if args.quick else tuple(args.phase.split(","))
+        for phase in ("forward",) if case.queries else phases:
             if wanted(f"{case.name} {phase}", args.only):
                 _row(session, case, phase)
     session.table.finish(args.json)
@@ -51,8 +54,16 @@ def arguments() -> argparse.Namespace:
     return found.parse_args()
 
 
-def sizes(args: argparse.Namespace) -> Sizes:
+def sizes(args: argparse.Namespace, case: Case) -> Sizes:
+    if case.queries:
+        return Sizes(1, 4, 512, 16) if args.quick else Sizes(8, 32, 16384, 128)
     return Sizes(1, 2, 256, 16) if args.quick else Sizes(4, 16, args.length, args.width)
+
+
+@functools.cache
+def copy_rate(quick: bool) -> float:
+    """Bytes/s of a copy of 1 GiB."""
+    return timing.copy_bandwidth(2**24 if quick else 2**30, quick)
 
 
 def device() -> str:
@@ -60,10 +71,15 @@ def device() -> str:
 
 
 def inputs(case: Case, size: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """q, k, v that lie as a projection leaves them, [B, S, H, D], and the case's own."""
+    """q, k, v that lie as a projection leaves them, [B, S, H, D], or k and v as in a cache, [B, H,
+    S, D]; and the case's own.
+    """
     torch.manual_seed(0)
     shape = (size.batch, size.length, size.heads, size.width)
     made = {name: torch.randn(shape, device=device()).to(dtype).transpose(1, 2) for name in "qkv"}
+    if case.queries:
+        made["q"] = made["q"][:, :, -case.queries :].contiguous()
+        made |= {name: made[name][:, :: case.members].contiguous() for name in "kv"}
     made |= case.extra(size, device())
     for name in ("q", "k", "v", *case.learned):
         made[name].requires_grad_()
@@ -103,7 +119,7 @@ def _measure(
     compile_: Callable[[Callable[..., Any]], Callable[..., Any]],
     row: Row,
 ) -> None:
-    given = inputs(case, sizes(args))
+    given = inputs(case, sizes(args, case))
     function = compile_(_Plain(case))
     with torch.no_grad():
         cotangent = torch.randn_like(function(**given))  # it lies as the peer lays its output
@@ -128,6 +144,9 @@ def _measure(
     row[f"{name} ms"], row[f"{name} spread ms"] = time.ms, time.spread_ms
     if name == "ours":
         note(row, "ours", _variant(case, given))
+        if case.queries:
+            read = sum(given[x].numel() * given[x].element_size() for x in "kv")
+            row["ours % copy"] = 100 * read / (time.ms * 1e-3) / copy_rate(args.quick)
 
 
 def _variant(case: Case, given: dict[str, Tensor]) -> str:
@@ -150,8 +169,8 @@ def _flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
         if not made:  # once: what a model does that keeps its mask from layer to layer
             score_mod, mask_mod = case.flex(given)
             lengths = (q.shape[0], None, q.shape[2], k.shape[2])
-            mask = create_block_mask(mask_mod, *lengths, device=q.device)
-            made.append({"score_mod": score_mod, "block_mask": mask})
+            mask = mask_mod and create_block_mask(mask_mod, *lengths, device=q.device)
+            made.append({"score_mod": score_mod, "block_mask": mask, "enable_gqa": True})
         return compiled(q, k, v, **made[0])
 
     return run

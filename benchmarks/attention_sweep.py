@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from benchmarks import timing
 from benchmarks.attention_zoo import CASES, Case, Sizes, program
 from benchmarks.harness import first_line, wanted
 from iocompiler.cost_model.attention_tiles import Row, Tile, row
-from iocompiler.runtime import attention
+from iocompiler.runtime import attention, attention_decode
 from iocompiler.runtime.attention import Problem
 from iocompiler.runtime.attention_operands import operand_gradient
 
@@ -22,8 +23,11 @@ TILES = {
         *((128, 64, 4, s) for s in (2, 3, 4)),
         *((128, 64, 8, s) for s in (2, 3)),
         *((128, 128, 8, s) for s in (2, 3)),
+        (64, 64, 4, 2),
         (64, 64, 4, 3),
+        (64, 32, 4, 3),
         (128, 32, 4, 3),
+        (128, 32, 8, 2),
         (64, 128, 4, 3),
     ),
     "dq": (
@@ -32,24 +36,58 @@ TILES = {
         (128, 64, 4, 3),
         (128, 32, 4, 3),
         (128, 128, 8, 2),
+        (64, 32, 4, 2),
+        (64, 32, 8, 2),
+        (64, 16, 4, 2),
     ),
     "dkv": (
         *((64, 128, 8, s) for s in (2, 3)),
         *((64, 64, 4, s) for s in (2, 3)),
         (32, 128, 4, 3),
         (128, 128, 8, 2),
-        (32, 64, 4, 3),
+        *((32, 64, 4, s) for s in (2, 3)),
+        *((32, 32, w, 2) for w in (4, 8)),
+        (16, 32, 4, 2),
     ),
-    "operand": ((64, 64, 8, 1), (64, 64, 4, 2), (32, 32, 4, 2)),
+    "operand": ((64, 64, 8, 1), (64, 64, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
 }
 
+PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 
-def sweep(args: argparse.Namespace, size: Sizes) -> None:
-    """Print the time of each tile for each row, and the best."""
+
+def sweep(args: argparse.Namespace) -> None:
+    """Print the time of each tile for each row, and the best; of decoding, of each number of parts
+    the keys are read in.
+    """
+    from benchmarks.attention import sizes
+
     for case in CASES:
-        if wanted(case.name, args.only):
-            for kernel, tiles in TILES.items():
-                _kernel(args, case, size, kernel, tiles)
+        if not wanted(case.name, args.only):
+            continue
+        if case.queries:
+            _parts(args, case)
+            continue
+        for kernel, tiles in TILES.items():
+            _kernel(args, case, sizes(args, case), kernel, tiles)
+
+
+def _parts(args: argparse.Namespace, case: Case) -> None:
+    from benchmarks.attention import inputs, sizes
+
+    given = {name: x.detach() for name, x in inputs(case, sizes(args, case)).items()}
+    q, k, v = (given.pop(name) for name in "qkv")
+    score, operands = program(case, q.shape[3]), tuple(given.values())
+    out = torch.empty_like(q)
+    found: list[tuple[float, int]] = []
+    for parts in PARTS:
+        problem = Problem(q, k, v, score, operands, parts=parts)
+        call = partial(attention.forward, problem, out)
+        time = timing.steps(call, args.steps, args.budget, flush=True)
+        found.append((time.ms, parts))
+        print(f"  {case.name} {parts} parts: {time.ms:.4f} ms", flush=True)
+    priced = attention_decode.parts_of(attention_decode.work(problem), q.device)
+    ms, parts = min(found)
+    print(f"{case.name}: best {parts} parts {ms:.4f} ms; priced: {priced}", flush=True)
 
 
 def _kernel(

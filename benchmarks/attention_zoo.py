@@ -37,6 +37,8 @@ class Case:
         extra: the other inputs, for sizes and a device.
         flex: (score_mod, mask_mod) for the inputs.
         program: our score program, for a sweep over tiles of the template alone.
+        queries: so many meet keys of the whole length, as in decoding, forward only; 0: the length.
+        members: query heads that share a key head.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Case:
     flex: Callable[[Inputs], tuple[Any, Any]]
     program: Callable[[ScoreBuilder, int], tuple[int, int | None]]
     learned: tuple[str, ...] = ()
+    queries: int = 0
+    members: int = 1
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -81,6 +85,23 @@ def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     place = torch.arange(s.shape[-1], device=s.device)
     far = place[:, None] - place[None, :] >= 512
     return _finished(s.masked_fill(_above(s) | far, NEGATIVE), v)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def _cached(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """A cache of static length, filled up to ``position``, that of each query."""
+    seen = torch.arange(k.shape[2], device=k.device) <= position[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, enable_gqa=True
+    )
+
+
+def _position(sizes: Sizes, device: str) -> Inputs:
+    """The last of all places: as many keys are read as without a mask."""
+    return {"position": torch.tensor([sizes.length - 1], device=device)}
 
 
 def buckets(distance: Tensor) -> Tensor:
@@ -168,6 +189,10 @@ def _mask_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     return s, b.load(0, (b.index("i"), b.index("j")), "bool")
 
 
+def _cached_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    return s, b.map("le", b.index("j"), b.load(0, (b.index("i"),), "int"))
+
+
 def lower(b: Any, h: Any, i: Any, j: Any) -> Any:
     return j <= i
 
@@ -197,6 +222,11 @@ def _flex_document(given: Inputs) -> tuple[Any, Any]:
 def _flex_mask(given: Inputs) -> tuple[Any, Any]:
     mask = given["mask"]
     return None, lambda b, h, i, j: mask[i, j]
+
+
+def _flex_cached(given: Inputs) -> tuple[Any, Any]:
+    position = given["position"]
+    return None, lambda b, h, i, j: j <= position[i]
 
 
 def _none(sizes: Sizes, device: str) -> Inputs:
@@ -229,6 +259,27 @@ CASES = (
         lambda sizes, device: {"mask": butterfly(sizes.length).to(device)},
         _flex_mask,
         _mask_program,
+    ),
+    *(
+        Case(
+            f"decode {queries} x 4 heads",
+            _grouped,
+            _none,
+            lambda given: (None, None),
+            lambda b, s: (s, None),
+            queries=queries,
+            members=4,
+        )
+        for queries in (1, 4)
+    ),
+    Case(
+        "decode 1 x 4 heads, static cache",
+        _cached,
+        _position,
+        _flex_cached,
+        _cached_program,
+        queries=1,
+        members=4,
     ),
 )
 

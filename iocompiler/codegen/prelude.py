@@ -84,20 +84,28 @@ def _normal_pdf(x):
 
 
 @triton.jit
-def _uniform(seed, counter):
-    """Philox2x32-7 (Salmon et al., SC11) at each counter: float32 in [0, 1)."""
-    # a block of two words serves two counters: computed once where a thread holds both
-    odd = (counter & 1) != 0
-    counter = counter >> 1
-    key = seed.to(tl.uint32)
-    low = counter.to(tl.uint32)
-    high = (seed >> 32).to(tl.uint32)
-    if counter.dtype.primitive_bitwidth == 64:
-        high = high ^ (counter >> 32).to(tl.uint32)
+def _philox(key, low, high):
+    """Philox2x32-7 (Salmon et al., SC11): the two words of each block, its key and counter words
+    uint32.
+    """
     for _ in tl.static_range(7):
         product = low.to(tl.uint64) * 0xD256D193  # one wide multiplication gives both halves
         low = (product >> 32).to(tl.uint32) ^ (key ^ high)
         high = product.to(tl.uint32)
         key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)
+    return low, high
+
+
+@triton.jit
+def _uniform(seed, counter):
+    """Random numbers at each counter: float32 in [0, 1)."""
+    # a block of two words serves two counters: computed once where a thread holds both
+    odd = (counter & 1) != 0
+    counter = counter >> 1
+    low = counter.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    if counter.dtype.primitive_bitwidth == 64:
+        high = high ^ (counter >> 32).to(tl.uint32)
+    low, high = _philox(seed.to(tl.uint32), low, high)
     return (tl.where(odd, high, low) >> 8).to(tl.float32) * 5.9604644775390625e-08
 '''

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from iocompiler.codegen.prelude import PRELUDE
+from iocompiler.tile.dropout import threshold
 from iocompiler.tile.ops import MAPS
 from iocompiler.tile.score import ScoreOp, ScoreProgram
 from iocompiler.tile.score_algebra import LOG2E, derivative, peeled, scaled
@@ -25,19 +26,37 @@ def _soft_tanh(x):
     above = 1.0 + tl.exp2(x * 2.8853900817779268)
     return 1.0 - 2.0 * tl.rsqrt(above * above)  # one step where a division takes several
 '''
+# the bits of `tile/dropout.py`
+_DROP = '''
+
+@triton.jit
+def drop(seed, b, h, i, j):
+    """Whether dropout leaves each probability, from a seed and its place."""
+    high = (seed >> 32).to(tl.uint32) ^ b.to(tl.uint32)
+    low, high = _philox(seed.to(tl.uint32), h.to(tl.uint32), high)
+    low, high = _philox(low, (j >> 1).to(tl.uint32), i.to(tl.uint32) ^ high)
+    return tl.where((j & 1) != 0, high, low) >= {threshold}
+'''
 _CASTS = {"float": "tl.float32", "int": "tl.int32", "bool": "tl.int1"}
 
 
-def module_text(program: ScoreProgram, ranks: Sequence[int], gradients: Sequence[int] = ()) -> str:
+def module_text(
+    program: ScoreProgram,
+    ranks: Sequence[int],
+    gradients: Sequence[int] = (),
+    dropout_p: float = 0.0,
+) -> str:
     """A Python module with the functions of a program.
 
     ``new_score`` and ``keep`` are the program; ``slope`` is the new score and its derivative by
-    ``SCALE`` times the dot product; ``gradient_<load>`` its derivative by a load. What is not
-    needed (nothing masked, a derivative of 1) is None.
+    ``SCALE`` times the dot product; ``gradient_<load>`` its derivative by a load; ``drop`` says
+    which probabilities dropout leaves, and ``KEPT`` what they are multiplied by. What is not needed
+    (nothing masked or dropped, a derivative of 1) is None.
 
     Args:
         ranks: the number of dims of each operand.
         gradients: the loads (places in the program) that are differentiated.
+        dropout_p: of the probabilities.
     """
     scale, rest = peeled(program)
     forward = scaled(rest, LOG2E, scale)
@@ -53,6 +72,8 @@ def module_text(program: ScoreProgram, ranks: Sequence[int], gradients: Sequence
         text += "\nslope = None\n"
     else:
         text += _function("slope", "s, ", widened, ranks, (slope,))
+    text += _DROP.format(threshold=threshold(dropout_p)) if dropout_p else "\n\ndrop = None\n"
+    text += f"KEPT = {1.0 / (1.0 - dropout_p)!r}\n"
     for load in gradients:
         text += _gradient(program, ranks, load)
     return text

@@ -29,12 +29,18 @@ class Row:
     dkv: Tile
     operand: Tile  # square: see `operand_diagonals`
 
-    def lighter(self) -> Row:
+    def lighter(self, *, gathers: bool = False) -> Row:
         """For a program that loads an element for each score, or masks loads of a narrow head: its
         loads take registers, and a third stage of them spills.
+
+        Args:
+            gathers: an element's place is computed from both positions, and the head is wider than
+                64 or masked: the addresses of 64 keys would spill.
         """
         tiles = (self.forward, self.dq, self.dkv)
         forward, dq, dkv = (replace(each, stages=min(each.stages, 2)) for each in tiles)
+        if gathers:
+            forward = replace(forward, n=min(forward.n, 32))
         return replace(self, forward=forward, dq=dq, dkv=dkv)
 
 
@@ -44,8 +50,9 @@ _SQUARE, _SMALL, _TINY = Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4,
 ROWS = (
     # the fastest of seven to ten tiles on an H200, with ALiBi and with a window (torch 2.11)
     Row((9, 0), 2, 64, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), _SQUARE),
-    Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), _SQUARE),
-    Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), _SMALL),
+    # compiled for sm_90 these spill nothing to speak of; keys and values are two programs an SM
+    Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), _SQUARE),
+    Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), _SQUARE),
     Row((0, 0), 2, 64, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), _SQUARE),
     Row((0, 0), 2, 128, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), _SQUARE),
     Row((0, 0), 2, 256, Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), _SMALL),
@@ -65,3 +72,10 @@ def row(capability: tuple[int, int], bytes_each: int, width: int) -> Row:
         if capability >= each.capability and bytes_each <= each.bytes and width <= each.width:
             return each
     raise LookupError(f"heads of {width} elements of {bytes_each} bytes")
+
+
+def padded(width: int) -> int:
+    """The width of a tile that holds heads of ``width``."""
+    # operands narrower than a line of shared memory were read past their end beside pipelined
+    # loads (heads of 40 and 24 elements, Triton 3.6 on an H200)
+    return max(64, 1 << (width - 1).bit_length())

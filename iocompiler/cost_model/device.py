@@ -264,10 +264,10 @@ def row_for(properties: Any) -> Device:
     ]
     if named and named[0].sm_count == properties.multi_processor_count:
         return named[0]
-    return _scaled(named[0] if named else _kin((properties.major, properties.minor)), properties)
+    return _scaled(named[0] if named else kin((properties.major, properties.minor)), properties)
 
 
-def _kin(capability: tuple[int, int]) -> Device:
+def kin(capability: tuple[int, int]) -> Device:
     """The row whose compute capability is nearest, older ones before newer ones."""
     rows = [row for row in DEVICES.values() if row.capability is not None]
 

@@ -1,7 +1,7 @@
 """`iocompiler::scored_attention`: attention whose scores go through a program, opaque to the
 planner.
 
-    out = softmax(score(query @ key^T, b, h, i, j) where keep(b, h, i, j)) @ value
+    out = dropout(softmax(score(query @ key^T, b, h, i, j) where keep(b, h, i, j))) @ value
 
 The program (``tile/score.py``) travels as text; the tensors it loads stand beside query, key and
 value. On a GPU the Triton templates of ``codegen/kernels/`` run it, else aten, block by block.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from iocompiler.tile.score import ScoreProgram, parsed
 
 _GIVEN = (
     "Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] numbers, str program, "
-    "str kernel, str layout"
+    "str kernel, str layout, Tensor? seed, float dropout_p"
 )
 _SAVED = "Tensor grad, Tensor out, Tensor logsumexp"
 _LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -49,6 +50,8 @@ def scored_attention(
     *,
     kernel: str = "",
     layout: str = "",
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention with a score program.
 
@@ -60,13 +63,21 @@ def scored_attention(
         kernel: "template" or "blockwise"; chosen where "".
         layout: the memory orders of query, key, value and output, letters of
             `attention_choice.MEMORY`; of the output's gradients too.
+        dropout_p: probabilities are dropped with this one, in [0, 1), and the others multiplied by
+            1 / (1 - dropout_p); which, is a function of ``seed``, one int64, and of their places
+            (``tile/dropout.py``).
 
     Returns:
         [B, H, S, E] in the inputs' dtype.
+
+    Raises:
+        ValueError: dropout without a seed, or of a program whose rows may be a mean of the values.
     """
-    kernel = kernel or choose(query, value)
+    if dropout_p and (seed is None or program.empty == "uniform"):
+        raise ValueError("dropout takes a seed, and a program that is not 'uniform'")
     out: Tensor = FORWARD(
-        query, key, value, list(operands), list(numbers), program.key, kernel, layout or "ssss"
+        *(query, key, value, list(operands), list(numbers), program.key),
+        *(kernel or choose(query, value), layout or "ssss", seed, dropout_p),
     )[0]
     return out
 
@@ -84,142 +95,122 @@ def _program(text: str) -> ScoreProgram:
     return parsed(text)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    numbers: Sequence[int],
-    program: str,
-    kernel: str,
-    layout: str,
-) -> tuple[Tensor, Tensor]:
-    out = empty(query, (*query.shape[:3], value.shape[3]), layout[3])
-    if not query.numel() or not key.numel():
-        return out.zero_(), query.new_zeros(_rows(query, program), dtype=_wide(query))
-    if kernel == "template":
-        return out, _templates().forward(
-            _problem(query, key, value, operands, numbers, program), out
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of an attention, as the schemas name them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    operands: Sequence[Tensor]
+    numbers: Sequence[int]
+    program: str
+    kernel: str
+    layout: str
+    seed: Tensor | None
+    dropout_p: float
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.query.numel() or not self.key.numel()
+
+    def output(self) -> Tensor:
+        return empty(self.query, (*self.query.shape[:3], self.value.shape[3]), self.layout[3])
+
+    def logsumexp(self) -> tuple[tuple[Any, ...], torch.dtype]:
+        """Its shape and dtype."""
+        planes = 2 if _program(self.program).sinks else 1
+        wide = torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        return (planes, *self.query.shape[:3]), wide
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Memory for the gradients of query, key and value."""
+        given = zip((self.query, self.key, self.value), self.layout, strict=False)
+        return tuple(empty(x, x.shape, order) for x, order in given)
+
+    def problem(self) -> Any:
+        return _templates().Problem(
+            *(self.query, self.key, self.value, _program(self.program)),
+            *(tuple(self.operands), tuple(self.numbers)),
+            dropout_p=self.dropout_p,
+            seed=self.seed,
         )
-    found, lse = Blockwise(query, key, value, _program(program), operands, numbers).forward()
-    return out.copy_(found), lse.expand(_rows(query, program)).contiguous()
+
+    def blockwise(self) -> Blockwise:
+        return Blockwise(
+            *(self.query, self.key, self.value, _program(self.program)),
+            *(self.operands, self.numbers, self.dropout_p, self.seed),
+        )
 
 
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    numbers: Sequence[int],
-    program: str,
-    kernel: str,
-    layout: str,
-) -> tuple[Tensor, Tensor]:
-    out = empty(query, (*query.shape[:3], value.shape[3]), layout[3])
-    return out, query.new_empty(_rows(query, program), dtype=_wide(query))
+def _forward(*given: Any) -> tuple[Tensor, Tensor]:
+    call, (shape, wide) = _Call(*given), _Call(*given).logsumexp()
+    out = call.output()
+    if call.is_empty:
+        return out.zero_(), call.query.new_zeros(shape, dtype=wide)
+    if call.kernel == "template":
+        return out, _templates().forward(call.problem(), out)
+    found, lse = call.blockwise().forward()
+    return out.copy_(found), lse.expand(shape).contiguous()
 
 
-def _backward(
-    grad: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    numbers: Sequence[int],
-    program: str,
-    kernel: str,
-    layout: str,
-) -> tuple[Tensor, ...]:
-    results = [empty(x, x.shape, o) for x, o in zip((query, key, value), layout, strict=False)]
-    if not query.numel() or not key.numel():
+def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
+    call, (shape, wide) = _Call(*given), _Call(*given).logsumexp()
+    return call.output(), call.query.new_empty(shape, dtype=wide)
+
+
+def _backward(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    call = _Call(*given)
+    results = call.gradients()
+    if call.is_empty:
         return tuple(x.zero_() for x in results)
-    if kernel == "template":
-        problem = _problem(query, key, value, operands, numbers, program)
-        _templates().backward(problem, grad, out, logsumexp, results)
-        return tuple(results)
-    run = Blockwise(query, key, value, _program(program), operands, numbers)
-    found = run.backward(grad, logsumexp[0])
+    if call.kernel == "template":
+        _templates().backward(call.problem(), grad, out, logsumexp, results)
+        return results
+    found = call.blockwise().backward(grad, logsumexp[0])
     return tuple(x.copy_(y) for x, y in zip(results, found, strict=True))
 
 
-def _backward_fake(
-    grad: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    numbers: Sequence[int],
-    program: str,
-    kernel: str,
-    layout: str,
-) -> tuple[Tensor, ...]:
-    given = zip((query, key, value), layout, strict=False)
-    return tuple(empty(x, x.shape, order) for x, order in given)
+def _backward_fake(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return _Call(*given).gradients()
 
 
-def _operand(
-    grad: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    numbers: Sequence[int],
-    program: str,
-    kernel: str,
-    layout: str,
-    which: int,
-) -> Tensor:
-    if not query.numel() or not key.numel():
-        return torch.zeros_like(operands[which], memory_format=torch.contiguous_format)
-    if kernel == "template":
-        problem = _problem(query, key, value, operands, numbers, program)
+def _operand(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
+    *of_call, which = given
+    call = _Call(*of_call)
+    if call.is_empty:
+        return torch.zeros_like(call.operands[which], memory_format=torch.contiguous_format)
+    if call.kernel == "template":
         from iocompiler.runtime.attention_operands import operand_gradient
 
-        return operand_gradient(problem, grad, out, logsumexp, which)
-    run = Blockwise(query, key, value, _program(program), operands, numbers)
-    return run.operand_gradient(grad, logsumexp[0], which)
+        return operand_gradient(call.problem(), grad, out, logsumexp, which)
+    return call.blockwise().operand_gradient(grad, logsumexp[0], which)
 
 
-def _operand_fake(
-    grad: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    numbers: Sequence[int],
-    program: str,
-    kernel: str,
-    layout: str,
-    which: int,
-) -> Tensor:
-    return operands[which].new_empty(operands[which].shape)
+def _operand_fake(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
+    *of_call, which = given
+    operand: Tensor = _Call(*of_call).operands[which]
+    return operand.new_empty(operand.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, operands, *ctx.setting = inputs
-    ctx.save_for_backward(query, key, value, *operands, *output)
+    query, key, value, operands, *ctx.setting, seed, ctx.dropout_p = inputs
+    ctx.save_for_backward(query, key, value, seed, *operands, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    query, key, value, *operands, out, lse = ctx.saved_tensors
+    query, key, value, seed, *operands, out, lse = ctx.saved_tensors
     # torch takes an empty list of numbers for one of tensors
     unused: tuple[Any, ...] = (
         [] if ctx.setting[0] == [] else None,
         *(None for _ in ctx.setting[1:]),
+        *(None, None),
     )
     if grad is None:
         return (None, None, None, [None] * len(operands), *unused)
-    given = (grad, out, lse, query, key, value, operands, *ctx.setting)
+    given = (grad, out, lse, query, key, value, operands, *ctx.setting, seed, ctx.dropout_p)
     needed = ctx.needs_input_grad[:3]
     found = BACKWARD(*given) if any(needed) else (None, None, None)
     wanted = ctx.needs_input_grad[3]
@@ -240,31 +231,11 @@ torch.library.register_autograd(
 )
 
 
-def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    numbers: Sequence[int],
-    program: str,
-) -> Any:
-    given = (query, key, value, _program(program), tuple(operands), tuple(numbers))
-    return _templates().Problem(*given)
-
-
 def _templates() -> Any:
     # not before a template runs: it imports Triton
     from iocompiler.runtime import attention
 
     return attention
-
-
-def _rows(query: Tensor, program: str) -> tuple[Any, ...]:
-    return (2 if _program(program).sinks else 1, *query.shape[:3])
-
-
-def _wide(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def empty(like: Tensor, shape: Any, order: str) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from iocompiler.tile.dropout import kept
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_algebra import derivative
 from iocompiler.tile.score_reference import evaluate
@@ -31,6 +32,8 @@ class Blockwise:
         program: ScoreProgram,
         operands: Sequence[Tensor],
         numbers: Sequence[int],
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
     ) -> None:
         self.wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.query, self.groups = query, key.shape[1]
@@ -40,6 +43,7 @@ class Blockwise:
             for x in (key, value)
         )
         self.program, self.operands, self.numbers = program, operands, numbers
+        self.dropout_p, self.seed = dropout_p, seed
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The output [B, H, S, E] in the inputs' dtype, and log-sum-exp [B, H, S] of each row,
@@ -55,7 +59,8 @@ class Blockwise:
             sums = torch.logsumexp(scores, -1)
             nothing = sums == float("-inf")
             lse[:, :, part] = sums.masked_fill(nothing, float("inf"))
-            p = scores.softmax(-1)  # rows are whole: nothing is lost beside a large negative number
+            # rows are whole: nothing is lost beside a large negative number
+            p = self._dropped(scores.softmax(-1), part)
             found = p @ self.values
             out[:, :, part] = torch.where(nothing.unsqueeze(-1), mean, found).to(out.dtype)
         return out, lse
@@ -69,7 +74,7 @@ class Blockwise:
         wanted = (widened.score,) if slope is None else (widened.score, slope)
         for part, p, ds, slopes in self._gradients(grad, lse, widened, wanted):
             g = grad[:, :, part].to(self.wide)
-            dv += p.transpose(2, 3) @ g
+            dv += self._dropped(p, part).transpose(2, 3) @ g
             ds = ds * slopes[0] if slopes else ds
             dq[:, :, part] = (ds @ self.keys).to(dq.dtype)
             dk += ds.transpose(2, 3) @ self.query[:, :, part].to(self.wide)
@@ -114,6 +119,7 @@ class Blockwise:
             nothing = (lse[:, :, part] == float("inf")).unsqueeze(-1)
             p = scores.softmax(-1).masked_fill(nothing, 0.0)
             dp = grad[:, :, part].to(self.wide) @ self.values.transpose(2, 3)
+            dp = self._dropped(dp, part)
             ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(p == 0.0, 0.0)
             yield part, p, ds, others
 
@@ -122,18 +128,34 @@ class Blockwise:
     ) -> tuple[Tensor, ...]:
         """The wanted values, the first of which is the score: -inf where it does not count."""
         products = self.query[:, :, part].to(self.wide) @ self.keys.transpose(2, 3)
-        extents = {"b": products.shape[0], "h": products.shape[1], "j": products.shape[3]}
-        places = {name: torch.arange(n, device=products.device) for name, n in extents.items()}
-        places["i"] = torch.arange(part.start, part.stop, device=products.device)
-        shapes = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "i": (-1, 1), "j": (-1,)}
-        places = {name: places[name].reshape(shape) for name, shape in shapes.items()}
-        given = (products, places, self.operands, self.numbers, self.wide)
+        given = (products, self._places(part), self.operands, self.numbers, self.wide)
         kept = [] if program.keep is None else [program.keep]
         score, *others = evaluate(program, [*wanted, *kept], *given)
         score = score.expand(products.shape)
         if kept:
             score = score.masked_fill(~others.pop(), float("-inf"))
         return score, *others
+
+    def _places(self, part: slice) -> dict[str, Tensor]:
+        """The indices of some query rows and all keys, integers that broadcast."""
+        batch, heads = self.query.shape[:2]
+        ranges = {
+            "b": (0, batch, (-1, 1, 1, 1)),
+            "h": (0, heads, (-1, 1, 1)),
+            "i": (part.start, part.stop, (-1, 1)),
+            "j": (0, self.keys.shape[2], (-1,)),
+        }
+        return {
+            name: torch.arange(first, last, device=self.query.device).reshape(shape)
+            for name, (first, last, shape) in ranges.items()
+        }
+
+    def _dropped(self, x: Tensor, part: slice) -> Tensor:
+        """What dropout makes of probabilities (and of their gradient) of some rows."""
+        if self.seed is None:
+            return x
+        spared = kept(self.seed, **self._places(part), dropout_p=self.dropout_p)
+        return torch.where(spared, x / (1.0 - self.dropout_p), 0.0)
 
     def _blocks(self, rows: int) -> Iterator[slice]:
         a_row = self.query.shape[0] * self.query.shape[1] * self.keys.shape[2]

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from iocompiler.cost_model.device import Device, current_device, kin
+
 Capability = tuple[int, int]
 
 _NO_GPU: Capability = (9, 0)  # what is compiled for where no GPU is present
@@ -40,3 +42,10 @@ def capability(x: Tensor) -> Capability:
     if planned is not None:
         return planned
     return torch.cuda.get_device_capability(x.device) if torch.cuda.is_available() else _NO_GPU
+
+
+def row(x: Tensor) -> Device:
+    """The cost model's row of the CUDA device that ``x`` will be on."""
+    if _planned.get() is None and x.device.type == "cuda" and torch.cuda.is_available():
+        return current_device(x.device)
+    return kin(capability(x))

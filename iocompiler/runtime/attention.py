@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from iocompiler.codegen.score_functions import module_text
-from iocompiler.cost_model.attention_tiles import Row, Tile, row
+from iocompiler.cost_model.attention_tiles import Row, Tile, padded, row
 from iocompiler.runtime.attention_blocks import blocks
-from iocompiler.runtime.attention_launch import launch
+from iocompiler.runtime.attention_decode import few_queries, split_forward
+from iocompiler.runtime.attention_launch import launch, tile_arguments
 from iocompiler.runtime.load import module_file
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table
@@ -36,6 +37,8 @@ class Problem:
         operands: what the program loads.
         numbers: its run-time integers.
         tiles: instead of those of the cost model's table.
+        parts: of the keys, where few queries meet them; 0: as many as are priced best.
+        dropout_p, seed: of the probabilities; one int64 where dropout_p is not 0.
     """
 
     query: Tensor
@@ -45,10 +48,14 @@ class Problem:
     operands: tuple[Tensor, ...] = ()
     numbers: tuple[int, ...] = ()
     tiles: Row | None = field(default=None, compare=False)
+    parts: int = field(default=0, compare=False)
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
     @functools.cached_property
     def functions(self) -> ModuleType:
-        return functions(self.program, tuple(x.dim() for x in self.operands))
+        ranks = tuple(x.dim() for x in self.operands)
+        return functions(self.program, ranks, dropout_p=self.dropout_p)
 
     @functools.cached_property
     def row(self) -> Row:
@@ -58,7 +65,10 @@ class Problem:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
         width = max(self.query.shape[3], self.value.shape[3])
         found = row(capability, self.query.element_size(), width)
-        return found.lighter() if _loads_tiles(self.program) or width < _block(width) else found
+        loads, masked = _loads(self.program), width < padded(width)
+        if not loads and not masked:
+            return found
+        return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
 
     @property
     def group(self) -> int:
@@ -79,11 +89,14 @@ class Problem:
             "numbers": self.numbers,
             "score": self.functions.new_score,
             "keep": self.functions.keep,
+            "drop": self.functions.drop,
+            "KEPT": self.functions.KEPT,
+            "Seed": self.query if self.seed is None else self.seed,  # not read without dropout
             "GROUP": self.group,
             "D": self.query.shape[3],
             "E": self.value.shape[3],
-            "BLOCK_D": _block(self.query.shape[3]),
-            "BLOCK_E": _block(self.value.shape[3]),
+            "BLOCK_D": padded(self.query.shape[3]),
+            "BLOCK_E": padded(self.value.shape[3]),
             "SINKS": self.program.sinks,
             "PRECISION": _precision(self.query.dtype),
         }
@@ -96,10 +109,13 @@ class Problem:
 
 @functools.lru_cache(maxsize=512)
 def functions(
-    program: ScoreProgram, ranks: tuple[int, ...], gradients: tuple[int, ...] = ()
+    program: ScoreProgram,
+    ranks: tuple[int, ...],
+    gradients: tuple[int, ...] = (),
+    dropout_p: float = 0.0,
 ) -> ModuleType:
     """The module with the Triton functions of a program, imported from a real file."""
-    path = module_file(module_text(program, ranks, gradients), "score")
+    path = module_file(module_text(program, ranks, gradients, dropout_p), "score")
     spec = importlib.util.spec_from_file_location("iocompiler_score", path)
     assert spec is not None
     assert spec.loader is not None
@@ -109,10 +125,14 @@ def functions(
 
 
 @functools.lru_cache(maxsize=512)
-def _loads_tiles(program: ScoreProgram) -> bool:
-    """Whether an element is loaded for each score."""
+def _loads(program: ScoreProgram) -> str:
+    """How an element is loaded for each score: "diagonal" for places that are computed, "tile", ""
+    where none is.
+    """
     ways = [use(program, load) for load in program.loads(program.score)]
-    return any(way is None or way.way in ("tile", "diagonal") for way in ways)
+    if any(way is None or way.way == "diagonal" for way in ways):
+        return "diagonal"
+    return "tile" if any(way is not None and way.way == "tile" for way in ways) else ""
 
 
 def forward(problem: Problem, out: Tensor) -> Tensor:
@@ -123,26 +143,39 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
         float32; where the program has `sinks`, the largest score and log2 of what is left, in two
         planes.
     """
+    query, value = problem.query, problem.value
+    planes = 2 if problem.program.sinks else 1
+    lse = query.new_empty((planes, *query.shape[:3]), dtype=torch.float32)
+    arguments = {
+        "Q": query, "K": problem.key, "V": value, "Out": out, "Lse": lse[0], "Rest": lse[-1],
+        "q_strides": query.stride(), "k_strides": problem.key.stride(),
+        "v_strides": value.stride(), "out_strides": out.stride(),
+        "rows": query.shape[2], "columns": value.shape[2],
+        "EMPTY": problem.program.empty, **problem.common,
+    }  # fmt: skip
+    if few_queries(problem):
+        split_forward(problem, arguments)
+    else:
+        _whole_forward(problem, arguments)
+    return lse
+
+
+def _whole_forward(problem: Problem, arguments: dict[str, Any]) -> None:
+    """Each block of queries by one program."""
     from iocompiler.codegen.kernels.attention import attention_forward
 
-    query, key, value = problem.query, problem.key, problem.value
-    batch, heads, rows, _ = query.shape
-    planes = 2 if problem.program.sinks else 1
-    lse = query.new_empty((planes, batch, heads, rows), dtype=torch.float32)
+    batch, heads, rows, _ = problem.query.shape
     tile = problem.row.forward
     found = problem.table(tile)
-    empty = problem.program.empty
-    mean = value.mean(2, keepdim=True) if empty == "uniform" else value
+    mean = problem.value
+    if problem.program.empty == "uniform":
+        mean = mean.mean(2, keepdim=True)
     launch(
         attention_forward, batch * heads * -(-rows // tile.m),
-        Q=query, K=key, V=value, Mean=mean, Out=out, Lse=lse[0], Rest=lse[-1],
-        q_strides=query.stride(), k_strides=key.stride(), v_strides=value.stride(),
-        mean_strides=mean.stride(), out_strides=out.stride(),
+        **arguments, Mean=mean, mean_strides=mean.stride(),
         table=found.entries, table_strides=found.strides,
-        heads=heads, rows=rows, columns=key.shape[2], room=found.room,
-        RANGES=found.ranges, EMPTY=empty, **tile_arguments(tile), **problem.common,
+        heads=heads, room=found.room, RANGES=found.ranges, **tile_arguments(tile),
     )  # fmt: skip
-    return lse
 
 
 def backward(
@@ -213,7 +246,7 @@ def delta(problem: Problem, grad: Tensor, out: Tensor) -> Tensor:
         attention_delta, batch * heads * -(-rows // block),
         Out=out, Grad=grad, Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(),
         heads=heads, rows=rows,
-        E=width, BLOCK_E=_block(width), BLOCK_M=block,
+        E=width, BLOCK_E=padded(width), BLOCK_M=block,
     )  # fmt: skip
     return sums
 
@@ -234,22 +267,6 @@ def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -
         "v_strides": value.stride(),
         "grad_strides": grad.stride(),
     }
-
-
-def tile_arguments(tile: Tile) -> dict[str, int]:
-    """A tile as a template takes it."""
-    return {
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
-def _block(width: int) -> int:
-    # operands narrower than a line of shared memory were read past their end beside pipelined
-    # loads (heads of 40 and 24 elements, Triton 3.6 on an H200)
-    return max(64, 1 << (width - 1).bit_length())
 
 
 def _precision(dtype: torch.dtype) -> str:

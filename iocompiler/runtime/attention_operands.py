@@ -11,7 +11,7 @@ from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime import attention
 from iocompiler.runtime.attention import Problem
 from iocompiler.runtime.attention_blocks import classes
-from iocompiler.runtime.attention_launch import launch
+from iocompiler.runtime.attention_launch import launch, tile_arguments
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_operands import Use, use
 
@@ -72,7 +72,7 @@ def _of_one_load(
 def _arguments(problem: Problem, kinds: Tensor, tile: Tile, found: Use) -> dict[str, Any]:
     _, heads, rows, _ = problem.query.shape
     functions = attention.functions(
-        problem.program, tuple(x.dim() for x in problem.operands), (found.load,)
+        problem.program, tuple(x.dim() for x in problem.operands), (found.load,), problem.dropout_p
     )
     return {
         "Classes": kinds,
@@ -84,7 +84,7 @@ def _arguments(problem: Problem, kinds: Tensor, tile: Tile, found: Use) -> dict[
         "rows": rows,
         "columns": problem.key.shape[2],
         "gradient": getattr(functions, f"gradient_{found.load}"),
-        **attention.tile_arguments(tile),
+        **tile_arguments(tile),
         **problem.common,
     }
 

@@ -15,7 +15,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from iocompiler.runtime import attention, attention_blocks, attention_operands
+from iocompiler.runtime import (
+    attention,
+    attention_blocks,
+    attention_decode,
+    attention_operands,
+)
 from iocompiler.runtime.attention import Problem
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -23,7 +28,11 @@ _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 def resources(
-    problem: Problem, capability: int, monkeypatch: pytest.MonkeyPatch
+    problem: Problem,
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    gradients: bool = True,
 ) -> dict[str, dict[str, int]]:
     """For each kernel of forward and backward: registers, spilled bytes, bytes of shared memory."""
     found: dict[str, dict[str, int]] = {}
@@ -31,11 +40,13 @@ def resources(
     def compile_(kernel: Any, programs: int, **arguments: Any) -> None:
         found[kernel.__name__] = _compiled(kernel, capability, arguments)
 
-    for module in (attention, attention_blocks, attention_operands):
+    for module in (attention, attention_blocks, attention_decode, attention_operands):
         monkeypatch.setattr(module, "launch", compile_)
     query, value = problem.query, problem.value
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     lse = attention.forward(problem, out)
+    if not gradients:
+        return found
     results = [torch.empty_like(x) for x in (query, problem.key, value)]
     attention.backward(problem, torch.empty_like(out), out, lse, results)
     for which, operand in enumerate(problem.operands):

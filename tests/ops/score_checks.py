@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,20 +25,23 @@ def problems(
     tiles: Row | None = None,
     scale: float = 0.3,
     gradients: bool = True,
+    dropout_p: float = 0.0,
 ) -> list[str]:
     """What errs more than 2x (output) or 3x (gradients) eager's error in ``dtype``, plus 1e-5."""
+    seed = torch.tensor(2**40 + 12345, device=device) if dropout_p else None
+    drop = {"seed": seed, "dropout_p": dropout_p}
     torch.manual_seed(0)
     case = CASES[name]
     operands = [x.to(device) for x in case.operands(shape[0], shape[1], shape[3], shape[4])]
     given = [x.to(device, dtype) for x in heads(*shape)]
     program = case.program(scale)
-    exact = _run(given, operands, program, torch.float64, None)
+    exact = _run(given, operands, program, torch.float64, None, drop)
     weights = torch.randn(exact[0].shape, device=device).to(dtype)
     weights = weights.masked_fill(exact[0].isnan(), 0.0)
     defined = not bool(exact[0].isnan().any())
-    exact = _run(given, operands, program, torch.float64, weights)
-    eager = _run(given, operands, program, dtype, weights)
-    ours = _templates(given, operands, program, dtype, weights, tiles, gradients)
+    exact = _run(given, operands, program, torch.float64, weights, drop)
+    eager = _run(given, operands, program, dtype, weights, drop)
+    ours = _templates(given, operands, program, dtype, weights, tiles, gradients, drop)
     found = []
     for place, (true, theirs, one) in enumerate(zip(exact, eager, ours, strict=False)):
         if not defined and place:
@@ -57,10 +62,11 @@ def _run(
     program: object,
     dtype: torch.dtype,
     weights: Tensor | None,
+    drop: dict[str, Any],
 ) -> list[Tensor]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in given]
     learned = _learned(operands, dtype)
-    out = reference(*leaves, program, learned)  # type: ignore[arg-type]
+    out = reference(*leaves, program, learned, **drop)  # type: ignore[arg-type]
     if weights is None:
         return [out]
     wanted = [*leaves, *(x for x in learned if x.requires_grad)]
@@ -75,9 +81,10 @@ def _templates(
     weights: Tensor,
     tiles: Row | None,
     gradients: bool,
+    drop: dict[str, Any],
 ) -> list[Tensor]:
     learned = [x.detach() for x in _learned(operands, dtype)]
-    problem = Problem(*given, program, tuple(learned), (), tiles)  # type: ignore[arg-type]
+    problem = Problem(*given, program, tuple(learned), (), tiles, **drop)  # type: ignore[arg-type]
     query, value = given[0], given[2]
     batch, heads, rows, _ = query.shape
     out = query.new_empty((batch, rows, heads, value.shape[3])).transpose(1, 2)

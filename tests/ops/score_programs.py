@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iocompiler.tile.dropout import kept
 from iocompiler.tile.score import Empty, ScoreBuilder, ScoreProgram
 from iocompiler.tile.score_reference import evaluate
 
@@ -117,6 +118,9 @@ def reference(
     program: ScoreProgram,
     operands: Sequence[Tensor] = (),
     numbers: Sequence[int] = (),
+    *,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Every matrix made."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -136,6 +140,9 @@ def reference(
     weights = score.softmax(-1)
     if program.empty == "zero" and program.keep is not None:
         weights = weights.masked_fill(~found[1].any(-1, keepdim=True), 0.0)
+    if seed is not None:
+        spared = kept(seed, **places, dropout_p=dropout_p)
+        weights = weights.masked_fill(~spared, 0.0) / (1.0 - dropout_p)
     return weights @ v
 
 

@@ -35,6 +35,39 @@ def test_blockwise(name: str, shape: tuple[int, ...], monkeypatch: pytest.Monkey
         torch.testing.assert_close(one, true)
 
 
+@pytest.mark.parametrize("name", ["full", "alibi", "relative", "document", "sunk"])
+def test_dropout_drops_the_same_in_the_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iocompiler.ops.scored_blockwise._ELEMENTS", 1000)
+    torch.manual_seed(0)
+    case, given = CASES[name], heads(*SHAPES[1])
+    drop = {"seed": torch.tensor(2**62 + 7), "dropout_p": 0.4}
+    operands = case.operands(2, 4, 17, 40)
+    leaves = [x.clone().requires_grad_() for x in given]
+    learned = [x.clone().requires_grad_() if x.is_floating_point() else x for x in operands]
+    ours = scored_attention(*leaves, case.program(), learned, **drop)
+    exact = reference(*leaves, case.program(), learned, **drop)
+    torch.testing.assert_close(ours, exact)
+    differentiable = [*leaves, *(x for x in learned if x.requires_grad)]
+    weights = torch.randn_like(exact)
+    pair = (torch.autograd.grad(x, differentiable, weights) for x in (ours, exact))
+    for one, true in zip(*pair, strict=True):
+        torch.testing.assert_close(one, true)
+
+
+def test_dropout_that_cannot_be_is_an_error() -> None:
+    given = heads(1, 1, 1, 4, 4, 8)
+    with pytest.raises(ValueError, match="seed"):
+        scored_attention(*given, CASES["full"].program(), dropout_p=0.5)
+    with pytest.raises(ValueError, match="uniform"):
+        scored_attention(
+            *given,
+            CASES["padding, uniform"].program(),
+            CASES["padding, uniform"].operands(1, 1, 4, 4),
+            seed=torch.tensor(1),
+            dropout_p=0.5,
+        )
+
+
 def test_operator_is_registered_as_torch_wants_it() -> None:
     for name in ("alibi", "document"):
         case = CASES[name]
@@ -42,4 +75,5 @@ def test_operator_is_registered_as_torch_wants_it() -> None:
         operands = [x.requires_grad_() if x.is_floating_point() else x for x in operands]
         q, k, v = (x.float().requires_grad_() for x in heads(2, 4, 2, 9, 9, 8))
         arguments = (q, k, v, operands, [], case.program().key, "blockwise", "shsh")
-        torch.library.opcheck(FORWARD, arguments)
+        for drop in ((None, 0.0), (torch.tensor(5), 0.25)):
+            torch.library.opcheck(FORWARD, (*arguments, *drop))

@@ -79,3 +79,38 @@ def test_another_length_compiles_nothing() -> None:
     for length in (128, 192, 240, 255):
         scored_attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], program)
     assert made() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", [n for n in CASES if "uniform" not in n])
+def test_dropout(name: str, dtype: torch.dtype) -> None:
+    for shape in ((2, 4, 2, 192, 192, 64, 64), (1, 4, 2, 150, 190, 64, 64)):
+        given = {"device": "cuda", "scale": 0.125, "dropout_p": 0.2}
+        assert not problems(name, shape, dtype, **given)
+
+
+@pytest.mark.parametrize("width", [40, 128, 256])
+def test_dropout_of_other_widths(width: int) -> None:
+    given = {"device": "cuda", "scale": width**-0.5, "dropout_p": 0.1}
+    assert not problems("alibi", (1, 4, 2, 192, 130, width, width), torch.bfloat16, **given)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_dropout_of_few_queries(rows: int) -> None:
+    given = {"device": "cuda", "scale": 0.125, "dropout_p": 0.2}
+    assert not problems("padding", (2, 8, 2, rows, 500, 64, 64), torch.bfloat16, **given)
+
+
+def test_dropout_is_that_of_the_cpu_and_repeats() -> None:
+    given = [x.float() for x in heads(2, 4, 2, 130, 150, 32)]
+    program = CASES["causal"].program()
+    drop = {"dropout_p": 0.3}
+    cpu = scored_attention(*given, program, seed=torch.tensor(2**50 + 1), **drop)
+    seeds = torch.tensor([5, 2**50 + 1], device="cuda")
+    gpu = [
+        # an aligned and an unaligned seed
+        scored_attention(*(x.cuda() for x in given), program, seed=seed, **drop)
+        for seed in (seeds[1], seeds[1].clone())
+    ]
+    assert torch.equal(*gpu)
+    torch.testing.assert_close(gpu[0].cpu(), cpu, atol=3e-5, rtol=1e-4)

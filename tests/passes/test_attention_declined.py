@@ -44,10 +44,6 @@ def double_softmax(q, k, v):
     return (q @ k.mT).softmax(-1).softmax(-1) @ v
 
 
-def dropped_softcap(q, k, v):
-    return F.dropout((torch.tanh(q @ k.mT / 30.0) * 30.0).softmax(-1), 0.5) @ v
-
-
 def unknown_function(q, k, v):
     s = q @ k.mT / 30.0
     return torch.clamp(s, torch.tensor(-1.0), torch.tensor(1.0)).softmax(-1) @ v
@@ -121,7 +117,6 @@ NEARLY = [
     scores_used,
     mask_after_softmax,
     double_softmax,
-    dropped_softcap,
     sum_of_products,
     values_on_rows,
     no_grad_in_between,

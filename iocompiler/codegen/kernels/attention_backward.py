@@ -5,7 +5,8 @@ With p_ij = exp2(s_ij - lse_i) of the forward and delta_i = sum_e dout_ie out_ie
     dv_j = sum_i p_ij dout_i              ds_ij = p_ij (dout_i . v_j - delta_i)
     dk_j = scale sum_i ds_ij slope_ij q_i   dq_i = scale sum_j ds_ij slope_ij k_j
 
-where slope is the derivative of the score program by scale * q_i . k_j. Tri Dao,
+where slope is the derivative of the score program by scale * q_i . k_j. With dropout, p_ij of dv
+and dout_i . v_j are what it makes of them; delta is the same. Tri Dao,
 "FlashAttention-2", arXiv 2307.08691, algorithm 2, with a kernel of its own for dq: no atomic
 additions, so that results repeat bit for bit.
 """
@@ -53,8 +54,9 @@ def attention_delta(
 @triton.jit
 def _into_queries(
     dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-    operands, strides, numbers, visited, count, room, columns,
+    operands, strides, numbers, seed, visited, count, room, columns,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,6 +77,8 @@ def _into_queries(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if drop is not None:
+            dp = tl.where(drop(seed, b, h, i, j), dp * KEPT, 0.0)
         ds = p * (dp - delta)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
@@ -87,13 +91,15 @@ def _into_queries(
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns", "room"])
+@triton.jit(
+    do_not_specialize=["heads", "rows", "columns", "room"], do_not_specialize_on_alignment=["Seed"]
+)
 def attention_dq(
-    Q, K, V, Grad, Lse, Rest, Delta, DQ,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ,
     q_strides, k_strides, v_strides, grad_strides, dq_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,17 +126,18 @@ def attention_dq(
     K = head_of(K, k_strides, b, g)
     V = head_of(V, v_strides, b, g)
     i = (start + inside)[:, None]
+    seed = tl.load(Seed) if drop is not None else 0
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, visited, full, room, columns, score, keep, slope, SCALE,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, SINKS, PRECISION,
+        operands, strides, numbers, seed, visited, full, room, columns, score, keep, slope, SCALE,
+        drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, SINKS, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, visited, partial, room, columns, score, keep, slope, SCALE,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, SINKS, PRECISION,
+        operands, strides, numbers, seed, visited, partial, room, columns, score, keep, slope,
+        SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, SINKS, PRECISION,
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
     store_tile(DQ, row, dq_strides[2], d, dq_strides[3], dq * SCALE, rows - start, D, BLOCK_D)
@@ -139,8 +146,9 @@ def attention_dq(
 @triton.jit
 def _into_keys(
     dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j,
-    operands, strides, numbers, visited, count, room, rows,
+    operands, strides, numbers, seed, visited, count, room, rows,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -169,8 +177,14 @@ def _into_keys(
             if keep is not None:
                 kept = kept & keep(b, h, i, j, operands, strides, numbers)
             p = tl.where(kept, p, 0.0)
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        left = p
+        if drop is not None:
+            spared = drop(seed, b, h, i, j)
+            left = tl.where(spared, p, 0.0)
+        dv = tl.dot(left.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        if drop is not None:
+            dp = tl.where(spared, dp * KEPT, 0.0)
         ds = p * (dp - delta)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
@@ -180,13 +194,15 @@ def _into_keys(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "columns", "room"])
+@triton.jit(
+    do_not_specialize=["groups", "rows", "columns", "room"], do_not_specialize_on_alignment=["Seed"]
+)
 def attention_dkv(
-    Q, K, V, Grad, Lse, Rest, Delta, DK, DV,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     operands, strides, numbers, table, table_strides, groups, rows, columns, room,
     score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -208,6 +224,7 @@ def attention_dkv(
     v = load_tile(row_of(V, v_strides, b, g, start), inside, v_strides[2], e, v_strides[3],
                   E, BLOCK_E)  # fmt: skip
     j = (start + inside)[:, None]
+    seed = tl.load(Seed) if drop is not None else 0
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for member in range(GROUP):
@@ -218,20 +235,22 @@ def attention_dkv(
         visited, partial, full = table_row(table, table_strides, b, h, n, RANGES)
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
-            q_strides, grad_strides, b, h, j, operands, strides, numbers,
+            q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
             visited, full, room, rows,
-            score, keep, slope, SCALE,
+            score, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
-            q_strides, grad_strides, b, h, j, operands, strides, numbers,
+            q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
             visited, partial, room, rows,
-            score, keep, slope, SCALE,
+            score, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
         )  # fmt: skip
     DK = row_of(DK, dk_strides, b, g, start)
     DV = row_of(DV, dv_strides, b, g, start)
     store_tile(DK, column, dk_strides[2], d, dk_strides[3], dk * SCALE, columns - start,
                D, BLOCK_D)  # fmt: skip
+    if KEPT != 1.0:
+        dv = dv * KEPT
     store_tile(DV, column, dv_strides[2], e, dv_strides[3], dv, columns - start, E, BLOCK_E)

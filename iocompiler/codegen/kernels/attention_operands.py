@@ -16,9 +16,11 @@ from iocompiler.codegen.kernels.attention_parts import load_tile, powers, row_of
 
 @triton.jit
 def _gradients(
-    Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed,
+    q_strides, k_strides, v_strides, grad_strides,
     operands, strides, numbers, b, h, row_start, column_start, heads, rows, columns,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +48,10 @@ def _gradients(
     j = (column_start + inside)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
-    ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta)
+    dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    if drop is not None:
+        dp = tl.where(drop(tl.load(Seed), b, h, i, j), dp * KEPT, 0.0)
+    ds = p * (dp - delta)
     if gradient is not None:
         ds = ds * gradient(s, b, h, i, j, operands, strides, numbers)
     kept = (row_start + row < rows)[:, None] & (column_start + column < columns)[None, :]
@@ -55,12 +60,16 @@ def _gradients(
     return tl.where(kept, ds, 0.0)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns", "own_batch", "own_heads"])
+@triton.jit(
+    do_not_specialize=["heads", "rows", "columns", "own_batch", "own_heads"],
+    do_not_specialize_on_alignment=["Seed"],
+)
 def operand_tiles(
-    Q, K, V, Grad, Lse, Rest, Delta, Classes, Result,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, batch, heads, rows, columns, own_batch, own_heads,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +91,10 @@ def operand_tiles(
             kind = Classes + b * class_strides[0] + h * class_strides[1] + m * class_strides[2] + n
             if tl.load(kind) > 0:
                 total += _gradients(
-                    Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
+                    Q, K, V, Grad, Lse, Rest, Delta, Seed,
+                    q_strides, k_strides, v_strides, grad_strides,
                     operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                    heads, rows, columns, score, keep, gradient, GROUP,
+                    heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
                 )  # fmt: skip
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -94,12 +104,13 @@ def operand_tiles(
     tl.store(pointers, total.to(Result.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns"])
+@triton.jit(do_not_specialize=["heads", "rows", "columns"], do_not_specialize_on_alignment=["Seed"])
 def operand_lines(
-    Q, K, V, Grad, Lse, Rest, Delta, Classes, Result,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr,
@@ -123,9 +134,10 @@ def operand_lines(
         n = 0 * block + step if ROWS else block
         if tl.load(Classes + m * class_strides[2] + n) > 0:
             tile = _gradients(
-                Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
+                Q, K, V, Grad, Lse, Rest, Delta, Seed,
+                q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, keep, gradient, GROUP,
+                heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             total += tl.sum(tile, 1 if ROWS else 0)
@@ -134,12 +146,13 @@ def operand_lines(
     tl.store(Result + z.to(tl.int64) * length + place, total, mask=place < length)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns"])
+@triton.jit(do_not_specialize=["heads", "rows", "columns"], do_not_specialize_on_alignment=["Seed"])
 def operand_diagonals(
-    Q, K, V, Grad, Lse, Rest, Delta, Classes, Result,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
     score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -170,9 +183,10 @@ def operand_diagonals(
         n = m + ahead
         if tl.load(Classes + m * class_strides[2] + n) > 0:
             tile = _gradients(
-                Q, K, V, Grad, Lse, Rest, Delta, q_strides, k_strides, v_strides, grad_strides,
+                Q, K, V, Grad, Lse, Rest, Delta, Seed,
+                q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, keep, gradient, GROUP,
+                heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             tile = tl.gather(tile, turned % BLOCK_N, 1)

@@ -1,4 +1,5 @@
-"""What the attention kernels share: the table of blocks they visit, and how they read matrices.
+"""What the attention kernels share: one step of the online softmax, how it ends, the table of
+blocks they visit, and how they read matrices.
 
 A table says for each row of blocks (of queries, or of keys in the kernel that walks over queries)
 which blocks are visited: *full* ones, in which every score is kept, and *partial* ones, in which a
@@ -89,3 +90,69 @@ def powers(score, lse, rest, SINKS: tl.constexpr):
     if SINKS:
         score = score - rest
     return tl.exp2(score)
+
+
+@triton.jit
+def attend(
+    acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
+    operands, strides, numbers, seed, start, columns,
+    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of a tile of queries taken on by one block of keys."""
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    column = tl.arange(0, BLOCK_N)
+    inside = column
+    if PARTIAL:
+        inside = tl.minimum(column, columns - 1 - start)
+    j = (start + inside)[None, :]
+    k_row = K + start.to(tl.int64) * k_strides[2]
+    k = load_tile(k_row, inside, k_strides[2], d, k_strides[3], D, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = score(s, b, h, i, j, operands, strides, numbers)
+    if PARTIAL:
+        kept = (start + column < columns)[None, :]
+        if keep is not None:
+            kept = kept & keep(b, h, i, j, operands, strides, numbers)
+        s = tl.where(kept, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    # of a row of nothing but -inf so far any finite number may be taken
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(s - finite_top[:, None])
+    shrink = tl.exp2(top - finite_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    if drop is not None:  # what the softmax is divided by is the sum of all
+        p = tl.where(drop(seed, b, h, i, j), p, 0.0)
+    v_row = V + start.to(tl.int64) * v_strides[2]
+    v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
+def finished(
+    acc, total, top, mean, KEPT: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr
+):  # fmt: skip
+    """(output, Lse, Rest) of a tile of queries that has seen all keys.
+
+    Lse is log2 of the sum of the powers of two, +inf for a row with no score that counts; with
+    SINKS only the largest score, and Rest is log2 of what is left. A row in which nothing counts
+    becomes NaN, zero, or (EMPTY "uniform") ``mean``, [1, E]. KEPT: 1 / (1 - p) of dropout.
+    """
+    empty = total == 0.0
+    divisor = tl.where(empty, 1.0, total)
+    acc = acc / divisor[:, None]
+    if KEPT != 1.0:
+        acc = acc * KEPT
+    if EMPTY == "nan":
+        acc = tl.where(empty[:, None], float("nan"), acc)
+    if EMPTY == "uniform":
+        acc = tl.where(empty[:, None], mean, acc)
+    rest = tl.log2(divisor)
+    lse = top
+    if not SINKS:
+        lse = top + rest
+    return acc, tl.where(empty, float("inf"), lse), rest

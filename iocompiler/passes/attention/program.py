@@ -218,7 +218,8 @@ class _Extraction:
             return everything, nothing
         same = len({mask.value for mask in finite}) == 1 and not any(m.added for m in finite)
         alone = len(finite) == 1 and (not finite[0].added or finite[0].value <= DROWNS)
-        if drowned and not hidden and (same or alone):
+        # with dropout such a row is no mean
+        if drowned and not hidden and (same or alone) and not self.found.dropout_p:
             return everything, "uniform"
         for mask in finite:
             self.score = self._masked(self.score, mask)

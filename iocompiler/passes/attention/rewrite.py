@@ -10,7 +10,7 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
-from iocompiler.passes.attention import contraction, execute, library, scored, strides
+from iocompiler.passes.attention import contraction, execute, library, scored, seeds, strides
 from iocompiler.passes.attention.description import Attention, Declined
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
@@ -40,6 +40,7 @@ def attention(gm: GraphModule) -> int:
         if node.graph is gm.graph and not getattr(node, "_erased", False):
             changed += _rewrite(gm, node)
     if changed:
+        seeds.share(gm)
         strides.keep(gm)
     return changed
 

@@ -15,7 +15,7 @@ from iocompiler.graph import view
 from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
 from iocompiler.ops.scored_attention import FORWARD, WIDEST, choose
-from iocompiler.passes.attention import execute, views
+from iocompiler.passes.attention import decode, execute, seeds, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
 from iocompiler.passes.attention.axes import flat
 from iocompiler.passes.attention.description import (
@@ -31,6 +31,7 @@ from iocompiler.passes.attention.distances import Distances
 from iocompiler.passes.attention.element import Source
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.program import Scored, extract
+from iocompiler.tile.dropout import threshold
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,20 +53,19 @@ class ScoredCall:
             ("gqa", frame.heads != frame.groups),
             ("mask", program.keep is not None),
             ("score", any(isinstance(step, (Pointwise, Bias)) for step in steps)),
+            ("dropout", self.found.dropout_p > 0.0),
         )
         return "+".join(["program", *(name for name, there in names if there)])
 
 
 def wanted(call: execute.Call | None, found: Attention) -> bool:
     """Whether a program is better than ``call``, the libraries' way: where that is none, and on a
-    GPU where it needs a matrix of biases.
+    GPU where it needs a matrix of biases, or few queries meet many keys.
     """
-    if found.dropout_p:
-        return False
     if call is None:
         return True
     if not (call.masking.masks or call.masking.terms):
-        return False
+        return decode.is_better(call)
     widths = (found.width.size, found.value_width.size)
     narrow = all(isinstance(each, int) and each <= WIDEST for each in widths)
     on_gpu = target.device_type(view.value(found.query.node)) == "cuda"
@@ -80,8 +80,8 @@ def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
     """
     if found.dtype not in _DTYPES:
         raise Declined(f"the output is {found.dtype}")
-    if found.dropout_p:
-        raise Declined("dropout with a score program")
+    if threshold(found.dropout_p) >= 2**32:
+        raise Declined("a dropout of everything")
     for operand in (found.query, found.key, found.value):
         if not views.dtype(operand.node).is_floating_point:
             raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
@@ -125,6 +125,8 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
         call.scored.program.key,
         choose(q, v),
         letters,
+        seeds.drawn(arranger, q.device) if found.dropout_p else None,
+        found.dropout_p,
     )
     out = arranger.call(operator.getitem, results, 0)
     execute.finish(gm, found, arranger, out, anchor, dims)

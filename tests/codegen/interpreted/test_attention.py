@@ -28,6 +28,12 @@ def test_programs(name: str) -> None:
     assert not problems(name, (2, 2, 2, 48, 64, 16, 16), torch.float32, tiles=TILES)
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if "uniform" not in n])
+def test_dropout(name: str) -> None:
+    shape = (2, 4, 2, 40, 56, 16, 16)
+    assert not problems(name, shape, torch.float32, tiles=TILES, dropout_p=0.3)
+
+
 @pytest.mark.parametrize("name", ["window", "alibi", "document", "padding, uniform", "relative"])
 @pytest.mark.parametrize(
     "shape",

@@ -1,0 +1,65 @@
+"""The template for few queries over many keys in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+
+from iocompiler.runtime import attention_decode
+from tests.ops.score_checks import Shape, problems
+from tests.ops.score_programs import CASES
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of NaN that is meant
+    # Triton's interpreter in loops
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that ran."""
+    names: list[str] = []
+    launch = attention_decode.launch
+
+    def noted(kernel, programs, **arguments):
+        names.append(kernel.fn.__name__)
+        launch(kernel, programs, **arguments)
+
+    monkeypatch.setattr(attention_decode, "launch", noted)
+    return names
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_programs(name: str, parts: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_decode, "_parts", lambda *_: parts)
+    assert not problems(name, (2, 4, 2, 3, 100, 16, 16), torch.float32)
+    assert ran == ["attention_split", "attention_combine"][: 1 + (parts > 1)]
+
+
+@pytest.mark.parametrize("name", ["full", "alibi", "sunk", "padding", "padding, uniform"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4, 1, 1, 300, 24, 20), (2, 3, 3, 1, 33, 16, 16), (1, 6, 2, 7, 50, 33, 16)],
+    ids=str,
+)
+def test_odd_sizes_and_groups(name: str, shape: Shape, ran: list[str]) -> None:
+    assert not problems(name, shape, torch.float32, gradients=name != "alibi")
+    assert ran[0] == "attention_split"
+
+
+@pytest.mark.parametrize("name", ["full", "padding", "sunk"])
+def test_dropout(name: str) -> None:
+    shape = (2, 4, 2, 3, 100, 16, 16)
+    assert not problems(name, shape, torch.float32, gradients=False, dropout_p=0.3)
+
+
+@pytest.mark.parametrize("name", ["causal", "softcap"])
+def test_rows_of_several_tiles(name: str) -> None:
+    assert not problems(name, (1, 8, 1, 5, 70, 16, 16), torch.float32)

@@ -1,0 +1,93 @@
+"""Few queries over many keys: by our template where it is priced below the library's kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iocompiler.ops.target import planned_for
+from iocompiler.passes.attention import scored
+from tests.passes.attention_cases import Compiled, heads
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+    return (q @ k.mT * 0.125).softmax(-1) @ v
+
+
+class _Planned(Compiled):
+    """What is decided for an H100, and nothing run."""
+
+    def _backend(self, gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        with planned_for((9, 0)):
+            super()._backend(gm, inputs)
+        return gm.forward
+
+
+def variants(function: Callable[..., Tensor], **sizes: Any) -> list[str]:
+    dtype = sizes.pop("dtype", torch.bfloat16)
+    compiled = _Planned(function)
+    with torch.no_grad():
+        compiled(**{name: x.to(dtype) for name, x in heads(**sizes).items()})
+    return compiled.variants
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("function", [sdpa, plain])
+def test_groups_go_to_the_template(function: Callable[..., Tensor], rows: int) -> None:
+    found = variants(function, heads=8, groups=2, rows=rows, columns=2048, width=64)
+    # of a single query written plainly, the heads of a group are the rows
+    assert found == ["program" if function is plain and rows == 1 else "program+gqa"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"rows": 32, "columns": 2048},  # not few
+        {"rows": 1, "columns": 64},  # launches are all there is
+        {"rows": 1, "columns": 2048, "dtype": torch.float32},
+        {"rows": 1, "columns": 2048, "groups": 8},  # nothing to share: flash splits keys too
+    ],
+    ids=str,
+)
+def test_the_rest_stays_with_the_libraries(sizes: dict[str, Any]) -> None:
+    found = variants(sdpa, **{"heads": 8, "groups": 2, "width": 64, **sizes})
+    assert found in (["gqa"], ["full"])
+
+
+def test_one_program_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A growing cache: one graph after the first, its length a run-time number."""
+    monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    compiled = Compiled(sdpa)
+    with torch.no_grad():
+        for columns in (40, 41, 42, 130):
+            given = {n: x.detach() for n, x in heads(rows=1, groups=2, columns=columns).items()}
+            torch.testing.assert_close(compiled(**given), sdpa(**given))
+    assert len(compiled.graphs) == 2
+    assert compiled.variants == ["program+gqa"] * 2
+
+
+def test_a_cache_of_static_length_has_its_mask_as_an_operand() -> None:
+    def decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        seen = torch.arange(k.shape[2]) <= position[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    given = {n: x.detach() for n, x in heads(rows=3, groups=2, columns=70).items()}
+    compiled = Compiled(decode)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scored, "wanted", lambda call, found: True)
+        for start in (5, 40):
+            position = torch.arange(start, start + 3)
+            found = compiled(**given, position=position)
+            torch.testing.assert_close(found, decode(**given, position=position))
+    assert len(compiled.graphs) == 1
+    assert compiled.variants == ["program+gqa+mask"]

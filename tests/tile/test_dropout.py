@@ -1,0 +1,46 @@
+"""Which probabilities are dropped: as many as asked for, and nothing of it depends on lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from iocompiler.tile.dropout import kept, threshold
+from iocompiler.tile.philox import random_bits, uniform
+
+
+def mask(seed: int, shape: tuple[int, int, int, int], dropout_p: float) -> Tensor:
+    b, h, i, j = (
+        torch.arange(n).reshape([-1 if d == dim else 1 for d in range(4)])
+        for dim, n in enumerate(shape)
+    )
+    return kept(torch.tensor(seed), b, h, i, j, dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.5, 0.9])
+def test_as_many_as_asked_for(dropout_p: float) -> None:
+    found = mask(2**61 + 3, (2, 3, 128, 256), dropout_p)
+    deviation = (dropout_p * (1 - dropout_p) / found.numel()) ** 0.5
+    assert abs(found.double().mean().item() - (1 - dropout_p)) < 5 * deviation
+
+
+def test_a_place_has_its_mask_whatever_the_lengths() -> None:
+    whole = mask(11, (3, 4, 33, 70), 0.4)
+    assert torch.equal(mask(11, (2, 2, 17, 41), 0.4), whole[:2, :2, :17, :41])
+
+
+def test_batches_heads_rows_columns_and_seeds_are_independent() -> None:
+    found = mask(5, (4, 4, 64, 64), 0.5).double() - 0.5
+    for dim in range(4):
+        pairs = (found * found.roll(1, dim)).mean() * 4
+        assert abs(pairs) < 5 / found.numel() ** 0.5
+    other = mask(6, (4, 4, 64, 64), 0.5).double() - 0.5
+    assert abs((found * other).mean() * 4) < 5 / found.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dropout_p", [1e-9, 2**-24, 0.1, 1 / 3, 0.5, 0.75])
+def test_the_threshold_is_that_of_a_uniform_number(dropout_p: float) -> None:
+    counter = torch.arange(100000)
+    bits = random_bits(9, counter) >= threshold(dropout_p)
+    assert torch.equal(bits, uniform(9, counter).double() >= dropout_p)
