@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,7 +217,7 @@ class _Walk:
 
         def compiled(absent: tangents.Absent) -> Boxed:
             graph, given = tangents.without(flat, inputs, absent)
-            run = self._run_flat(graph, given, "backward")
+            run = self._run_flat(graph, given, "backward", late=optional)
             place.add_backward(flat, absent, run)
             return run
 
@@ -226,10 +226,17 @@ class _Walk:
         resumed = tangents.resumption()
         return tangents.Backward(tangents.of(flat), lambda absent: resumed(compiled, absent))
 
-    def _run_flat(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
+    def _run_flat(
+        self, flat: GraphModule, inputs: Sequence[Any], name: str, late: bool = False
+    ) -> Boxed:
         if self.options.engine == "aten":
             return engines.aten(flat)
-        return self._try(name, lambda: self._plan(flat, inputs, name)) or engines.aten(flat)
+
+        def step() -> Boxed:
+            with tangents.no_new_guards() if late else nullcontext():
+                return self._plan(flat, inputs, name)
+
+        return self._try(name, step) or engines.aten(flat)
 
     def _plan(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
         # a CPU graph never needs the planner

@@ -10,7 +10,7 @@ import torch
 from torch._functorch._aot_autograd import runtime_wrappers
 
 from iocompiler.runtime.convention import Convention, Tangent, Training
-from iocompiler.runtime.tangents import Backward
+from iocompiler.runtime.tangents import Backward, may_be_none
 
 Boxed: TypeAlias = Callable[[list[Any]], Any]
 # what tells Dynamo which sizes of a result vary, for the graph that comes next
@@ -133,7 +133,7 @@ def _function(
             )
             ctx._materialize_non_diff_grads = False
             if partial is not None:
-                ctx.set_materialize_grads(False)
+                ctx.set_materialize_grads(not may_be_none())
                 ctx.kinds = [_kind(results[t.output]) for t in tangents]
             return tuple(found)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 from torch.fx.graph_module import _format_import_block
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 
 from iocompiler.errors import NotCacheable
 

@@ -8,15 +8,19 @@ backward is compiled for what does come.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+from torch._dynamo import compiled_autograd
+from torch._dynamo import config as dynamo_config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import BackwardCFunction
 from torch.fx import GraphModule
 
+from iocompiler.errors import LateGuard
 from iocompiler.passes.absent import fold, symbols_within
 
 Boxed: TypeAlias = Callable[[list[Any]], Any]
@@ -120,6 +124,25 @@ def resumption() -> Callable[..., Any]:
     return resumed
 
 
+@contextmanager
+def no_new_guards() -> Iterator[None]:
+    """Where Dynamo can no longer guard a graph: what assumes more of its sizes is an error."""
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
+    before = len(guards)
+    yield
+    if guards[before:]:
+        raise LateGuard(guards=", ".join(str(guard.expr) for guard in guards[before:]))
+
+
+def may_be_none() -> bool:
+    """Whether the gradients of a graph that runs now may be None. Compiled autograd traces what
+    AOTAutograd made of the backward, which does without none.
+    """
+    return not (dynamo_config.compiled_autograd or compiled_autograd.compiled_autograd_enabled)
+
+
 def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[..., Any]:
     """``run``, the autograd node of whose results gets None, not zeros, where no gradient comes.
 
@@ -129,7 +152,7 @@ def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[
 
     def call(*args: Any) -> Any:
         results = run(*args)
-        for at in optional:
+        for at in optional if may_be_none() else ():
             node = results[at].grad_fn
             if isinstance(node, BackwardCFunction):
                 node.set_materialize_grads(False)

@@ -1,5 +1,4 @@
-"""A backward graph for the tangents that come: the others, and all that hangs on them, taken out.
-"""
+"""A backward graph for the tangents that come: the others and all that hangs on them go."""
 
 from __future__ import annotations
 
@@ -106,9 +105,7 @@ class _Fold:
             )
             reader.replace_input_with(node, zeros)
 
-    def _call(
-        self, target: Any, arguments: tuple[Any, ...], near: Node, named: Any = None
-    ) -> Node:
+    def _call(self, target: Any, arguments: tuple[Any, ...], near: Node, named: Any = None) -> Node:
         return rewrite.call(self._flat, target, arguments, named or {}, near=near)
 
 

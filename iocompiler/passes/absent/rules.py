@@ -127,7 +127,7 @@ def _is_zero(node: Node) -> bool:
     if node.target in _ZEROS:
         return True
     if node.target in _FILLED:
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        names = [a.name for a in node.target._schema.arguments]
         given = dict(zip(names, view.spelled_out(node), strict=True))
         value = given.get("fill_value", given.get("s"))
         return isinstance(value, (int, float)) and value == 0
@@ -159,13 +159,48 @@ _SAME = (
 
 # packets: every overload. fmt: off
 _LINEAR = (
-    aten.neg, aten.expand, aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose,
-    aten.t, aten.unsqueeze, aten.squeeze, aten.clone, aten.alias, aten.detach, aten.contiguous,
-    aten._to_copy, prims.convert_element_type, aten.sum, aten.mean, aten.slice, aten.select,
-    aten.as_strided, aten.diagonal, aten.unfold, aten.flip, aten.roll, aten.cumsum, aten.tril,
-    aten.triu, aten.index, aten.gather, aten.index_select, aten.repeat, aten.split,
-    aten.split_with_sizes, aten.unbind, aten.div, aten.real, aten.imag, aten.view_as_real,
-    aten.view_as_complex, aten._conj, aten.embedding,
+    aten.neg,
+    aten.expand,
+    aten.view,
+    aten._unsafe_view,
+    aten.reshape,
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.contiguous,
+    aten._to_copy,
+    prims.convert_element_type,
+    aten.sum,
+    aten.mean,
+    aten.slice,
+    aten.select,
+    aten.as_strided,
+    aten.diagonal,
+    aten.unfold,
+    aten.flip,
+    aten.roll,
+    aten.cumsum,
+    aten.tril,
+    aten.triu,
+    aten.index,
+    aten.gather,
+    aten.index_select,
+    aten.repeat,
+    aten.split,
+    aten.split_with_sizes,
+    aten.unbind,
+    aten.div,
+    aten.real,
+    aten.imag,
+    aten.view_as_real,
+    aten.view_as_complex,
+    aten._conj,
+    aten.embedding,
 )
 _PRODUCTS = (aten.mul, aten.mm, aten.bmm, aten.dot, aten.mv)
 # fmt: on

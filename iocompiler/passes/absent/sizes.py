@@ -50,11 +50,10 @@ class Sizes:
         for node in gm.graph.find_nodes(op="placeholder"):
             found = view.value(node)
             if isinstance(found, torch.SymInt):
-                self._symbols.setdefault(found.node.expr, (node, None))
+                self._symbols.setdefault(_expr(found), (node, None))
             elif isinstance(found, torch.Tensor) and node not in left_out:
                 for dim, size in enumerate(found.shape):
-                    if isinstance(size, torch.SymInt):
-                        self._symbols.setdefault(size.node.expr, (node, dim))
+                    self._symbols.setdefault(_expr(size), (node, dim))
 
     def known(self, size: Any) -> bool:
         """Whether `node` can make it."""
