@@ -251,8 +251,9 @@ class _Walk:
         for node in view.calls(flat):
             if isinstance(node.target, HigherOrderOperator):
                 raise CannotPlan(operator=node.target.__name__, where=view.where(node))
-        settle_strides(flat, name, inputs)
-        plan = build_plan(flat, engines.device_row(flat, self.options), name)
+        device = engines.device_row(flat, self.options)
+        settle_strides(flat, name, inputs, device)
+        plan = build_plan(flat, device, name)
         if self.options.no_fallback is not None:
             check_fallbacks(plan, flat, self.options.no_fallback)
         plan, measured = engines.tuned(plan, flat, self.options)
