@@ -35,7 +35,9 @@ def inputs(rows: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
 
 def ours(given: tuple[Any, ...], reduction: str, smoothing: float, capped: bool) -> Tensor:
     outer, inner = (3.0, 0.4) if capped else (0.7, 1.0)
-    loss: Tensor = LINEAR_CROSS_ENTROPY(*given, -100, smoothing, outer, inner, capped, reduction)
+    loss: Tensor = LINEAR_CROSS_ENTROPY(
+        *given, None, None, -100, smoothing, outer, inner, capped, reduction
+    )
     return loss
 
 
@@ -78,6 +80,44 @@ def test_is_as_accurate_as_eager(
         allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(mine, exact) <= allowed, place
         assert mine.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("smoothing", "capped"), [(0.0, False), (0.2, True)])
+def test_shares_of_the_rows(
+    dtype: torch.dtype, reduction: str, which: tuple[bool, bool], smoothing: float, capped: bool
+) -> None:
+    """Cross-entropies weighted row by row, and squared logsumexps of ignored rows too."""
+    given = inputs(300, dtype)
+    c, s = (torch.rand(300, dtype=torch.float64) * (torch.arange(300) % 7 > 0) for _ in range(2))
+
+    def mine(given: tuple[Any, ...]) -> Tensor:
+        shares = [
+            t.to(given[0].dtype) if use else None for t, use in zip((c, s), which, strict=True)
+        ]
+        outer, inner = (3.0, 0.4) if capped else (0.7, 1.0)
+        loss: Tensor = LINEAR_CROSS_ENTROPY(
+            *given, *shares, -100, smoothing, outer, inner, capped, reduction
+        )
+        return loss
+
+    def plain(given: tuple[Any, ...]) -> Tensor:
+        z = F.linear(*given[:3])
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = 3.0 * torch.tanh(0.4 * z) if capped else 0.7 * z
+        cross = F.cross_entropy(z, given[3], reduction="none", label_smoothing=smoothing)
+        first = cross * c.to(z.dtype) if which[0] else cross
+        rows = first + (s.to(z.dtype) * z.logsumexp(1) ** 2 if which[1] else 0)
+        return rows.sum() if reduction == "sum" else rows
+
+    wide = tuple(t.detach().double().requires_grad_() for t in given[:3]) + given[3:]
+    triples = zip(results(mine, given), results(plain, given), results(plain, wide), strict=True)
+    for place, (ours_, theirs, exact) in enumerate(triples):
+        least = torch.finfo(dtype).eps
+        allowed = 3 * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(ours_, exact) <= allowed, place
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

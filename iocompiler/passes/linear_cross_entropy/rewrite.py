@@ -139,7 +139,9 @@ def _replace(gm: GraphModule, loss: Loss, head: Head) -> None:
         x = call(aten.reshape.default, x, [-1, width])
         target = call(aten.reshape.default, target, [-1])
     setting = (loss.ignore_index, loss.smoothing, head.outer, head.inner, head.capped)
-    new = call(LINEAR_CROSS_ENTROPY, x, weight, head.bias, target, *setting, loss.reduction)
+    new = call(
+        LINEAR_CROSS_ENTROPY, x, weight, head.bias, target, None, None, *setting, loss.reduction
+    )
     if rank > 2 and loss.reduction == "none":
         new = call(aten.reshape.default, new, sizes)
     wanted = view.tensors(node)[0].dtype
