@@ -119,6 +119,9 @@ def _copy_input_meta(gm: GraphModule, traced: GraphModule) -> None:
             new._dynamo_source = old._dynamo_source
         kept = {key: item for key, item in old.meta.items() if key not in ("val", "example_value")}
         new.meta = {**kept, **new.meta}
+        example = old.meta.get("example_value")
+        if isinstance(example, torch.Tensor):
+            new.meta["requires_grad"] = example.requires_grad
         new.name = old.name
         new.target = old.target if isinstance(old.target, str) else old.name
 
