@@ -127,7 +127,7 @@ def lse_minus_chosen(x, w, b, y):
 def indexed(x, w, b, y):
     logits = (x.view(-1, D) @ w.t()).float()
     flat = y.view(-1)
-    chosen = logits[torch.arange(B * S), torch.where(flat == 3, -1, flat)]
+    chosen = logits[torch.arange(flat.shape[0]), torch.where(flat == 3, -1, flat)]
     return torch.where(flat > 5, logits.logsumexp(1) - chosen, 0.0).mean()
 
 
@@ -191,7 +191,24 @@ def two_shares(x, w, b, y):
     return 0.5 * loss.mean() + 0.25 * (loss * (y.view(-1) > 9)).sum()
 
 
+def learned_shares(x, w, b, y):
+    """Weights that have a gradient of their own stay outside of the operator."""
+    rows = F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), reduction="none")
+    return (rows.view(B, -1) * b[:B, None].sigmoid()).sum()
+
+
+def kept_shares(x, w, b, y):
+    rows = F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), reduction="none")
+    return (rows.view(B, -1) * b[:B, None].detach().sigmoid()).sum() / b.detach().abs().max()
+
+
+def focal(x, w, b, y):
+    loss = F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), reduction="none")
+    return ((1 - (-loss).exp()) ** 2 * loss).mean()
+
+
 BY_HAND = [
+    learned_shares, kept_shares, focal,
     picked, picked_and_masked, picked_row_by_row, ratio_of_policies, lse_minus_chosen, indexed,
     softmax_by_hand, z_loss, z_loss_masked, z_loss_by_hand, weighted, weighted_sum, weighted_rows,
     contracted, contracted_the_other_way, two_shares,
@@ -367,6 +384,37 @@ def test_is_declined_with_its_reason(f: Model, reason: str) -> None:
     assert record.misses[0].where.startswith("test_linear_cross_entropy.py:")
 
 
+def products(f: Model) -> int:
+    """How often the forward makes the gradients too."""
+    torch._dynamo.reset()
+    run, records = compiled(f, PIPELINE, engine="reference")
+    results(run, inputs())
+    names = [str(n.target) for n in records[0].flat["forward"].graph.nodes]
+    return sum("linear_cross_entropy_gradients" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "f", [picked, picked_and_masked, z_loss, z_loss_masked, weighted, kept_shares]
+)
+def test_one_number_has_its_gradients_made_in_the_forward(f: Model) -> None:
+    assert products(f) == 1
+
+
+@pytest.mark.parametrize("f", [ratio_of_policies, learned_shares, focal])
+def test_rows_that_go_on_have_them_made_in_the_backward(f: Model) -> None:
+    assert products(f) == 0
+
+
+def test_a_mean_over_nothing_is_nan_beside_a_z_loss_too() -> None:
+    torch._dynamo.reset()
+    x, w, b, y = inputs()
+    given = (x, w, b, torch.full_like(y, 3))
+    run, records = compiled(z_loss, PIPELINE)
+    assert run(*given).isnan()
+    assert z_loss(*given).isnan()
+    assert records[0].rewrites
+
+
 def test_what_is_written_between_is_read_before() -> None:
     torch._dynamo.reset()
     given, again = inputs(), inputs()
@@ -407,11 +455,12 @@ def test_another_length_does_not_recompile() -> None:
 def test_under_autocast_and_without_gradients(device: str) -> None:
     torch._dynamo.reset()
     given = inputs()
-    run, records = compiled(plain, PIPELINE)
+    run, records = compiled(plain, PIPELINE, engine="reference")
     with torch.autocast(device, torch.bfloat16), torch.no_grad():
         torch.testing.assert_close(run(*given), plain(*given), rtol=1e-2, atol=1e-2)
     assert records[0].rewrites
     calls = [n.target for g in records[0].flat.values() for n in g.graph.nodes]
+    assert torch.ops.iocompiler.linear_cross_entropy_losses.default in calls
     assert torch.ops.iocompiler.linear_cross_entropy_gradients.default not in calls
 
 

@@ -175,9 +175,10 @@ class Emitter:
 
     def _wrapped(self, target: Node) -> Node:
         """Classes counted from the end, as indices are."""
-        classes = view.tensors(self._head.node)[0].shape[-1]
+        weight, dim = self._head.weight, int(self._head.transposed)
+        classes: Any = view.tensors(weight)[0].shape[dim]
         if not isinstance(classes, int):
-            raise Declined("classes counted from the end, and their number varies")
+            classes = self._call(aten.sym_size.int, weight, dim)
         counted = self._call(aten.add.Tensor, target, classes)
         negative = self._call(aten.lt.Scalar, target, 0)
         return self._call(aten.where.self, negative, counted, target)

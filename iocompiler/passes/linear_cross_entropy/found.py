@@ -17,7 +17,7 @@ from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import Declined, Head, Labels
 from iocompiler.passes.linear_cross_entropy.emit import united
 from iocompiler.passes.linear_cross_entropy.forms import Form, matrix
-from iocompiler.passes.linear_cross_entropy.rows import PICKING, Reader, base_of, is_fixed
+from iocompiler.passes.linear_cross_entropy.rows import Reader, base_of, is_fixed, is_picked
 
 aten = torch.ops.aten
 STATISTICS = (aten.log_softmax.int, aten.logsumexp.default)
@@ -51,8 +51,9 @@ class Found:
             yield from (f.node for t in terms for f in t.factors if f.node is not None)
 
 
-def find(gm: GraphModule, statistic: Node, seen: set[Node]) -> Found | None:
-    """What the logits that ``statistic`` reads come to; None where there is no head, or no loss.
+def find(gm: GraphModule, statistic: Node, seen: set[Node]) -> Iterator[Found]:
+    """What the logits that ``statistic`` reads come to, the most first, each without some of the
+    last steps of the one before; nothing where there is no head, or no loss.
 
     Args:
         seen: statistics of the same logits are added.
@@ -68,13 +69,12 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node]) -> Found | None:
             losses.labels(losses.arguments(statistic))
     except Declined:
         if statistic.target in losses.TARGETS and not heads.linear_near(logits):
-            return None
-        if statistic.target in STATISTICS and not _is_picked(statistic):
-            return None
+            return
+        if statistic.target in STATISTICS and not is_picked(statistic):
+            return
         raise
-    if main is None or dim is None:
-        return None
-    return _Search(gm, main, logits, dim, seen).run()
+    if main is not None and dim is not None:
+        yield from _Search(gm, main, logits, dim, seen).run()
 
 
 def _class_dim(statistic: Node) -> int | None:
@@ -96,10 +96,6 @@ def _class_dim(statistic: Node) -> int | None:
     return None  # the loss of a log-softmax: found from there
 
 
-def _is_picked(statistic: Node) -> bool:
-    return any(user.target in (*losses.TARGETS, *PICKING) for user in statistic.users)
-
-
 class _Search:
     def __init__(
         self, gm: GraphModule, main: Head, logits: Node, dim: int, seen: set[Node]
@@ -114,22 +110,20 @@ class _Search:
                 if node.target in (*losses.TARGETS, *STATISTICS):
                     seen.add(node)
 
-    def run(self) -> Found | None:
+    def run(self) -> Iterator[Found]:
         reader = self._read()
         ends = [n for n, form in reader.forms.items() if form.dim is None]
+        path, none = tuple(self._path), True
         for end in sorted(ends, key=lambda n: self._order[n], reverse=True):
             form, region = reader.forms[end].normal(), self._region(end)
             if form is None or not self._is_closed(region, end, reader):
                 continue
+            none = False
             labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
-            path = tuple(self._path)
-            return Found(
-                self._main, self._logits, self._dim, path, labels, form, end, tuple(region)
-            )
-        if not reader.labels:
-            return None
-        self._why(reader)
-        raise Declined("what is computed of the logits is no sum of cross-entropies")
+            yield Found(self._main, self._logits, self._dim, path, labels, form, end, tuple(region))
+        if none and (reader.labels or any(is_picked(n) for n in self._dependent)):
+            self._why(reader)
+            raise Declined("what is computed of the logits is no sum of cross-entropies")
 
     def _read(self) -> Reader:
         """The forms of everything that hangs on the logits."""

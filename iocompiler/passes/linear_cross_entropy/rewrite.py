@@ -49,17 +49,26 @@ def replace_losses(gm: GraphModule, least_bytes: int) -> int:
         if node._erased or node in seen:
             continue
         try:
-            found = find(gm, node, seen)
-            if found is None:
-                continue
+            changed += _replaced(gm, node, seen, least_bytes)
+        except Declined as reason:
+            record(gm, Miss(_PATTERN, view.where(node), str(reason)))
+    return changed
+
+
+def _replaced(gm: GraphModule, statistic: Node, seen: set[Node], least_bytes: int) -> int:
+    """1 where the loss that ``statistic`` is part of has been replaced, 0 where there is none."""
+    problem: Declined | None = None
+    for found in find(gm, statistic, seen):
+        try:
             _check_price(found, least_bytes)
             _check_order(gm, found)
             _replace(gm, found)
+            return 1
         except Declined as reason:
-            record(gm, Miss(_PATTERN, view.where(node), str(reason)))
-            continue
-        changed += 1
-    return changed
+            problem = problem or reason
+    if problem is not None:
+        raise problem
+    return 0
 
 
 def _check_order(gm: GraphModule, found: Found) -> None:

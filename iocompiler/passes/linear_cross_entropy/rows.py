@@ -186,26 +186,26 @@ def _added(sign: float) -> Rule:
         first, second = (reader.form(x) for x in node.args[:2])
         if first is None or second is None or node.kwargs or first.reduced != second.reduced:
             return None
-        values = [view.tensors(each)[0] for each in (*node.args[:2], node)]  # type: ignore[arg-type]
         if first.dim is None and second.dim is None:
-            alike = all(_same_shape(v.shape, values[2].shape) for v in values)
-            return first.plus(second, sign) if alike else None
+            return first.plus(second, sign) if _are_alike(node, *node.args[:2]) else None
         if first.dim is None or second.dim is not None or not _is_wide(node):
             return None
         # a number each row, beside the row's logits
-        expected = [1 if d == first.dim else s for d, s in enumerate(values[0].shape)]
-        return first.plus(second, sign) if _same_shape(values[1].shape, expected) else None
+        whole, row = (view.tensors(each)[0].shape for each in node.args[:2])  # type: ignore[arg-type]
+        expected = [1 if d == first.dim else size for d, size in enumerate(whole)]
+        return first.plus(second, sign) if _same_shape(row, expected) else None
 
     return rule
 
 
 def _multiplied(reader: Reader, node: Node) -> Form | None:
     first, second = node.args[:2]
-    if reader.form(first) is not None and first is second:
-        return _squared(reader, node)
-    form, other, of = reader.row_form(first), second, first
+    one, two = reader.row_form(first), reader.row_form(second)
+    if one is not None and two is not None:
+        return one.product(two) if _are_alike(node, first, second) else None
+    form, other, of = one, second, first
     if form is None:
-        form, other, of = reader.row_form(second), first, second
+        form, other, of = two, first, second
     return _scaled(reader, node, form, other, of, "times")
 
 
@@ -217,11 +217,7 @@ def _divided(reader: Reader, node: Node) -> Form | None:
 def _scaled(
     reader: Reader, node: Node, form: Form | None, other: Any, of: Any, kind: Any
 ) -> Form | None:
-    if (
-        form is None
-        or node.kwargs
-        or not _same_shape(*(view.tensors(n)[0].shape for n in (node, of)))
-    ):
+    if form is None or node.kwargs or not _are_alike(node, of):
         return None
     found = reader.factor(other, of, kind)
     return form.times(found[0], *found[1]) if found is not None else None
@@ -234,7 +230,7 @@ def _negated(reader: Reader, node: Node) -> Form | None:
 
 def _squared(reader: Reader, node: Node) -> Form | None:
     form = reader.row_form(node.args[0])
-    return form.squared() if form is not None else None
+    return form.product(form) if form is not None else None
 
 
 def _power(reader: Reader, node: Node) -> Form | None:
@@ -258,10 +254,11 @@ def _masked(reader: Reader, node: Node) -> Form | None:
 
 
 def _is_nothing(x: Any) -> bool:
-    if isinstance(x, Node):
-        fills = (aten.zeros_like.default, aten.zeros.default, aten.scalar_tensor.default)
-        return x.target in fills and (x.target is not fills[2] or x.args[0] == 0)
-    return isinstance(x, (int, float)) and bool(x == 0)
+    if not isinstance(x, Node):
+        return isinstance(x, (int, float)) and not x
+    if x.target is aten.scalar_tensor.default:
+        return x.args[0] == 0
+    return x.target in (aten.zeros_like.default, aten.zeros.default)
 
 
 def _kept(reader: Reader, node: Node) -> Form | None:
@@ -301,6 +298,22 @@ def _is_wide(node: Node) -> bool:
     read: Any = node.args[0]
     value = view.tensors(node)[0]
     return value.is_floating_point() and value.itemsize >= view.tensors(read)[0].itemsize
+
+
+def _are_alike(node: Node, *others: Any) -> bool:
+    """Whether nothing is repeated: all have the shape of ``node``."""
+    shape = view.tensors(node)[0].shape
+    return all(_same_shape(view.tensors(each)[0].shape, shape) for each in others)
+
+
+def is_picked(matrix: Node) -> bool:
+    """Whether something chooses an element of each row of a matrix."""
+    for user in matrix.users:
+        if user.target in (*losses.TARGETS, *PICKING):
+            return True
+        if user.target in (*_ORDERED, aten.to.dtype) and is_picked(user):
+            return True
+    return False
 
 
 def _same(a: Any, b: Any) -> bool:
