@@ -246,3 +246,39 @@ def test_on_the_gpu(
         factor, least = (3, 0.0) if place else (2, torch.finfo(dtype).eps / 2)
         allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(mine, exact) <= allowed, place
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1000, 50257])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_shares_of_the_rows_on_the_gpu(dtype: torch.dtype, vocabulary: int, reduction: str) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(n, 64, device="cuda") / 2 for n in (1000, vocabulary)]
+    x, weight = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+    target = torch.randint(0, vocabulary, (1000,), device="cuda")
+    target[::5] = -100
+    c, s = (torch.rand(1000, device="cuda") * (target % 3 > 0) for _ in range(2))
+
+    def mine(pair: Any) -> Tensor:
+        shares = [t.to(torch.promote_types(pair[0].dtype, torch.float32)) for t in (c, s)]
+        loss: Tensor = LINEAR_CROSS_ENTROPY(
+            *pair, None, target, *shares, -100, 0.1, 0.7, 1.0, False, reduction
+        )
+        return loss
+
+    def plain(pair: Any) -> Tensor:
+        z = 0.7 * F.linear(*pair).to(torch.promote_types(pair[0].dtype, torch.float32))
+        rows = F.cross_entropy(z, target, reduction="none", label_smoothing=0.1)
+        rows = c.to(z.dtype) * rows + s.to(z.dtype) * z.logsumexp(1) ** 2
+        return rows.sum() if reduction == "sum" else rows
+
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    found = []
+    for function, pair in ((mine, (x, weight)), (plain, (x, weight)), (plain, wide)):
+        loss = function(pair)
+        found.append([loss, *torch.autograd.grad(loss.sum(), list(pair))])
+    for place, (ours_, theirs, exact) in enumerate(zip(*found, strict=True)):
+        least = torch.finfo(dtype).eps
+        allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(ours_, exact) <= allowed, place

@@ -18,6 +18,7 @@ from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term
 aten = torch.ops.aten
 # no target is this: every row has a cross-entropy
 _NEVER = -(1 << 62)
+_KEPT = Factor("kept")
 
 
 class Emitter:
@@ -51,14 +52,16 @@ class Emitter:
 
     def _value(self, form: Form, weight: Node) -> Node:
         """The sum over rows, or each row's value [T]."""
-        if self._is_mean(form):
-            return self._operator(weight, None, None, "mean")
         cross, square = form.terms["cross"], form.terms.get("square", ())
         reduction = "sum" if form.reduced else "none"
         if len(cross) == 1 and not square:
-            inside = tuple(f for f in cross[0].factors if self._is_of_rows(f))
-            outside = tuple(f for f in cross[0].factors if not self._is_of_rows(f))
+            factors = cross[0].factors
+            inside = tuple(f for f in factors if self._is_of_rows(f))
+            outside = [f for f in factors if not self._is_of_rows(f)]
             coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
+            if not inside and _KEPT in outside:
+                outside.remove(_KEPT)
+                reduction = "mean"
             result = self._operator(weight, coefficient, None, reduction)
             return self._times(result, cross[0].number, outside)
         coefficients = [self._coefficient(terms) for terms in (cross, square)]
@@ -72,11 +75,6 @@ class Emitter:
         setting = (self._ignore, self._labels.smoothing, head.outer, head.inner, head.capped)
         inputs = (self._x, weight, head.bias, self._target, coefficient, squared)
         return self._call(LINEAR_CROSS_ENTROPY, *inputs, *setting, reduction)
-
-    @staticmethod
-    def _is_mean(form: Form) -> bool:
-        mean = (Term(1.0, (Factor("kept"),)),)
-        return form.reduced and form.terms == {"cross": mean}
 
     @staticmethod
     def _is_of_rows(factor: Factor) -> bool:

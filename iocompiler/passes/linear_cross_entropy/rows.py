@@ -86,6 +86,9 @@ def is_fixed(node: Node, regions: Mapping[Node, view.Region], known: dict[Node, 
         plain = isinstance(value, torch.Tensor) and value.is_floating_point()
         if not plain or node.target is aten.detach.default or not regions[node].grad:
             known[node] = True
+        elif node.op == "get_attr":
+            constant = getattr(node.graph.owning_module, str(node.target), None)
+            known[node] = isinstance(constant, torch.Tensor) and not constant.requires_grad
         elif node.op == "call_function":
             known[node] = all(is_fixed(each, regions, known) for each in node.all_input_nodes)
         else:
@@ -257,7 +260,7 @@ def _is_nothing(x: Any) -> bool:
     if not isinstance(x, Node):
         return isinstance(x, (int, float)) and not x
     if x.target is aten.scalar_tensor.default:
-        return x.args[0] == 0
+        return bool(x.args[0] == 0)
     return x.target in (aten.zeros_like.default, aten.zeros.default)
 
 
