@@ -224,7 +224,8 @@ class _Walk:
         if not optional:
             return compiled(())
         resumed = tangents.resumption()
-        return tangents.Backward(tangents.of(flat), lambda absent: resumed(compiled, absent))
+        runs = tangents.Backward(tangents.of(flat), lambda absent: resumed(compiled, absent))
+        return engines.boxed(runs.__call__)
 
     def _run_flat(
         self, flat: GraphModule, inputs: Sequence[Any], name: str, late: bool = False

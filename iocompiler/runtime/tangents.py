@@ -49,7 +49,6 @@ class Backward:
         self._tangents = tuple(tangents)
         self._compile = compile
         self._runs = dict(known or {})
-        self._boxed_call = True  # what wraps it copies what the object itself has
 
     def nearest(self, absent: Absent) -> Absent:
         """Of ``absent``, what a backward compiled before does without; the rest is to be zero."""
