@@ -278,11 +278,51 @@ def test_gpt2_reads_no_gradient_of_its_logits() -> None:
         )
 
 
+def test_operators_of_what_nobody_differentiates_do_not_run() -> None:
+    """Attention, a convolution and an embedding of the result without a gradient."""
+
+    def f(q: Tensor, w: Tensor, table: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        attended = F.scaled_dot_product_attention(q, q, q)
+        return F.conv2d(attended, w).sum(), F.embedding(tokens, table), q.sin()
+
+    q, w, table = grad(2, 4, 8, 16), grad(3, 4, 3, 3), grad(11, 5)
+    given = (q, w, table, torch.randint(11, (6,)))
+    targets = {}
+    for which in ((2,), (0,), (1,), (0, 1, 2)):
+        run, records = compiled(f)
+        check(run, f, given, which)
+        steps = records[0].plans["backward"].steps
+        targets[which] = [s.target.split(".")[1] for s in steps if isinstance(s, AtenStep)]
+    assert not targets[(2,)]
+    assert {"attention_backward", "convolution_backward"} <= set(targets[(0,)])
+    assert targets[(1,)] == ["embedding_dense_backward"]
+    assert len(targets[(0, 1, 2)]) == len(targets[(0,)]) + 1
+
+
 def elements(spec: Any) -> int:
     count = 1
     for extent in spec.shape:
         count *= extent
     return count
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_zeros_of_the_size_of_logits_are_made() -> None:
+    torch._dynamo.reset()
+    rows, classes = 4096, 16384
+    x = torch.randn(rows, 64, device="cuda", requires_grad=True)
+    w = torch.randn(classes, 64, device="cuda", requires_grad=True)
+    y = torch.randint(classes, (rows,), device="cuda")
+    run = torch.compile(head, backend=ioc.Compiler(strict=True))
+    run(x, w, y)[0].backward()
+    loss, logits, _ = run(x, w, y)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss.backward()
+    torch.cuda.synchronize()
+    size = logits.numel() * logits.element_size()
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * size  # the logits' own gradient
 
 
 @pytest.mark.gpu
