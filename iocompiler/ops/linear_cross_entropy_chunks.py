@@ -206,7 +206,7 @@ def reference_rows(
         cross = cross - setting.smoothing * z.mean(1)
     hit = kept.to(losses.dtype)
     if rows_of.coefficient is not None:
-        hit = hit * rows_of.coefficient
+        hit = torch.where(kept, rows_of.coefficient.to(losses.dtype), 0.0)
     loss, mass = torch.where(hit == 0, 0.0, hit * cross), hit
     if rows_of.squared is not None:
         share = rows_of.squared.to(losses.dtype)

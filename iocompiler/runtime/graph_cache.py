@@ -127,7 +127,8 @@ class Slot:
             if self.forward is not None:
                 graph, metadata = self.forward
                 self.convention = read(metadata, graph, whole)
-                self.general = graph_text(whole)
+                if len(self.convention.training.tangents) > 1:  # type: ignore[union-attr]
+                    self.general = graph_text(whole)
             if self.convention is not None:
                 self._write(self.convention)
         except Exception as error:

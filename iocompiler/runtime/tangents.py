@@ -139,7 +139,8 @@ def may_be_none() -> bool:
     """Whether the gradients of a graph that runs now may be None. Compiled autograd traces what
     AOTAutograd made of the backward, which does without none.
     """
-    return not (dynamo_config.compiled_autograd or compiled_autograd.compiled_autograd_enabled)
+    entered = getattr(compiled_autograd, "compiled_autograd_enabled", False)
+    return not (dynamo_config.compiled_autograd or entered)
 
 
 def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[..., Any]:

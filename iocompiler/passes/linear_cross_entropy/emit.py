@@ -56,13 +56,15 @@ class Emitter:
         reduction = "sum" if form.reduced else "none"
         if len(cross) == 1 and not square:
             factors = cross[0].factors
-            inside = tuple(f for f in factors if self._is_of_rows(f))
-            outside = [f for f in factors if not self._is_of_rows(f)]
+            inside = tuple(f for f in factors if self._is_of_rows(f) or f.kind == "classes")
+            outside = [f for f in factors if f not in inside]
             coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
             if not inside and _KEPT in outside:
                 outside.remove(_KEPT)
                 reduction = "mean"
             result = self._operator(weight, coefficient, None, reduction)
+            if reduction == "sum":
+                result = self._or_nan(result, cross)
             return self._times(result, cross[0].number, outside)
         coefficients = [self._coefficient(terms) for terms in (cross, square)]
         result = self._operator(weight, coefficients[0], coefficients[1], reduction)
@@ -82,13 +84,11 @@ class Emitter:
 
     def _or_nan(self, result: Node, cross: Sequence[Term]) -> Node:
         """A mean over no rows is NaN, whatever is added to it."""
-        if not any(factor.kind in ("kept", "classes") for term in cross for factor in term.factors):
-            return result
-        nothing = self._call(aten.mul.Tensor, result, 0)
-        for term in cross:
-            averaged = tuple(f for f in term.factors if f.kind in ("kept", "classes"))
-            nothing = self._times(nothing, 1.0, averaged)
-        return self._call(aten.add.Tensor, result, self._call(aten.detach.default, nothing))
+        factors = dict.fromkeys(f for term in cross for f in term.factors)
+        for factor in (f for f in factors if f.kind in ("kept", "classes")):
+            nothing = self._call(aten.new_zeros.default, result, [])
+            result = self._call(aten.add.Tensor, result, self._by(nothing, factor))
+        return result
 
     # --- coefficients
 

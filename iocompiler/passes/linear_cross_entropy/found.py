@@ -12,14 +12,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
+from iocompiler.passes.linear_cross_entropy import arithmetic, statistics
 from iocompiler.passes.linear_cross_entropy import head as heads
 from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import Declined, Head, Labels
 from iocompiler.passes.linear_cross_entropy.emit import united
 from iocompiler.passes.linear_cross_entropy.forms import Form, matrix
-from iocompiler.passes.linear_cross_entropy.rows import Reader, base_of, is_fixed, is_picked
+from iocompiler.passes.linear_cross_entropy.reader import Reader, base_of, is_fixed
+from iocompiler.passes.linear_cross_entropy.statistics import is_picked
 
 aten = torch.ops.aten
+_RULES = {**statistics.RULES, **arithmetic.RULES}
 STATISTICS = (aten.log_softmax.int, aten.logsumexp.default)
 
 
@@ -101,10 +104,12 @@ class _Search:
         self, gm: GraphModule, main: Head, logits: Node, dim: int, seen: set[Node]
     ) -> None:
         self._gm, self._main, self._logits, self._dim = gm, main, logits, dim
-        self._path: dict[Node, Head] = {}
+        self._path: dict[Node, None] = {}
         self._dependent: dict[Node, None] = dict.fromkeys((*main.also, main.node))
         self._order = {node: place for place, node in enumerate(gm.graph.nodes)}
         for node in gm.graph.nodes:
+            if node.target is aten.sym_size.int:
+                continue  # no value of the logits
             if any(read in self._dependent for read in node.all_input_nodes):
                 self._dependent[node] = None
                 if node.target in (*losses.TARGETS, *STATISTICS):
@@ -129,46 +134,34 @@ class _Search:
         """The forms of everything that hangs on the logits."""
         forms = {}
         for node in self._dependent:
-            head = self._main if node is self._main.node else self._head(node)
-            if head is None:
-                continue
-            if node is not self._main.node:
-                self._path[node] = head
-            else:
-                head = heads.read(node, view.tensors(node)[0].dim() - 1) or head
-            if _signature(head) == _signature(self._main):
-                dim = self._classes(node)
-                if dim is not None:
-                    forms[node] = matrix(dim)
+            found = self._logits_of(node)
+            if found is not None and _signature(found[0]) == _signature(self._main):
+                forms[node] = matrix(found[1])
         regions, known = view.regions(self._gm), dict[Node, bool]()
-        reader = Reader(forms, self._dependent, lambda n: is_fixed(n, regions, known))
+        reader = Reader(_RULES, forms, self._dependent, lambda n: is_fixed(n, regions, known))
         for node in self._dependent:
             if node.op == "call_function":
                 reader.read(node)
         return reader
 
-    def _head(self, node: Node) -> Head | None:
-        """The head read from a call that the logits themselves go through."""
-        read = node.args[0] if node.args else None
-        before = isinstance(read, Node) and (read is self._main.node or read in self._path)
-        if not before or node.target not in heads.PATH or node in self._main.also:
-            return None
+    def _logits_of(self, node: Node) -> tuple[Head, int] | None:
+        """Of a call that the logits themselves go through: the head read from it, and along which
+        dim the classes lie.
+        """
+        if node is not self._main.node:
+            read = node.args[0] if node.args else None
+            before = isinstance(read, Node) and (read is self._main.node or read in self._path)
+            if not before or node.target not in heads.PATH:
+                return None
         for dim in reversed(range(view.tensors(node)[0].dim())):
             try:
                 found = heads.read(node, dim)
             except Declined:
                 continue
             if found is not None and found.node is self._main.node:
-                return found
-        return None
-
-    def _classes(self, node: Node) -> int | None:
-        for dim in reversed(range(view.tensors(node)[0].dim())):
-            try:
-                if heads.read(node, dim) is not None:
-                    return dim
-            except Declined:
-                continue
+                if node is not self._main.node:
+                    self._path[node] = None
+                return found, dim
         return None
 
     def _region(self, end: Node) -> list[Node]:

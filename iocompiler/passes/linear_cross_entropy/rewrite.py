@@ -60,6 +60,7 @@ def _replaced(gm: GraphModule, statistic: Node, seen: set[Node], least_bytes: in
     problem: Declined | None = None
     for found in find(gm, statistic, seen):
         try:
+            _check_devices(found)
             _check_price(found, least_bytes)
             _check_order(gm, found)
             _replace(gm, found)
@@ -86,6 +87,12 @@ def _check_order(gm: GraphModule, found: Found) -> None:
         between = first <= order[node] <= order[found.end]
         if between and any(roots[written] & storages for written in view.mutates(node)):
             raise Declined(f"{view.where(node) or node.name} writes in between")
+
+
+def _check_devices(found: Found) -> None:
+    tensors = [tensor for node in found.read() for tensor in view.tensors(node)]
+    if len({tensor.device for tensor in tensors if tensor.dim()}) > 1:
+        raise Declined("the targets, or what rows are multiplied by, are on another device")
 
 
 def _check_price(found: Found, least_bytes: int) -> None:
