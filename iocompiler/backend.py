@@ -216,7 +216,7 @@ class _Walk:
         """
 
         def compiled(absent: tangents.Absent) -> Boxed:
-            graph, given = tangents.without(flat, inputs, absent)
+            graph, given = tangents.without(flat, inputs, absent) if optional else (flat, inputs)
             run = self._run_flat(graph, given, "backward", late=optional)
             place.add_backward(flat, absent, run)
             return run

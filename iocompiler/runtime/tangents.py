@@ -36,18 +36,18 @@ class Backward:
 
     Args:
         tangents: their positions among the arguments.
-        compile: makes what runs without the arguments at the positions given.
+        compiled: makes what runs without the arguments at the positions given.
         known: what was compiled before.
     """
 
     def __init__(
         self,
         tangents: Sequence[int],
-        compile: Callable[[Absent], Boxed],
+        compiled: Callable[[Absent], Boxed],
         known: Mapping[Absent, Boxed] | None = None,
     ) -> None:
         self._tangents = tuple(tangents)
-        self._compile = compile
+        self._compiled = compiled
         self._runs = dict(known or {})
 
     def nearest(self, absent: Absent) -> Absent:
@@ -59,7 +59,7 @@ class Backward:
         absent = tuple(at for at in self._tangents if args[at] is None)
         run = self._runs.get(absent)
         if run is None:
-            run = self._runs[absent] = self._compile(absent)
+            run = self._runs[absent] = self._compiled(absent)
         for at in reversed(absent):
             del args[at]
         return run(args)

@@ -137,6 +137,11 @@ def softmax_by_hand(x, w, b, y):
     return F.nll_loss(logp.view(-1, V), y.view(-1), ignore_index=3)
 
 
+def softmax_and_classes_second(x, w, b, y):
+    logp = F.log_softmax(F.linear(x, w, b).float(), -1).transpose(1, 2)
+    return F.nll_loss(logp, y, ignore_index=3)
+
+
 def z_loss(x, w, b, y):
     logits = F.linear(x, w).view(-1, V).float()
     return F.cross_entropy(logits, y.view(-1), ignore_index=3) + 1e-2 * (
@@ -210,8 +215,8 @@ def focal(x, w, b, y):
 BY_HAND = [
     learned_shares, kept_shares, focal,
     picked, picked_and_masked, picked_row_by_row, ratio_of_policies, lse_minus_chosen, indexed,
-    softmax_by_hand, z_loss, z_loss_masked, z_loss_by_hand, weighted, weighted_sum, weighted_rows,
-    contracted, contracted_the_other_way, two_shares,
+    softmax_by_hand, softmax_and_classes_second, z_loss, z_loss_masked, z_loss_by_hand,
+    weighted, weighted_sum, weighted_rows, contracted, contracted_the_other_way, two_shares,
 ]  # fmt: skip
 TAKEN = [
     plain, with_bias, matmul, mm, addmm, shifted, shifted_contiguous, padded_labels, classes_second,
@@ -291,6 +296,12 @@ def unshifted_z_loss(x, w, b, y):
     return loss + logits.logsumexp(-1).square().mean()
 
 
+def rows_turned(x, w, b, y):
+    """The rows no longer stand as the targets do."""
+    logp = F.linear(x, w).log_softmax(-1).transpose(0, 1)
+    return -logp.gather(-1, y.reshape(S, B, 1)).mean()
+
+
 def several_picked(x, w, b, y):
     logp = F.linear(x, w).log_softmax(-1)
     return -logp.gather(-1, torch.stack([y, (y + 1) % V], -1)).mean()
@@ -323,7 +334,8 @@ def rounded_softmax(x, w, b, y):
 DECLINED = [
     (another_softmax, "columns"), (other_targets, "several targets"),
     (cold_z_loss, "used elsewhere"), (unshifted_z_loss, "used elsewhere"),
-    (several_picked, "used elsewhere"), (entropy, "used elsewhere"),
+    (rows_turned, "used elsewhere"), (several_picked, "used elsewhere"),
+    (entropy, "used elsewhere"),
     (margin, "no sum of cross-entropies"), (smoothed_and_weighted, "label smoothing"),
     (rounded_softmax, "used elsewhere"),
     (returned, "returned elsewhere"), (used_twice, "used elsewhere"),

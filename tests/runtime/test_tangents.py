@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
@@ -196,6 +197,27 @@ def test_under_compiled_autograd() -> None:
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         found = gradients(run, given, (0,))
     torch.testing.assert_close(found, expected)
+
+
+def test_what_cannot_be_guarded_any_more_runs_on_aten() -> None:
+    """The forward has run when the backward is compiled: its sizes are guarded already."""
+
+    @ioc.graph_pass(stage="flat")
+    def assuming(gm: GraphModule) -> int:
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if node.name.startswith("tangents") and node.meta["val"].dim():
+                bool(node.meta["val"].shape[0] > 3)
+        return 0
+
+    records: list[Compilation] = []
+    pipeline = ioc.Pipeline(*ioc.DEFAULT.stage("graph"), *ioc.DEFAULT.stage("flat"), assuming)
+    backend = ioc.Compiler(pipeline, engine="reference", on_compiled=records.append)
+    run = torch.compile(head, backend=backend, dynamic=True)
+    with pytest.warns(FallbackWarning, match="too late to be checked"):
+        check(run, head, inputs(6), (1,))
+    check(run, head, inputs(3), (1,))
+    check(run, head, inputs(3), (0,))  # where no tangent has rows, nothing is assumed
+    assert [f.region for f in records[0].fallbacks] == ["backward"]
 
 
 # from the cache

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from iocompiler.graph import view
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form
+from iocompiler.passes.linear_cross_entropy.head import TRANSPOSES, order_of
 from iocompiler.passes.linear_cross_entropy.reader import (
     ORDERED,
     Reader,
@@ -126,6 +127,16 @@ def _kept(reader: Reader, node: Node) -> Form | None:
     return form if node.target is not aten.select.int or keeps_all(node) else None
 
 
+def _turned(reader: Reader, node: Node) -> Form | None:
+    """A matrix whose classes move; its rows stay in order."""
+    form = reader.form(node.args[0])
+    if form is None or form.dim is None:
+        return None
+    order = order_of(node)
+    rows_ = [dim for dim in order if dim != form.dim]
+    return replace(form, dim=order.index(form.dim)) if rows_ == sorted(rows_) else None
+
+
 def _summed(reader: Reader, node: Node) -> Form | None:
     form = reader.row_form(node.args[0])
     if form is None or form.reduced or not view.tensors(node)[0].is_floating_point():
@@ -147,6 +158,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiplied),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _divided),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self), _masked),
+    **dict.fromkeys(TRANSPOSES, _turned),
     aten.add.Tensor: _added(1.0),
     aten.sub.Tensor: _added(-1.0),
     aten.neg.default: _negated,

@@ -40,7 +40,7 @@ def read(node: Node, dim: int) -> Head | None:
             return None
         factor = _factor(node)
         if node.target in TRANSPOSES:
-            dim = _back(node, dim)
+            dim = order_of(node)[dim]
             moves.append(node)
         elif node.target in MOVES:
             _check_move(node, dim)
@@ -142,16 +142,16 @@ def _factor(node: Node) -> float | None:
     return float(number) if multiplies else 1.0 / float(number)
 
 
-def _back(node: Node, dim: int) -> int:
+def order_of(node: Node) -> list[int]:
+    """For each dim of a transposition's result, the dim it was."""
     rank = view.tensors(node)[0].dim()
     order = list(range(rank))
     arguments: Any = node.args
     if node.target is aten.permute.default:
-        order = [d % rank for d in arguments[1]]
-    else:
-        one, other = (d % rank for d in arguments[1:3])
-        order[one], order[other] = order[other], order[one]
-    return order[dim]
+        return [d % rank for d in arguments[1]]
+    one, other = (d % rank for d in arguments[1:3])
+    order[one], order[other] = order[other], order[one]
+    return order
 
 
 def _check_move(node: Node, dim: int) -> None:
