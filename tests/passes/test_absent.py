@@ -51,15 +51,24 @@ A, B = torch.randn(4, 6), torch.randn(4, 6)
         lambda t, u: (aten.add.Tensor(aten.split.Tensor(t, 2)[1].sum(), u),),
         lambda t, u: (aten.add.Tensor(aten.tanh_backward.default(t, u), u),),
         lambda t, u: (aten.add.Tensor(aten.div.Tensor(t, u), u),),
+        lambda t, u: (aten.addmm.default(u, t, u.new_ones(6, 6), alpha=2),),
+        lambda t, u: (aten.addmm.default(u[0], t, u.new_ones(6, 6)),),
+        lambda t, u: (aten.baddbmm.default(u[None], t[None], u.new_ones(1, 6, 6)),),
+        lambda t, u: (torch.ops.prims.fma(t, u, u),),
         # one row for all rows: the result is as large as it was
         lambda t, u: (aten.add.Tensor(t, u[:1]),),
         lambda t, u: (aten.add.Tensor(t, u.to(torch.bfloat16)),),
     ],
 )
 def test_what_is_absent_leaves_nothing(function: Function) -> None:
-    assert not {"full.default", "add.Tensor", "mul.Tensor", "mm.default"} & set(
-        folded(function, A, B)
-    )
+    assert not {
+        "full.default",
+        "add.Tensor",
+        "mul.Tensor",
+        "mm.default",
+        "addmm.default",
+        "fma.default",
+    } & set(folded(function, A, B))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +84,8 @@ def test_what_is_absent_leaves_nothing(function: Function) -> None:
         lambda t, u: (aten.constant_pad_nd.default(t, [1, 1], 2.0) + u[:, :1],),
         lambda t, u: (aten.index_put.default(u, [torch.arange(4)], t),),
         lambda t, u: (aten.tanh_backward.default(u, t),),
+        lambda t, u: (aten.addmm.default(t, u, u.new_ones(6, 6)),),
+        lambda t, u: (aten.addmm.default(u, t, u.new_ones(6, 6), beta=2),),
         lambda t, u: (aten.slice_scatter.default(u, t[:, :2], 1, 0, 2),),
     ],
 )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import torch
+import torch._prims  # registers what `torch.ops.prims` names
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -95,6 +96,20 @@ def _difference(given: dict[str, Any], absent: Collection[Node]) -> Verdict:
     if _missing(first, absent) and _missing(other, absent):
         return NOTHING
     return first if _gone(other, absent) and isinstance(first, Node) else None
+
+
+def _product_and_sum(*names: str) -> Rule:
+    """A product of the first two of the arguments so named, plus the third."""
+
+    def rule(given: dict[str, Any], absent: Collection[Node]) -> Verdict:
+        one, two, added = (given[name] for name in names)
+        if not (_gone(one, absent) or _gone(two, absent)) or given.get("beta", 1) != 1:
+            return None
+        if _missing(added, absent):
+            return NOTHING
+        return added if isinstance(added, Node) else None
+
+    return rule
 
 
 def _padded(given: dict[str, Any], absent: Collection[Node]) -> Verdict:
@@ -208,6 +223,9 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_LINEAR, _first),
     **dict.fromkeys(_PRODUCTS, _product),
     aten.convolution.default: _convolution,
+    aten.addmm.default: _product_and_sum("mat1", "mat2", "self"),
+    aten.baddbmm.default: _product_and_sum("batch1", "batch2", "self"),
+    prims.fma.default: _product_and_sum("a", "b", "c"),
     aten.add.Tensor: _sum,
     aten.sub.Tensor: _difference,
     aten.constant_pad_nd.default: _padded,
