@@ -82,8 +82,12 @@ class _Loss(torch.autograd.Function):
             ctx.save_for_backward(*tensors)
             losses: Tensor = LOSSES(*inputs[:-1])
             return losses
-        losses, *gradients = GRADIENTS(*inputs[:-1], *ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*gradients, target)
+        *shares, scale = _scaled(tensors[4], tensors[5], tensors[0].dtype)
+        needed = ctx.needs_input_grad[:3]
+        losses, *gradients = GRADIENTS(*tensors[:4], *shares, *setting, *needed)
+        ctx.save_for_backward(*gradients, target, scale)
+        if scale is not None:
+            losses = losses * scale
         return _reduced(losses, target, setting[0], ctx.reduction)
 
     @staticmethod
@@ -98,7 +102,9 @@ class _Loss(torch.autograd.Function):
             ]
             found = GRADIENTS(*inputs, *scaled, *ctx.setting, *needed)[1:]
         else:
-            *found, target = ctx.saved_tensors
+            *found, target, scale = ctx.saved_tensors
+            if scale is not None:
+                grad = grad * scale
             if ctx.reduction == "mean":
                 count = _count(target, ctx.setting[0])
                 grad = torch.where(count == 0, 0.0, grad / count)  # as eager: nothing, not NaN
@@ -108,6 +114,22 @@ class _Loss(torch.autograd.Function):
             for d, dtype, need in zip(found, ctx.dtypes, needed, strict=True)
         ]
         return (*kept, *(None,) * (len(ctx.setting) + 4))
+
+
+def _scaled(
+    coefficient: Tensor | None, squared: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Shares of the rows with a greatest of 1, and what they are to be multiplied by again: the
+    gradients, made before the loss's own is known, are then within float16's range, like those of
+    a loss without shares.
+    """
+    if dtype != torch.float16 or coefficient is None or not coefficient.numel():
+        return coefficient, squared, None
+    greatest = coefficient.abs().max()
+    if squared is not None:
+        greatest = torch.maximum(greatest, squared.abs().max())
+    scale = torch.where((greatest > 0) & greatest.isfinite(), greatest, 1.0)
+    return coefficient / scale, None if squared is None else squared / scale, scale
 
 
 def _losses(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> Tensor:

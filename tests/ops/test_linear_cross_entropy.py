@@ -120,6 +120,29 @@ def test_shares_of_the_rows(
         assert relative_error(ours_, exact) <= allowed, place
 
 
+def test_small_shares_keep_their_gradients_in_half_precision() -> None:
+    """A loss scale comes in the backward; gradients made in the forward must last till then."""
+    given = inputs(300, torch.float16)
+    share, loss_scale = torch.full((300,), 1e-7), 2.0**16
+
+    def gradients(given: tuple[Any, ...], function: Any) -> list[Tensor]:
+        return list(torch.autograd.grad(function(given) * loss_scale, given[:3]))
+
+    def mine(given: tuple[Any, ...]) -> Tensor:
+        rest = (-100, 0.0, 1.0, 1.0, False, "sum")
+        loss: Tensor = LINEAR_CROSS_ENTROPY(*given, share, share, *rest)
+        return loss
+
+    def plain(given: tuple[Any, ...]) -> Tensor:
+        z = F.linear(*given[:3]).to(torch.promote_types(given[0].dtype, torch.float32))
+        rows = F.cross_entropy(z, given[3], reduction="none") + z.logsumexp(1) ** 2
+        return (rows * share.to(z.dtype)).sum()
+
+    wide = tuple(t.detach().double().requires_grad_() for t in given[:3]) + given[3:]
+    for ours_, exact in zip(gradients(given, mine), gradients(wide, plain), strict=True):
+        assert relative_error(ours_, exact) < 2e-3
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_rows_that_are_all_ignored_and_no_rows_are_as_eager(reduction: str) -> None:
     x, weight, bias, target = inputs(7, torch.float32)

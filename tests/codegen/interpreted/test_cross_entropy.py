@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
     "setting",
-    [Setting(), Setting(2, smoothing=0.1), Setting(outer=3.0, inner=0.4, capped=True)],
+    [Setting(-(1 << 62)), Setting(2, smoothing=0.1), Setting(outer=3.0, inner=0.4, capped=True)],
 )
 def test_losses_and_gradients(
     dtype: torch.dtype,
