@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
@@ -141,6 +142,50 @@ def test_overwritten_inputs_and_views() -> None:
     step, _ = compiled(eager)
     found = [gradients(g, inputs_of_one_seed(), which) for which in ((0,), (1,), (2,), (0, 2))]
     torch.testing.assert_close(found, wanted)
+
+
+def returned_twice(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    logits = x @ w.t()
+    loss = F.cross_entropy(logits, y)
+    return loss, loss, logits, logits.detach(), logits.argmax(-1), x
+
+
+def parts(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    logits = x @ w.t()
+    return logits.chunk(2)[0], F.cross_entropy(logits, y), logits.t()
+
+
+def rows_of_one(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    grown = (x @ w.t()).exp()
+    return grown[0], grown[1], grown.sum(), x.view(-1), torch.zeros(3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("f", "sets"),
+    [
+        (returned_twice, [(0,), (1,), (2,), (0, 2), (5,), (0, 5)]),
+        (parts, [(0,), (1,), (2,), (0, 1)]),
+        (rows_of_one, [(0,), (1,), (2,), (3,), (0, 2)]),
+    ],
+)
+def test_results_that_share_memory(f: Program, sets: list[tuple[int, ...]], dynamic: bool) -> None:
+    run, records = compiled(f, dynamic=dynamic)
+    for rows in (4, 6):
+        for which in sets:
+            check(run, f, inputs(rows), which)
+    assert not [each for record in records for each in record.fallbacks]
+
+
+def test_computed_again_in_the_backward() -> None:
+    run, _ = compiled(head)
+
+    def step(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = checkpoint(run, x, w, y, use_reentrant=False)
+        return results
+
+    for which in ((0,), (1,), (0, 2)):
+        check(step, head, inputs(), which)
 
 
 def inputs_of_one_seed() -> tuple[Tensor, Tensor, Tensor]:
