@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from iocompiler.ops.partition import partition
 from iocompiler.options import Options
 from iocompiler.pipeline import DEFAULT, Observer, Pipeline
 from iocompiler.plan.data import Plan
+from iocompiler.runtime import tangents
 from iocompiler.runtime.graph_cache import Slot, slot
 from iocompiler.runtime.kernels import warm_workers
 from iocompiler.versions import require_supported
@@ -180,23 +181,63 @@ class _Walk:
 
     def _differentiate(self, graph: GraphModule, inputs: Sequence[Any], place: Slot) -> Compiled:
         """AOTAutograd, which hands back functional graphs with nothing but tensors in and out."""
+        optional: list[int] = []
+
+        def forward(flat: GraphModule, given: Sequence[Any]) -> Boxed:
+            optional[:] = tangents.optional(flat)
+            run = self._run_flat(flat, given, "forward")
+            place.add("forward", flat, run)
+            return run
+
+        def backward(flat: GraphModule, given: Sequence[Any]) -> Boxed:
+            return self._backward(flat, given, place, bool(optional))
+
+        def inference(flat: GraphModule, given: Sequence[Any]) -> Boxed:
+            run = self._run_flat(flat, given, "inference")
+            place.add("inference", flat, run)
+            return run
+
         compiled: Compiled = aot_autograd(
-            fw_compiler=lambda flat, given: self._run_flat(flat, given, "forward", place),
-            bw_compiler=lambda flat, given: self._run_flat(flat, given, "backward", place),
-            inference_compiler=lambda flat, given: self._run_flat(flat, given, "inference", place),
+            fw_compiler=forward,
+            bw_compiler=backward,
+            inference_compiler=inference,
             decompositions=table(),
             partition_fn=partition,
             # overwritten inputs are written by our kernels, not by a copy after each call
             keep_inference_input_mutations=True,
         )(graph, inputs)
-        return compiled
+        return tangents.without_zeros(compiled, optional)
 
-    def _run_flat(self, flat: GraphModule, inputs: Sequence[Any], name: str, place: Slot) -> Boxed:
+    def _backward(
+        self, flat: GraphModule, inputs: Sequence[Any], place: Slot, optional: bool
+    ) -> Boxed:
+        """The backward; where tangents are ``optional``, compiled when it is first known which of
+        them come.
+        """
+
+        def compiled(absent: tangents.Absent) -> Boxed:
+            graph, given = tangents.without(flat, inputs, absent) if optional else (flat, inputs)
+            run = self._run_flat(graph, given, "backward", late=optional)
+            place.add_backward(flat, absent, run)
+            return run
+
+        if not optional:
+            return compiled(())
+        resumed = tangents.resumption()
+        runs = tangents.Backward(tangents.of(flat), lambda absent: resumed(compiled, absent))
+        return engines.boxed(runs.__call__)
+
+    def _run_flat(
+        self, flat: GraphModule, inputs: Sequence[Any], name: str, late: bool = False
+    ) -> Boxed:
         if self.options.engine == "aten":
             return engines.aten(flat)
-        run = self._try(name, lambda: self._plan(flat, inputs, name)) or engines.aten(flat)
-        place.add(name, flat, run)
-        return run
+
+        def step() -> Boxed:
+            with tangents.no_new_guards() if late else nullcontext():
+                return self._plan(flat, inputs, name)
+
+        return self._try(name, step) or engines.aten(flat)
 
     def _plan(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
         # a CPU graph never needs the planner
@@ -205,26 +246,33 @@ class _Walk:
         from iocompiler.plan.padding import report_strides, settle_strides
 
         self.pipeline.stage("flat").run(flat, start=name)
-        self.compilation.flat[name] = flat
+        label = self._label(name)
+        self.compilation.flat[label] = flat
         self.compilation.add(findings(flat))
         for node in view.calls(flat):
             if isinstance(node.target, HigherOrderOperator):
                 raise CannotPlan(operator=node.target.__name__, where=view.where(node))
-        settle_strides(flat, name, inputs)
-        plan = build_plan(flat, engines.device_row(flat, self.options), name)
+        device = engines.device_row(flat, self.options)
+        settle_strides(flat, name, inputs, device)
+        plan = build_plan(flat, device, name)
         if self.options.no_fallback is not None:
             check_fallbacks(plan, flat, self.options.no_fallback)
         plan, measured = engines.tuned(plan, flat, self.options)
         if measured:
-            self.compilation.tuned[name] = measured
-        self.compilation.plans[name] = plan
+            self.compilation.tuned[label] = measured
+        self.compilation.plans[label] = plan
         run = engines.load(plan, flat, self.options, name)
         if self.folder is not None:
-            dump_text(self.folder / f"{name}.txt", show(flat, _bytes_moved))
+            dump_text(self.folder / f"{label}.txt", show(flat, _bytes_moved))
             if engines.source(run):
-                dump_text(self.folder / "kernels" / f"{name}.py", engines.source(run))
+                dump_text(self.folder / "kernels" / f"{label}.py", engines.source(run))
         report_strides(flat)
         return self._recorded(run, plan, flat, name)
+
+    def _label(self, name: str) -> str:
+        """``name``; with a number behind it for another backward of the same graph."""
+        before = [label for label in self.compilation.plans if label.split("_")[0] == name]
+        return f"{name}_{len(before)}" if before else name
 
     def _recorded(self, run: Boxed, plan: Plan, flat: GraphModule, name: str) -> Boxed:
         """Under "reduce-overhead", ``run`` as a CUDA graph; what cannot be one is written down."""

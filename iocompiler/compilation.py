@@ -33,7 +33,7 @@ class Compilation:
     """Filled in as the walk goes.
 
     Flat graphs and their plans are named "forward" and "backward", or "inference". A backward may
-    be added long after the forward.
+    be added long after the forward; one for other gradients than the first is "backward_1".
 
     Attributes:
         graph: the captured and rewritten graph; None where that failed.

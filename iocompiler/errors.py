@@ -97,6 +97,12 @@ class BadReplacement(IOCompilerError):
     message = "rewrite {name!r}: the replacement gives {new} where {old} stood"
 
 
+class LateGuard(IOCompilerError):
+    """A backward compiled after its forward ran assumes what the forward was not guarded for."""
+
+    message = "compiling the backward assumed {guards} of the sizes, too late to be checked"
+
+
 class CannotPlan(IOCompilerError):
     """A flat graph calls something that has no place in a plan."""
 

@@ -7,6 +7,7 @@ left out as in `torch.utils.flop_counter`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -62,6 +63,17 @@ def _product(call: Call, left: Any, right: Any) -> Cost:
 
 def mm(call: Call) -> Cost:
     return _product(call, call.args[0], call.args[1])
+
+
+def aligned_mm(call: Call) -> Cost:
+    """a [m, k], b [k, n] in parts the matrix units like. A result whose own rows they do not like
+    passes through a scratch in L2.
+    """
+    cost = _product(call, call.args[0], call.args[1])
+    operands = all(is_aligned(each.spec) for each in call.args[:2])
+    inner = tuple(replace(each, aligned=operands) for each in cost.contractions)
+    staged = sum((nbytes(s) for s in call.results if not is_aligned(s)), 0)
+    return replace(cost, contractions=inner, staged_bytes=staged)
 
 
 def bmm(call: Call) -> Cost:

@@ -48,7 +48,9 @@ class Contraction:
 @dataclass(frozen=True)
 class Cost:
     """Bytes to and from device memory, FLOPs (multiply and add are two), and transcendental
-    functions, which ``flops`` leaves out. ``flops`` counts the contractions' too.
+    functions, which ``flops`` leaves out. ``flops`` counts the contractions' too. Of the written
+    bytes, ``staged_bytes`` wait in L2 until the arithmetic that makes them is done, and are copied
+    from there.
     """
 
     read_bytes: Size = 0
@@ -56,6 +58,7 @@ class Cost:
     flops: Size = 0
     transcendentals: Size = 0
     contractions: tuple[Contraction, ...] = ()
+    staged_bytes: Size = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -64,6 +67,7 @@ class Cost:
             self.flops + other.flops,
             self.transcendentals + other.transcendentals,
             self.contractions + other.contractions,
+            self.staged_bytes + other.staged_bytes,
         )
 
     @property

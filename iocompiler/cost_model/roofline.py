@@ -78,7 +78,9 @@ def time(
     )
     computing = work / vector_rate(device, dtype)
     contracting = sum(contraction_time(c, device, hints, tf32) for c in cost.contractions)
-    return device.launch_s + max(moving, computing, contracting)
+    copied = value_of(cost.staged_bytes, hints)
+    copying = max(copied / device.l2_bytes_per_s, copied / device.memory_rate)
+    return device.launch_s + max(moving, computing, contracting) + copying
 
 
 def vector_rate(device: Device, dtype: torch.dtype) -> float:

@@ -9,7 +9,7 @@ The graph stays what the user wrote: in-place operators remain (`normalise` make
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -57,7 +58,12 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     mode = _fresh_mode(example_inputs)
     fakes = fake_inputs(example_inputs, mode)
     try:
-        with mode, torch.fx.traceback.preserve_node_meta(), torch._C.DisableTorchFunctionSubclass():
+        with (
+            mode,
+            torch.fx.traceback.preserve_node_meta(),
+            torch._C.DisableTorchFunctionSubclass(),
+            _unhooked(),
+        ):
             traced = make_fx(_Retrace(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
                 *fakes
             )
@@ -69,6 +75,13 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     traced.meta.update(gm.meta)
     _enter_checkpoints(traced)
     return traced
+
+
+def _unhooked() -> AbstractContextManager[Any]:
+    """A checkpoint around the program counts what is saved; tracing is not to be counted."""
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        return nullcontext()
+    return saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _transforms(node: Node) -> bool:
@@ -119,6 +132,9 @@ def _copy_input_meta(gm: GraphModule, traced: GraphModule) -> None:
             new._dynamo_source = old._dynamo_source
         kept = {key: item for key, item in old.meta.items() if key not in ("val", "example_value")}
         new.meta = {**kept, **new.meta}
+        example = old.meta.get("example_value")
+        if isinstance(example, torch.Tensor):
+            new.meta["requires_grad"] = example.requires_grad
         new.name = old.name
         new.target = old.target if isinstance(old.target, str) else old.name
 

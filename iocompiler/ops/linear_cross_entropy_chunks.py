@@ -28,6 +28,20 @@ class Setting:
     capped: bool = False
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A row's loss is ``coefficient * cross_entropy + squared * logsumexp^2``: [T] each, None for 1
+    and for 0. Where one is 0, its summand is 0.
+    """
+
+    coefficient: Tensor | None = None
+    squared: Tensor | None = None
+
+    def part(self, some: slice) -> Rows:
+        both = (self.coefficient, self.squared)
+        return Rows(*(each if each is None else each[some].contiguous() for each in both))
+
+
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """The dtype the weight's gradient is summed in: unscaled sums may leave float16's range."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -45,7 +59,7 @@ def walk(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    factor: Tensor | None,
+    rows_of: Rows,
     setting: Setting,
     needed: Sequence[bool] | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -68,8 +82,8 @@ def walk(
         some = slice(first, min(first + chunk, rows))
         logits = scratch[: some.stop - some.start, :vocabulary]
         _project(x[some], weight, bias, logits, parts)
-        scale = None if factor is None else factor[some]
-        _rows(logits, target[some], scale, losses[some], setting, dx, dweight, dbias)
+        gradient = any(d is not None for d in (dx, dweight, dbias))
+        _rows(logits, target[some], rows_of.part(some), losses[some], setting, gradient)
         if dx is not None:
             _sum_over_vocabulary(logits, weight, dx[some], parts)
         if dweight is not None:
@@ -133,28 +147,16 @@ def _add_outer(logits: Tensor, x: Tensor, dweight: Tensor, parts: list[slice]) -
 
 
 def _rows(
-    logits: Tensor,
-    target: Tensor,
-    factor: Tensor | None,
-    losses: Tensor,
-    setting: Setting,
-    *gradients: Tensor | None,
+    logits: Tensor, target: Tensor, rows_of: Rows, losses: Tensor, setting: Setting, gradient: bool
 ) -> None:
-    """Write the losses; if there are gradients, turn the logits into theirs."""
-    gradient = any(d is not None for d in gradients)
-    if logits.is_cuda and logits.dtype != torch.float64:
-        launch_rows(logits, target, factor, losses, setting, gradient)
-    else:
-        reference_rows(logits, target, factor, losses, setting, gradient)
+    """Write the losses; with ``gradient``, turn the logits into theirs."""
+    on_gpu = logits.is_cuda and logits.dtype != torch.float64
+    run = launch_rows if on_gpu else reference_rows
+    run(logits, target, rows_of, losses, setting, gradient)
 
 
 def launch_rows(
-    logits: Tensor,
-    target: Tensor,
-    factor: Tensor | None,
-    losses: Tensor,
-    setting: Setting,
-    gradient: bool,
+    logits: Tensor, target: Tensor, rows_of: Rows, losses: Tensor, setting: Setting, gradient: bool
 ) -> None:
     """`reference_rows` by the Triton kernel; Triton keeps it compiled in its own cache on disk."""
     from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
@@ -163,10 +165,12 @@ def launch_rows(
     if not rows:
         return
     block = min(4096, 1 << max(vocabulary - 1, 1).bit_length())
+    coefficient, squared = rows_of.coefficient, rows_of.squared
     cross_entropy_rows[(rows,)](
         logits,
         target,
-        losses if factor is None else factor,
+        losses if coefficient is None else coefficient,
+        losses if squared is None else squared,
         losses,
         vocabulary,
         logits.stride(0),
@@ -177,19 +181,15 @@ def launch_rows(
         CAPPED=setting.capped,
         SMOOTHED=setting.smoothing != 0.0,
         GRADIENT=gradient,
-        SCALED=factor is not None,
+        SCALED=coefficient is not None,
+        SQUARED=squared is not None,
         BLOCK=block,
         num_warps=16 if block == 4096 else 4,
     )
 
 
 def reference_rows(
-    logits: Tensor,
-    target: Tensor,
-    factor: Tensor | None,
-    losses: Tensor,
-    setting: Setting,
-    gradient: bool,
+    logits: Tensor, target: Tensor, rows_of: Rows, losses: Tensor, setting: Setting, gradient: bool
 ) -> None:
     """What the kernel `cross_entropy_rows` computes, in plain aten."""
     vocabulary = logits.shape[1]
@@ -200,18 +200,26 @@ def reference_rows(
     slope = setting.outer * setting.inner * (1 - z * z) if setting.capped else setting.outer
     z = setting.outer * z
     label = torch.where(kept, target, 0)[:, None]
-    lse = torch.logsumexp(z, 1, keepdim=True)
-    loss = lse - (1 - setting.smoothing) * z.gather(1, label)
+    lse = torch.logsumexp(z, 1)
+    cross = lse - (1 - setting.smoothing) * z.gather(1, label)[:, 0]
     if setting.smoothing:
-        loss = loss - setting.smoothing * z.mean(1, keepdim=True)
-    losses.copy_(torch.where(kept, loss[:, 0], 0.0))
+        cross = cross - setting.smoothing * z.mean(1)
+    hit = kept.to(losses.dtype)
+    if rows_of.coefficient is not None:
+        hit = torch.where(kept, rows_of.coefficient.to(losses.dtype), 0.0)
+    loss, mass = torch.where(hit == 0, 0.0, hit * cross), hit
+    if rows_of.squared is not None:
+        share = rows_of.squared.to(losses.dtype)
+        loss = loss + torch.where(share == 0, 0.0, share * lse * lse)
+        mass = mass + torch.where(share == 0, 0.0, 2 * share * lse)
+    losses.copy_(loss)
     if not gradient:
         return
-    d = torch.exp(z - lse)
+    d = mass[:, None] * torch.exp(z - lse[:, None])
+    hit = hit[:, None]
     if setting.smoothing:
-        d -= setting.smoothing / vocabulary
-    d.scatter_add_(1, label, torch.full_like(label, setting.smoothing - 1.0, dtype=d.dtype))
+        d -= hit * (setting.smoothing / vocabulary)
+    d.scatter_add_(1, label, (setting.smoothing - 1.0) * hit)
     d *= slope
-    if factor is not None:
-        d *= factor[:, None]
-    logits.copy_(torch.where(kept[:, None], d, 0.0))
+    ignored = ~kept if rows_of.squared is None else torch.zeros_like(kept)
+    logits.copy_(torch.where(ignored[:, None], 0.0, d))

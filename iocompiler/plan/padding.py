@@ -3,7 +3,8 @@
 cuBLAS has fast kernels only where rows start at multiples of 16 bytes and extents are multiples of
 as much. The intermediate is therefore stored with a longer row stride, whose padding is never read
 or written, and the product is done in aligned parts (`ops/aligned_mm.py`). Only what leaves the
-graph must lie as the user's program has it: it is copied.
+graph must lie as the user's program has it: a product goes there through a scratch, unless another
+product reads it too; the rest is copied.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
 
-from iocompiler.graph.rewrite import call, redirect
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.roofline import time
+from iocompiler.cost_model.rules import cost
+from iocompiler.graph.rewrite import call, erase, redirect
+from iocompiler.graph.view import is_contiguous
 from iocompiler.ops.aligned_mm import ALIGNED_MM
+from iocompiler.plan.build import size_hints
 from iocompiler.plan.rules import has_rule
 from iocompiler.plan.views import is_view, storage_owner
 from iocompiler.tile.index import Size
@@ -26,6 +32,9 @@ aten = torch.ops.aten
 CONTRACTIONS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 )
+
+# What `ops/aligned_mm.py` can do.
+_ALIGNABLE = (aten.mm.default, aten.addmm.default)
 
 # Rows start at multiples of this many bytes: a memory line.
 _LINE = 128
@@ -42,38 +51,42 @@ _EXACT = "iocompiler_exact_stride"
 Strides = tuple[Size, ...]
 
 
-def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any]) -> None:
+def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any], device: Device) -> None:
     """Fix the strides of everything in the flat graph ``name`` before it is planned; ``inputs`` are
-    its fake inputs.
+    its fake inputs, ``device`` prices it.
     """
     adopt_strides(gm, inputs)
-    pad_rows(gm, exact_outputs(name))
+    pad_rows(gm, exact_outputs(name), device)
 
 
-def pad_rows(gm: GraphModule, exact_outputs: int | None) -> int:
+def pad_rows(gm: GraphModule, exact_outputs: int | None, device: Device) -> int:
     """Give unaligned matmul operands and results padded rows, and odd matmuls aligned parts.
 
     Args:
         exact_outputs: how many of the graph's first outputs must keep their strides; None: all.
+        device: on which aligned parts must be faster, where the result passes through a scratch.
 
     Returns:
         how many tensors have padded rows.
     """
     padded = 0
+    leaving = _leaving(gm, exact_outputs)
     for node in list(gm.graph.nodes):
+        if node in leaving and node.target in _ALIGNABLE and not _is_multiplied(node):
+            continue
         if _wants_padding(node) and _restride(node, _padded(node.meta["val"])):
             padded += 1
     if padded:
         _copy_exact_outputs(gm, exact_outputs)
     for node in list(gm.graph.nodes):
         if _is_odd(node):
-            _align(gm, node)
+            _align(gm, node, device)
     return padded
 
 
 def _is_odd(node: Node) -> bool:
     """Whether a large matmul has an extent that keeps the library from its fast kernels."""
-    if node.target not in (aten.mm.default, aten.addmm.default):
+    if node.target not in _ALIGNABLE:
         return False
     a, b = (arg.meta["val"] for arg in node.args[-2:])  # type: ignore[union-attr]
     value = node.meta["val"]
@@ -83,15 +96,20 @@ def _is_odd(node: Node) -> bool:
     odd = any(e * value.element_size() % _ALIGNED for e in extents)
     bias = node.args[0].meta["val"] if len(node.args) == 3 else None  # type: ignore[union-attr]
     plain = not node.kwargs and (bias is None or bias.dim() == 1)
-    return odd and plain and bool(max(a.numel(), b.numel(), value.numel()) >= _SMALL)
+    return odd and plain and any(_is_large(x) for x in (a, b, value))
 
 
-def _align(gm: GraphModule, node: Node) -> None:
+def _align(gm: GraphModule, node: Node, device: Device) -> None:
     value = node.meta["val"]
     bias = node.args[0] if node.target is aten.addmm.default else None
     arguments = (*node.args[-2:], bias, value.stride(0))
     new = call(gm, ALIGNED_MM, arguments, {}, near=node)
-    redirect(gm, node, new)
+    hints = size_hints(gm)
+    aligned, plain = (time(cost(each), device, value.dtype, hints) for each in (new, node))
+    if cost(new).staged_bytes and aligned > plain:
+        erase(gm, new)
+    else:
+        redirect(gm, node, new)
 
 
 def adopt_strides(gm: GraphModule, inputs: Sequence[Any]) -> None:
@@ -142,7 +160,7 @@ def _wants_padding(node: Node) -> bool:
         return False
     if node.target in CONTRACTIONS:
         return True
-    return has_rule(node) and any(user.target in CONTRACTIONS for user in _readers(node))
+    return has_rule(node) and _is_multiplied(node)
 
 
 def _is_half_there(value: torch.Tensor) -> bool:
@@ -161,9 +179,27 @@ def _unaligned(value: torch.Tensor) -> bool:
         and isinstance(value.stride(-2), int)
         and value.stride(-2) == width
         and width * value.element_size() % _ALIGNED != 0
-        and bool(value.numel() >= _SMALL)
-        and value.is_contiguous()
+        and _is_large(value)
+        and is_contiguous(value)
     )
+
+
+def _is_large(value: torch.Tensor) -> bool:
+    """By the sizes at hand where they vary: a choice of speed alone, which needs no guard."""
+    count: Any = value.numel()
+    if isinstance(count, torch.SymInt):
+        count = count.node.hint if count.node.has_hint() else _SMALL
+    return bool(count >= _SMALL)
+
+
+def _leaving(gm: GraphModule, exact: int | None) -> frozenset[Node]:
+    """What the first outputs lie in, which the user's program sees."""
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    return frozenset(storage_owner(arg) for arg in output.args[0][:exact] if isinstance(arg, Node))
+
+
+def _is_multiplied(node: Node) -> bool:
+    return any(user.target in CONTRACTIONS for user in _readers(node))
 
 
 def _readers(node: Node) -> Iterator[Node]:

@@ -10,6 +10,7 @@ import torch
 from torch._functorch._aot_autograd import runtime_wrappers
 
 from iocompiler.runtime.convention import Convention, Tangent, Training
+from iocompiler.runtime.tangents import Backward, may_be_none
 
 Boxed: TypeAlias = Callable[[list[Any]], Any]
 # what tells Dynamo which sizes of a result vary, for the graph that comes next
@@ -113,6 +114,8 @@ def _function(
     unchecked = checked + training.unchecked
     amp: Any = torch._C._DisableAutocast if torch._C._is_any_autocast_enabled() else nullcontext
     silent = [position for position, output in enumerate(outputs) if not output.differentiable]
+    tangents = training.tangents
+    partial = backward if isinstance(backward, Backward) else None
 
     class CompiledGraph(torch.autograd.Function):
         @staticmethod
@@ -129,14 +132,22 @@ def _function(
                 *(found[p] for p in silent if isinstance(found[p], torch.Tensor))
             )
             ctx._materialize_non_diff_grads = False
+            if partial is not None:
+                ctx.set_materialize_grads(not may_be_none())
+                ctx.kinds = [_kind(results[t.output]) for t in tangents]
             return tuple(found)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             _check_backward(training)
             args = [*ctx.sizes, *ctx.saved_tensors, *ctx.unchecked]
-            args += [_laid_out(gradients[t.output], t) for t in training.tangents]
+            given = [gradients[t.output] for t in tangents]
             del gradients
+            if partial is not None:
+                _complete(given, ctx.kinds, partial, len(args))
+            for tangent in tangents:
+                gradient = given.pop(0)
+                args.append(None if gradient is None else _laid_out(gradient, tangent))
 
             def run() -> tuple[Any, ...]:
                 ctx.maybe_clear_saved_tensors()
@@ -158,6 +169,22 @@ def _unviewed(x: Any) -> Any:
     if isinstance(x, torch.Tensor) and x._is_view():
         return torch.ops.aten._unsafe_view(x, x.shape)
     return x
+
+
+def _kind(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
+
+
+def _complete(
+    given: list[torch.Tensor | None], kinds: Sequence[Any], backward: Backward, first: int
+) -> None:
+    """Zeros in place of what did not come and the backward cannot do without; the tangents start at
+    its argument ``first``.
+    """
+    absent = tuple(first + at for at, gradient in enumerate(given) if gradient is None)
+    for at in set(absent).difference(backward.nearest(absent)):
+        shape, dtype, device = kinds[at - first]
+        given[at - first] = torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _laid_out(x: torch.Tensor, tangent: Tangent) -> torch.Tensor:

@@ -135,6 +135,10 @@ class Cache:
         """Remove an entry whose contents make no sense, with one warning per cache."""
         self._drop_damaged(self.folder(kind, key), reason)
 
+    def forget(self, kind: str, key: str) -> None:
+        """Remove an entry that another one is to replace."""
+        _remove(self.folder(kind, key))
+
     def info(self) -> Info:
         entries = self._entries()
         counts: dict[str, int] = {}

@@ -16,8 +16,9 @@ import torch
 from torch.fx import GraphModule
 
 from iocompiler.errors import NotCacheable
+from iocompiler.runtime.tangents import FRESH
+from iocompiler.runtime.tangents import takers as takers_of
 
-_FRESH = ("non_alias", "unsafe_view_alias", "custom_function_view")
 _KEPT = ("NOT_MUTATED", "MUTATED_IN_GRAPH")
 # fields of the metadata that are read below, or that say nothing the call depends on
 _READ = {
@@ -171,7 +172,7 @@ def _refuse(metadata: Any) -> None:
 
 def _read_output(info: Any) -> Output:
     kind = info.output_type.name
-    if kind not in (*_FRESH, "is_input"):
+    if kind not in (*FRESH, "is_input"):
         raise NotCacheable(cause=f"an output is an {kind.replace('_', ' ')}")
     source = info.base_idx if kind == "is_input" else None
     dynamic = tuple(sorted(info.dynamic_dims)) if info.dynamic_dims is not None else None
@@ -184,13 +185,7 @@ def _read_training(
     sizes = metadata.num_symints_saved_for_bw
     unchecked = getattr(metadata, "num_tensors_saved_with_no_vc_check", 0) or 0
     checked = len(_results(forward)) - len(outputs) - unchecked - sizes
-    takers = [
-        position
-        for position, info in enumerate(metadata.output_info)
-        if info.output_type.name in _FRESH
-        and issubclass(info.raw_type, torch.Tensor)
-        and getattr(info, "requires_grad_for_backward", info.requires_grad)
-    ]
+    takers = takers_of(metadata)
     layouts = metadata.subclass_tangent_meta
     _expect("tangents", len(layouts), len(takers))
     needed = len(backward.graph.find_nodes(op="placeholder"))

@@ -10,7 +10,8 @@ guards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,8 +19,8 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 
-from iocompiler.compilation import Compilation
-from iocompiler.errors import NotCacheable
+from iocompiler.compilation import Compilation, Fallback
+from iocompiler.errors import FallbackWarning, NotCacheable
 from iocompiler.graph.findings import Miss, Rewrite
 from iocompiler.graph.fingerprint import shape_environment
 from iocompiler.options import Options
@@ -29,12 +30,15 @@ from iocompiler.runtime.autograd import Boxed, callable_of
 from iocompiler.runtime.cache import Cache, Entry, default_cache, key_of
 from iocompiler.runtime.convention import Convention, read
 from iocompiler.runtime.graph_key import key_text
+from iocompiler.runtime.graph_text import graph_of, graph_text
+from iocompiler.runtime.tangents import Absent, Backward
 
 LoadText: TypeAlias = Callable[[str, str, str], Boxed]
 """``(text, name, device)`` to the function that runs it."""
 
 _KIND = "graphs"
 _KEY = "key.txt"
+_GENERAL = "backward_aten.py"
 _GUARDED = 8  # entries under one key
 
 
@@ -49,6 +53,9 @@ class Slot:
         text: what the key is the hash of.
         inputs: how many Dynamo's graph has. sizes: the symbolic ones among them.
         modules: (text, device) of each flat graph compiled so far.
+        backwards: which tangents each backward among them does without.
+        convention: how the modules are called, once the backward is known.
+        general: the whole backward as text, for tangents that no process had before.
     """
 
     compilation: Compilation
@@ -59,7 +66,11 @@ class Slot:
     sizes: list[torch.SymInt] = field(default_factory=list)
     constants: list[dict[str, Any]] = field(default_factory=list)
     modules: dict[str, tuple[str, str]] = field(default_factory=dict)
+    backwards: dict[str, Absent] = field(default_factory=dict)
     forward: tuple[GraphModule, Any] | None = None
+    convention: Convention | None = None
+    general: str = ""
+    key: str = ""
 
     def look(self, gm: GraphModule) -> Callable[..., Any] | None:
         """The function of an entry that fits, its findings added to the compilation; None where
@@ -72,6 +83,7 @@ class Slot:
                 return None
             try:
                 if _hold(entry.meta["guards"], self.sizes):
+                    self.key = key
                     return self._open(entry, gm)
             except Exception as error:  # whatever is wrong with it, it is made again
                 self.cache.discard(_KIND, key, f"{type(error).__name__}: {error}")
@@ -87,23 +99,45 @@ class Slot:
                 self.refuse(error)
 
     def add(self, name: str, flat: GraphModule, run: Boxed) -> None:
-        """Take a compiled flat graph in; with the last one of the graph, write the entry."""
+        """Take a compiled forward or inference graph in; with the latter, write the entry."""
         if self.cache is None:
             return
-        module = getattr(run, "module", None)
-        self.modules[name] = (getattr(run, "source", ""), str(getattr(module, "device", "")))
+        self._keep(name, run)
         try:
             if name == "forward":
                 self.forward = (flat, _metadata())
-            elif name == "inference":
+            else:
                 self._write(read(_metadata(), flat))
-            elif self.forward is not None:
-                graph, metadata = self.forward
-                self._write(read(metadata, graph, flat))
         except Exception as error:
             self.refuse(error)
-        if name != "forward":
-            self.forward = None
+
+    def add_backward(self, whole: GraphModule, absent: Absent, run: Boxed) -> None:
+        """Take a compiled backward in, and write the entry with it.
+
+        Args:
+            whole: the flat backward for all tangents.
+            absent: those that ``run`` does without.
+        """
+        if self.cache is None:
+            return
+        name = f"backward_{len(self.backwards)}" if self.backwards else "backward"
+        self._keep(name, run)
+        self.backwards[name] = absent
+        try:
+            if self.forward is not None:
+                graph, metadata = self.forward
+                self.convention = read(metadata, graph, whole)
+                if len(self.convention.training.tangents) > 1:  # type: ignore[union-attr]
+                    self.general = graph_text(whole)
+            if self.convention is not None:
+                self._write(self.convention)
+        except Exception as error:
+            self.refuse(error)
+        self.forward = None
+
+    def _keep(self, name: str, run: Boxed) -> None:
+        module = getattr(run, "module", None)
+        self.modules[name] = (getattr(run, "source", ""), str(getattr(module, "device", "")))
 
     def refuse(self, error: Exception) -> None:
         """The graph is not kept: it is compiled and runs as it would without a cache."""
@@ -129,12 +163,39 @@ class Slot:
             for name, device in meta["devices"].items()
         }
         forward = loaded["inference"] if convention.training is None else loaded["forward"]
-        run = callable_of(convention, forward, loaded.get("backward"), tensors)
+        run = callable_of(convention, forward, self._backward(entry, convention, loaded), tensors)
         rewrites = [Rewrite(**row) for row in meta["rewrites"]]
         self.compilation.add([*rewrites, *(Miss(**row) for row in meta["misses"])])
         self.compilation.changed = int(meta["changed"])
         self.compilation.cache = "found"
         return run
+
+    def _backward(
+        self, entry: Entry, convention: Convention, loaded: Mapping[str, Boxed]
+    ) -> Boxed | None:
+        training = convention.training
+        if training is None:
+            return None
+        if len(training.tangents) < 2:
+            return loaded["backward"]
+        known = {tuple(absent): loaded[name] for name, absent in entry.meta["backwards"].items()}
+        text = entry.files[_GENERAL].decode()
+        first = training.sizes + training.checked + training.unchecked
+        positions = range(first, first + len(training.tangents))
+        return Backward(positions, lambda _: self._on_aten(text), known)
+
+    def _on_aten(self, text: str) -> Boxed:
+        """The backward for tangents it was never compiled for; the next process compiles it."""
+        cause = "other results are differentiated than when the graph was compiled"
+        self.compilation.fallbacks.append(Fallback("backward", cause))
+        warnings.warn(
+            f"iocompiler: backward found in the cache runs on aten in this process: {cause}",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        if self.cache is not None:
+            self.cache.forget(_KIND, self.key)
+        return graph_of(text)
 
     def _write(self, convention: Convention) -> None:
         assert self.cache is not None
@@ -147,6 +208,7 @@ class Slot:
             "convention": convention.as_json(),
             "constants": self.constants,
             "guards": _guards(self.sizes),
+            "backwards": self.backwards,
             "devices": {name: device for name, (_, device) in self.modules.items()},
             "rewrites": [dataclasses.asdict(found) for found in done.rewrites],
             "misses": [dataclasses.asdict(found) for found in done.misses],
@@ -154,11 +216,14 @@ class Slot:
         }
         files = {f"{name}.py": text.encode() for name, (text, _) in self.modules.items()}
         files[_KEY] = self.text.encode()
+        files[_GENERAL] = self.general.encode()
+        if self.key:
+            self.cache.forget(_KIND, self.key)  # written again, with one more backward
         free = (key for key in self._keys() if not self.cache.folder(_KIND, key).exists())
-        key = next(free, None)
-        if key is None:
+        self.key = self.key or next(free, "")
+        if not self.key:
             raise NotCacheable(cause="its sizes vary too much")
-        if self.cache.store(_KIND, key, files, meta) is not None:
+        if self.cache.store(_KIND, self.key, files, meta) is not None:
             done.cache = "stored"
 
 

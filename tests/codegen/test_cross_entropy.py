@@ -10,15 +10,20 @@ from iocompiler.codegen import kernels
 from iocompiler.runtime.compile import Job, compile_kernels
 
 _TEXT = (Path(kernels.__path__[0]) / "cross_entropy.py").read_text()
-_CONSTANTS = {"CAPPED": True, "SMOOTHED": True, "GRADIENT": True, "SCALED": True, "BLOCK": 4096}
+_CONSTANTS = {
+    "CAPPED": True, "SMOOTHED": True, "GRADIENT": True, "SCALED": True, "SQUARED": True,
+    "BLOCK": 4096,
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("capped", [False, True])
-def test_it_compiles_without_spills(capability: int, capped: bool) -> None:
-    constants = _CONSTANTS | {"CAPPED": capped}
-    pointers = [("logits", "*bf16"), ("target", "*i64"), ("factor", "*fp32"), ("loss", "*fp32")]
+@pytest.mark.parametrize("squared", [False, True])
+def test_it_compiles_without_spills(capability: int, capped: bool, squared: bool) -> None:
+    constants = _CONSTANTS | {"CAPPED": capped, "SQUARED": squared}
+    pointers = [("logits", "*bf16"), ("target", "*i64")]
+    pointers += [(name, "*fp32") for name in ("coefficient", "squared", "loss")]
     numbers = [(name, "i32") for name in ("vocabulary", "row_stride", "ignore_index")]
     floats = [(name, "fp32") for name in ("smoothing", "outer", "inner")]
     wrapper = (
@@ -30,7 +35,9 @@ def test_it_compiles_without_spills(capability: int, capped: bool) -> None:
         + "".join(f", {name}={value}" for name, value in constants.items())
         + ")\n"
     )
-    job = Job(wrapper, "rows", (*pointers, *numbers, *floats), (0, 1, 2, 3, 5), 16, 3, capability)
+    job = Job(
+        wrapper, "rows", (*pointers, *numbers, *floats), (0, 1, 2, 3, 4, 6), 16, 3, capability
+    )
     built = compile_kernels([(job, "rows.py")])[0]
     assert built.cubin
     assert built.metadata["spills"] == 0

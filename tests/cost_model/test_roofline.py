@@ -33,6 +33,13 @@ def test_the_longest_of_bytes_and_arithmetic_counts():
     assert time(Cost(flops=6e9), H200, torch.float64) > time(Cost(flops=6e9), H200)
 
 
+def test_what_is_staged_in_l2_is_copied_after_the_arithmetic():
+    cost = Cost(0, 2**30, flops=6e12, staged_bytes=2**30)
+    alone = Cost(0, 2**30, flops=6e12)
+    assert time(cost, H200) - time(alone, H200) == pytest.approx(2**30 / 4.3e12)
+    assert (cost + cost).staged_bytes == 2**31
+
+
 def test_an_empty_launch_still_costs():
     assert time(Cost(), H200) == H200.launch_s
 

@@ -395,10 +395,23 @@ def test_a_head_with_its_loss_counts_its_products(products):
     x, weight, target = spec(64, 32), spec(100, 32), spec(64)
     setting = (-100, 0.0, 1.0, 1.0, False)
     if products == 1:
-        name, args = "losses", (x, weight, None, target, *setting)
+        name, args = "losses", (x, weight, None, target, None, None, *setting)
     else:
         masks = (True, products == 3, False)
-        name, args = "gradients", (x, weight, None, target, None, *setting, *masks)
+        name, args = "gradients", (x, weight, None, target, None, None, *setting, *masks)
     c = price(call(f"iocompiler.linear_cross_entropy_{name}.default", *args, out=spec(64)))
     assert len(c.contractions) == products
     assert sum(each.flops for each in c.contractions) == products * 2 * 64 * 32 * 100
+
+
+def test_an_odd_product_is_staged_where_its_rows_leave_unaligned():
+    pytest.importorskip("iocompiler.ops.aligned_mm")
+    a, b = spec(64, 32, dtype=torch.bfloat16), spec(32, 37, dtype=torch.bfloat16, stride=(1, 32))
+    padded = spec(64, 37, dtype=torch.bfloat16, stride=(64, 1))
+    exact = spec(64, 37, dtype=torch.bfloat16)
+    name = "iocompiler.aligned_mm.default"
+    assert price(call(name, a, b, None, 64, out=padded)).staged_bytes == 0
+    c = price(call(name, a, b, None, 37, out=exact))
+    assert c.staged_bytes == 64 * 37 * 2
+    assert c.contractions[0].aligned
+    assert c.bytes == price(call("aten.mm.default", a, b, out=exact)).bytes

@@ -35,7 +35,9 @@ def inputs(rows: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
 
 def ours(given: tuple[Any, ...], reduction: str, smoothing: float, capped: bool) -> Tensor:
     outer, inner = (3.0, 0.4) if capped else (0.7, 1.0)
-    loss: Tensor = LINEAR_CROSS_ENTROPY(*given, -100, smoothing, outer, inner, capped, reduction)
+    loss: Tensor = LINEAR_CROSS_ENTROPY(
+        *given, None, None, -100, smoothing, outer, inner, capped, reduction
+    )
     return loss
 
 
@@ -78,6 +80,67 @@ def test_is_as_accurate_as_eager(
         allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(mine, exact) <= allowed, place
         assert mine.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("smoothing", "capped"), [(0.0, False), (0.2, True)])
+def test_shares_of_the_rows(
+    dtype: torch.dtype, reduction: str, which: tuple[bool, bool], smoothing: float, capped: bool
+) -> None:
+    """Cross-entropies weighted row by row, and squared logsumexps of ignored rows too."""
+    given = inputs(300, dtype)
+    c, s = (torch.rand(300, dtype=torch.float64) * (torch.arange(300) % 7 > 0) for _ in range(2))
+
+    def mine(given: tuple[Any, ...]) -> Tensor:
+        shares = [
+            t.to(given[0].dtype) if use else None for t, use in zip((c, s), which, strict=True)
+        ]
+        outer, inner = (3.0, 0.4) if capped else (0.7, 1.0)
+        loss: Tensor = LINEAR_CROSS_ENTROPY(
+            *given, *shares, -100, smoothing, outer, inner, capped, reduction
+        )
+        return loss
+
+    def plain(given: tuple[Any, ...]) -> Tensor:
+        z = F.linear(*given[:3])
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = 3.0 * torch.tanh(0.4 * z) if capped else 0.7 * z
+        cross = F.cross_entropy(z, given[3], reduction="none", label_smoothing=smoothing)
+        first = cross * c.to(z.dtype) if which[0] else cross
+        rows = first + (s.to(z.dtype) * z.logsumexp(1) ** 2 if which[1] else 0)
+        return rows.sum() if reduction == "sum" else rows
+
+    wide = tuple(t.detach().double().requires_grad_() for t in given[:3]) + given[3:]
+    triples = zip(results(mine, given), results(plain, given), results(plain, wide), strict=True)
+    for place, (ours_, theirs, exact) in enumerate(triples):
+        least = torch.finfo(dtype).eps
+        allowed = 3 * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(ours_, exact) <= allowed, place
+
+
+def test_small_shares_keep_their_gradients_in_half_precision() -> None:
+    """A loss scale comes in the backward; gradients made in the forward must last till then."""
+    given = inputs(300, torch.float16)
+    share, loss_scale = torch.full((300,), 1e-7), 2.0**16
+
+    def gradients(given: tuple[Any, ...], function: Any) -> list[Tensor]:
+        return list(torch.autograd.grad(function(given) * loss_scale, given[:3]))
+
+    def mine(given: tuple[Any, ...]) -> Tensor:
+        rest = (-100, 0.0, 1.0, 1.0, False, "sum")
+        loss: Tensor = LINEAR_CROSS_ENTROPY(*given, share, share, *rest)
+        return loss
+
+    def plain(given: tuple[Any, ...]) -> Tensor:
+        z = F.linear(*given[:3]).to(torch.promote_types(given[0].dtype, torch.float32))
+        rows = F.cross_entropy(z, given[3], reduction="none") + z.logsumexp(1) ** 2
+        return (rows * share.to(z.dtype)).sum()
+
+    wide = tuple(t.detach().double().requires_grad_() for t in given[:3]) + given[3:]
+    for ours_, exact in zip(gradients(given, mine), gradients(wide, plain), strict=True):
+        assert relative_error(ours_, exact) < 2e-3
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -206,3 +269,39 @@ def test_on_the_gpu(
         factor, least = (3, 0.0) if place else (2, torch.finfo(dtype).eps / 2)
         allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(mine, exact) <= allowed, place
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1000, 50257])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_shares_of_the_rows_on_the_gpu(dtype: torch.dtype, vocabulary: int, reduction: str) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(n, 64, device="cuda") / 2 for n in (1000, vocabulary)]
+    x, weight = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+    target = torch.randint(0, vocabulary, (1000,), device="cuda")
+    target[::5] = -100
+    c, s = (torch.rand(1000, device="cuda") * (target % 3 > 0) for _ in range(2))
+
+    def mine(pair: Any) -> Tensor:
+        shares = [t.to(torch.promote_types(pair[0].dtype, torch.float32)) for t in (c, s)]
+        loss: Tensor = LINEAR_CROSS_ENTROPY(
+            *pair, None, target, *shares, -100, 0.1, 0.7, 1.0, False, reduction
+        )
+        return loss
+
+    def plain(pair: Any) -> Tensor:
+        z = 0.7 * F.linear(*pair).to(torch.promote_types(pair[0].dtype, torch.float32))
+        rows = F.cross_entropy(z, target, reduction="none", label_smoothing=0.1)
+        rows = c.to(z.dtype) * rows + s.to(z.dtype) * z.logsumexp(1) ** 2
+        return rows.sum() if reduction == "sum" else rows
+
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    found = []
+    for function, pair in ((mine, (x, weight)), (plain, (x, weight)), (plain, wide)):
+        loss = function(pair)
+        found.append([loss, *torch.autograd.grad(loss.sum(), list(pair))])
+    for place, (ours_, theirs, exact) in enumerate(zip(*found, strict=True)):
+        least = torch.finfo(dtype).eps
+        allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(ours_, exact) <= allowed, place

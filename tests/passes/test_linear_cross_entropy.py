@@ -90,6 +90,134 @@ def one_row_each(x, w, b, y):
     return F.cross_entropy(F.linear(x, w)[:, -1], y[:, -1])
 
 
+# the same by hand
+
+
+def picked(x, w, b, y):
+    logp = F.log_softmax(F.linear(x, w).float(), dim=-1)
+    return -logp.gather(-1, y.unsqueeze(-1)).squeeze(-1).mean()
+
+
+def picked_and_masked(x, w, b, y):
+    logp = F.linear(x, w, b).log_softmax(-1)
+    mask = (y != 3).to(logp.dtype)
+    rows = torch.gather(logp, 2, y[..., None])[..., 0]
+    return -(rows * mask).sum() / mask.sum()
+
+
+def picked_row_by_row(x, w, b, y):
+    logits = F.linear(x, w)[:, :-1].float()
+    rows = torch.take_along_dim(logits.log_softmax(-1), y[:, 1:, None], -1).squeeze(-1)
+    return (rows * torch.tensor([1.0, -2.0])[:, None]).exp().sum()
+
+
+def ratio_of_policies(x, w, b, y):
+    """As in policy gradients: the log-probability enters twice, once without a gradient."""
+    logp = torch.gather(F.linear(x, w).log_softmax(-1), 2, y.unsqueeze(2)).squeeze(2)
+    ratio = (logp - logp.detach()).exp()
+    return -torch.min(ratio * 0.5, ratio.clamp(0.8, 1.2) * 0.5).mean()
+
+
+def lse_minus_chosen(x, w, b, y):
+    logits = F.linear(x, w).view(-1, V).float()
+    rows = torch.logsumexp(logits, -1) - logits.gather(1, y.view(-1, 1)).squeeze(1)
+    return rows.masked_fill(y.view(-1) == 3, 0).sum() / 5
+
+
+def indexed(x, w, b, y):
+    logits = (x.view(-1, D) @ w.t()).float()
+    flat = y.view(-1)
+    chosen = logits[torch.arange(flat.shape[0]), torch.where(flat == 3, -1, flat)]
+    return torch.where(flat > 5, logits.logsumexp(1) - chosen, 0.0).mean()
+
+
+def softmax_by_hand(x, w, b, y):
+    logits = F.linear(x, w).float()
+    logp = logits - logits.logsumexp(-1, keepdim=True)
+    return F.nll_loss(logp.view(-1, V), y.view(-1), ignore_index=3)
+
+
+def softmax_and_classes_second(x, w, b, y):
+    logp = F.log_softmax(F.linear(x, w, b).float(), -1).transpose(1, 2)
+    return F.nll_loss(logp, y, ignore_index=3)
+
+
+def z_loss(x, w, b, y):
+    logits = F.linear(x, w).view(-1, V).float()
+    return F.cross_entropy(logits, y.view(-1), ignore_index=3) + 1e-2 * (
+        logits.logsumexp(-1).pow(2).mean()
+    )
+
+
+def z_loss_masked(x, w, b, y):
+    logits = F.linear(x, w, b).float()
+    mask, z = (y != 3).float(), logits.logsumexp(-1)
+    rows = F.cross_entropy(logits.view(-1, V), y.view(-1), reduction="none").view(B, -1)
+    return ((rows + 1e-2 * z * z) * mask).sum() / mask.sum()
+
+
+def z_loss_by_hand(x, w, b, y):
+    logits = 5.0 * torch.tanh(F.linear(x, w).float() / 5.0)
+    z = logits.logsumexp(-1, keepdim=True)
+    rows = z - logits.gather(-1, y[..., None]) + 0.01 * z.square()
+    return rows.mean()
+
+
+def weighted(x, w, b, y):
+    weights = torch.linspace(0.1, 2, V, dtype=x.dtype)
+    return F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), weight=weights, ignore_index=3)
+
+
+def weighted_sum(x, w, b, y):
+    logp, weights = F.linear(x, w).log_softmax(-1), torch.linspace(0.1, 2, V, dtype=x.dtype)
+    return F.nll_loss(logp.view(-1, V), y.view(-1), weight=weights, reduction="sum")
+
+
+def weighted_rows(x, w, b, y):
+    logits, weights = F.linear(x, w), torch.linspace(0.1, 2, V, dtype=x.dtype)
+    rows = F.cross_entropy(logits.transpose(1, 2), y, weight=weights, reduction="none")
+    return rows.square().sum()
+
+
+def contracted(x, w, b, y):
+    logits = torch.einsum("bsd,vd->bsv", x, w).float()
+    return F.cross_entropy(logits.reshape(-1, V), y.reshape(-1), label_smoothing=0.1)
+
+
+def contracted_the_other_way(x, w, b, y):
+    logits = torch.einsum("dv, bsd -> bsv", w.t(), x) / 1.7
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+
+
+def two_shares(x, w, b, y):
+    """Halves of one loss, written apart."""
+    logits = F.linear(x, w).view(-1, V)
+    loss = F.cross_entropy(logits, y.view(-1), reduction="none")
+    return 0.5 * loss.mean() + 0.25 * (loss * (y.view(-1) > 9)).sum()
+
+
+def learned_shares(x, w, b, y):
+    """Weights that have a gradient of their own stay outside of the operator."""
+    rows = F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), reduction="none")
+    return (rows.view(B, -1) * b[:B, None].sigmoid()).sum()
+
+
+def kept_shares(x, w, b, y):
+    rows = F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), reduction="none")
+    return (rows.view(B, -1) * b[:B, None].detach().sigmoid()).sum() / b.detach().abs().max()
+
+
+def focal(x, w, b, y):
+    loss = F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), reduction="none")
+    return ((1 - (-loss).exp()) ** 2 * loss).mean()
+
+
+BY_HAND = [
+    learned_shares, kept_shares, focal,
+    picked, picked_and_masked, picked_row_by_row, ratio_of_policies, lse_minus_chosen, indexed,
+    softmax_by_hand, softmax_and_classes_second, z_loss, z_loss_masked, z_loss_by_hand,
+    weighted, weighted_sum, weighted_rows, contracted, contracted_the_other_way, two_shares,
+]  # fmt: skip
 TAKEN = [
     plain, with_bias, matmul, mm, addmm, shifted, shifted_contiguous, padded_labels, classes_second,
     permuted, soft_cap, scaled, log_softmax, one_row_each,
@@ -104,10 +232,6 @@ def returned(x, w, b, y):
 def used_twice(x, w, b, y):
     logits = F.linear(x, w).view(-1, V)
     return F.cross_entropy(logits, y.view(-1)) + logits.square().mean()
-
-
-def weighted(x, w, b, y):
-    return F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), weight=b.detach().abs())
 
 
 def probabilities(x, w, b, y):
@@ -150,8 +274,71 @@ def under_no_grad(x, w, b, y):
     return F.cross_entropy(logits.view(-1, V), y.view(-1)) + x.sum() + w.sum()
 
 
+def another_softmax(x, w, b, y):
+    logp = F.linear(x, w).log_softmax(1)
+    return -logp.gather(-1, y.unsqueeze(-1)).mean()
+
+
+def other_targets(x, w, b, y):
+    logits = F.linear(x, w).view(-1, V)
+    return F.cross_entropy(logits, y.view(-1)) + F.cross_entropy(logits, (y.view(-1) + 1) % V)
+
+
+def cold_z_loss(x, w, b, y):
+    """The logsumexp is of other logits than the cross-entropy."""
+    logits = F.linear(x, w).view(-1, V)
+    return F.cross_entropy(logits * 2, y.view(-1)) + logits.logsumexp(-1).square().mean()
+
+
+def unshifted_z_loss(x, w, b, y):
+    logits = F.linear(x, w)
+    loss = F.cross_entropy(logits[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1))
+    return loss + logits.logsumexp(-1).square().mean()
+
+
+def rows_turned(x, w, b, y):
+    """The rows no longer stand as the targets do."""
+    logp = F.linear(x, w).log_softmax(-1).transpose(0, 1)
+    return -logp.gather(-1, y.reshape(S, B, 1)).mean()
+
+
+def several_picked(x, w, b, y):
+    logp = F.linear(x, w).log_softmax(-1)
+    return -logp.gather(-1, torch.stack([y, (y + 1) % V], -1)).mean()
+
+
+def entropy(x, w, b, y):
+    logp = F.linear(x, w).log_softmax(-1)
+    return -logp.gather(-1, y.unsqueeze(-1)).mean() - (logp.exp() * logp).sum(-1).mean()
+
+
+def margin(x, w, b, y):
+    logits = F.linear(x, w)
+    return (logits.logsumexp(-1) - 0.9 * logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()
+
+
+def smoothed_and_weighted(x, w, b, y):
+    return F.cross_entropy(
+        F.linear(x, w).view(-1, V),
+        y.view(-1),
+        weight=torch.linspace(0.1, 2, V),
+        label_smoothing=0.1,
+    )
+
+
+def rounded_softmax(x, w, b, y):
+    logp = F.linear(x, w).log_softmax(-1).to(torch.bfloat16)
+    return -logp.gather(-1, y.unsqueeze(-1)).float().mean()
+
+
 DECLINED = [
-    (returned, "returned elsewhere"), (used_twice, "used elsewhere"), (weighted, "weights"),
+    (another_softmax, "columns"), (other_targets, "several targets"),
+    (cold_z_loss, "used elsewhere"), (unshifted_z_loss, "used elsewhere"),
+    (rows_turned, "used elsewhere"), (several_picked, "used elsewhere"),
+    (entropy, "used elsewhere"),
+    (margin, "no sum of cross-entropies"), (smoothed_and_weighted, "label smoothing"),
+    (rounded_softmax, "used elsewhere"),
+    (returned, "returned elsewhere"), (used_twice, "used elsewhere"),
     (probabilities, "class numbers"), (dropped, "relu"), (cut_classes, "splits or cuts"),
     (over_rows, "columns"), (split_classes, "splits or cuts"), (softmax_of_rows, "another dim"),
     (rounded, "rounded"), (under_no_grad, "grad mode"),
@@ -174,7 +361,7 @@ def results(f: Model, given: tuple[Tensor, ...]) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("f", TAKEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("f", TAKEN + BY_HAND, ids=lambda f: f.__name__)
 def test_is_taken_and_as_accurate_as_eager(f: Model, dynamic: bool, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     given = inputs(dtype)
@@ -207,6 +394,41 @@ def test_is_declined_with_its_reason(f: Model, reason: str) -> None:
     assert [m.pattern for m in record.misses] == ["linear_cross_entropy"]
     assert reason in record.misses[0].reason
     assert record.misses[0].where.startswith("test_linear_cross_entropy.py:")
+
+
+def products(f: Model) -> int:
+    """How often the forward makes the gradients too."""
+    torch._dynamo.reset()
+    run, records = compiled(f, PIPELINE, engine="reference")
+    results(run, inputs())
+    names = [str(n.target) for n in records[0].flat["forward"].graph.nodes]
+    return sum("linear_cross_entropy_gradients" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "f", [picked, picked_and_masked, z_loss, z_loss_masked, weighted, kept_shares]
+)
+def test_one_number_has_its_gradients_made_in_the_forward(f: Model) -> None:
+    assert products(f) == 1
+
+
+@pytest.mark.parametrize("f", [ratio_of_policies, learned_shares, focal])
+def test_rows_that_go_on_have_them_made_in_the_backward(f: Model) -> None:
+    assert products(f) == 0
+
+
+def accumulated(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w, b).view(-1, V), y.view(-1), ignore_index=3) / 4
+
+
+@pytest.mark.parametrize("f", [accumulated, weighted, z_loss])
+def test_a_mean_over_nothing_has_the_gradient_of_eager(f: Model) -> None:
+    torch._dynamo.reset()
+    x, w, b, y = inputs()
+    given = (x, w, b, torch.full_like(y, 3))
+    run, records = compiled(f, PIPELINE)
+    torch.testing.assert_close(results(run, given), results(f, given), equal_nan=True)
+    assert records[0].rewrites
 
 
 def test_what_is_written_between_is_read_before() -> None:
@@ -249,11 +471,12 @@ def test_another_length_does_not_recompile() -> None:
 def test_under_autocast_and_without_gradients(device: str) -> None:
     torch._dynamo.reset()
     given = inputs()
-    run, records = compiled(plain, PIPELINE)
+    run, records = compiled(plain, PIPELINE, engine="reference")
     with torch.autocast(device, torch.bfloat16), torch.no_grad():
         torch.testing.assert_close(run(*given), plain(*given), rtol=1e-2, atol=1e-2)
     assert records[0].rewrites
     calls = [n.target for g in records[0].flat.values() for n in g.graph.nodes]
+    assert torch.ops.iocompiler.linear_cross_entropy_losses.default in calls
     assert torch.ops.iocompiler.linear_cross_entropy_gradients.default not in calls
 
 

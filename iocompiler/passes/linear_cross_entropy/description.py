@@ -12,23 +12,6 @@ class Declined(Exception):
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Cross-entropy of ``logits``, whose classes lie along ``dim``, by the call ``node``.
-
-    ``nodes``: the calls between the logits and ``node``, which fall away.
-    """
-
-    node: Node
-    logits: Node
-    target: Node
-    dim: int
-    reduction: str
-    ignore_index: int
-    smoothing: float = 0.0
-    nodes: tuple[Node, ...] = ()
-
-
-@dataclass(frozen=True)
 class Head:
     """``x @ weight.T + bias`` by the call ``node``, then ``path``, in the graph's order.
 
@@ -50,3 +33,15 @@ class Head:
     inner: float = 1.0
     capped: bool = False
     also: tuple[Node, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of each row: ``target`` in the rows' order; -1 is the last where ``wrapped``.
+    Rows with the target ``ignore_index`` have no cross-entropy; None: all have one.
+    """
+
+    target: Node
+    wrapped: bool = False
+    ignore_index: int | None = None
+    smoothing: float = 0.0

@@ -14,8 +14,12 @@ from iocompiler.passes.linear_cross_entropy.description import Declined, Head
 
 aten = torch.ops.aten
 _COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default)
-_RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
-MOVES = (*_RESHAPES, aten.slice.Tensor, aten.select.int)
+RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+MOVES = (*RESHAPES, aten.slice.Tensor, aten.select.int)
+TRANSPOSES = (aten.transpose.int, aten.permute.default)
+_FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+# what logits may go through
+PATH = (*_COPIES, *MOVES, *TRANSPOSES, *_FACTORS, aten.to.dtype, aten.tanh.default)
 _NEAR = 4  # this far behind an operator that is not understood, a linear makes it a near miss
 
 
@@ -35,8 +39,8 @@ def read(node: Node, dim: int) -> Head | None:
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
             return None
         factor = _factor(node)
-        if node.target in (aten.transpose.int, aten.permute.default):
-            dim = _back(node, dim)
+        if node.target in TRANSPOSES:
+            dim = order_of(node)[dim]
             moves.append(node)
         elif node.target in MOVES:
             _check_move(node, dim)
@@ -76,6 +80,8 @@ def _linear(node: Node) -> Head | None:
     if node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
         return _head(node, x, weight, bias, True)
+    if node.target is aten.einsum.default:
+        return _contracted(node)
     if node.target is aten.add.Tensor and not node.kwargs:
         first, bias = node.args
         inner = _linear(first) if isinstance(first, Node) else None
@@ -97,6 +103,24 @@ def _head(node: Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Head 
     return Head(node, x, weight, bias, transposed)
 
 
+def _contracted(node: Node) -> Head | None:
+    """``einsum("bsd,vd->bsv", x, weight)``, its operands in either order."""
+    equation, operands = node.args[:2]
+    inputs, arrow, result = str(equation).replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if not arrow or len(letters) != 2 or len(operands) != 2 or not equation.replace(" ", ""):  # type: ignore[arg-type, union-attr]
+        return None
+    for (mine, x), (theirs, weight) in (
+        zip(letters, operands, strict=True),  # type: ignore[arg-type]
+        zip(reversed(letters), reversed(operands), strict=True),  # type: ignore[arg-type]
+    ):
+        rows, summed, classes = mine[:-1], mine[-1:], result[-1:]
+        plain = all(each.isalpha() and len(set(each)) == len(each) for each in (mine, theirs))
+        if plain and result == rows + classes and sorted(theirs) == sorted(summed + classes):
+            return _head(node, x, weight, None, theirs == summed + classes)
+    return None
+
+
 def linear_near(node: Node, far: int = _NEAR) -> bool:
     """Whether a linear is at most ``far`` calls behind."""
     if _linear(node) is not None:
@@ -107,7 +131,7 @@ def linear_near(node: Node, far: int = _NEAR) -> bool:
 
 def _factor(node: Node) -> float | None:
     """What a call multiplies by, where that is a number."""
-    if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+    if node.target not in _FACTORS:
         return None
     number = node.args[1]
     if not isinstance(number, (int, float)) or isinstance(number, bool) or not number:
@@ -118,16 +142,16 @@ def _factor(node: Node) -> float | None:
     return float(number) if multiplies else 1.0 / float(number)
 
 
-def _back(node: Node, dim: int) -> int:
+def order_of(node: Node) -> list[int]:
+    """For each dim of a transposition's result, the dim it was."""
     rank = view.tensors(node)[0].dim()
     order = list(range(rank))
     arguments: Any = node.args
     if node.target is aten.permute.default:
-        order = [d % rank for d in arguments[1]]
-    else:
-        one, other = (d % rank for d in arguments[1:3])
-        order[one], order[other] = order[other], order[one]
-    return order[dim]
+        return [d % rank for d in arguments[1]]
+    one, other = (d % rank for d in arguments[1:3])
+    order[one], order[other] = order[other], order[one]
+    return order
 
 
 def _check_move(node: Node, dim: int) -> None:
@@ -135,7 +159,7 @@ def _check_move(node: Node, dim: int) -> None:
     if dim != new.dim() - 1 or not _same(old.shape[-1], new.shape[-1]):
         raise Declined(f"{node.target} splits or cuts the classes")
     arguments: Any = node.args
-    if node.target not in _RESHAPES:
+    if node.target not in RESHAPES:
         which = arguments[1] if len(arguments) > 1 else 0
         if which % old.dim() == old.dim() - 1:
             raise Declined(f"{node.target} splits or cuts the classes")

@@ -1,0 +1,207 @@
+"""From a form to the operator: its rows' inputs, its coefficients, and what stays outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph import rewrite as edit
+from iocompiler.graph import view
+from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from iocompiler.passes.linear_cross_entropy.description import Declined, Head, Labels
+from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term
+
+aten = torch.ops.aten
+# no target is this: every row has a cross-entropy
+_NEVER = -(1 << 62)
+_KEPT = Factor("kept")
+
+
+class Emitter:
+    """Makes the operator's call before the node ``near``.
+
+    Args:
+        x: [T, D].
+    """
+
+    def __init__(self, gm: GraphModule, near: Node, x: Node, labels: Labels, head: Head) -> None:
+        self._gm, self._near, self._x, self._head = gm, near, x, head
+        self._labels = labels
+        self._ignore = _NEVER if labels.ignore_index is None else labels.ignore_index
+        value = view.tensors(x)[0]
+        self._wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        self._given = labels.target
+        self._target = self._call(aten.reshape.default, labels.target, [-1])
+        if labels.wrapped:
+            self._target = self._wrapped(self._target)
+
+    def loss(self, form: Form, weight: Node) -> Node:
+        """What a form in normal form is, in the shape and dtype of the node it is made before."""
+        new = self._value(form, weight)
+        wanted = view.tensors(self._near)[0]
+        if tuple(map(str, view.tensors(new)[0].shape)) != tuple(map(str, wanted.shape)):
+            sizes = [self._size(size, self._x) for size in wanted.shape]
+            new = self._call(aten.reshape.default, new, sizes)
+        if view.tensors(new)[0].dtype != wanted.dtype:
+            new = self._call(aten.to.dtype, new, wanted.dtype)
+        return new
+
+    def _value(self, form: Form, weight: Node) -> Node:
+        """The sum over rows, or each row's value [T]."""
+        cross, square = form.terms["cross"], form.terms.get("square", ())
+        reduction = "sum" if form.reduced else "none"
+        if len(cross) == 1 and not square:
+            factors = cross[0].factors
+            inside = tuple(f for f in factors if self._is_of_rows(f) or f.kind == "classes")
+            outside = [f for f in factors if f not in inside]
+            coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
+            if not inside and _KEPT in outside:
+                outside.remove(_KEPT)
+                reduction = "mean"
+            result = self._operator(weight, coefficient, None, reduction)
+            if reduction == "sum":
+                result = self._or_nan(result, cross)
+            return self._times(result, cross[0].number, outside)
+        coefficients = [self._coefficient(terms) for terms in (cross, square)]
+        result = self._operator(weight, coefficients[0], coefficients[1], reduction)
+        return self._or_nan(result, cross)
+
+    def _operator(
+        self, weight: Node, coefficient: Node | None, squared: Node | None, reduction: str
+    ) -> Node:
+        head = self._head
+        setting = (self._ignore, self._labels.smoothing, head.outer, head.inner, head.capped)
+        inputs = (self._x, weight, head.bias, self._target, coefficient, squared)
+        return self._call(LINEAR_CROSS_ENTROPY, *inputs, *setting, reduction)
+
+    @staticmethod
+    def _is_of_rows(factor: Factor) -> bool:
+        return factor.kind == "class" or factor.shape is not None
+
+    def _or_nan(self, result: Node, cross: Sequence[Term]) -> Node:
+        """A mean over no rows is NaN, whatever is added to it."""
+        factors = dict.fromkeys(f for term in cross for f in term.factors)
+        for factor in (f for f in factors if f.kind in ("kept", "classes")):
+            nothing = self._call(aten.new_zeros.default, result, [])
+            result = self._call(aten.add.Tensor, result, self._by(nothing, factor))
+        return result
+
+    # --- coefficients
+
+    def _coefficient(self, terms: Sequence[Term]) -> Node | None:
+        """[T]: the sum of the terms; None for none."""
+        total: Node | None = None
+        for term in terms:
+            of_rows = [f for f in term.factors if self._is_of_rows(f)]
+            value = self._ones()
+            for factor in (*of_rows, *(f for f in term.factors if f not in of_rows)):
+                value = self._times(value, 1.0, (factor,))
+            value = self._times(value, term.number, ())
+            total = value if total is None else self._call(aten.add.Tensor, total, value)
+        return total
+
+    def _ones(self) -> Node:
+        return self._call(aten.ones_like.default, self._target, dtype=self._wide)
+
+    def _times(self, value: Node, number: float, factors: Sequence[Factor]) -> Node:
+        for factor in factors:
+            value = self._by(value, factor)
+        return value if number == 1.0 else self._call(aten.mul.Tensor, value, number)
+
+    def _by(self, value: Node, factor: Factor) -> Node:
+        if factor.kind == "rows":
+            rows: Any = view.tensors(self._target)[0].shape[0]
+            if not isinstance(rows, int):
+                rows = self._call(aten.sym_size.int, self._target, 0)
+            return self._call(aten.div.Tensor, value, rows)
+        if factor.kind == "kept":
+            count = self._call(aten.sum.default, self._mask())
+            return self._call(aten.div.Tensor, value, count)
+        assert factor.node is not None
+        if factor.kind in ("class", "classes"):
+            weights = self._class_weights(factor.node)
+            if factor.kind == "class":
+                return self._call(aten.mul.Tensor, value, weights)
+            return self._call(aten.div.Tensor, value, self._call(aten.sum.default, weights))
+        other = self._flat(factor)
+        if factor.kind in ("where", "unless"):
+            if factor.kind == "unless":
+                other = self._call(aten.logical_not.default, other)
+            return self._call(aten.where.ScalarOther, other, value, 0.0)
+        target = aten.mul.Tensor if factor.kind == "times" else aten.div.Tensor
+        return self._call(target, value, other)
+
+    def _mask(self) -> Node:
+        return self._call(aten.ne.Scalar, self._target, self._ignore)
+
+    def _class_weights(self, weights: Node) -> Node:
+        """Of each row's target; 0 where it is ignored."""
+        kept = self._mask()
+        label = self._call(aten.where.ScalarOther, kept, self._target, 0)
+        chosen = self._call(aten.index_select.default, weights, 0, label)
+        chosen = self._call(aten.to.dtype, chosen, self._wide)
+        return self._call(aten.where.ScalarOther, kept, chosen, 0.0)
+
+    def _flat(self, factor: Factor) -> Node:
+        """A factor in the rows' order [T], in their precision; a number as it is."""
+        node = factor.node
+        assert node is not None
+        if factor.shape is None:
+            return node
+        value = view.tensors(node)[0]
+        if value.dtype != torch.bool and value.dtype != self._wide:
+            node = self._call(aten.to.dtype, node, self._wide)
+        if tuple(map(str, value.shape)) != tuple(map(str, factor.shape)):
+            node = self._call(
+                aten.expand.default, node, [self._size(s, node) for s in factor.shape]
+            )
+        return self._call(aten.reshape.default, node, [-1])
+
+    def _size(self, size: Any, node: Node) -> Any:
+        """A number, or a node that computes it, where one of what is at hand has that size."""
+        if isinstance(size, int):
+            return size
+        for source in (node, self._given):
+            for dim, other in enumerate(view.tensors(source)[0].shape):
+                if str(other) == str(size):
+                    return self._call(aten.sym_size.int, source, dim)
+        raise Declined("a mask that is repeated over rows whose number varies")
+
+    def _wrapped(self, target: Node) -> Node:
+        """Classes counted from the end, as indices are."""
+        weight, dim = self._head.weight, int(self._head.transposed)
+        classes: Any = view.tensors(weight)[0].shape[dim]
+        if not isinstance(classes, int):
+            classes = self._call(aten.sym_size.int, weight, dim)
+        counted = self._call(aten.add.Tensor, target, classes)
+        negative = self._call(aten.lt.Scalar, target, 0)
+        return self._call(aten.where.self, negative, counted, target)
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return edit.call(self._gm, target, args, kwargs, near=self._near)
+
+
+def united(found: Sequence[Labels], base: Any) -> Labels:
+    """The labels of all statistics of one head.
+
+    Args:
+        base: of a target, what it is a view of.
+
+    Raises:
+        Declined: there are several.
+    """
+    if not found:
+        raise Declined("no target is picked")
+    losses = [each for each in found if each.ignore_index is not None]
+    first = (losses or found)[0]
+    for each in found:
+        if base(each.target) is not base(first.target) or each.wrapped != first.wrapped:
+            raise Declined("the logits meet several targets")
+    for each in losses:
+        if replace(each, target=first.target) != first:
+            raise Declined("the losses ignore or smooth differently")
+    return first

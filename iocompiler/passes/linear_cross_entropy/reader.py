@@ -1,0 +1,140 @@
+"""The program between logits and loss, node by node: what is known of each, and what its rules may
+ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from iocompiler.graph import view
+from iocompiler.passes.linear_cross_entropy.description import Labels
+from iocompiler.passes.linear_cross_entropy.forms import Factor, Form
+
+aten = torch.ops.aten
+Rule: TypeAlias = Callable[["Reader", Node], "Form | None"]
+
+# calls after which the elements stand in the same order
+ORDERED = (
+    aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.squeeze.default, aten.contiguous.default, aten.clone.default,
+    aten.alias.default, aten.select.int,
+)  # fmt: skip
+
+
+class Reader:
+    """Forms of the nodes that hang on one head's logits.
+
+    Attributes:
+        forms: by node; those of the logits are given.
+        labels: of each node that picks a target's logit.
+
+    Args:
+        rules: by operator.
+        dependent: everything that hangs on the logits.
+        fixed: whether a node has no gradient.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[Any, Rule],
+        forms: Mapping[Node, Form],
+        dependent: Collection[Node],
+        fixed: Callable[[Node], bool],
+    ) -> None:
+        self._rules = rules
+        self.forms = dict(forms)
+        self.labels: dict[Node, Labels] = {}
+        self._dependent, self._fixed = dependent, fixed
+
+    def read(self, node: Node) -> None:
+        """Enter the form of a call, if it is understood."""
+        rule = self._rules.get(node.target)
+        if rule is not None and node not in self.forms:
+            found = rule(self, node)
+            if found is not None and all(found.terms.values()):
+                self.forms[node] = found
+
+    def form(self, x: Any) -> Form | None:
+        return self.forms.get(x) if isinstance(x, Node) else None
+
+    def row_form(self, x: Any) -> Form | None:
+        found = self.form(x)
+        return found if found is not None and found.dim is None else None
+
+    def factor(self, x: Any, like: Node, kind: Any) -> tuple[float, tuple[Factor, ...]] | None:
+        """``x`` as a number or factor of the rows (or the sum) ``like``."""
+        if isinstance(x, (int, float)) and not isinstance(x, bool):
+            if kind == "over":
+                return (1.0 / x, ()) if x else None
+            return float(x), ()
+        if not isinstance(x, Node) or x in self._dependent or not self._fixed(x):
+            return None
+        value, rows_ = view.value(x), view.tensors(like)[0]
+        if not isinstance(value, torch.Tensor):
+            return (1.0, (Factor(kind, x),)) if isinstance(value, torch.SymInt) else None
+        if value.dim() == 0:
+            return 1.0, (Factor(kind, x),)
+        if value.dim() > rows_.dim():
+            return None
+        for size, of_rows in zip(reversed(value.shape), reversed(rows_.shape)):  # noqa: B905
+            if not (same(size, 1) or same(size, of_rows)):
+                return None
+        return 1.0, (Factor(kind, x, tuple(rows_.shape)),)
+
+
+def is_fixed(node: Node, regions: Mapping[Node, view.Region], known: dict[Node, bool]) -> bool:
+    """Whether no gradient flows into a node from anywhere."""
+    if node not in known:
+        value = view.value(node)
+        plain = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if not plain or node.target is aten.detach.default or not regions[node].grad:
+            known[node] = True
+        elif node.op == "get_attr":
+            constant = getattr(node.graph.owning_module, str(node.target), None)
+            known[node] = isinstance(constant, torch.Tensor) and not constant.requires_grad
+        elif node.op == "call_function":
+            known[node] = all(is_fixed(each, regions, known) for each in node.all_input_nodes)
+        else:
+            known[node] = not node.meta.get("requires_grad", True)
+    return known[node]
+
+
+def base_of(target: Node) -> Node:
+    """What a target is a view of, its elements in the same order."""
+    while target.target in ORDERED and isinstance(target.args[0], Node):
+        if target.target is aten.select.int and not keeps_all(target):
+            break
+        target = target.args[0]
+    return target
+
+
+def keeps_all(node: Node) -> bool:
+    """Whether what ``select`` chooses from is alone in its dim."""
+    dim: Any = node.args[1]
+    return same(view.tensors(node.args[0])[0].shape[dim], 1)  # type: ignore[arg-type]
+
+
+def is_wide(node: Node) -> bool:
+    """Whether a matrix is not rounded on the way."""
+    read: Any = node.args[0]
+    value = view.tensors(node)[0]
+    return value.is_floating_point() and value.itemsize >= view.tensors(read)[0].itemsize
+
+
+def are_alike(node: Node, *others: Any) -> bool:
+    """Whether nothing is repeated: all have the shape of ``node``."""
+    shape = view.tensors(node)[0].shape
+    return all(same_shape(view.tensors(each)[0].shape, shape) for each in others)
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
