@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from iocompiler.graph.rewrite import call, redirect
 from iocompiler.ops.aligned_mm import ALIGNED_MM
 from iocompiler.plan.rules import has_rule
+from iocompiler.plan.steps import is_effect
 from iocompiler.plan.views import is_view, storage_owner
 from iocompiler.tile.index import Size
 
@@ -47,7 +48,7 @@ def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any]) -> None:
     its fake inputs.
     """
     adopt_strides(gm, inputs)
-    pad_rows(gm, exact_outputs(name))
+    pad_rows(gm, None if any(map(is_effect, gm.graph.nodes)) else exact_outputs(name))
 
 
 def pad_rows(gm: GraphModule, exact_outputs: int | None) -> int:
@@ -108,9 +109,13 @@ def adopt_strides(gm: GraphModule, inputs: Sequence[Any]) -> None:
 
 
 def report_strides(gm: GraphModule) -> None:
-    """Tell AOTAutograd the strides of the outputs: the backward graph is compiled for them."""
+    """Tell AOTAutograd the strides of the outputs: the backward graph is compiled for them.
+
+    Where the first outputs are tokens, which AOTAutograd does not count here, nothing is told, and
+    all outputs have the strides that it expects.
+    """
     context = TracingContext.try_get()
-    if context is None or context.output_strides is None:
+    if context is None or context.output_strides is None or any(map(is_effect, gm.graph.nodes)):
         return
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     for arg in output.args[0]:
