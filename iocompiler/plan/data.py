@@ -181,12 +181,14 @@ class Region:
     """A function that a higher-order operator calls: a branch, a loop's body, a score.
 
     It takes the inputs of ``plan`` one by one, and returns the plan's outputs as a "tuple" or
-    "list", or its one output as a plain "value".
+    "list", or its one output as a plain "value". Under ``exact`` the plan relies on the layouts its
+    inputs are specified with, which what is passed need not have.
     """
 
     name: str
     plan: Plan
     returns: Literal["value", "tuple", "list"]
+    exact: bool = True
 
 
 def regions(argument: Argument) -> Iterator[Region]:
@@ -198,6 +200,15 @@ def regions(argument: Argument) -> Iterator[Region]:
             yield from regions(item)
     elif isinstance(argument, dict):
         yield from regions(list(argument.values()))
+
+
+def all_steps(plan: Plan) -> Iterator[Step]:
+    """The steps of a plan, and those of the regions in it, each where it is called."""
+    for step in plan.steps:
+        if isinstance(step, AtenStep):
+            for region in regions((step.args, dict(step.kwargs))):
+                yield from all_steps(region.plan)
+        yield step
 
 
 def references(argument: Argument) -> Iterator[Ref]:

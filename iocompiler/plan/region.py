@@ -70,7 +70,7 @@ def plain_region(name: str, gm: GraphModule, device: torch.device) -> Region:
     """
     if not sizes_are_given(gm):
         raise CannotPlan(operator=f"{name}, a function that needs sizes it is not given,")
-    return Region(name, _Calls(gm, device).plan(), returns(gm))
+    return Region(name, _Calls(gm, device).plan(), returns(gm), exact=False)
 
 
 class _Calls(Steps):

@@ -5,7 +5,7 @@ Slow and plain: what a compiled plan computes is compared with this, and this wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -128,12 +128,23 @@ def _callable(region: Region) -> Callable[..., Any]:
     """The function of the region, for an operator to call."""
 
     def run(*args: Any) -> Any:
-        results = run_plan(region.plan, list(args))
+        given = _as_planned(region.plan, args) if region.exact else list(args)
+        results = run_plan(region.plan, given)
         if region.returns == "value":
             return results[0]
         return results if region.returns == "list" else tuple(results)
 
     return run
+
+
+def _as_planned(plan: Plan, args: Sequence[Any]) -> list[Any]:
+    sizes = input_sizes(plan, list(args))
+    return [
+        value
+        if spec is None
+        else laid_out(value, size_values(spec.shape, sizes), size_values(spec.stride, sizes))
+        for (_, spec), value in zip(plan.inputs, args, strict=True)
+    ]
 
 
 def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
