@@ -78,7 +78,8 @@ def emit_module(plan: Plan, name: str) -> str:
     imports = "import math\n\n" if any("math." in text for text in functions) else ""
     setup = _SETUP.format(device=plan.device, imports=imports)
     setup += "".join(
-        line + "\n" for line in shared.globals + [k.registration for k in kernels.launchers.values()]
+        line + "\n"
+        for line in shared.globals + [k.registration for k in kernels.launchers.values()]
     )
     cells += [setup, *functions, _example_inputs(plan), _MAIN]
     return "\n\n".join(cell.strip("\n") + "\n" for cell in cells)

@@ -25,7 +25,6 @@ from iocompiler.plan.unfused import unfused_edges
 from iocompiler.plan.views import is_view, storage_owner
 
 
-
 def build_plan(gm: GraphModule, device: Device, name: str) -> Plan:
     """Plan a flat, functional ATen graph whose nodes carry fake tensors in ``meta["val"]``.
 

@@ -141,7 +141,7 @@ class Dataflow:
 
     def _why_opaque(self, node: Node) -> str | None:
         if isinstance(node.target, HigherOrderOperator):
-            return f"the higher-order operator {node.target.name()}"
+            return f"the higher-order operator {node.target}"
         if not has_rule(node):
             name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
             return _LIBRARY.get(name, f"no rule for {node.target}")

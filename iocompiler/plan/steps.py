@@ -138,9 +138,9 @@ class Steps:
 
     def _results(self, node: Node, skipped: int) -> tuple[list[Output], list[Path]]:
         """Names and specs of the results, and where in what the call returns each one lies."""
-        if "val" not in node.meta:
+        value = node.meta.get("val")
+        if value is None and node.users:
             raise CannotPlan(operator=f"{node.target}, whose result is not known,")
-        value = node.meta["val"]
         if skipped:
             return self._behind_token(node, value)
         if node.target is aten.copy_.default or value is None:
@@ -206,7 +206,7 @@ def target_name(target: Any) -> str:
     if isinstance(target, OpOverload):
         return str(target)
     if isinstance(target, HigherOrderOperator):
-        return f"higher_order.{target.name()}"
+        return f"higher_order.{target.name()}"  # type: ignore[no-untyped-call]
     raise CannotPlan(operator=getattr(target, "__name__", str(target)))
 
 
