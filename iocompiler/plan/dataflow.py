@@ -87,7 +87,7 @@ class Dataflow:
     """The classified graph.
 
     ``readers[n]``: kernel and opaque nodes that read n's storage (through views, virtuals);
-    ``before[n]``: the calls that must have run before n, though it reads none of their results.
+    ``before[n]``: the call that must have run before n, though it reads none of its results.
     """
 
     graph: Graph
@@ -99,7 +99,7 @@ class Dataflow:
     opaque: dict[Node, str] = field(default_factory=dict)
     leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
     readers: dict[Node, set[Node]] = field(default_factory=dict)
-    before: dict[Node, list[Node]] = field(default_factory=dict)
+    before: dict[Node, Node] = field(default_factory=dict)
     outputs: set[Node] = field(default_factory=set)
     singles: dict[Node, Lowered] = field(default_factory=dict)
 
