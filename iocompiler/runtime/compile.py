@@ -76,7 +76,6 @@ class Pool:
     """Worker processes, one socket each. Not shared across a fork: the child starts its own."""
 
     def __init__(self, workers: int, scratch_root: Path | None):
-        self.pid = os.getpid()
         self.scratch = tempfile.mkdtemp(prefix="triton-", dir=scratch_root)
         pairs = [socket.socketpair() for _ in range(workers)]
         environment = {
@@ -100,12 +99,13 @@ class Pool:
         self.idle: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self.size = workers
         self._lock = threading.Lock()
-        for ours, _ in pairs:
+        self.connections = [ours for ours, _ in pairs]
+        for ours in self.connections:
             self.idle.put(ours)
 
     @property
     def usable(self) -> bool:
-        return self.pid == os.getpid() and self.size > 0 and self.process.poll() is None
+        return self.size > 0 and self.process.poll() is None
 
     def run(self, job: Job, path: str) -> dict[str, Any]:
         """The answer to one job; blocks until a worker is free.
@@ -144,8 +144,6 @@ class Pool:
 
     def close(self) -> None:
         """End the workers and remove their scratch folder."""
-        if self.pid != os.getpid():
-            return
         self.size = 0
         with contextlib.suppress(queue.Empty):
             while (connection := self.idle.get_nowait()) is not None:
@@ -188,6 +186,22 @@ def warm(scratch_root: Path | None = None) -> Pool:
 def worker_count() -> int:
     """As many workers as this process may use processors, at most `MAX_WORKERS`."""
     return max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS))
+
+
+def _forget() -> None:
+    """In a forked child: the parent's workers are not its own, and its copies of their sockets
+    would keep them waiting when the parent has ended; a lock some thread held stays held.
+    """
+    global _pool, _pool_lock
+    _pool_lock = threading.Lock()
+    if _pool is not None:
+        for connection in _pool.connections:
+            connection.close()
+        _pool.process.returncode = 0  # not this process's child: nothing to wait for
+        _pool = None
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @atexit.register

@@ -10,7 +10,7 @@ guards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -154,12 +154,19 @@ class Slot:
         }
         files = {f"{name}.py": text.encode() for name, (text, _) in self.modules.items()}
         files[_KEY] = self.text.encode()
-        free = (key for key in self._keys() if not self.cache.folder(_KIND, key).exists())
-        key = next(free, None)
-        if key is None:
-            raise NotCacheable(cause="its sizes vary too much")
-        if self.cache.store(_KIND, key, files, meta) is not None:
+        if self.cache.store(_KIND, self._free(meta), files, meta) is not None:
             done.cache = "stored"
+
+    def _free(self, meta: Mapping[str, Any]) -> str:
+        """The first key without an entry, or with one that another process has just written for
+        the same sizes, and which stays.
+        """
+        assert self.cache is not None
+        for key in self._keys():
+            entry = self.cache.get(_KIND, key)
+            if entry is None or entry.meta.get("guards") == meta["guards"]:
+                return key
+        raise NotCacheable(cause="its sizes vary too much")
 
 
 def slot(
