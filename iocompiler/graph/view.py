@@ -21,7 +21,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 AUTOCAST_DEVICES = ("cpu", "cuda")
 _SWITCHES = (torch._C._set_grad_enabled, _ENTER, _EXIT)
-# in eval mode these return their input itself, though their schema does not say so
+
+# in eval mode these return their input itself: no schema says so, nor does what is traced
 _MAY_RETURN_INPUT = (
     torch.ops.aten.dropout.default,
     torch.ops.aten.feature_dropout.default,
@@ -79,10 +80,22 @@ def is_switch(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """True where an output of the operator may be its input's storage seen differently."""
+    """True where an output of the operator may be its input's storage seen differently: where its
+    schema says so, and where it is (``atleast_3d``, ``einsum`` that only transposes), though its
+    schema does not.
+    """
     if node.target in _MAY_RETURN_INPUT:
         return True
-    return any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node))
+    if any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node)):
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or mutates(node):
+        return False
+    made = _storages(node)
+    return bool(made) and any(made & _storages(read) for read in node.all_input_nodes)
+
+
+def _storages(node: Node) -> set[int]:
+    return {t.untyped_storage()._cdata for t in tensors(node) if t.layout is torch.strided}
 
 
 def is_contiguous(tensor: torch.Tensor) -> bool:

@@ -27,6 +27,7 @@ from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
 from iocompiler.plan.sizes import equal, size_of, value_at
 from iocompiler.plan.views import SPLITS, is_view, storage_owner
 from iocompiler.tile.index import product
+from iocompiler.tile.rows import RowsTooLong, check_rows
 
 aten = torch.ops.aten
 
@@ -159,8 +160,8 @@ class Dataflow:
         if any(t.device != self.device and t.dim() > 0 for t in read):
             return "operands on several devices"
         try:
-            lower(frozenset({node}), (), (node,), self.order)
-        except Unsupported as error:
+            check_rows(lower(frozenset({node}), (), (node,), self.order).program)
+        except (Unsupported, RowsTooLong) as error:
             return str(error)
         return None
 
@@ -239,8 +240,10 @@ class Dataflow:
         while pending:
             node = pending.pop()
             try:
-                self.singles[node] = lower(frozenset({node}), self.virtual, (node,), self.order)
-            except Unsupported:
+                alone = lower(frozenset({node}), self.virtual, (node,), self.order)
+                check_rows(alone.program)
+                self.singles[node] = alone
+            except (Unsupported, RowsTooLong):
                 stored = [o for o in map(storage_owner, node.all_input_nodes) if o in self.virtual]
                 assert stored, f"{node.name} lowers alone but not in its graph"
                 for operand in stored:

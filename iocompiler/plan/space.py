@@ -94,6 +94,8 @@ def output_index(
             continue
         extra = lowering.varies(value) - lowering.axes_of(index)
         if not extra:
+            if not before:
+                return index, value  # nothing was there: the rows are its own
             places.append((_loads(lowering) - before, index, value))
             continue
         reasons.append(
