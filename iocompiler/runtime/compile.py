@@ -76,7 +76,7 @@ class Pool:
     """Worker processes, one socket each. Not shared across a fork: the child starts its own."""
 
     def __init__(self, workers: int, scratch_root: Path | None):
-        self.scratch = tempfile.mkdtemp(prefix="triton-", dir=scratch_root)
+        self.scratch = _scratch_folder(scratch_root)
         pairs = [socket.socketpair() for _ in range(workers)]
         environment = {
             **os.environ,
@@ -156,6 +156,14 @@ class Pool:
             self.process.kill()
             self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _scratch_folder(root: Path | None) -> str:
+    """A folder of the pool's own below ``root``, or where that is full or gone, in the system's."""
+    try:
+        return tempfile.mkdtemp(prefix="triton-", dir=root)
+    except OSError:
+        return tempfile.mkdtemp(prefix="triton-")
 
 
 def _read_line(connection: socket.socket) -> bytes:
