@@ -91,3 +91,10 @@ def test_nan_has_a_gradient() -> None:
     run(x, y).sum().backward()
     assert y.grad is not None
     assert y.grad[0].isnan()
+
+
+def test_equal_elements_do_not_deviate() -> None:
+    f = lambda x: x / (1e-3 + x.std(0, keepdim=True, correction=0)) + x.var(0)
+    for rows in (3, 33, 1000):
+        x = torch.tensor([0.1, 1.7, -2.3, 1e4]).expand(rows, 4)
+        check(f, x.contiguous(), engine="reference")
