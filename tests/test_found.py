@@ -98,3 +98,15 @@ def test_equal_elements_do_not_deviate() -> None:
     for rows in (3, 33, 1000):
         x = torch.tensor([0.1, 1.7, -2.3, 1e4]).expand(rows, 4)
         check(f, x.contiguous(), engine="reference")
+
+
+def test_an_attention_whose_output_is_written_into() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        z = (x @ x.mT).softmax(-1) @ x
+        z[0].add_(y)
+        return z
+
+    (record,) = check(f, torch.randn(4, 4, requires_grad=True), torch.randn(()), engine="reference")
+    assert record.rewrites == []
+    (miss,) = record.misses
+    assert "writes into the output" in miss.reason
