@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch._higher_order_ops import associative_scan, scan
 from torch._higher_order_ops.map import map as map_rows
@@ -57,7 +59,8 @@ def nested_branch(x: Tensor, w: Tensor) -> Tensor:
 
 
 def linalg(x: Tensor, w: Tensor) -> Tensor:
-    square = (x @ x.transpose(0, 1)) * 0.1 + torch.eye(x.shape[0], dtype=x.dtype)
+    square = (x @ x.transpose(0, 1)) * 0.1
+    square = square + torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
     solved = torch.linalg.inv(square) @ w
     return (torch.linalg.cholesky(square) @ solved).softmax(-1)
 
@@ -149,13 +152,16 @@ INFERENCE = [
 TRAINING = [branch, nested_branch, linalg, mapped, repeated]
 
 
-def _run(function: Callable[..., Tensor], dtype: torch.dtype, train: bool) -> Results:
+def _run(
+    function: Callable[..., Tensor], dtype: torch.dtype, train: bool, device: str = "cpu"
+) -> Results:
     generator = torch.Generator().manual_seed(3)
-    x, w = (torch.randn(8, 16, generator=generator).to(dtype) for _ in range(2))
+    x, w = (torch.randn(8, 16, generator=generator).to(device, dtype) for _ in range(2))
     x.requires_grad_(train), w.requires_grad_(train)
     result = function(x, w)
     if train:
-        (result * torch.linspace(-1, 1, result.numel()).reshape(result.shape)).sum().backward()
+        weights = torch.linspace(-1, 1, result.numel(), device=device).reshape(result.shape)
+        (result * weights).sum().backward()
     return Results({"": result.detach()}, {"x": x.grad, "w": w.grad})
 
 
@@ -165,10 +171,12 @@ def _compiled(function: Callable[..., Any], engine: Any, **options: Any) -> Any:
     return torch.compile(function, backend=backend, fullgraph=True, **options), records
 
 
-def _check(function: Callable[..., Any], engine: Any, train: bool) -> list[Compilation]:
+def _check(
+    function: Callable[..., Any], engine: Any, train: bool, device: str = "cpu"
+) -> list[Compilation]:
     run, records = _compiled(function, engine)
-    ours = _run(run, torch.float32, train)
-    eager, reference = (_run(function, d, train) for d in (torch.float32, torch.float64))
+    ours = _run(run, torch.float32, train, device)
+    eager, reference = (_run(function, d, train, device) for d in (torch.float32, torch.float64))
     wrong = [c for c in compare(ours, eager, reference, torch.float32) if not c.ok]
     assert not wrong, wrong
     return records
@@ -187,6 +195,42 @@ def test_inference(function: Callable[..., Any], engine: Any) -> None:
 def test_training(function: Callable[..., Any], engine: Any) -> None:
     (record,) = _check(function, engine, train=True)
     assert record.plans.keys() == {"forward", "backward"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "function", [f for f in INFERENCE if f is not scores], ids=lambda f: f.__name__
+)
+def test_inference_on_a_gpu(function: Callable[..., Any]) -> None:
+    (record,) = _check(function, "auto", train=False, device="cuda")
+    assert record.fallbacks == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", TRAINING, ids=lambda f: f.__name__)
+def test_training_on_a_gpu(function: Callable[..., Any]) -> None:
+    (record,) = _check(function, "auto", train=True, device="cuda")
+    assert record.fallbacks == []
+
+
+@triton.jit
+def _doubled(x, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n) * 2, mask=i < n)
+
+
+@pytest.mark.gpu
+def test_a_kernel_of_the_users_on_a_gpu() -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        y = (x * w).exp()
+        out = torch.empty_like(y)
+        _doubled[(triton.cdiv(y.numel(), 64),)](y, out, y.numel(), BLOCK=64)
+        return (out + w).softmax(-1)
+
+    run, records = _compiled(f, "auto")
+    x, w = torch.randn(8, 16, device="cuda"), torch.randn(8, 16, device="cuda")
+    torch.testing.assert_close(run(x, w), f(x, w))
+    assert records[0].fallbacks == []
 
 
 def test_what_cannot_be_captured_again_is_planned_all_the_same(engine: Any) -> None:

@@ -252,7 +252,7 @@ class Body:
         """Lines that call and name the results; returns the variables made."""
         wanted = step.results()
         names = [self._names.add(name) for _, name, _ in wanted]
-        places = ["".join(f"[{key!r}]" for key in path) for path, _, _ in wanted]
+        places = ["".join(f"[{argument_text(key, {})}]" for key in path) for path, _, _ in wanted]
         if not wanted:
             lines.append(call)
         elif len(wanted) == 1:

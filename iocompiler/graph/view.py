@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -74,6 +75,13 @@ def source(node: Node) -> str:
     return text
 
 
+def higher_order(node: Node) -> str:
+    """The name of the higher-order operator the node calls, or "": they come to exist only when
+    torch imports them.
+    """
+    return node.target.name() if isinstance(node.target, HigherOrderOperator) else ""  # type: ignore[no-untyped-call]
+
+
 def is_switch(node: Node) -> bool:
     """True for the nodes that switch grad mode or autocast on or off."""
     return node.op == "call_function" and node.target in _SWITCHES
@@ -123,6 +131,8 @@ def spelled_out(node: Node) -> list[Any]:
 
 def mutates(node: Node) -> tuple[Node, ...]:
     """The nodes whose tensors this call writes into."""
+    if higher_order(node) == "triton_kernel_wrapper_mutation":
+        return tuple(node.all_input_nodes)  # a kernel of the user's: any of them
     written: list[Node] = []
     for position, argument in enumerate(_arguments(node)):
         if argument.alias_info is None or not argument.alias_info.is_write:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.graph.view import where
+from iocompiler.graph.view import higher_order, where
 from iocompiler.plan.batch import batch
 from iocompiler.plan.data import KernelStep, Plan, Region, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
@@ -99,7 +99,7 @@ class _Builder(Steps):
     def region(self, node: Node, inner: GraphModule, caller: Node) -> Region:
         """Planned as a graph of its own where the operator only calls it, else call by call."""
         name = str(node.target)
-        if caller.target in CALLS_ONLY and sizes_are_given(inner):
+        if higher_order(caller) in CALLS_ONLY and sizes_are_given(inner):
             try:
                 builder = _Builder(inner, self.device, f"{self.name}_{name}", self.flow.device)
                 return Region(name, builder.plan(), returns(inner))

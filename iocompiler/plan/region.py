@@ -21,17 +21,8 @@ from iocompiler.plan.data import Plan, Region, TensorSpec
 from iocompiler.plan.found import finders, symbols_of
 from iocompiler.plan.steps import Steps, target_name
 
-_HIGHER = torch.ops.higher_order
-
-
-def _known(*names: str) -> frozenset[HigherOrderOperator]:
-    """Those of the operators that this version of torch has."""
-    found = (getattr(_HIGHER, name, None) for name in names)
-    return frozenset(each for each in found if each is not None)
-
-
-CALLS_ONLY = _known(
-    "cond", "while_loop", "while_loop_stack_output", "scan", "map_impl", "invoke_subgraph"
+CALLS_ONLY = frozenset(
+    ("cond", "while_loop", "while_loop_stack_output", "scan", "map_impl", "invoke_subgraph")
 )
 """The operators that call their functions with plain tensors, and do nothing else with them."""
 

@@ -12,7 +12,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 
 from iocompiler.errors import CannotPlan
-from iocompiler.graph.view import where
+from iocompiler.graph.view import higher_order, where
 from iocompiler.plan.data import AtenStep, ConstantStep, Ref, Region, Step, TensorSpec
 from iocompiler.plan.found import Symbolic
 from iocompiler.plan.lowering import Unsupported, constant_values
@@ -180,7 +180,7 @@ class Steps:
 
 def is_effect(node: Node) -> bool:
     """Whether the node is an operator called in order with other effects, by a token."""
-    return node.target is torch.ops.higher_order.with_effects
+    return higher_order(node) == "with_effects"
 
 
 def _is_token(node: Node) -> bool:
