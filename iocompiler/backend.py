@@ -11,14 +11,12 @@ from typing import Any, TypeVar
 
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import RestartAnalysis
-from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.engines import Boxed
 from iocompiler.errors import (
-    CannotPlan,
     FallbackTooLarge,
     FallbackWarning,
     StrictFallback,
@@ -249,9 +247,6 @@ class _Walk:
         label = self._label(name)
         self.compilation.flat[label] = flat
         self.compilation.add(findings(flat))
-        for node in view.calls(flat):
-            if isinstance(node.target, HigherOrderOperator):
-                raise CannotPlan(operator=node.target.__name__, where=view.where(node))
         device = engines.device_row(flat, self.options)
         settle_strides(flat, name, inputs, device)
         plan = build_plan(flat, device, name)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 import iocompiler as ioc
 from iocompiler.errors import InvalidOption
+from iocompiler.plan.data import Plan
 
 
 def compiled(function: Callable[..., Any], allowed: int | None) -> Callable[..., Any]:
@@ -29,7 +31,7 @@ def test_a_large_call_of_aten_is_an_error_that_names_it() -> None:
     ) as e:
         compiled(f, 95)(x)
     assert "writes 96 bytes; no_fallback allows 95" in str(e.value)
-    assert "test_no_fallback.py:25" in str(e.value)
+    assert "test_no_fallback.py:27" in str(e.value)
     torch.testing.assert_close(compiled(f, 96)(x), f(x))
 
 
@@ -45,9 +47,18 @@ def test_a_view_writes_nothing() -> None:
 
 
 def test_a_region_on_aten_is_an_error() -> None:
-    run = compiled(lambda x: torch.linalg.inv(x) + 1, 1 << 30)
+    def engine(plan: Plan, gm: GraphModule) -> Any:
+        raise RuntimeError("no such engine")
+
+    backend = ioc.Compiler(engine=engine, no_fallback=1 << 30)
+    run = torch.compile(lambda x: x + 1, backend=backend)
     with pytest.raises(Exception, match="no_fallback: inference failed and would run on aten"):
         run(torch.eye(3))
+
+
+def test_an_operator_with_effects_is_a_call_as_others() -> None:
+    run = compiled(lambda x: torch.linalg.inv(x) + 1, 1 << 30)
+    torch.testing.assert_close(run(2 * torch.eye(3)), 0.5 * torch.eye(3) + 1)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "1MB", True])

@@ -24,9 +24,11 @@ from iocompiler.plan.data import (
     ConstantStep,
     KernelStep,
     Plan,
+    Region,
     TensorSpec,
     ViewStep,
     references,
+    regions,
 )
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
@@ -65,19 +67,34 @@ class _Statement:
     variables: set[str] = field(default_factory=set)
 
 
-class Body:
-    """The text of ``call`` for a plan: ``text``, the module-level ``globals`` it needs, and how
-    often it calls aten.
+@dataclass
+class Shared:
+    """What the functions of a module have in common: its ``globals``, operators by their names
+    there, the functions that others pass to operators, and how often all of them call aten.
     """
 
-    def __init__(self, plan: Plan, names: Names, launchers: Launchers):
-        self.globals: list[str] = []
-        self.aten_calls = 0
+    globals: list[str] = field(default_factory=list)
+    operators: dict[str, str] = field(default_factory=dict)
+    functions: list[str] = field(default_factory=list)
+    aten_calls: int = 0
+
+
+class Body:
+    """The text of ``call`` for a plan, or of the function of a region: ``text``."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        names: Names,
+        launchers: Launchers,
+        shared: Shared,
+        region: tuple[str, Region] | None = None,
+    ):
+        self._shared, self._region = shared, region
         self._plan = plan
         self._launchers = launchers
         self._values = Values(plan)
         self._names = names
-        self._operators: dict[str, str] = {}
         self._statements: list[_Statement] = []
         self._sizes: set[str] = set()  # that have a variable
         self._numbers: set[str] = set()  # variables that hold no memory: sizes and numbers
@@ -116,7 +133,10 @@ class Body:
         self._sizes = {name for name, spec in plan.inputs if spec is None}
         for (_, spec), variable in zip(plan.inputs, variables, strict=True):
             lines += self._found_sizes(spec, variable)
-        lines.append("args.clear()")
+            if spec is not None and self._region and self._region[1].exact:
+                lines.append(self._laid_out(variable, spec))
+        if self._region is None:
+            lines.append("args.clear()")
         if any(isinstance(step, (KernelStep, BatchStep)) for step in plan.steps):
             lines.append("stream = current_stream()")
         self._emit(lines, set(variables))
@@ -197,7 +217,7 @@ class Body:
         shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)
         values = elements_text(step.values)
         constant = self._names.claim(f"constant_{step.name}")
-        self.globals.append(
+        self._shared.globals.append(
             f"{constant} = module.constant({values}, {shape}, {stride}, {step.spec.dtype}, "
             f'"{step.spec.device}")'
         )
@@ -208,8 +228,10 @@ class Body:
             self._names.of[step.name] = constant
 
     def _aten(self, step: AtenStep) -> None:
-        self.aten_calls += 1
+        self._shared.aten_calls += 1
         lines = [f"# {step.where}"] if step.where else []
+        for region in regions((step.args, dict(step.kwargs))):
+            self._function(region)
         arguments = [argument_text(a, self._names.of) for a in step.args]
         arguments += [f"{key}={argument_text(a, self._names.of)}" for key, a in step.kwargs]
         read = {
@@ -228,19 +250,16 @@ class Body:
 
     def _results(self, step: AtenStep, call: str, lines: list[str]) -> set[str]:
         """Lines that call and name the results; returns the variables made."""
-        wanted = [(i, n, s) for i, (n, s) in enumerate(step.outputs) if n is not None]
-        names = [self._names.add(n) for _, n, _ in wanted]
+        wanted = step.results()
+        names = [self._names.add(name) for _, name, _ in wanted]
+        places = ["".join(f"[{argument_text(key, {})}]" for key in path) for path, _, _ in wanted]
         if not wanted:
             lines.append(call)
-        elif not step.is_tuple:
-            lines.append(f"{names[0]} = {call}")
         elif len(wanted) == 1:
-            lines.append(f"{names[0]} = {call}[{wanted[0][0]}]")
+            lines.append(f"{names[0]} = {call}{places[0]}")
         else:
             lines.append(f"results = {call}")
-            lines += [
-                f"{name} = results[{i}]" for name, (i, _, _) in zip(names, wanted, strict=True)
-            ]
+            lines += [f"{name} = results{at}" for name, at in zip(names, places, strict=True)]
             lines.append("del results")
         for name, (_, _, spec) in zip(names, wanted, strict=True):
             if spec is None:
@@ -248,16 +267,26 @@ class Body:
                 self._sizes.add(name)
             else:
                 lines += self._found_sizes(spec, name)
-                shape, stride = tuple_text(spec.shape), tuple_text(spec.stride)
-                lines.append(f"{name} = laid_out({name}, {shape}, {stride})")
+                lines.append(self._laid_out(name, spec))
         return set(names)
 
+    def _laid_out(self, name: str, spec: TensorSpec) -> str:
+        return f"{name} = laid_out({name}, {tuple_text(spec.shape)}, {tuple_text(spec.stride)})"
+
     def _operator(self, target: str) -> str:
-        if target not in self._operators:
-            name = self._names.claim(target.removesuffix(".default").replace(".", "_"))
-            self._operators[target] = name
-            self.globals.append(f"{name} = torch.ops.{target}")
-        return self._operators[target]
+        known = self._shared.operators
+        if target not in known:
+            known[target] = self._names.claim(target.removesuffix(".default").replace(".", "_"))
+            self._shared.globals.append(f"{known[target]} = torch.ops.{target}")
+        return known[target]
+
+    def _function(self, region: Region) -> None:
+        """The function of a region, before the one that passes it on."""
+        name = self._names.claim(region.name)
+        names = self._names.inner()
+        inner = Body(region.plan, names, self._launchers, self._shared, (name, region))
+        self._shared.functions.append(inner.text)
+        self._names.of[region.name] = name
 
     def _empty(self, spec: TensorSpec) -> str:
         return f"empty({tuple_text(spec.shape)}, {tuple_text(spec.stride)}, {spec.dtype})"
@@ -268,8 +297,8 @@ class Body:
         last: dict[str, int] = {}
         for position, statement in enumerate(self._statements):
             last.update(dict.fromkeys(statement.variables, position))
-        module_level = {line.split(" = ")[0] for line in self.globals}
-        lines = ["def call(args):"]
+        module_level = {line.split(" = ")[0] for line in self._shared.globals}
+        lines = [f"def {self._region[0]}(*args):" if self._region else "def call(args):"]
         comment = ""
         for position, statement in enumerate(self._statements):
             for line in statement.lines:
@@ -288,7 +317,12 @@ class Body:
                     if len(dead) < 8
                     else f"    del ({', '.join(dead)})"
                 )
-        lines += wrapped(f"    return [{', '.join(outputs)}]")
+        returned = f"[{', '.join(outputs)}]"
+        if self._region and self._region[1].returns == "value":
+            (returned,) = outputs
+        elif self._region and self._region[1].returns == "tuple":
+            returned = f"({', '.join(outputs)}{',' * (len(outputs) == 1)})"
+        lines += wrapped(f"    return {returned}")
         return "\n".join(lines)
 
     def _output(self, output: Argument) -> str:

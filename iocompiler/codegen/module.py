@@ -14,10 +14,10 @@ import torch
 
 from iocompiler.codegen import triton as emitter
 from iocompiler.codegen.batch import SIGNATURE, emit_batch
-from iocompiler.codegen.body import Body, Launcher
+from iocompiler.codegen.body import Body, Launcher, Shared
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, tuple_text
 from iocompiler.codegen.values import symbols
-from iocompiler.plan.data import BatchStep, KernelStep, Plan, Schedule, TensorSpec
+from iocompiler.plan.data import BatchStep, KernelStep, Plan, Schedule, TensorSpec, all_steps
 from iocompiler.tile.program import TileProgram
 
 _ABOUT = '''\
@@ -62,13 +62,14 @@ def emit_module(plan: Plan, name: str) -> str:
     """
     names = Names(symbols(plan))
     kernels = _Kernels(names)
-    body = Body(plan, names, kernels)
-    launches = sum(isinstance(step, (KernelStep, BatchStep)) for step in plan.steps)
+    shared = Shared()
+    body = Body(plan, names, kernels, shared)
+    launches = sum(isinstance(step, (KernelStep, BatchStep)) for step in all_steps(plan))
     about = _ABOUT.format(
         name=name,
         kernels=len(kernels.found),
         launches=launches,
-        calls=body.aten_calls,
+        calls=shared.aten_calls,
         device=plan.device,
     )
     texts = "".join(kernel.text for kernel in kernels.found.values())
@@ -76,12 +77,13 @@ def emit_module(plan: Plan, name: str) -> str:
     if kernels.found:
         cells.append(f"# %% prelude\n{helpers_for(emitter.PRELUDE, texts)}")
     cells += [_cell(kernel) for kernel in kernels.found.values()]
-    imports = "import math\n\n" if "math." in body.text else ""
-    made = body.globals + [k.registration for k in kernels.launchers.values()]
+    functions = [*shared.functions, body.text]
+    imports = "import math\n\n" if any("math." in text for text in functions) else ""
+    made = shared.globals + [k.registration for k in kernels.launchers.values()]
     ours = any("torch.ops.iocompiler." in line for line in made)
     setup = _SETUP.format(device=plan.device, imports=imports, operators=_OURS if ours else "")
     setup += "".join(line + "\n" for line in made)
-    cells += [setup, body.text, _example_inputs(plan), _MAIN]
+    cells += [setup, *functions, _example_inputs(plan), _MAIN]
     return "\n\n".join(cell.strip("\n") + "\n" for cell in cells)
 
 
@@ -89,7 +91,7 @@ def kernel_names(plan: Plan) -> dict[tuple[TileProgram, Schedule], tuple[str, st
     """Name and first launch signature of each distinct kernel, as `emit_module` writes them."""
     names = Names(symbols(plan))
     kernels = _Kernels(names)
-    Body(plan, names, kernels)
+    Body(plan, names, kernels, Shared())
     signatures: dict[str, str] = {}
     for name, signature in kernels.launchers:
         signatures.setdefault(name, signature)

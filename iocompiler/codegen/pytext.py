@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import sympy
 import torch
+from torch._ops import OpOverload
 from torch.utils._sympy.printers import PythonPrinter
 
-from iocompiler.plan.data import Argument, Ref
+from iocompiler.plan.data import Argument, Ref, Region
 from iocompiler.tile.index import Size
 
 RESERVED = frozenset({
@@ -74,6 +75,13 @@ def argument_text(argument: Argument, names: Mapping[str, str]) -> str:
             if isinstance(argument, list):
                 return f"[{', '.join(items)}]"
             return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+        case dict():
+            pairs = [f"{quoted(str(k))}: {argument_text(a, names)}" for k, a in argument.items()]
+            return f"{{{', '.join(pairs)}}}"
+        case Region(name):
+            return names[name]
+        case OpOverload():
+            return f"torch.ops.{argument}"
         case None | bool() | int() | complex():
             return repr(argument)
         case str():
@@ -172,6 +180,12 @@ class Names:
         """``value`` goes by the name of ``other`` from here on."""
         self.of[value] = self.of[other]
         return self.of[value]
+
+    def inner(self) -> Names:
+        """Names for the values of another plan in the same module."""
+        names = Names()
+        names._taken = self._taken
+        return names
 
     def claim(self, wish: str) -> str:
         """The wish, made a valid and unused identifier."""

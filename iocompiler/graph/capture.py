@@ -207,7 +207,8 @@ class _Retrace(PropagateUnbackedSymInts):
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         proxy = tracer.create_proxy("call_function", target, *proxies)
         with disable_proxy_modes_tracing():
-            result = pytree.tree_map_only(torch.Tensor, _like, self._node.meta["example_value"])
+            known = self._node.meta.get("example_value")  # nothing of one that only writes
+            result = pytree.tree_map_only(torch.Tensor, _like, known)
         return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 

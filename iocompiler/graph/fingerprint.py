@@ -171,6 +171,8 @@ def _leaves(node: Node) -> Any:
 
 def _target(target: Any) -> str:
     """The name of what is called, where the name says all there is to know."""
+    if target is getattr:  # of a tensor: ``x.T``
+        return "getattr"
     if isinstance(target, (OpOverload, OpOverloadPacket)):
         name = str(target)
         known = name.split(".")[0] in _NAMESPACES

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer, Proxy
@@ -143,7 +144,8 @@ def compute_value(node: Node) -> None:
         return
     args, kwargs = map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
     mode = view.fake_mode(node.graph) or nullcontext()
-    with mode, torch.no_grad(), torch._C._DisableFuncTorch(), torch._C._DisableAutocast():
+    plain = torch.no_grad(), torch._C._DisableFuncTorch(), torch._C._DisableAutocast()
+    with mode, enable_python_dispatcher(), plain[0], plain[1], plain[2]:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -21,7 +22,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 AUTOCAST_DEVICES = ("cpu", "cuda")
 _SWITCHES = (torch._C._set_grad_enabled, _ENTER, _EXIT)
-# in eval mode these return their input itself, though their schema does not say so
+
+# in eval mode these return their input itself: no schema says so, nor does what is traced
 _MAY_RETURN_INPUT = (
     torch.ops.aten.dropout.default,
     torch.ops.aten.feature_dropout.default,
@@ -73,16 +75,35 @@ def source(node: Node) -> str:
     return text
 
 
+def higher_order(node: Node) -> str:
+    """The name of the higher-order operator the node calls, or "": they come to exist only when
+    torch imports them.
+    """
+    return node.target.name() if isinstance(node.target, HigherOrderOperator) else ""  # type: ignore[no-untyped-call]
+
+
 def is_switch(node: Node) -> bool:
     """True for the nodes that switch grad mode or autocast on or off."""
     return node.op == "call_function" and node.target in _SWITCHES
 
 
 def is_view(node: Node) -> bool:
-    """True where an output of the operator may be its input's storage seen differently."""
+    """True where an output of the operator may be its input's storage seen differently: where its
+    schema says so, and where it is (``atleast_3d``, ``einsum`` that only transposes), though its
+    schema does not.
+    """
     if node.target in _MAY_RETURN_INPUT:
         return True
-    return any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node))
+    if any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node)):
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or mutates(node):
+        return False
+    made = _storages(node)
+    return bool(made) and any(made & _storages(read) for read in node.all_input_nodes)
+
+
+def _storages(node: Node) -> set[int]:
+    return {t.untyped_storage()._cdata for t in tensors(node) if t.layout is torch.strided}
 
 
 def is_contiguous(tensor: torch.Tensor) -> bool:
@@ -110,6 +131,8 @@ def spelled_out(node: Node) -> list[Any]:
 
 def mutates(node: Node) -> tuple[Node, ...]:
     """The nodes whose tensors this call writes into."""
+    if higher_order(node) == "triton_kernel_wrapper_mutation":
+        return tuple(node.all_input_nodes)  # a kernel of the user's: any of them
     written: list[Node] = []
     for position, argument in enumerate(_arguments(node)):
         if argument.alias_info is None or not argument.alias_info.is_write:

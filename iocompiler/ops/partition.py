@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch._functorch import partitioners
 from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from iocompiler.graph import view
 from iocompiler.ops.random import UNIFORM
@@ -96,9 +97,23 @@ def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphMo
         inputs: its inputs, as AOTAutograd gives them.
         keywords: ``num_fwd_outputs`` and what else AOTAutograd passes.
     """
+    _keep_copies(joint)
     ours = _op_types()
     with mock.patch.object(partitioners, "get_default_op_list", return_value=ours):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
+
+
+def _keep_copies(joint: GraphModule) -> None:
+    """Have AOTAutograd's own copies of inputs saved as they are, not made again from the inputs.
+
+    It copies what the caller's tensor is overwritten with after the graph, where autograd sees it:
+    the input, saved in place of the copy, would be found changed by the backward. A copy that the
+    user wrote has the user's line.
+    """
+    for node in joint.graph.find_nodes(op="placeholder"):
+        for user in node.users:
+            if user.target is aten.clone.default and not user.meta.get("stack_trace"):
+                user.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 @dataclass(frozen=True)

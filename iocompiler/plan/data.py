@@ -61,8 +61,8 @@ class Ref:
 
 
 Argument: TypeAlias = Any
-"""Ref, number, bool, str, None, Size, torch's dtype, device, layout or memory_format; lists of
-these and tuples.
+"""Ref, number, bool, str, None, Size, torch's dtype, device, layout or memory_format, an operator,
+a `Region`; lists, tuples and dicts of these.
 """
 
 
@@ -106,8 +106,10 @@ class AtenStep:
     """Call an operator that exists: ``target`` is its qualified name ("aten.mm.default").
 
     ``outputs`` names its results in order (None for one nobody reads); a single tensor result
-    has one name and ``is_tuple`` false. ``reason`` says why this is a plain call ("contraction:
-    cuBLAS", "no rule for aten.sort").
+    has one name and ``is_tuple`` false. A spec of None is a number, or a tensor whose layout nobody
+    relies on. ``paths`` says where in the result each output lies, where that is not its position
+    in one tuple (in a tuple of tuples, a dict). ``reason`` says why this is a plain call
+    ("contraction: cuBLAS", "no rule for aten.sort").
     """
 
     target: str
@@ -118,6 +120,13 @@ class AtenStep:
     node: str = ""
     where: str = ""
     reason: str = ""
+    paths: tuple[tuple[int | str, ...], ...] = ()
+
+    def results(self) -> tuple[tuple[tuple[int | str, ...], str, TensorSpec | None], ...]:
+        """Of each result that is read: where it lies in what the call returns, name, spec."""
+        paths = self.paths or tuple((i,) if self.is_tuple else () for i in range(len(self.outputs)))
+        rows = zip(paths, self.outputs, strict=True)
+        return tuple((path, name, spec) for path, (name, spec) in rows if name is not None)
 
 
 @dataclass(frozen=True)
@@ -167,10 +176,47 @@ class Plan:
     unfused: tuple[Unfused, ...] = ()
 
 
+@dataclass(frozen=True)
+class Region:
+    """A function that a higher-order operator calls: a branch, a loop's body, a score.
+
+    It takes the inputs of ``plan`` one by one, and returns the plan's outputs as a "tuple" or
+    "list", or its one output as a plain "value". Under ``exact`` the plan relies on the layouts its
+    inputs are specified with, which what is passed need not have.
+    """
+
+    name: str
+    plan: Plan
+    returns: Literal["value", "tuple", "list"]
+    exact: bool = True
+
+
+def regions(argument: Argument) -> Iterator[Region]:
+    """Every `Region` inside an argument, those inside other regions left out."""
+    if isinstance(argument, Region):
+        yield argument
+    elif isinstance(argument, (list, tuple)):
+        for item in argument:
+            yield from regions(item)
+    elif isinstance(argument, dict):
+        yield from regions(list(argument.values()))
+
+
+def all_steps(plan: Plan) -> Iterator[Step]:
+    """The steps of a plan, and those of the regions in it, each where it is called."""
+    for step in plan.steps:
+        if isinstance(step, AtenStep):
+            for region in regions((step.args, dict(step.kwargs))):
+                yield from all_steps(region.plan)
+        yield step
+
+
 def references(argument: Argument) -> Iterator[Ref]:
-    """Every `Ref` inside an argument."""
+    """Every `Ref` inside an argument; a region has names of its own."""
     if isinstance(argument, Ref):
         yield argument
+    elif isinstance(argument, dict):
+        yield from references(list(argument.values()))
     elif isinstance(argument, (list, tuple)):
         for item in argument:
             yield from references(item)

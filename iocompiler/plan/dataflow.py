@@ -14,16 +14,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 from iocompiler.errors import CannotPlan
 from iocompiler.plan.found import Symbolic, finders, needed
 from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
+from iocompiler.plan.ordered import ordered
 from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
 from iocompiler.plan.sizes import equal, size_of, value_at
 from iocompiler.plan.views import SPLITS, is_view, storage_owner
 from iocompiler.tile.index import product
+from iocompiler.tile.rows import RowsTooLong, check_rows
 
 aten = torch.ops.aten
 
@@ -60,8 +64,8 @@ def tensors(node: Node) -> list[torch.Tensor]:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, (list, tuple)):
-        return [t for t in value if isinstance(t, torch.Tensor)]
+    if isinstance(value, (list, tuple, dict)):
+        return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
     return []
 
 
@@ -73,11 +77,18 @@ def nbytes(node: Node, hints: dict[str, int]) -> int:
     )
 
 
+def _is_called_for_its_effect(node: Node) -> bool:
+    """A call without a tensor in what it returns, which is there all the same."""
+    operators = (OpOverload, HigherOrderOperator)
+    return isinstance(node.target, operators) and not tensors(node) and node.is_impure()
+
+
 @dataclass
 class Dataflow:
     """The classified graph.
 
-    ``readers[n]``: kernel and opaque nodes that read n's storage (through views, virtuals).
+    ``readers[n]``: kernel and opaque nodes that read n's storage (through views, virtuals);
+    ``before[n]``: the call that must have run before n, though it reads none of its results.
     """
 
     graph: Graph
@@ -89,6 +100,7 @@ class Dataflow:
     opaque: dict[Node, str] = field(default_factory=dict)
     leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
     readers: dict[Node, set[Node]] = field(default_factory=dict)
+    before: dict[Node, Node] = field(default_factory=dict)
     outputs: set[Node] = field(default_factory=set)
     singles: dict[Node, Lowered] = field(default_factory=dict)
 
@@ -98,6 +110,7 @@ class Dataflow:
         self._choose_virtual()
         self._lower_singles()
         self._connect()
+        self.before = ordered(self.graph, self.opaque)
 
     # --- which operators are generated
 
@@ -108,6 +121,8 @@ class Dataflow:
         for node in self.graph.nodes:
             if node.target in _CHECKS:
                 self.opaque[node] = "a check of the user's values"
+            elif _is_called_for_its_effect(node):
+                self.opaque[node] = "called for its effect"
             if node.target is aten._local_scalar_dense.default and isinstance(
                 node.meta["val"], Symbolic
             ):
@@ -126,6 +141,8 @@ class Dataflow:
             del self.opaque[node]
 
     def _why_opaque(self, node: Node) -> str | None:
+        if isinstance(node.target, HigherOrderOperator):
+            return f"the higher-order operator {node.target}"
         if not has_rule(node):
             name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
             return _LIBRARY.get(name, f"no rule for {node.target}")
@@ -143,8 +160,8 @@ class Dataflow:
         if any(t.device != self.device and t.dim() > 0 for t in read):
             return "operands on several devices"
         try:
-            lower(frozenset({node}), (), (node,), self.order)
-        except Unsupported as error:
+            check_rows(lower(frozenset({node}), (), (node,), self.order).program)
+        except (Unsupported, RowsTooLong) as error:
             return str(error)
         return None
 
@@ -223,8 +240,10 @@ class Dataflow:
         while pending:
             node = pending.pop()
             try:
-                self.singles[node] = lower(frozenset({node}), self.virtual, (node,), self.order)
-            except Unsupported:
+                alone = lower(frozenset({node}), self.virtual, (node,), self.order)
+                check_rows(alone.program)
+                self.singles[node] = alone
+            except (Unsupported, RowsTooLong):
                 stored = [o for o in map(storage_owner, node.all_input_nodes) if o in self.virtual]
                 assert stored, f"{node.name} lowers alone but not in its graph"
                 for operand in stored:
@@ -263,10 +282,7 @@ class Dataflow:
 
     def item_source(self, node: Node) -> Node:
         """The opaque call behind a ``getitem``, or the node itself."""
-        if (
-            node.target is operator.getitem
-            and isinstance(node.args[0], Node)
-            and node.args[0] in self.opaque
-        ):
-            return node.args[0]
-        return node
+        source = node
+        while source.target is operator.getitem and isinstance(source.args[0], Node):
+            source = source.args[0]
+        return source if source in self.opaque else node

@@ -18,7 +18,7 @@ def finders(graph: Graph) -> dict[sympy.Symbol, Node]:
     known: set[sympy.Symbol] = set()
     found: dict[sympy.Symbol, Node] = {}
     for node in graph.nodes:
-        symbols = _symbols(node.meta.get("val"))
+        symbols = symbols_of(node.meta.get("val"))
         if node.op == "call_function":
             found.update(dict.fromkeys(symbols - known, node))
         known |= symbols
@@ -29,13 +29,16 @@ def needed(node: Node, found: dict[sympy.Symbol, Node]) -> Iterable[Node]:
     """The calls that find the sizes ``node`` uses, in its result's shape or as numbers."""
     if not found:
         return
-    symbols = _symbols(node.meta.get("val"))
+    symbols = symbols_of(node.meta.get("val"))
     for operand in node.all_input_nodes:
-        symbols |= _symbols(operand.meta.get("val"))
+        symbols |= symbols_of(operand.meta.get("val"))
     yield from {found[s] for s in symbols if s in found and found[s] is not node}
 
 
-def _symbols(value: Any) -> set[sympy.Symbol]:
+def symbols_of(value: Any) -> set[sympy.Symbol]:
+    """The symbols in the shapes of tensors and in numbers, in containers too."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return set().union(*map(_symbols, value))
+        return set().union(*map(symbols_of, value))
     return set(free_symbols(value)) if isinstance(value, (torch.Tensor, *Symbolic)) else set()

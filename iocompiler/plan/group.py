@@ -114,8 +114,12 @@ class Grouper:
             self._propose(*pair)
 
     def _before(self, node: Node) -> Iterable[Node]:
-        """What runs before ``node``: makers of what it reads, other readers of what it writes."""
+        """What runs before ``node``: makers of what it reads, other readers of what it writes, the
+        call it must not overtake.
+        """
         yield from self.flow.leaves[node]
+        if node in self.flow.before:
+            yield self.flow.before[node]
         if node.target is aten.copy_.default:
             target = node.args[0]
             yield from (r for r in self.flow.readers.get(target, ()) if r is not node)  # type: ignore[arg-type]

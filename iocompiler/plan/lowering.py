@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -170,7 +171,7 @@ class Lowering:
         number_of = arg.meta["val"] if isinstance(arg, Node) else arg
         if isinstance(number_of, torch.SymFloat):
             return self._computed(number_of, dtype)
-        return self.builder.const(literal(arg), dtype)
+        return self.builder.const(_wrapped(literal(arg), node), dtype)
 
     def _computed(self, arg: torch.SymFloat, dtype: torch.dtype) -> int:
         try:
@@ -234,6 +235,19 @@ def constant_values(node: Node) -> tuple[bool | int | float, ...]:
     with unset_fake_temporarily():
         tensor: torch.Tensor = attrgetter(str(node.target))(node.graph.owning_module)
         return tuple(tensor.detach().cpu().flatten().tolist())
+
+
+def _wrapped(number: Constant, node: Node) -> Constant:
+    """An integer as the tensors it meets in the node hold it: -1 is 255 among bytes."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        return number
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in node.args]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.bool)
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        return number
+    limits = torch.iinfo(dtype)
+    return limits.min + (number - limits.min) % (limits.max - limits.min + 1)
 
 
 def literal(arg: Any) -> Constant:

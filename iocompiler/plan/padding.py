@@ -24,6 +24,7 @@ from iocompiler.graph.view import is_contiguous
 from iocompiler.ops.aligned_mm import ALIGNED_MM
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.rules import has_rule
+from iocompiler.plan.steps import is_effect
 from iocompiler.plan.views import is_view, storage_owner
 from iocompiler.tile.index import Size
 
@@ -56,7 +57,8 @@ def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any], device: De
     its fake inputs, ``device`` prices it.
     """
     adopt_strides(gm, inputs)
-    pad_rows(gm, exact_outputs(name), device)
+    exact = None if any(map(is_effect, gm.graph.nodes)) else exact_outputs(name)
+    pad_rows(gm, exact, device)
 
 
 def pad_rows(gm: GraphModule, exact_outputs: int | None, device: Device) -> int:
@@ -126,9 +128,13 @@ def adopt_strides(gm: GraphModule, inputs: Sequence[Any]) -> None:
 
 
 def report_strides(gm: GraphModule) -> None:
-    """Tell AOTAutograd the strides of the outputs: the backward graph is compiled for them."""
+    """Tell AOTAutograd the strides of the outputs: the backward graph is compiled for them.
+
+    Where the first outputs are tokens, which AOTAutograd does not count here, nothing is told, and
+    all outputs have the strides that it expects.
+    """
     context = TracingContext.try_get()
-    if context is None or context.output_strides is None:
+    if context is None or context.output_strides is None or any(map(is_effect, gm.graph.nodes)):
         return
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     for arg in output.args[0]:

@@ -115,6 +115,8 @@ def output_index(
             continue
         extra = lowering.varies(value) - lowering.axes_of(index)
         if not extra:
+            if not kept:
+                return index, value  # nothing was there: the rows are its own
             places.append((len(_loads(lowering, [value]) - kept), index, value))
             continue
         reasons.append(

@@ -115,7 +115,8 @@ class Retarget:
         values = [node.meta.get("val") for node in gm.graph.nodes]
         if any(x.device.type == "cuda" for x in tree_leaves(values) if isinstance(x, torch.Tensor)):
             return 0
-        for node in gm.graph.nodes:
+        graphs = [each.graph for each in gm.modules() if isinstance(each, GraphModule)]
+        for node in (node for graph in graphs for node in graph.nodes):
             if "val" in node.meta:
                 node.meta["val"] = tree_map(self._moved, node.meta["val"])
         return 0

@@ -9,6 +9,7 @@ cubin), "graphs" (module text, JSON), "modules" (the generated files that run), 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -87,7 +88,10 @@ class Cache:
             files = {
                 name: _read_checked(folder / name, digest) for name, digest in meta["files"].items()
             }
-            os.utime(folder)  # used now: last to be evicted
+            if meta["check"] != _check(meta):
+                raise ValueError(f"{_META} does not match its hash")
+            with contextlib.suppress(OSError):  # as where it can only be read
+                os.utime(folder)  # used now: last to be evicted
             return Entry(folder, files, meta["data"])
         except FileNotFoundError:
             if not folder.exists():
@@ -105,7 +109,9 @@ class Cache:
         """
         target = self.folder(kind, key)
         target.parent.mkdir(mode=0o700, exist_ok=True)
-        meta = {"files": {n: _digest(content) for n, content in files.items()}, "data": dict(data)}
+        hashes = {name: _digest(content) for name, content in files.items()}
+        meta: dict[str, Any] = {"files": hashes, "data": dict(data)}
+        meta["check"] = _check(meta)
         aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
         try:
             for name, content in files.items():
@@ -296,6 +302,11 @@ def _refuse_foreign(root: Path) -> None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _check(meta: Mapping[str, Any]) -> str:
+    """The hash of what `_META` holds besides."""
+    return _digest(json.dumps([meta["files"], meta["data"]], sort_keys=True).encode())
 
 
 def _read_checked(path: Path, digest: str) -> bytes:

@@ -76,8 +76,7 @@ class Pool:
     """Worker processes, one socket each. Not shared across a fork: the child starts its own."""
 
     def __init__(self, workers: int, scratch_root: Path | None):
-        self.pid = os.getpid()
-        self.scratch = tempfile.mkdtemp(prefix="triton-", dir=scratch_root)
+        self.scratch = _scratch_folder(scratch_root)
         pairs = [socket.socketpair() for _ in range(workers)]
         environment = {
             **os.environ,
@@ -100,12 +99,13 @@ class Pool:
         self.idle: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self.size = workers
         self._lock = threading.Lock()
-        for ours, _ in pairs:
+        self.connections = [ours for ours, _ in pairs]
+        for ours in self.connections:
             self.idle.put(ours)
 
     @property
     def usable(self) -> bool:
-        return self.pid == os.getpid() and self.size > 0 and self.process.poll() is None
+        return self.size > 0 and self.process.poll() is None
 
     def run(self, job: Job, path: str) -> dict[str, Any]:
         """The answer to one job; blocks until a worker is free.
@@ -144,8 +144,6 @@ class Pool:
 
     def close(self) -> None:
         """End the workers and remove their scratch folder."""
-        if self.pid != os.getpid():
-            return
         self.size = 0
         with contextlib.suppress(queue.Empty):
             while (connection := self.idle.get_nowait()) is not None:
@@ -158,6 +156,14 @@ class Pool:
             self.process.kill()
             self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _scratch_folder(root: Path | None) -> str:
+    """A folder of the pool's own below ``root``, or where that is full or gone, in the system's."""
+    try:
+        return tempfile.mkdtemp(prefix="triton-", dir=root)
+    except OSError:
+        return tempfile.mkdtemp(prefix="triton-")
 
 
 def _read_line(connection: socket.socket) -> bytes:
@@ -188,6 +194,22 @@ def warm(scratch_root: Path | None = None) -> Pool:
 def worker_count() -> int:
     """As many workers as this process may use processors, at most `MAX_WORKERS`."""
     return max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS))
+
+
+def _forget() -> None:
+    """In a forked child: the parent's workers are not its own, and its copies of their sockets
+    would keep them waiting when the parent has ended; a lock some thread held stays held.
+    """
+    global _pool, _pool_lock
+    _pool_lock = threading.Lock()
+    if _pool is not None:
+        for connection in _pool.connections:
+            connection.close()
+        _pool.process.returncode = 0  # not this process's child: nothing to wait for
+        _pool = None
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @atexit.register

@@ -157,6 +157,8 @@ def _refuse(metadata: Any) -> None:
     for position, info in enumerate(metadata.input_info):
         if info.mutation_type.name not in _KEPT or info.mutates_metadata:
             raise NotCacheable(cause=f"input {position} is changed outside of the graph")
+    if metadata.tokens:
+        raise NotCacheable(cause="it has effects, which run in order")
     for field in dataclasses.fields(metadata):
         if field.name not in _READ and getattr(metadata, field.name) not in (None, 0, [], {}, ()):
             raise NotCacheable(cause=f"AOTAutograd's {field.name}")

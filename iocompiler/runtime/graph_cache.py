@@ -219,12 +219,20 @@ class Slot:
         files[_GENERAL] = self.general.encode()
         if self.key:
             self.cache.forget(_KIND, self.key)  # written again, with one more backward
-        free = (key for key in self._keys() if not self.cache.folder(_KIND, key).exists())
-        self.key = self.key or next(free, "")
-        if not self.key:
-            raise NotCacheable(cause="its sizes vary too much")
+        self.key = self.key or self._free(meta)
         if self.cache.store(_KIND, self.key, files, meta) is not None:
             done.cache = "stored"
+
+    def _free(self, meta: Mapping[str, Any]) -> str:
+        """The first key without an entry, or with one that another process has just written for
+        the same sizes, and which stays.
+        """
+        assert self.cache is not None
+        for key in self._keys():
+            entry = self.cache.get(_KIND, key)
+            if entry is None or entry.meta.get("guards") == meta["guards"]:
+                return key
+        raise NotCacheable(cause="its sizes vary too much")
 
 
 def slot(

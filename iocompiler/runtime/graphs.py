@@ -20,6 +20,8 @@ from iocompiler.codegen.values import Values
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, references
 from iocompiler.runtime.reference import operator_named
 
+_CHECK = "aten._linalg_check_errors.default"
+
 Call = Callable[[list[Any]], list[Any]]
 
 
@@ -45,6 +47,10 @@ def obstacle(plan: Plan, static_inputs: Sequence[int]) -> str:
 
 def _waits(step: AtenStep) -> str:
     """Why the host has to wait for this call, or work on its result."""
+    if step.target.startswith("higher_order."):
+        return f"{step.target} decides on the host what runs"
+    if step.target == _CHECK:
+        return f"{step.target} reads what went wrong"
     tags = getattr(operator_named(step.target), "tags", ())
     for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape):
         if tag in tags:

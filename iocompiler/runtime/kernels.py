@@ -88,7 +88,10 @@ def _scratch(cache: Cache | None) -> Path | None:
     if cache is None:
         return None
     folder = cache.root / "triton"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:  # a full disk, say: the cache itself tells that it cannot be written
+        return None
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,16 @@ def _own_folder() -> str:
 
 
 _temporary: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _forget() -> None:
+    """In a forked child: the folder is the parent's, and must not go when the child ends."""
+    if _temporary is not None:
+        _temporary._finalizer.detach()  # type: ignore[attr-defined]
+    _own_folder.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _on_its_device(call: Call, device: torch.device) -> Call:

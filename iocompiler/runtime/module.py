@@ -63,11 +63,8 @@ class Module:
         start = self.source.count("\n", 0, self.source.index(self.call_cell))
         code = compile("\n" * start + self.call_cell, self.path, "exec")
         namespace: dict[str, Any] = {"__name__": Path(self.path).stem, "__file__": self.path}
-        _opening[self.path] = self
-        try:
-            exec(code, namespace)
-        finally:
-            _opening.pop(self.path, None)
+        namespace[_OPENED] = self  # in there, not by path: another thread may run the same file
+        exec(code, namespace)
         return namespace
 
     # what the call cell uses
@@ -269,11 +266,11 @@ class Module:
 # absent in a torch built without CUDA, where files are written and compiled but not run
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
-_opening: dict[str, Module] = {}
+_OPENED = "__iocompiler_module__"
 
 
 def open_module(path: str, namespace: dict[str, Any], device: str) -> Module:
     """The `Module` of a generated file, called by the file itself."""
-    module = _opening.get(path) or Module(path)
+    module: Module = namespace.pop(_OPENED, None) or Module(path)
     module.adopt(namespace, device)
     return module

@@ -5,12 +5,23 @@ Slow and plain: what a compiled plan computes is compared with this, and this wi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import reduce
+from operator import getitem
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from iocompiler.plan.data import AtenStep, BatchStep, ConstantStep, KernelStep, Plan, ViewStep
+from iocompiler.plan.data import (
+    AtenStep,
+    BatchStep,
+    ConstantStep,
+    KernelStep,
+    Plan,
+    Region,
+    ViewStep,
+)
 from iocompiler.runtime.values import (
     found_sizes,
     fresh,
@@ -99,19 +110,41 @@ def _flat(buffer: Buffer, value: Any, sizes: dict[str, int]) -> torch.Tensor:
 
 
 def _aten(step: AtenStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    args = [resolve(a, values, sizes, CPU) for a in step.args]
-    kwargs = {key: resolve(a, values, sizes, CPU) for key, a in step.kwargs}
+    args, kwargs = tree_map_only(Region, _callable, (step.args, dict(step.kwargs)))
+    args = [resolve(a, values, sizes, CPU) for a in args]
+    kwargs = {key: resolve(a, values, sizes, CPU) for key, a in kwargs.items()}
     result = operator_named(step.target)(*args, **kwargs)
-    results = result if step.is_tuple else (result,)
-    for (name, spec), value in zip(step.outputs, results, strict=False):
-        if name is None:
-            continue
+    for path, name, spec in step.results():
+        value = reduce(getitem, path, result)
         if spec is None and isinstance(value, (int, float)):
             sizes[name] = value  # type: ignore[assignment]  # a number among the sizes
         if spec is not None and isinstance(value, torch.Tensor):
             found_sizes(spec, value, sizes)
             value = laid_out(value, size_values(spec.shape, sizes), size_values(spec.stride, sizes))
         values[name] = value
+
+
+def _callable(region: Region) -> Callable[..., Any]:
+    """The function of the region, for an operator to call."""
+
+    def run(*args: Any) -> Any:
+        given = _as_planned(region.plan, args) if region.exact else list(args)
+        results = run_plan(region.plan, given)
+        if region.returns == "value":
+            return results[0]
+        return results if region.returns == "list" else tuple(results)
+
+    return run
+
+
+def _as_planned(plan: Plan, args: Sequence[Any]) -> list[Any]:
+    sizes = input_sizes(plan, list(args))
+    return [
+        value
+        if spec is None
+        else laid_out(value, size_values(spec.shape, sizes), size_values(spec.stride, sizes))
+        for (_, spec), value in zip(plan.inputs, args, strict=True)
+    ]
 
 
 def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:

@@ -63,6 +63,8 @@ def resolve(
         return values[argument.name]
     if isinstance(argument, (list, tuple)):
         return type(argument)(resolve(a, values, sizes, device) for a in argument)
+    if isinstance(argument, dict):
+        return {key: resolve(a, values, sizes, device) for key, a in argument.items()}
     if isinstance(argument, torch.device):
         return device if argument.type == "cuda" else argument
     if isinstance(argument, sympy.Basic):

@@ -194,3 +194,19 @@ def test_without_dynamo() -> None:
     graph = torch.fx.symbolic_trace(lambda x: torch.nn.functional.silu(x))
     gm = capture(graph, [torch.randn(2)])
     assert _targets(gm) == [aten.silu.default]
+
+
+def test_a_kernel_of_the_users_that_only_writes() -> None:
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    out = graph.call_function(torch.empty_like, (x,))
+    kernel = graph.call_function(
+        triton_kernel_wrapper_mutation, (), {"kernel_idx": 0, "kwargs": {"x": x, "out": out}}
+    )
+    graph.output((graph.call_function(torch.sin, (out,)),))
+    gm = capture(torch.fx.GraphModule(torch.nn.Module(), graph), [torch.randn(3)])
+    (found,) = view.calls(gm, triton_kernel_wrapper_mutation)
+    assert set(view.mutates(found)) == set(found.all_input_nodes)
+    assert len(found.all_input_nodes) == len(kernel.all_input_nodes)

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 
-from iocompiler.plan.data import KernelStep, Plan, Schedule, Step, TensorSpec
+from iocompiler.plan.data import KernelStep, Plan, Schedule, Step, TensorSpec, all_steps
 from iocompiler.runtime.kernels import KernelSpec
 from iocompiler.runtime.values import size_value
 from iocompiler.tile.index import Affine, Axis, Size, product
@@ -73,7 +73,7 @@ def interpreter(plan: Plan) -> Callable[[KernelSpec], Callable[..., None]]:
     """A binder for `load_text`: kernels of ``plan`` run by the tile interpreter on what the
     pointers point to.
     """
-    steps = [step for step in plan.steps if isinstance(step, KernelStep)]
+    steps = [step for step in all_steps(plan) if isinstance(step, KernelStep)]
     # a module's kernels are its distinct programs, in order; equal step names get a number there
     distinct = iter(dict.fromkeys((step.program, step.schedule) for step in steps))
     programs: dict[str, TileProgram] = {}

@@ -74,7 +74,7 @@ def test_damage_is_rebuilt_with_one_warning(cache: Cache, damage: str) -> None:
 def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "own", limit=5000)
     for age, key in enumerate("abcd"):
-        folder = cache.put("kernels", key, {"f": b"x" * 1500}, {})
+        folder = cache.put("kernels", key, {"f": b"x" * 1400}, {})
         os.utime(folder, (1000 + age, 1000 + age))
     assert cache.get("kernels", "a") is not None  # used: now the youngest
     assert cache.evict() == 1

@@ -61,6 +61,8 @@ def test_plans_that_cannot() -> None:
         ("aten._local_scalar_dense.default", ("n", None)),
         ("aten.nonzero.default", ("n", TensorSpec((S0, 1), (1, 1), torch.int64, "cuda"))),
         ("aten.relu.default", ("n", spec(8))),
+        ("aten._linalg_check_errors.default", (None, None)),
+        ("higher_order.cond", ("n", TensorSpec((8,), (1,), torch.float32, "cuda"))),
     ],
 )
 def test_calls_the_host_waits_for(target: str, output: Any) -> None:

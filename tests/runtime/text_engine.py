@@ -21,7 +21,7 @@ import torch
 from torch.fx import GraphModule
 
 from iocompiler.codegen.module import emit_module
-from iocompiler.plan.data import BatchStep, Plan
+from iocompiler.plan.data import BatchStep, Plan, all_steps
 from iocompiler.runtime import load
 from iocompiler.runtime.kernels import KernelSpec, cells
 from iocompiler.runtime.reference import run_plan
@@ -46,7 +46,7 @@ class TextEngine:
 
     def load_text(self, text: str, name: str, device: str) -> Callable[[list[Any]], list[Any]]:
         plan = _plans().get(text)
-        if plan is not None and any(isinstance(step, BatchStep) for step in plan.steps):
+        if plan is not None and any(isinstance(step, BatchStep) for step in all_steps(plan)):
             return _planned(plan, text)
         binder = interpreter(plan) if plan is not None else lambda spec: _bind(text, spec)
         return load.load_text(text, name, device, binder)

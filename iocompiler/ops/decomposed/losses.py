@@ -90,7 +90,7 @@ def smooth_l1_loss_backward(
     way = wide(x) - wide(y)
     slope = way.sign()
     if beta > 0:
-        slope = torch.where(way.abs() < beta, way / beta, slope)
+        slope = torch.where(way.abs() >= beta, slope, way / beta)  # NaN, of no sign, is kept
     return _scaled(wide(grad) * slope, x, reduction)
 
 

@@ -28,6 +28,20 @@ def moments(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, 
     return total / _degrees(size, correction), mean, deviation
 
 
+def _variance(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor]:
+    """Variance and mean, corrected for what rounding the mean left: ``sum(d^2) - sum(d)^2 / n``
+    over the deviations d (Chan, Golub, LeVeque 1983). Equal elements, whose computed mean
+    may be off by a rounding, then have the deviation 0, as by Welford's method.
+    """
+    size = count(x, dims)
+    mean = aten.mean.dim(x, dims, True)
+    deviation = x - mean
+    squares = aten.sum.dim_IntList(deviation * deviation, dims, True)
+    rest = aten.sum.dim_IntList(deviation, dims, True)
+    total = (squares - rest * (rest / size)).clamp_min(0)
+    return total / _degrees(size, correction), mean
+
+
 def _degrees(size: Any, correction: float) -> Any:
     free = size - (int(correction) if float(correction).is_integer() else correction)
     if isinstance(free, (int, float)):
@@ -50,7 +64,7 @@ def var_mean(
     if x.is_complex():
         return DECLINED
     dims = positive(dim, x.dim())
-    *found, _ = moments(wide(x), dims, 1 if correction is None else correction)
+    found = _variance(wide(x), dims, 1 if correction is None else correction)
     variance, mean = (cast(_squeezed(f, dims, keepdim), x.dtype) for f in found)
     return variance, mean
 
@@ -79,7 +93,7 @@ def std(
     if x.is_complex():
         return DECLINED
     dims = positive(dim, x.dim())
-    variance, *_ = moments(wide(x), dims, 1 if correction is None else correction)
+    variance, _ = _variance(wide(x), dims, 1 if correction is None else correction)
     return cast(_squeezed(variance, dims, keepdim).sqrt(), x.dtype)
 
 

@@ -108,7 +108,9 @@ def _check_alone(gm: GraphModule, found: Attention) -> None:
     storages = frozenset().union(*(roots[node] for node in read))
     start, end = min(order[node] for node in (*read, *found.interior)), order[found.anchor]
     for node in writes:
-        if start <= order[node] <= end and any(
-            roots[target] & storages for target in view.mutates(node)
-        ):
+        written = frozenset().union(*(roots[target] for target in view.mutates(node)))
+        if start <= order[node] <= end and written & storages:
             raise Declined(f"{view.where(node) or node.name} writes what the attention reads")
+        if order[node] > end and written & roots[found.anchor]:
+            # our backward reads the output, that of a product does not
+            raise Declined(f"{view.where(node) or node.name} writes into the output")

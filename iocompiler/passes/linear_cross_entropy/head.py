@@ -156,7 +156,7 @@ def order_of(node: Node) -> list[int]:
 
 def _check_move(node: Node, dim: int) -> None:
     old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
-    if dim != new.dim() - 1 or not _same(old.shape[-1], new.shape[-1]):
+    if not old.dim() or dim != new.dim() - 1 or not _same(old.shape[-1], new.shape[-1]):
         raise Declined(f"{node.target} splits or cuts the classes")
     arguments: Any = node.args
     if node.target not in RESHAPES:

@@ -119,11 +119,31 @@ def div(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 def _quotient(low: Lowering, a: int, b: int, rounding: Any) -> int:
     build = low.builder
     if build.dtype(a).is_floating_point:
+        if rounding == "floor":
+            return _float_floor_div(low, a, b)
         quotient = build.map("div", a, b)
         return quotient if rounding is None else build.map(rounding, quotient)
     if rounding == "trunc":
         return build.map("int_trunc_div", a, b)
     return _floor_div(low, a, b)
+
+
+def _float_floor_div(low: Lowering, a: int, b: int) -> int:
+    """Python's a // b: from the exact rest, since the rounded quotient may be the next integer
+    (1.5 / 0.3 is 5 in float32, 1.5 // 0.3 is 4).
+    """
+    build, dtype = low.builder, low.builder.dtype(a)
+    zero, one, half = (build.const(number, dtype) for number in (0.0, 1.0, 0.5))
+    rest = build.map("fmod", a, b)
+    quotient = build.map("div", build.map("sub", a, rest), b)
+    inexact = build.map("ne", rest, zero, dtype=torch.bool)
+    down = build.map("and", inexact, _signs_differ(low, rest, b), dtype=torch.bool)
+    quotient = build.map("where", down, build.map("sub", quotient, one), quotient)
+    floor = build.map("floor", quotient)
+    short = build.map("gt", build.map("sub", quotient, floor), half, dtype=torch.bool)
+    floor = build.map("where", short, build.map("add", floor, one), floor)
+    by_zero = build.map("eq", b, zero, dtype=torch.bool)
+    return build.map("where", by_zero, build.map("div", a, b), floor)
 
 
 def _floor_div(low: Lowering, a: int, b: int) -> int:

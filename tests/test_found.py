@@ -1,0 +1,112 @@
+"""Programs that were wrong once, found by `tests/fuzz`; smallest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.compiling import check
+
+ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "atleast_3d": torch.atleast_3d,
+    "einsum that transposes": lambda x: torch.einsum("ij->ji", x),
+    "type_as": lambda x: x.type_as(x),
+    "conj_physical": torch.conj_physical,
+    "sum_to_size": lambda x: x.sum_to_size(3, 4),
+    "dropout in eval mode": lambda x: F.dropout(x, 0.5, training=False),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_writing_through_an_alias_that_no_schema_tells(name: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        return ALIASES[name](x).fill_(2) + 1
+
+    check(f, torch.randn(3, 4), engine="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_floor_division_where_the_quotient_rounds_up(dtype: torch.dtype) -> None:
+    a = torch.tensor([1.5, 0.5, 2.5, -1.5, 0.9, -0.9, 0.0, 7.0, 3.0, -3.0, 4.0]).to(dtype)
+    b = torch.tensor([0.3, 0.1, 0.1, 0.3, 0.1, 0.3, 0.3, -2.0, 0.0, 0.0, float("inf")]).to(dtype)
+    check(lambda a, b: a // b, a, b, engine="reference")
+    check(lambda a: torch.div(a, 0.3, rounding_mode="floor"), a, engine="reference")
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "//": lambda x: x // -2,
+    "<": lambda x: x < -1,
+    "== ": lambda x: x == -1,
+    "< 300": lambda x: x < 300,
+    "%": lambda x: x % -3,
+    "where": lambda x: torch.where(x > 3, x, -1),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_beyond_a_byte(name: str) -> None:
+    check(NUMBERS[name], torch.tensor([3, 200, 255, 0], dtype=torch.uint8), engine="reference")
+
+
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_an_input_overwritten_by_what_has_a_gradient(through_a_view: bool) -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return (x.transpose(0, -1) if through_a_view else x).mul_(y)
+
+    check(f, torch.randn(2, 3), torch.tensor(3.0, requires_grad=True), engine="reference")
+
+
+def test_folds_of_symmetric_products_with_symbolic_sizes() -> None:
+    for fold in (lambda x: x.amax(0, keepdim=True), lambda x: torch.linalg.vector_norm(x, dim=0)):
+        f = lambda x, fold=fold: fold(torch.outer(x.flatten(), x.flatten()))
+        check(f, torch.randn(5), engine="reference", dynamic=True)
+
+
+def test_in_place_operators_with_symbolic_sizes() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        z = x / 2
+        z.lerp_(y, 0.5)
+        z.addcmul_(y, y)
+        return z
+
+    check(f, torch.randn(3, 5, 5), torch.randn(()), engine="reference", dynamic=True)
+
+
+def test_a_loss_of_a_single_number() -> None:
+    f = lambda x, y: F.cross_entropy(x.reshape(y.numel(), -1), y.flatten())
+    check(f, torch.randn(()), torch.tensor(0), engine="reference")
+
+
+def test_nan_has_a_gradient() -> None:
+    x = torch.tensor([float("nan"), 1.0, 3.0])
+    y = torch.tensor([0.5, 0.5, 0.5], requires_grad=True)
+    run = torch.compile(
+        lambda x, y: F.smooth_l1_loss(x, y, reduction="none"), backend="iocompiler",
+        options={"engine": "reference"},
+    )  # fmt: skip
+    run(x, y).sum().backward()
+    assert y.grad is not None
+    assert y.grad[0].isnan()
+
+
+def test_equal_elements_do_not_deviate() -> None:
+    f = lambda x: x / (1e-3 + x.std(0, keepdim=True, correction=0)) + x.var(0)
+    for rows in (3, 33, 1000):
+        x = torch.tensor([0.1, 1.7, -2.3, 1e4]).expand(rows, 4)
+        check(f, x.contiguous(), engine="reference")
+
+
+def test_an_attention_whose_output_is_written_into() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        z = (x @ x.mT).softmax(-1) @ x
+        z[0].add_(y)
+        return z
+
+    (record,) = check(f, torch.randn(4, 4, requires_grad=True), torch.randn(()), engine="reference")
+    assert record.rewrites == []
+    (miss,) = record.misses
+    assert "writes into the output" in miss.reason
