@@ -79,6 +79,12 @@ class Shared:
     aten_calls: int = 0
 
 
+def _callable(target: str) -> str:
+    """An operator as text: of ours the function behind it, of others its overload."""
+    namespace, name, *_ = target.split(".")
+    return f'function("{name}")' if namespace == "iocompiler" else f"torch.ops.{target}"
+
+
 class Body:
     """The text of ``call`` for a plan, or of the function of a region: ``text``."""
 
@@ -277,7 +283,7 @@ class Body:
         known = self._shared.operators
         if target not in known:
             known[target] = self._names.claim(target.removesuffix(".default").replace(".", "_"))
-            self._shared.globals.append(f"{known[target]} = torch.ops.{target}")
+            self._shared.globals.append(f"{known[target]} = {_callable(target)}")
         return known[target]
 
     def _function(self, region: Region) -> None:

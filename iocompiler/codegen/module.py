@@ -38,7 +38,7 @@ empty, reinterpret, laid_out, current_stream = module.tools()
 """
 
 # another process may know none of our operators
-_OURS = "import iocompiler.ops.registered\n"
+_OURS = "from iocompiler.ops.registered import function\n"
 
 _MAIN = """\
 if __name__ == "__main__":
@@ -80,7 +80,7 @@ def emit_module(plan: Plan, name: str) -> str:
     functions = [*shared.functions, body.text]
     imports = "import math\n\n" if any("math." in text for text in functions) else ""
     made = shared.globals + [k.registration for k in kernels.launchers.values()]
-    ours = any("torch.ops.iocompiler." in line for line in made)
+    ours = any(' = function("' in line for line in made)
     setup = _SETUP.format(device=plan.device, imports=imports, operators=_OURS if ours else "")
     setup += "".join(line + "\n" for line in made)
     cells += [setup, *functions, _example_inputs(plan), _MAIN]

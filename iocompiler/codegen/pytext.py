@@ -19,7 +19,8 @@ from iocompiler.tile.index import Size
 
 RESERVED = frozenset({
     "args", "call", "module", "torch", "triton", "tl", "math", "libdevice", "stream", "results",
-    "empty", "reinterpret", "laid_out", "current_stream", "open_module", "example_inputs",
+    "empty", "reinterpret", "laid_out", "current_stream", "open_module", "function",
+    "example_inputs",
 })  # fmt: skip
 
 

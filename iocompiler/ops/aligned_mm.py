@@ -14,10 +14,11 @@ result is never twice in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from iocompiler.ops import library
 
 # Parts begin at multiples of this many elements.
 STEP = 64
@@ -27,12 +28,10 @@ ALIGNED = 16
 SCRATCH_BYTES = 1 << 24
 TILE = 256
 
-_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
+ALIGNED_MM = library.define(
     "aligned_mm(Tensor a, Tensor b, Tensor? bias, SymInt row) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    torch.Tag.pt2_compliant_tag,
 )
-ALIGNED_MM = torch.ops.iocompiler.aligned_mm.default
 
 
 def _aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None, row: int) -> Tensor:
@@ -108,5 +107,4 @@ def _aligned_mm_fake(a: Tensor, b: Tensor, bias: Tensor | None, row: int) -> Ten
     return _empty(a, b, row)
 
 
-_LIBRARY.impl("aligned_mm", _aligned_mm, "CompositeExplicitAutograd")
-torch.library.register_fake("iocompiler::aligned_mm", _aligned_mm_fake, lib=_LIBRARY)
+library.implement("aligned_mm", _aligned_mm, _aligned_mm_fake)

@@ -17,22 +17,20 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import attention_kernels as kernels
+from iocompiler.ops import library
 from iocompiler.ops.attention_choice import MEMORY, choose
 
 _SETTING = "float scale, bool causal, float dropout_p, str kernel, str layout"
-_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
+FORWARD = library.define(
     f"attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, {_SETTING}) "
     "-> (Tensor out, Tensor logsumexp, Tensor seed, Tensor offset)",
-    tags=(torch.Tag.nondeterministic_seeded,),
+    torch.Tag.nondeterministic_seeded,
 )
-_LIBRARY.define(
+BACKWARD = library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, "
     f"Tensor out, Tensor logsumexp, Tensor seed, Tensor offset, {_SETTING}, bool bias_grad) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias)",
 )
-FORWARD = torch.ops.iocompiler.attention_forward.default
-BACKWARD = torch.ops.iocompiler.attention_backward.default
 
 
 def attention(
@@ -184,13 +182,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return dq, dk, dv, db if bias_grad else None, *unused
 
 
-_LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("iocompiler::attention_forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("iocompiler::attention_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "iocompiler::attention_forward", _differentiate, setup_context=_setup, lib=_LIBRARY
-)
+library.implement("attention_forward", _forward, _forward_fake)
+library.implement("attention_backward", _backward, _backward_fake)
+library.differentiate("attention_forward", _differentiate, _setup)
 
 
 def _rows(query: Tensor, kernel: str) -> int:

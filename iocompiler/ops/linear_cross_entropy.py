@@ -18,23 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iocompiler.ops import library
 from iocompiler.ops.linear_cross_entropy_chunks import Rows, Setting, accumulated, walk
 
 _SETTING = "int ignore_index, float smoothing, float outer, float inner, bool capped"
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? coefficient, Tensor? squared"
 )
-_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"linear_cross_entropy({_INPUTS}, {_SETTING}, str reduction) -> Tensor")
-_LIBRARY.define(f"linear_cross_entropy_losses({_INPUTS}, {_SETTING}) -> Tensor")
-_LIBRARY.define(
+LINEAR_CROSS_ENTROPY = library.define(
+    f"linear_cross_entropy({_INPUTS}, {_SETTING}, str reduction) -> Tensor"
+)
+LOSSES = library.define(f"linear_cross_entropy_losses({_INPUTS}, {_SETTING}) -> Tensor")
+GRADIENTS = library.define(
     f"linear_cross_entropy_gradients({_INPUTS}, {_SETTING}, "
     "bool x_grad, bool weight_grad, bool bias_grad) "
     "-> (Tensor losses, Tensor dx, Tensor dweight, Tensor dbias)"
 )
-LINEAR_CROSS_ENTROPY = torch.ops.iocompiler.linear_cross_entropy.default
-LOSSES = torch.ops.iocompiler.linear_cross_entropy_losses.default
-GRADIENTS = torch.ops.iocompiler.linear_cross_entropy_gradients.default
 
 
 def _linear_cross_entropy(
@@ -170,10 +169,6 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-_LIBRARY.impl("linear_cross_entropy", _linear_cross_entropy, "CompositeImplicitAutograd")
-_LIBRARY.impl("linear_cross_entropy_losses", _losses, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_cross_entropy_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("iocompiler::linear_cross_entropy_losses", _losses_fake, lib=_LIBRARY)
-torch.library.register_fake(
-    "iocompiler::linear_cross_entropy_gradients", _gradients_fake, lib=_LIBRARY
-)
+library.compose("linear_cross_entropy", _linear_cross_entropy)
+library.implement("linear_cross_entropy_losses", _losses, _losses_fake)
+library.implement("linear_cross_entropy_gradients", _gradients, _gradients_fake)

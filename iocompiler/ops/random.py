@@ -10,21 +10,17 @@ A backward pass reads the seeds and makes the same numbers again, so that no mas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from iocompiler.ops import library
 from iocompiler.tile import philox
 
-_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("seeds(int n, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-_LIBRARY.define(
-    "uniform(Tensor seeds, int which, SymInt[] shape) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+SEEDS = library.define("seeds(int n, Device device) -> Tensor", torch.Tag.nondeterministic_seeded)
+UNIFORM = library.define(
+    "uniform(Tensor seeds, int which, SymInt[] shape) -> Tensor", torch.Tag.pt2_compliant_tag
 )
-SEEDS = torch.ops.iocompiler.seeds.default
-UNIFORM = torch.ops.iocompiler.uniform.default
 
 
 def _seeds(n: int, device: torch.device) -> Tensor:
@@ -50,7 +46,5 @@ def _uniform_fake(seeds: Tensor, which: int, shape: Sequence[int]) -> Tensor:
     return seeds.new_empty(shape, dtype=torch.float32)
 
 
-_LIBRARY.impl("seeds", _seeds, "CompositeExplicitAutograd")
-_LIBRARY.impl("uniform", _uniform, "CompositeExplicitAutograd")
-torch.library.register_fake("iocompiler::seeds", _seeds_fake, lib=_LIBRARY)
-torch.library.register_fake("iocompiler::uniform", _uniform_fake, lib=_LIBRARY)
+library.implement("seeds", _seeds, _seeds_fake)
+library.implement("uniform", _uniform, _uniform_fake)

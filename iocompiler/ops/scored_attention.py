@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iocompiler.ops import target
+from iocompiler.ops import library, target
 from iocompiler.ops.attention_choice import MEMORY
 from iocompiler.ops.scored_blockwise import Blockwise
 from iocompiler.tile.score import ScoreProgram, parsed
@@ -28,15 +28,11 @@ _GIVEN = (
     "str kernel, str layout, Tensor? seed, float dropout_p"
 )
 _SAVED = "Tensor grad, Tensor out, Tensor logsumexp"
-_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"scored_attention({_GIVEN}) -> (Tensor out, Tensor logsumexp)")
-_LIBRARY.define(
+FORWARD = library.define(f"scored_attention({_GIVEN}) -> (Tensor out, Tensor logsumexp)")
+BACKWARD = library.define(
     f"scored_attention_backward({_SAVED}, {_GIVEN}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
 )
-_LIBRARY.define(f"scored_attention_operand({_SAVED}, {_GIVEN}, int which) -> Tensor")
-FORWARD = torch.ops.iocompiler.scored_attention.default
-BACKWARD = torch.ops.iocompiler.scored_attention_backward.default
-OPERAND = torch.ops.iocompiler.scored_attention_operand.default
+OPERAND = library.define(f"scored_attention_operand({_SAVED}, {_GIVEN}, int which) -> Tensor")
 WIDEST = 256
 
 
@@ -224,11 +220,8 @@ for _name, _run, _fake in (
     ("scored_attention_backward", _backward, _backward_fake),
     ("scored_attention_operand", _operand, _operand_fake),
 ):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"iocompiler::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "iocompiler::scored_attention", _differentiate, setup_context=_setup, lib=_LIBRARY
-)
+    library.implement(_name, _run, _fake)
+library.differentiate("scored_attention", _differentiate, _setup)
 
 
 def _templates() -> Any:

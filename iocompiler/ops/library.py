@@ -1,0 +1,43 @@
+"""Our operators as torch knows them, and the functions behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def define(schema: str, *tags: torch.Tag) -> Any:
+    """Declare an operator; returns its overload."""
+    _LIBRARY.define(schema, tags=tags)
+    return getattr(torch.ops.iocompiler, schema[: schema.index("(")]).default
+
+
+def implement(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """What an operator does on any device, and on fake tensors."""
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"iocompiler::{name}", fake, lib=_LIBRARY)
+    _functions[name] = run
+
+
+def compose(name: str, run: Callable[..., Any]) -> None:
+    """What an operator is, in terms of others: it never stands in a flat graph."""
+    _LIBRARY.impl(name, run, "CompositeImplicitAutograd")
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
+    """The gradient of an operator, as `torch.library.register_autograd` takes it."""
+    torch.library.register_autograd(
+        f"iocompiler::{name}", backward, setup_context=setup, lib=_LIBRARY
+    )
+
+
+def function(name: str) -> Callable[..., Any]:
+    """What an operator does, past torch's dispatcher: below autograd there is nothing left to
+    choose, and its way through Python takes longer than a short kernel runs.
+    """
+    return _functions[name]
