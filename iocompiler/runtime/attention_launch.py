@@ -4,6 +4,7 @@ here it is gone once for each form of the arguments.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,14 +33,16 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
         with torch.cuda.device(device):
             launch(kernel, programs, **arguments)
         return
-    key = _form(kernel, arguments, device)
-    compiled = _known.get(key)
+    seen = _seen(kernel, arguments, device)
+    compiled = _known.get(seen)
+    if compiled is None:
+        compiled = _known.get(_form(kernel, arguments, device))
+        if compiled is not None:
+            _remember(seen, compiled)
     if compiled is None or not _direct():
         compiled = kernel[(programs,)](**arguments)
         if hasattr(compiled, "packed_metadata"):  # the interpreter returns nothing
-            if len(_known) >= _MOST:
-                _known.clear()
-            _known[key] = compiled
+            _remember(_form(kernel, arguments, device), compiled)
         return
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     given = [arguments[name] for name in kernel.arg_names]
@@ -57,6 +60,26 @@ def tile_arguments(tile: Tile) -> dict[str, int]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _remember(key: tuple[Any, ...], compiled: Any) -> None:
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = compiled
+
+
+def _seen(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
+    """The arguments as they are, soon said: equal ones have the same form."""
+    sizes = getattr(kernel, "do_not_specialize", None) or ()
+    parts: list[Any] = ["seen", kernel, device]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts += (value.dtype, value.data_ptr() % 16 == 0)
+        elif name == "operands":
+            parts += ((x.dtype, x.data_ptr() % 16 == 0) for x in value)
+        else:
+            parts.append(value > _INT32 if name in sizes else value)
+    return tuple(parts)
 
 
 def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
@@ -86,6 +109,13 @@ def _direct() -> bool:
     """Whether a compiled kernel may be called without Triton: this one's is called as above, and
     nobody (a profiler) listens to launches.
     """
+    version, runtime = _triton()
+    return version.startswith(_TRIED) and runtime.launch_enter_hook is None
+
+
+@functools.cache
+def _triton() -> tuple[str, Any]:
+    # not before a template runs: it imports Triton
     from triton import __version__, knobs
 
-    return __version__.startswith(_TRIED) and knobs.runtime.launch_enter_hook is None
+    return __version__, knobs.runtime
