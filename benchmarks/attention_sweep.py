@@ -85,7 +85,7 @@ def _parts(args: argparse.Namespace, case: Case) -> None:
         time = timing.steps(call, args.steps, args.budget, flush=True)
         found.append((time.ms, parts))
         print(f"  {case.name} {parts} parts: {time.ms:.4f} ms", flush=True)
-    priced = attention_decode.parts_of(attention_decode.work(problem), q.device)
+    priced = attention_decode.split(Problem(q, k, v, score, operands))[1]
     ms, parts = min(found)
     print(f"{case.name}: best {parts} parts {ms:.4f} ms; priced: {priced}", flush=True)
 

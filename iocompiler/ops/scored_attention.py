@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,8 +90,7 @@ def _program(text: str) -> ScoreProgram:
     return parsed(text)
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """The arguments of an attention, as the schemas name them."""
 
     query: Tensor
@@ -140,18 +138,21 @@ class _Call:
 
 
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
-    call, (shape, wide) = _Call(*given), _Call(*given).logsumexp()
+    call = _Call(*given)
     out = call.output()
     if call.is_empty:
+        shape, wide = call.logsumexp()
         return out.zero_(), call.query.new_zeros(shape, dtype=wide)
     if call.kernel == "template":
         return out, _templates().forward(call.problem(), out)
+    shape, _ = call.logsumexp()
     found, lse = call.blockwise().forward()
     return out.copy_(found), lse.expand(shape).contiguous()
 
 
 def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
-    call, (shape, wide) = _Call(*given), _Call(*given).logsumexp()
+    call = _Call(*given)
+    shape, wide = call.logsumexp()
     return call.output(), call.query.new_empty(shape, dtype=wide)
 
 

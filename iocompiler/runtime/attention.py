@@ -147,7 +147,8 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
     planes = 2 if problem.program.sinks else 1
     lse = query.new_empty((planes, *query.shape[:3]), dtype=torch.float32)
     arguments = {
-        "Q": query, "K": problem.key, "V": value, "Out": out, "Lse": lse[0], "Rest": lse[-1],
+        "Q": query, "K": problem.key, "V": value, "Out": out,
+        "Lse": lse, "Rest": lse[1] if planes > 1 else lse,
         "q_strides": query.stride(), "k_strides": problem.key.stride(),
         "v_strides": value.stride(), "out_strides": out.stride(),
         "rows": query.shape[2], "columns": value.shape[2],
@@ -259,7 +260,7 @@ def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -
         "K": key,
         "V": value,
         "Grad": grad,
-        "Lse": lse[0],
+        "Lse": lse,
         "Rest": lse[-1],
         "Delta": sums,
         "q_strides": query.stride(),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from iocompiler.cost_model.attention_decode import MOST_QUERIES, Decode, parts, tile
+from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.cost_model.device import DEVICES, current_device
 from iocompiler.runtime.attention_launch import launch, tile_arguments
 
@@ -33,10 +33,13 @@ def few_queries(problem: Problem) -> bool:
 
 def work(problem: Problem) -> Decode:
     """A problem as the cost model sees it."""
+    return Decode(*_sizes(problem, problem.key.shape[2]))
+
+
+def _sizes(problem: Problem, columns: int) -> tuple[int, ...]:
     batch, heads, rows, width = problem.query.shape
-    groups, columns = problem.key.shape[1:3]
-    wide, size = problem.value.shape[3], problem.query.element_size()
-    return Decode(batch, groups, heads // groups, rows, columns, width, wide, size)
+    groups, wide = problem.key.shape[1], problem.value.shape[3]
+    return batch, groups, heads // groups, rows, columns, width, wide, problem.query.element_size()
 
 
 def split_forward(problem: Problem, arguments: dict[str, Any]) -> None:
@@ -47,36 +50,41 @@ def split_forward(problem: Problem, arguments: dict[str, Any]) -> None:
     """
     from iocompiler.codegen.kernels.attention_decode import attention_combine, attention_split
 
-    query, value = problem.query, problem.value
-    task = work(problem)
-    chosen = tile(task)
-    count = min(problem.parts or parts_of(task, query.device), -(-task.columns // chosen.n))
-    queries = query.shape[0] * query.shape[1] * query.shape[2]
+    query, width = problem.query, problem.value.shape[3]
+    batch, heads, rows, _ = query.shape
+    groups = problem.key.shape[1]
+    chosen, count = split(problem)
+    queries = batch * heads * rows
     lines = queries * count if count > 1 else 0
-    acc = query.new_empty((lines, value.shape[3]), dtype=torch.float32)
-    sums = query.new_empty((2, lines), dtype=torch.float32)
-    partial = {"Acc": acc, "Tops": sums[0], "Totals": sums[1], "parts": count}
+    partial = {
+        "Acc": query.new_empty(lines * (width + 2), dtype=torch.float32),
+        "parts": count,
+        "lines": lines,
+    }
+    tiles = -(-(heads // groups * rows) // chosen.m)
     launch(
-        attention_split, task.heads * -(-task.packed // chosen.m) * count,
-        **arguments, **partial, groups=task.groups, **tile_arguments(chosen),
+        attention_split, batch * groups * tiles * count,
+        **arguments, **partial, groups=groups, **tile_arguments(chosen),
     )  # fmt: skip
-    if count == 1:
-        return
-    launch(
-        attention_combine, queries, **{name: arguments[name] for name in _COMBINED}, **partial,
-        heads=query.shape[1], BLOCK_P=_PARTS_AT_ONCE, BLOCK_N=chosen.n, num_warps=4,
-    )  # fmt: skip
+    if count > 1:
+        launch(
+            attention_combine, queries, **{name: arguments[name] for name in _COMBINED}, **partial,
+            heads=heads, BLOCK_P=_PARTS_AT_ONCE, BLOCK_N=chosen.n, num_warps=4,
+        )  # fmt: skip
 
 
-def parts_of(task: Decode, device: torch.device) -> int:
-    """In how many parts the keys are read."""
-    rounded = -(-task.columns // _COLUMNS) * _COLUMNS
-    return _parts(replace(task, columns=rounded), device)
+def split(problem: Problem) -> tuple[Tile, int]:
+    """The tile, and in how many parts the keys are read."""
+    columns = problem.key.shape[2]
+    rounded = -(-columns // _COLUMNS) * _COLUMNS
+    chosen, count = _split(_sizes(problem, rounded), problem.query.device)
+    return chosen, min(problem.parts or count, -(-columns // chosen.n))
 
 
 @functools.lru_cache(maxsize=4096)
-def _parts(task: Decode, device: torch.device) -> int:
-    return parts(task, _row(device))
+def _split(sizes: tuple[int, ...], device: torch.device) -> tuple[Tile, int]:
+    task = Decode(*sizes)
+    return tile(task), parts(task, _row(device))
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,7 +4,8 @@ here it is gone once for each form of the arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
         with torch.cuda.device(device):
             launch(kernel, programs, **arguments)
         return
-    compiled = _compiled(kernel, arguments, device) if _direct() else None
+    seen = _seen(kernel, arguments, device)
+    compiled = _known.get(seen)
     if compiled is None:
+        compiled = _known.get(_form(kernel, arguments, device))
+        if compiled is not None:
+            _remember(seen, compiled)
+    if compiled is None or not _direct():
         compiled = kernel[(programs,)](**arguments)
         if hasattr(compiled, "packed_metadata"):  # the interpreter returns nothing
-            _keep(_form(kernel, arguments, device, _kinds), compiled)
+            _remember(_form(kernel, arguments, device), compiled)
         return
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     given = [arguments[name] for name in kernel.arg_names]
@@ -56,31 +62,27 @@ def tile_arguments(tile: Tile) -> dict[str, int]:
     }
 
 
-def _compiled(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> Any:
-    """What Triton compiled for arguments like these; None before it did. Strides and numbers are
-    looked up as they are first: what they have in common takes longer to find.
-    """
-    exact = _form(kernel, arguments, device, _itself)
-    found = _known.get(exact)
-    if found is None:
-        found = _known.get(_form(kernel, arguments, device, _kinds))
-        if found is not None:
-            _keep(exact, found)
-    return found
-
-
-def _keep(form: tuple[Any, ...], compiled: Any) -> None:
+def _remember(key: tuple[Any, ...], compiled: Any) -> None:
     if len(_known) >= _MOST:
         _known.clear()
-    _known[form] = compiled
+    _known[key] = compiled
 
 
-def _form(
-    kernel: Any,
-    arguments: Mapping[str, Any],
-    device: torch.device,
-    integers: Callable[[tuple[int, ...]], Any],
-) -> tuple[Any, ...]:
+def _seen(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
+    """The arguments as they are, soon said: equal ones have the same form."""
+    sizes = getattr(kernel, "do_not_specialize", None) or ()
+    parts: list[Any] = ["seen", kernel, device]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts += (value.dtype, value.data_ptr() % 16 == 0)
+        elif name == "operands":
+            parts += ((x.dtype, x.data_ptr() % 16 == 0) for x in value)
+        else:
+            parts.append(value > _INT32 if name in sizes else value)
+    return tuple(parts)
+
+
+def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
     """What Triton compiles a kernel for, and more: equal forms have the same cubin."""
     sizes = getattr(kernel, "do_not_specialize", None) or ()
     parts: list[Any] = [kernel, device]
@@ -89,29 +91,32 @@ def _form(
             parts.append((value.dtype, value.data_ptr() % 16 == 0))
         elif name in sizes:
             parts.append(value > _INT32)
-        elif not isinstance(value, tuple):
-            parts.append(value)
-        elif value and isinstance(value[0], Tensor):
-            parts.append(tuple((each.dtype, each.data_ptr() % 16 == 0) for each in value))
+        elif isinstance(value, tuple):
+            parts.append(tuple(_element(each) for each in value))  # strides, numbers, operands
         else:
-            parts.append(integers(value))
+            parts.append(value)
     return tuple(parts)
 
 
-def _itself(values: tuple[int, ...]) -> Any:
-    return values
-
-
-def _kinds(values: tuple[int, ...]) -> Any:
+def _element(value: Any) -> Any:
     """Triton looks at whether an integer is 1, and a multiple of 16, and at its width."""
-    return tuple((v == 1, v % 16 == 0, -_INT32 <= v <= _INT32) for v in values), "kinds"
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return value == 1, value % 16 == 0, -_INT32 <= value <= _INT32
 
 
 def _direct() -> bool:
     """Whether a compiled kernel may be called without Triton: this one's is called as above, and
     nobody (a profiler) listens to launches.
     """
+    version, runtime = _triton()
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return version.startswith(_TRIED) and not any(hook.calls for hook in hooks)
+
+
+@functools.cache
+def _triton() -> tuple[str, Any]:
+    # not before a template runs: it imports Triton
     from triton import __version__, knobs
 
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return __version__.startswith(_TRIED) and not any(hook.calls for hook in hooks)
+    return __version__, knobs.runtime

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from iocompiler.cost_model.attention_tiles import Row
-from iocompiler.runtime import attention, attention_operands
+from iocompiler.cost_model.attention_decode import Decode, tile
+from iocompiler.cost_model.attention_tiles import Row, Tile
+from iocompiler.runtime import attention, attention_decode, attention_operands
 from iocompiler.runtime.attention import Problem
 from tests.ops.score_programs import CASES, heads, reference
 
@@ -54,6 +56,15 @@ def problems(
         if not errors[1] <= (3 if place else 2) * errors[0] + 1e-5:
             found.append(f"result {place}: error {errors[1]:.3g}, eager's {errors[0]:.3g}")
     return found
+
+
+def in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the keys of few queries be read in so many parts."""
+
+    def split(sizes: tuple[int, ...], device: torch.device) -> tuple[Tile, int]:
+        return tile(Decode(*sizes)), parts
+
+    monkeypatch.setattr(attention_decode, "_split", split)
 
 
 def _run(

@@ -10,8 +10,7 @@ from torch import Tensor
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
 from iocompiler.ops.scored_attention import scored_attention
-from iocompiler.runtime import attention_decode
-from tests.ops.score_checks import Shape, problems
+from tests.ops.score_checks import Shape, in_parts, problems
 from tests.ops.score_programs import CASES, heads, reference
 
 pytestmark = [
@@ -33,7 +32,7 @@ def test_programs(
     name: str, dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if parts:
-        monkeypatch.setattr(attention_decode, "_parts", lambda *_: parts)
+        in_parts(parts, monkeypatch)
     assert not problems(name, (2, 8, 2, 3, 390, 64, 64), dtype, device="cuda", scale=0.125)
 
 

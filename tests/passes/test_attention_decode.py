@@ -45,8 +45,7 @@ def variants(function: Callable[..., Tensor], **sizes: Any) -> list[str]:
 @pytest.mark.parametrize("function", [sdpa, plain])
 def test_groups_go_to_the_template(function: Callable[..., Tensor], rows: int) -> None:
     found = variants(function, heads=8, groups=2, rows=rows, columns=2048, width=64)
-    # of a single query written plainly, the heads of a group are the rows
-    assert found == ["program" if function is plain and rows == 1 else "program+gqa"]
+    assert found == ["program+gqa"]
 
 
 @pytest.mark.parametrize(
@@ -76,18 +75,38 @@ def test_one_program_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.variants == ["program+gqa"] * 2
 
 
-def test_a_cache_of_static_length_has_its_mask_as_an_operand() -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_cache_of_static_length_has_its_mask_as_an_operand(rows: int) -> None:
     def decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         seen = torch.arange(k.shape[2]) <= position[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
-    given = {n: x.detach() for n, x in heads(rows=3, groups=2, columns=70).items()}
+    given = {n: x.detach() for n, x in heads(rows=rows, groups=2, columns=70).items()}
     compiled = Compiled(decode)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scored, "wanted", lambda call, found: True)
         for start in (5, 40):
-            position = torch.arange(start, start + 3)
+            position = torch.arange(start, start + rows)
             found = compiled(**given, position=position)
             torch.testing.assert_close(found, decode(**given, position=position))
     assert len(compiled.graphs) == 1
     assert compiled.variants == ["program+gqa+mask"]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_differs_from_head_to_head_in_a_group(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, padding: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        far = torch.arange(k.shape[2]) - k.shape[2] + 1.0
+        s = q @ k.mT * 0.3 + slopes[:, None, None] * far + padding[:, None, None, :]
+        return s.softmax(-1) @ v
+
+    monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    given = {n: x.detach() for n, x in heads(rows=rows, groups=2, columns=70).items()}
+    given["slopes"] = torch.tensor([0.1, 0.05, 0.02, 0.01])
+    given["padding"] = torch.zeros(2, 70).index_fill(1, torch.arange(9), torch.finfo().min)
+    compiled = Compiled(decode)
+    torch.testing.assert_close(compiled(**given), decode(**given))
+    assert compiled.variants[0].startswith("program")

@@ -60,13 +60,13 @@ def _mean_if(
 
 
 @triton.jit(
-    do_not_specialize=["groups", "rows", "columns", "parts"],
+    do_not_specialize=["groups", "rows", "columns", "parts", "lines"],
     do_not_specialize_on_alignment=["Seed"],
 )
 def attention_split(
-    Q, K, V, Out, Lse, Rest, Seed, Acc, Tops, Totals,
+    Q, K, V, Out, Lse, Rest, Seed, Acc,
     q_strides, k_strides, v_strides, out_strides,
-    operands, strides, numbers, groups, rows, columns, parts,
+    operands, strides, numbers, groups, rows, columns, parts, lines,
     score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -75,8 +75,8 @@ def attention_split(
     """One part of the keys of one key head, for one tile of its GROUP * rows queries.
 
     Q [B, H, S, D], K [B, G, K, D], V [B, G, K, E], Out [B, H, S, E], any strides; Lse and Rest as
-    in ``attention.py``. Where there are several parts, Acc [B, H, S, parts, E], Tops and Totals
-    [B, H, S, parts] are written instead, float32, contiguous.
+    in ``attention.py``. Where there are several parts, Acc [lines, E] is written instead, float32,
+    contiguous, with lines = B * H * S * parts, and behind it their tops and totals, [2, lines].
     """
     packed = GROUP * rows
     tiles = tl.cdiv(packed, BLOCK_M)
@@ -130,14 +130,15 @@ def attention_split(
         tl.store(place, out.to(Out.dtype.element_ty), mask=own[:, None] & (e < E)[None, :])
     else:
         line = row * parts + part
-        tl.store(Tops + line, top, mask=own)
-        tl.store(Totals + line, total, mask=own)
+        sums = Acc + lines.to(tl.int64) * E + line
+        tl.store(sums, top, mask=own)
+        tl.store(sums + lines, total, mask=own)
         tl.store(Acc + line[:, None] * E + e[None, :], acc, mask=own[:, None] & (e < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns", "parts"])
+@triton.jit(do_not_specialize=["heads", "rows", "columns", "parts", "lines"])
 def attention_combine(
-    Acc, Tops, Totals, V, Out, Lse, Rest, v_strides, out_strides, heads, rows, columns, parts,
+    Acc, V, Out, Lse, Rest, v_strides, out_strides, heads, rows, columns, parts, lines,
     GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, KEPT: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
@@ -148,8 +149,8 @@ def attention_combine(
     b = line // (rows * heads)
     e = tl.arange(0, BLOCK_E)
     p = tl.arange(0, BLOCK_P)
-    Tops += line.to(tl.int64) * parts
-    Totals += line.to(tl.int64) * parts
+    Tops = Acc + lines.to(tl.int64) * E + line.to(tl.int64) * parts
+    Totals = Tops + lines
     Acc += line.to(tl.int64) * parts * E
     tops = tl.full((BLOCK_P,), float("-inf"), tl.float32)
     for start in range(0, parts, BLOCK_P):

@@ -119,8 +119,11 @@ def _attention(
         raise Declined("the sums of the powers do not go with the rows of the output")
     interior = {*program.nodes, *found.softmax.nodes, *found.path, second.node, *late}
     operands = assemble(query, key, value, output, weights[1], column, first.contracted)
+    row = operands.row
+    if found.softmax.dim == len(dims) - 1 and len(dims) > 2 and not dims[-2]:
+        row = None  # one query: what else the keys lack are the heads of a group
     return Attention(
-        **vars(operands),
+        **{**vars(operands), "row": row},
         dims=output,
         steps=program.steps,
         dropout_p=found.dropout_p,

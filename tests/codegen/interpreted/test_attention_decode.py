@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.runtime import attention_decode
-from tests.ops.score_checks import Shape, problems
+from tests.ops.score_checks import Shape, in_parts, problems
 from tests.ops.score_programs import CASES
 
 pytestmark = [
@@ -38,7 +38,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_programs(name: str, parts: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_decode, "_parts", lambda *_: parts)
+    in_parts(parts, monkeypatch)
     assert not problems(name, (2, 4, 2, 3, 100, 16, 16), torch.float32)
     assert ran == ["attention_split", "attention_combine"][: 1 + (parts > 1)]
 
