@@ -47,7 +47,7 @@ def lower(
     space, seeds = root_space(home, outputs, order)
     for _ in range(16):
         try:
-            return _lower_in(Lowering(space, home, virtual, rule_of), seeds, outputs)
+            return _lower_in(Lowering(space, home, virtual, rule_of, outputs), seeds, outputs)
         except SplitAxis as wish:
             space, rename = space.split(wish.axis, wish.inner)
             seeds = {n: tuple(i.substitute(rename) for i in index) for n, index in seeds.items()}
