@@ -86,8 +86,8 @@ Rule: TypeAlias = "Callable[[Lowering, Node, Index, int | None], int]"
 class Lowering:
     """One attempt over one space.
 
-    ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded; ``stored`` ones
-    are written to memory, too.
+    ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded; ``stored``
+    ones are written to memory, too.
     """
 
     space: Space

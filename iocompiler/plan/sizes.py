@@ -16,8 +16,8 @@ from iocompiler.tile.index import Affine, Size
 
 
 def size_of(value: Any) -> Size:
-    """An int or SymInt as a `Size`; one that tracing has guarded to be 1 is 1 (a tensor of that size
-    may have been broadcast).
+    """An int or SymInt as a `Size`; one that tracing has guarded to be 1 is 1: a tensor of that
+    size may have been broadcast.
     """
     if isinstance(value, torch.SymInt):
         expr = value.node.expr
