@@ -145,3 +145,9 @@ def test_a_constant_alone() -> None:
 
 def test_neighbours_of_a_flattened_transposed_matrix() -> None:
     check(lambda x: x.flatten().diff(dim=0), torch.randn(2, 2).t(), engine="reference")
+
+
+def test_a_flipped_axis_splits_where_its_sign_cannot_be_proved() -> None:
+    f = lambda x: x.chunk(2, 2)[1].clamp(-1, 1).prod() * 2
+    for shape in ((1, 5, 6), (1, 3, 5)):
+        check(f, torch.rand(*shape).requires_grad_(), engine="reference", dynamic=True)
