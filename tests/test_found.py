@@ -151,3 +151,9 @@ def test_a_flipped_axis_splits_where_its_sign_cannot_be_proved() -> None:
     f = lambda x: x.chunk(2, 2)[1].clamp(-1, 1).prod() * 2
     for shape in ((1, 5, 6), (1, 3, 5)):
         check(f, torch.rand(*shape).requires_grad_(), engine="reference", dynamic=True)
+
+
+def test_negative_indices_are_filled() -> None:
+    for value in (2.0, torch.tensor(2.0)):
+        f = lambda x, i, value=value: x.index_fill(0, i, value) * 2
+        check(f, torch.randn(5, 3, requires_grad=True), torch.tensor([-1, 2]), engine="reference")
