@@ -110,3 +110,50 @@ def test_an_attention_whose_output_is_written_into() -> None:
     assert record.rewrites == []
     (miss,) = record.misses
     assert "writes into the output" in miss.reason
+
+
+def test_a_symbolic_size_that_is_one_is_broadcast() -> None:
+    f = lambda x: F.avg_pool1d(x[None], 2) / (x.abs() + 0.5)
+    for size in (2, 3):
+        check(f, torch.randn(size), engine="reference", dynamic=True)
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+def test_a_maximum_is_found_again_in_the_backward(promoted: bool) -> None:
+    """Rounded where it is stored or promoted, in the forward as in the backward."""
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        z = F.silu(x)
+        most = torch.maximum(z, y) if promoted else F.hardsigmoid(z)
+        return most.amax(2, keepdim=True) + z[:, :, :1] * 0
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randint(-5, 6, (3, 3, 3)).half().requires_grad_()
+        check(f, x, torch.randint(-2, 3, (1,)).float(), engine="reference")
+
+
+def test_a_constant_alone() -> None:
+    def f(x: Tensor) -> Tensor:
+        v = torch.tensor([1.0, 2.0, 0.5], device=x.device)
+        w = v.abs() ** -0.5
+        w.exp_()
+        return w
+
+    check(f, torch.randn(3), engine="reference")
+
+
+def test_neighbours_of_a_flattened_transposed_matrix() -> None:
+    check(lambda x: x.flatten().diff(dim=0), torch.randn(2, 2).t(), engine="reference")
+
+
+def test_a_flipped_axis_splits_where_its_sign_cannot_be_proved() -> None:
+    f = lambda x: x.chunk(2, 2)[1].clamp(-1, 1).prod() * 2
+    for shape in ((1, 5, 6), (1, 3, 5)):
+        check(f, torch.rand(*shape).requires_grad_(), engine="reference", dynamic=True)
+
+
+def test_negative_indices_are_filled() -> None:
+    for value in (2.0, torch.tensor(2.0)):
+        f = lambda x, i, value=value: x.index_fill(0, i, value) * 2
+        check(f, torch.randn(5, 3, requires_grad=True), torch.tensor([-1, 2]), engine="reference")

@@ -72,6 +72,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
             cause=f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     _copy_input_meta(gm, traced)
+    for node in traced.graph.find_nodes(op="get_attr"):  # constants have a mode of make_fx's own
+        if isinstance(view.value(node), torch.Tensor):
+            with mode:
+                node.meta["val"] = _like(view.value(node))
     traced.meta.update(gm.meta)
     _enter_checkpoints(traced)
     return traced

@@ -62,6 +62,7 @@ _KEPT: tuple[Any, ...] = (
     aten.embedding_dense_backward,
     aten.index_add,
     aten.index_copy,
+    aten.index_fill,  # torch's is an index_copy, which takes no negative index
     aten.max_pool2d_with_indices,
     aten.max_pool3d_with_indices,
     aten.max_unpool2d,

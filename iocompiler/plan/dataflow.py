@@ -244,7 +244,8 @@ class Dataflow:
                 check_rows(alone.program)
                 self.singles[node] = alone
             except (Unsupported, RowsTooLong):
-                stored = [o for o in map(storage_owner, node.all_input_nodes) if o in self.virtual]
+                owners = dict.fromkeys(map(storage_owner, node.all_input_nodes))
+                stored = [owner for owner in owners if owner in self.virtual]
                 assert stored, f"{node.name} lowers alone but not in its graph"
                 for operand in stored:
                     del self.virtual[operand]

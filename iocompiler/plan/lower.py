@@ -47,8 +47,9 @@ def lower(
     space, seeds = root_space(home, outputs, order)
     for _ in range(16):
         try:
-            places = settled(Lowering(space, home, virtual, rule_of), seeds, outputs)
-            return _lower_in(Lowering(space, home, virtual, rule_of), seeds, outputs, places)
+            places = settled(Lowering(space, home, virtual, rule_of, outputs), seeds, outputs)
+            fresh = Lowering(space, home, virtual, rule_of, outputs)
+            return _lower_in(fresh, seeds, outputs, places)
         except SplitAxis as wish:
             space, rename = space.split(wish.axis, wish.inner)
             seeds = {n: tuple(i.substitute(rename) for i in index) for n, index in seeds.items()}

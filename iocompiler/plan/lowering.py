@@ -86,13 +86,15 @@ Rule: TypeAlias = "Callable[[Lowering, Node, Index, int | None], int]"
 class Lowering:
     """One attempt over one space.
 
-    ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded.
+    ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded; ``stored``
+    ones are written to memory, too.
     """
 
     space: Space
     home: frozenset[Node]
     virtual: Container[Node]
     rule_of: Callable[[Node], Rule]
+    stored: Container[Node]
     builder: Builder = field(default_factory=Builder)
     names: dict[Node, str] = field(default_factory=dict)
     _values: dict[tuple[Node, Index, int | None], int] = field(default_factory=dict)
@@ -111,7 +113,11 @@ class Lowering:
         key = (node, index, mask)
         found = self._values.get(key)
         if found is None:
-            found = self._values[key] = self._evaluate(node, index, mask)
+            found = self._evaluate(node, index, mask)
+            if node in self.stored:
+                # what reads it in here sees what reads it from memory sees: the backward, say
+                found = self.rounded(found, node.meta["val"].dtype)
+            self._values[key] = found
         return found
 
     def _evaluate(self, node: Node, index: Index, mask: int | None) -> int:
@@ -166,12 +172,24 @@ class Lowering:
         if isinstance(arg, Node) and isinstance(arg.meta["val"], torch.Tensor):
             inner = broadcast_index(index, shape_of(node), shape_of(arg))
             value = self.value(arg, inner, mask)
-            return value if dtype is None else self.convert(value, dtype)
+            if dtype is None:
+                return value
+            if _widens(arg, node):
+                value = self.rounded(value, arg.meta["val"].dtype)
+            return self.convert(value, dtype)
         assert dtype is not None
         number_of = arg.meta["val"] if isinstance(arg, Node) else arg
         if isinstance(number_of, torch.SymFloat):
             return self._computed(number_of, dtype)
         return self.builder.const(_wrapped(literal(arg), node), dtype)
+
+    def rounded(self, value: int, dtype: torch.dtype) -> int:
+        """``value`` as a tensor of a short dtype holds it, in the dtype it is computed in."""
+        op = self.builder.ops[value]
+        stored = op.kind == "cast" and self.builder.ops[op.inputs[0]].dtype == dtype
+        if compute_dtype(dtype) == dtype or stored:
+            return value
+        return self.builder.cast(self.builder.cast(value, dtype), op.dtype)
 
     def _computed(self, arg: torch.SymFloat, dtype: torch.dtype) -> int:
         try:
@@ -235,6 +253,16 @@ def constant_values(node: Node) -> tuple[bool | int | float, ...]:
     with unset_fake_temporarily():
         tensor: torch.Tensor = attrgetter(str(node.target))(node.graph.owning_module)
         return tuple(tensor.detach().cpu().flatten().tolist())
+
+
+def _widens(arg: Node, node: Node) -> bool:
+    """Whether a float is promoted to a wider one in ``node``: eager rounds it before, and the
+    backward, which computes it again, must meet the same value.
+    """
+    made, result = arg.meta["val"].dtype, node.meta["val"]
+    if not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
+        return False
+    return bool(made.is_floating_point and made.itemsize < result.dtype.itemsize)
 
 
 def _wrapped(number: Constant, node: Node) -> Constant:

@@ -10,15 +10,20 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.tile.index import Affine, Size
 
 
 def size_of(value: Any) -> Size:
-    """An int or SymInt as a `Size`."""
+    """An int or SymInt as a `Size`; one that tracing has guarded to be 1 is 1: a tensor of that
+    size may have been broadcast.
+    """
     if isinstance(value, torch.SymInt):
         expr = value.node.expr
-        return int(expr) if expr.is_Integer else expr
+        if expr.is_Integer:
+            return int(expr)
+        return 1 if not expr.is_Symbol and statically_known_true(value == 1) else expr
     return int(value)
 
 

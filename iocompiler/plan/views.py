@@ -89,8 +89,8 @@ def _split_request(
 ) -> Exception:
     for name, coefficient in rest.items():
         inner = divide(divisor, coefficient)
-        if inner is not None and nonnegative(-inner):
-            inner = -inner  # a flipped axis splits as any other
+        if inner is not None and value_at(inner, {}) < 0:
+            inner = -inner  # a flipped axis splits as any other; it is a size, of one sign
         if inner is None or name not in extents or inner == 1:
             continue
         outer = divide(extents[name], inner)

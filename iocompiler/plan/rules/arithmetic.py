@@ -69,12 +69,7 @@ def _as_stored(
     """
     value = low.operand(arg, node, index, mask, dtype)
     made = arg.meta["val"] if isinstance(arg, Node) else None
-    if not isinstance(made, torch.Tensor) or compute_dtype(made.dtype) == made.dtype:
-        return value
-    op = low.builder.ops[value]
-    if op.kind == "cast" and low.builder.ops[op.inputs[0]].dtype == made.dtype:
-        return value
-    return low.builder.cast(low.builder.cast(value, made.dtype), dtype)
+    return low.rounded(value, made.dtype) if isinstance(made, torch.Tensor) else value
 
 
 def predicate(fn: str) -> Rule:
