@@ -36,6 +36,7 @@ def write_rows(writer: KernelWriter) -> None:
     held = _has_registers_to_spare(writer)
     for position, op in enumerate(program.ops):
         settled = fixed[position] and (held or not program.varies[position])
+        settled = settled and all(f"%{read}" in writer.names for read in op.reads)
         if settled and op.kind not in ("store", "reduce"):
             writer.write(position)
     total = expressions.size(writer.points(program.parallel))
@@ -95,8 +96,10 @@ def _store_partial(writer: KernelWriter, position: int) -> None:
     column = writer.program.ops[op.inputs[0]]
     share = writer.program.buffer(op.buffer).elements // writer.schedule.programs
     total = writer.folded(column.fn, f"acc_{op.inputs[0]}", 0)
-    address = expressions.affine(op.index, writer.names)
+    address = f"({expressions.affine(op.index, writer.names)})"
+    if not writer.address_spans(op.index):
+        address += " + tl.full([1, 1], 0, tl.int32)"  # a store has the shape of its addresses
     mask = f", {writer.masks['r']}" if "r" in writer.masks else ""
     writer.line(
-        f"tl.store({op.buffer}_ptr + tl.program_id(0) * {share} + ({address}), {total}{mask})"
+        f"tl.store({op.buffer}_ptr + tl.program_id(0) * {share} + {address}, {total}{mask})"
     )

@@ -133,6 +133,9 @@ class KernelWriter:
         address = self._address(op)
         if not mask:
             return f"tl.load({op.buffer}_ptr + {address})"
+        if mask_value is not None and not self.spans(mask_value) <= self.address_spans(op.index):
+            # a load has the shape of its addresses
+            address += f" + ({self.value(mask_value)}).to(tl.int32) * 0"
         other = expressions.constant(op.value if mask_value is not None else 0, op.dtype)
         return f"tl.load({op.buffer}_ptr + {address}, {mask}, other={other})"
 

@@ -31,6 +31,8 @@ def check_rows(program: TileProgram) -> None:
     """Raise `RowsTooLong` where a program with column reductions cannot be scheduled."""
     if not column_reductions(program):
         return
+    if not program.parallel:
+        raise RowsTooLong("column sums over no rows")
     length = product([a.size for a in program.reduced])
     if not isinstance(length, int):
         raise RowsTooLong(f"column sums over rows of {length} elements: how long is not known")
@@ -70,6 +72,10 @@ def _check_order(program: TileProgram) -> None:
     """What a column reduction gives is known only when every row is done: no row may need it, and
     what is computed from it folds no row again.
     """
+    depends = _depends(program)
+    for column in column_reductions(program):
+        if any(depends[read] for read in program.ops[column].reads):
+            raise RowsTooLong("a column sum needs the result of another")
     for position in _dependent_stores(program):
         if program.varies[position] - {a.name for a in program.reduced}:
             raise RowsTooLong("a row needs the result of a column sum")

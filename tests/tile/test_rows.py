@@ -63,6 +63,20 @@ def test_rows_too_long_for_registers_are_declined() -> None:
         check_rows(program(4, 16385))  # one of 32768
 
 
+def test_a_column_sum_of_a_column_sum_is_declined() -> None:
+    """The variance of columns, say: a second pass over the rows."""
+    build = Builder()
+    value = build.load("x", X * 8 + R, torch.float32)
+    column = build.reduce("sum", value, torch.float32, over="parallel")
+    apart = build.map("sub", value, column)
+    again = build.reduce("sum", build.map("mul", apart, apart), torch.float32, over="parallel")
+    build.store("columns", R, again)
+    buffers = [Buffer("x", torch.float32, "in", 32), Buffer("columns", torch.float32, "out", 8)]
+    found = build.program((Axis("x0", 4),), (Axis("r0", 8),), tuple(buffers))
+    with pytest.raises(RowsTooLong, match="needs the result of another"):
+        check_rows(found)
+
+
 def test_a_row_that_needs_a_column_sum_is_declined() -> None:
     with pytest.raises(RowsTooLong, match="needs the result"):
         check_rows(program(4, 8, late_use=True))

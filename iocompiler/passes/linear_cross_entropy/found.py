@@ -83,6 +83,8 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node]) -> Iterator[Found]:
 def _class_dim(statistic: Node) -> int | None:
     logits: Any = statistic.args[0]
     rank = view.tensors(logits)[0].dim()
+    if not rank:
+        return None
     if statistic.target is aten.cross_entropy_loss.default:
         return losses.class_dim(logits)
     if statistic.target is aten.log_softmax.int:
