@@ -7,6 +7,7 @@ asks for them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IOCOMPILER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cublas() -> None:
+    """The first product of a backward warns that its thread has no CUDA context."""
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x = torch.randn(8, 8, device="cuda", requires_grad=True)
+            (x @ x).sum().backward()
 
 
 @pytest.fixture(autouse=True)

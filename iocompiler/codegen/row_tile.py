@@ -43,14 +43,17 @@ def extremum(fn: str) -> str:
 
 def fold_tile(writer: KernelWriter, position: int, op: Op) -> None:
     """Write a reduction along the rows of a tile that holds them whole."""
-    value = writer.full(writer.tensor(op.inputs[0]), tile(writer))
+    # what is the same for every row is folded once: its result is stored at one address
+    rows = writer.schedule.x_block if "x" in writer.spans(op.inputs[0]) else 1
+    shape = f"[{rows}, {writer.schedule.r_block}]"
+    value = writer.full(writer.tensor(op.inputs[0]), shape)
     name = f"{op.fn}_{position}"
     writer.names[f"%{position}"] = name
     dtype = writer.program.ops[op.inputs[0]].dtype
     if op.fn in ("argmax", "argmin"):
         fn = op.fn.removeprefix("arg")
         value = writer.guarded(value, fn, dtype, ("r",))
-        place = writer.full(f"({ROW_POSITION})", tile(writer))
+        place = writer.full(f"({ROW_POSITION})", shape)
         writer.line(f"_, {name} = tl.reduce(({value}, {place}), 1, {extremum(fn)}, keep_dims=True)")
         return
     inside = writer.guarded(value, op.fn, dtype, ("r",))

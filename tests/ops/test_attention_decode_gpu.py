@@ -107,7 +107,7 @@ def test_a_cache_of_static_length() -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
     torch._dynamo.reset()
-    compiled = torch.compile(decode, backend="iocompiler")
+    compiled = torch.compile(decode, backend=ioc.Compiler())
     q, k, v = _cache(2048)
     with torch.no_grad():
         for place in (0, 5, 100, 2047):
