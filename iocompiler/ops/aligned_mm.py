@@ -76,9 +76,6 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         for columns in _parts(b.shape[1]):
             part = out[rows, columns]
             started = False
-            if bias is not None:
-                part.copy_(bias[columns].expand(part.shape))
-                started = True
             # the short tail first: what is rounded between the two products is then the smaller one
             for depth in (slice(inner, a.shape[1]), slice(0, inner)):
                 if depth.start == depth.stop:
@@ -86,11 +83,17 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
                 left, right = a[rows, depth], b[depth, columns]
                 if started:
                     part.addmm_(left, right)
+                elif bias is not None:  # in a product's epilogue, where a part is contiguous
+                    torch.addmm(bias[columns], left, right, out=part)
                 else:
                     torch.mm(left, right, out=part)
                 started = True
-            if not started:
+            if started:
+                continue
+            if bias is None:
                 part.zero_()
+            else:
+                part.copy_(bias[columns].expand(part.shape))
 
 
 def _parts(extent: int) -> list[slice]:

@@ -55,8 +55,9 @@ def cudnn_backward(
     out, lse, seed, offset = _saved(saved)
     grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
     # the graph cuDNN keeps from call to call is found by the strides of q, k and v alone: an output
-    # laid out otherwise than by its own forward would be read with the strides of another call
-    out = _laid_out_like(out, q)
+    # laid out otherwise than by its own forward, or its gradient, would be read with the strides of
+    # another call
+    out, grad = _laid_out_like(out, q), _laid_out_like(grad, q)
     state = (seed, offset, _spread_bias(q, k, bias), None, None, q.shape[2], k.shape[2])
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, out, lse.unsqueeze(-1), *state, s.dropout_p, s.causal, scale=s.scale

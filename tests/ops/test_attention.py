@@ -84,7 +84,7 @@ def test_cudnn_gets_its_output_back_as_it_lays_it_out(monkeypatch: pytest.Monkey
     seen: list[Tensor] = []
 
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
-        seen.append(out)
+        seen.extend((out, grad))
         return grad, k, v
 
     library = SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=backward)
@@ -94,8 +94,9 @@ def test_cudnn_gets_its_output_back_as_it_lays_it_out(monkeypatch: pytest.Monkey
     saved = (out, torch.zeros(2, 4, 5), torch.empty(0), torch.empty(0))
     setting = kernels.Setting(1.0, False, 0.0)
     kernels.cudnn_backward(out, packed, packed, packed, None, saved, setting, False)
-    assert seen[0].stride() == torch.empty_like(packed).stride() != out.stride()
-    assert torch.equal(seen[0], out)
+    for found in seen:  # the output and its gradient
+        assert found.stride() == torch.empty_like(packed).stride() != out.stride()
+        assert torch.equal(found, out)
 
 
 def test_blocks_skipped_by_the_causal_kernel_are_no_gradient(
