@@ -37,16 +37,6 @@ aten = torch.ops.aten
 _DEEPEST = 60
 _MOST_NEGATIVE = -1e30  # what a finite number is raised to, so that times log2(e) it stays finite
 _LARGEST = 1e4  # no learned bias is larger
-_SAME = (
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh_copy.default,
-    aten.to.device,
-)
-_CONVERTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 
 
 @dataclass(frozen=True)
@@ -138,9 +128,9 @@ class Elements:
     def _walked(self, node: Node, at: At) -> int:
         if node.op != "call_function":
             raise NotExpressed
-        if node.target in _SAME:
+        if node.target in views.COPIES:
             return self.value(node.args[0], at)
-        if node.target in _CONVERTS:
+        if node.target in views.CASTS:
             return self.cast(self.value(node.args[0], at), views.dtype(node))
         place = moved(node, at, self.bounds)
         if place is not None:

@@ -37,18 +37,6 @@ aten = torch.ops.aten
 _WHOLE = (torch.int32, torch.int64, torch.float32, torch.float64)  # what holds a position exactly
 _DEEPEST = 200
 LEARNED = 1e3  # what no entry of a learned table of biases exceeds
-_SAME = (
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh_copy.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-)
 _AND = ("logical_and", "bitwise_and", "__and__")
 _OR = ("logical_or", "bitwise_or", "__or__")
 _NOT = ("logical_not", "bitwise_not")
@@ -111,7 +99,7 @@ class _Reading:
 
     def _call(self, node: Node, at: At) -> Value | None:
         name = str(getattr(node.target, "_opname", node.target))
-        if node.target in _SAME:
+        if node.target in (*views.COPIES, *views.CASTS):
             return self._converted(node, self.value(node.args[0], at))
         place = moved(node, at, self.bounds)
         if place is not None:

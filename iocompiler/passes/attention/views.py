@@ -12,6 +12,19 @@ from iocompiler.passes.attention.axes import Dims, Group, known, regroup, resolv
 
 aten = torch.ops.aten
 
+COPIES = (
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.to.device,
+)
+"""What leaves every element as it is."""
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+"""What leaves every element where it is, in another dtype."""
+
 RESHAPES = (
     aten.view.default,
     aten.reshape.default,
