@@ -15,7 +15,6 @@ from torch.fx import GraphModule, Node
 
 from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
-from iocompiler.engines import Boxed
 from iocompiler.errors import (
     FallbackTooLarge,
     FallbackWarning,
@@ -36,6 +35,7 @@ from iocompiler.plan.data import Plan
 from iocompiler.runtime import tangents
 from iocompiler.runtime.graph_cache import Slot, slot
 from iocompiler.runtime.kernels import warm_workers
+from iocompiler.runtime.tangents import Boxed
 from iocompiler.versions import require_supported
 
 Compiled = Callable[..., Any]

@@ -5,7 +5,7 @@ tests, aten last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch._guards import TracingContext
@@ -14,13 +14,12 @@ from torch.fx import GraphModule
 from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.options import Options
 from iocompiler.plan.data import Plan
+from iocompiler.runtime import tangents
 from iocompiler.runtime.graph_cache import LoadText
+from iocompiler.runtime.tangents import Boxed
 
 if TYPE_CHECKING:
     from iocompiler.runtime.tune import Tuned
-
-Boxed: TypeAlias = Callable[[list[Any]], Any]
-"""Called with one list of inputs, which it empties, so that an input dies as soon as it is dead."""
 
 
 def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
@@ -114,8 +113,9 @@ def _fixed_inputs() -> list[int]:
 
 def _saved_inputs(gm: GraphModule) -> list[int]:
     """Positions of what the forward saved, AOTAutograd putting the tangents last."""
-    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    return [position for position, name in enumerate(names) if "tangents" not in name]
+    later = set(tangents.of(gm))
+    count = len(gm.graph.find_nodes(op="placeholder"))
+    return [position for position in range(count) if position not in later]
 
 
 def aten(gm: GraphModule) -> Boxed:

@@ -96,9 +96,7 @@ def _store_partial(writer: KernelWriter, position: int) -> None:
     column = writer.program.ops[op.inputs[0]]
     share = writer.program.buffer(op.buffer).elements // writer.schedule.programs
     total = writer.folded(column.fn, f"acc_{op.inputs[0]}", 0)
-    address = f"({expressions.affine(op.index, writer.names)})"
-    if not writer.address_spans(op.index):
-        address += " + tl.full([1, 1], 0, tl.int32)"  # a store has the shape of its addresses
+    address = writer.tile_of(f"({expressions.affine(op.index, writer.names)})", op.index)
     mask = f", {writer.masks['r']}" if "r" in writer.masks else ""
     writer.line(
         f"tl.store({op.buffer}_ptr + tl.program_id(0) * {share} + {address}, {total}{mask})"

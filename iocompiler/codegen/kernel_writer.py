@@ -150,14 +150,18 @@ class KernelWriter:
         extra = self.value(op.inputs[1]) if len(op.inputs) > 1 else None
         mask = self._mask(spans, extra)
         value = self.value(op.inputs[0])
-        address = self._address(op)
-        if not spans:
-            # a block of one address takes a scalar and a block of one value alike
-            address += f" + tl.full({self._point}, 0, tl.int32)"
+        address = self.tile_of(self._address(op), op.index)
         tail = f", {mask}" if mask else ""
         call = "tl.atomic_add" if op.fn == "atomic_add" else "tl.store"
         sem = ", sem='relaxed'" if op.fn == "atomic_add" else ""
         return f"{call}({op.buffer}_ptr + {address}, {value}{tail}{sem})"
+
+    def tile_of(self, address: str, index: Affine) -> str:
+        """``address`` as a block even where it is one: that takes a scalar and a block of one value
+        alike.
+        """
+        one = not self.address_spans(index)
+        return f"{address} + tl.full({self._point}, 0, tl.int32)" if one else address
 
     def _const(self, op: Op) -> str:
         return expressions.constant(op.value, op.dtype)

@@ -57,8 +57,13 @@ def settle_strides(gm: GraphModule, name: str, inputs: Sequence[Any], device: De
     its fake inputs, ``device`` prices it.
     """
     adopt_strides(gm, inputs)
-    exact = None if any(map(is_effect, gm.graph.nodes)) else exact_outputs(name)
+    exact = None if _has_effects(gm) else exact_outputs(name)
     pad_rows(gm, exact, device)
+
+
+def _has_effects(gm: GraphModule) -> bool:
+    """Whether tokens are among its outputs."""
+    return any(map(is_effect, gm.graph.nodes))
 
 
 def pad_rows(gm: GraphModule, exact_outputs: int | None, device: Device) -> int:
@@ -134,7 +139,7 @@ def report_strides(gm: GraphModule) -> None:
     all outputs have the strides that it expects.
     """
     context = TracingContext.try_get()
-    if context is None or context.output_strides is None or any(map(is_effect, gm.graph.nodes)):
+    if context is None or context.output_strides is None or _has_effects(gm):
         return
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     for arg in output.args[0]:

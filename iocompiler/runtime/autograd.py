@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch._functorch._aot_autograd import runtime_wrappers
 
 from iocompiler.runtime.convention import Convention, Tangent, Training
-from iocompiler.runtime.tangents import Backward, may_be_none
+from iocompiler.runtime.tangents import Backward, Boxed, may_be_none
 
-Boxed: TypeAlias = Callable[[list[Any]], Any]
 # what tells Dynamo which sizes of a result vary, for the graph that comes next
 _DYNAMIC = (
     "_dynamo_propagated_dynamic_indices"

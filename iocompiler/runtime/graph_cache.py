@@ -26,12 +26,12 @@ from iocompiler.graph.fingerprint import shape_environment
 from iocompiler.options import Options
 from iocompiler.pipeline import Pipeline
 from iocompiler.runtime import constants
-from iocompiler.runtime.autograd import Boxed, callable_of
+from iocompiler.runtime.autograd import callable_of
 from iocompiler.runtime.cache import Cache, Entry, default_cache, key_of
 from iocompiler.runtime.convention import Convention, read
 from iocompiler.runtime.graph_key import key_text
 from iocompiler.runtime.graph_text import graph_of, graph_text
-from iocompiler.runtime.tangents import Absent, Backward
+from iocompiler.runtime.tangents import Absent, Backward, Boxed
 
 LoadText: TypeAlias = Callable[[str, str, str], Boxed]
 """``(text, name, device)`` to the function that runs it."""

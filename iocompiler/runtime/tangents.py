@@ -24,6 +24,7 @@ from iocompiler.errors import LateGuard
 from iocompiler.passes.absent import fold, symbols_within
 
 Boxed: TypeAlias = Callable[[list[Any]], Any]
+"""Called with one list of inputs, which it empties, so that an input dies as soon as it is dead."""
 Absent: TypeAlias = tuple[int, ...]
 """Positions of the tangents that are None, among all arguments of the backward."""
 
