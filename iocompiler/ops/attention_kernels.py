@@ -36,8 +36,9 @@ class Setting:
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
     q, k, v = (_rows(x) for x in (q, k, v))
+    dropout_p = _own_rate(s.dropout_p)
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, _spread_bias(q, k, bias), True, s.dropout_p, s.causal, False, scale=s.scale
+        q, k, v, _spread_bias(q, k, bias), True, dropout_p, s.causal, False, scale=s.scale
     )
     return out, lse.reshape(q.shape[:3]), *_state(q, s, seed, offset)
 
@@ -54,15 +55,33 @@ def cudnn_backward(
 ) -> Backward:
     out, lse, seed, offset = _saved(saved)
     grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
-    # the graph cuDNN keeps from call to call is found by the strides of q, k and v alone: an output
-    # laid out otherwise than by its own forward, or its gradient, would be read with the strides of
-    # another call
+    # torch finds the graph cuDNN built for an earlier call by the strides of q, k and v alone (2.11
+    # to 2.15): an output laid out otherwise than by its own forward, or its gradient, would be read
+    # with the strides of that call
     out, grad = _laid_out_like(out, q), _laid_out_like(grad, q)
     state = (seed, offset, _spread_bias(q, k, bias), None, None, q.shape[2], k.shape[2])
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse.unsqueeze(-1), *state, s.dropout_p, s.causal, scale=s.scale
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse.unsqueeze(-1),
+        *state,
+        _own_rate(s.dropout_p),
+        s.causal,
+        scale=s.scale,
     )
     return dq, dk, dv, None
+
+
+def _own_rate(dropout_p: float) -> float:
+    """The same rate as no other caller gives it: -0.0, or a float32 just above.
+
+    Its bits are part of what torch finds cuDNN's graphs by, so none of ours is used for a call of
+    eager's with the same strides of q, k and v and another layout of the gradient, nor the reverse.
+    """
+    return dropout_p * (1 + 2**-23) if dropout_p else -0.0
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, s: Setting) -> Forward:
