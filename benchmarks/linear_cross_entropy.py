@@ -79,7 +79,7 @@ def measure(shape: tuple[int, int, int], scratches: tuple[int, ...]) -> None:
         call = step(torch.compile(loss, backend=ioc.Compiler()), x, weight, target)
         taken = steps(call, 50, 3.0).ms
         x.grad = weight.grad = None
-        size = chunks.chunk_rows(rows, vocabulary, 2)
+        size = chunks.chunk_rows(rows, vocabulary, 2, chunks.SCRATCH_BYTES)
         print(
             f"  scratch {scratch:5d} MiB, {size:5d} rows: {taken:.2f} ms, "
             f"{taken / alone:.3f}x, peak {peak(call):.2f} GiB"

@@ -104,7 +104,9 @@ def linear(call: Call) -> Cost:
 
 
 def linear_losses(call: Call) -> Cost:
-    """input [t, k], weight [n, k]: a head's losses, its logits written and read in chunks."""
+    """input [t, k], weight [n, k]: a head's losses, its logits written and read in chunks; those
+    that are kept are among the results.
+    """
     return _head(call, 1, 2)
 
 

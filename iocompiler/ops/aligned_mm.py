@@ -71,29 +71,33 @@ def _scratch(out: Tensor, pieces: list[tuple[slice, slice]]) -> Tensor:
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    inner = a.shape[1] - a.shape[1] % STEP
     for rows in _parts(a.shape[0]):
         for columns in _parts(b.shape[1]):
-            part = out[rows, columns]
-            started = False
-            # the short tail first: what is rounded between the two products is then the smaller one
-            for depth in (slice(inner, a.shape[1]), slice(0, inner)):
-                if depth.start == depth.stop:
-                    continue
-                left, right = a[rows, depth], b[depth, columns]
-                if started:
-                    part.addmm_(left, right)
-                elif bias is not None:  # in a product's epilogue, where a part is contiguous
-                    torch.addmm(bias[columns], left, right, out=part)
-                else:
-                    torch.mm(left, right, out=part)
-                started = True
-            if started:
-                continue
-            if bias is None:
-                part.zero_()
+            part, added = out[rows, columns], None if bias is None else bias[columns]
+            depths = _parts(a.shape[1])
+            if len(depths) == 1 and added is not None:  # in the product's epilogue, where whole
+                torch.addmm(added, a[rows], b[:, columns], out=part)
+            elif len(depths) == 1:
+                torch.mm(a[rows], b[:, columns], out=part)
             else:
-                part.copy_(bias[columns].expand(part.shape))
+                part.copy_(_in_depths(a[rows], b[:, columns], depths, added))
+
+
+def _in_depths(a: Tensor, b: Tensor, depths: list[slice], bias: Tensor | None) -> Tensor:
+    """The sum of products over parts of the inner extent, in float32: what is small in each element
+    would be lost in all of them alike, were the first product rounded before the second is added.
+    """
+    total = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+    for depth in depths:
+        total += _wide(a[:, depth], b[depth])
+    return total if bias is None else total + bias
+
+
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """A product that is not rounded to its operands' precision."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _parts(extent: int) -> list[slice]:

@@ -9,17 +9,22 @@ Rows are worked off in chunks (`linear_cross_entropy_chunks.py`). For "mean" and
 computes the gradients too, chunk by chunk, and the backward only scales them: three matrix products
 in all. For "none", each row has a gradient of its own and the backward computes the logits again.
 Where nothing needs a gradient, only losses are computed.
+
+`iocompiler::linear_cross_entropy_and_logits` also returns x @ weight.T + bias, for programs that
+keep it: the same pass over the rows puts it in its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iocompiler.ops import library
-from iocompiler.ops.linear_cross_entropy_chunks import Rows, Setting, accumulated, walk
+from iocompiler.ops.linear_cross_entropy_chunks import accumulated, walk
+from iocompiler.ops.linear_cross_entropy_rows import Rows, Setting
 
 _SETTING = "int ignore_index, float smoothing, float outer, float inner, bool capped"
 _INPUTS = (
@@ -28,11 +33,17 @@ _INPUTS = (
 LINEAR_CROSS_ENTROPY = library.define(
     f"linear_cross_entropy({_INPUTS}, {_SETTING}, str reduction) -> Tensor"
 )
-LOSSES = library.define(f"linear_cross_entropy_losses({_INPUTS}, {_SETTING}) -> Tensor")
+WITH_LOGITS = library.define(
+    f"linear_cross_entropy_and_logits({_INPUTS}, {_SETTING}, str reduction) -> (Tensor, Tensor)"
+)
+LOSSES = library.define(
+    f"linear_cross_entropy_losses({_INPUTS}, {_SETTING}, bool keep) "
+    "-> (Tensor losses, Tensor logits)"
+)
 GRADIENTS = library.define(
-    f"linear_cross_entropy_gradients({_INPUTS}, {_SETTING}, "
+    f"linear_cross_entropy_gradients({_INPUTS}, {_SETTING}, bool keep, "
     "bool x_grad, bool weight_grad, bool bias_grad) "
-    "-> (Tensor losses, Tensor dx, Tensor dweight, Tensor dbias)"
+    "-> (Tensor losses, Tensor logits, Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -51,11 +62,21 @@ def _linear_cross_entropy(
     Returns:
         float32 (float64 for float64 inputs): one number, or [T] where the reduction is "none".
     """
-    needed = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return _loss(False, x, weight, bias, target, *rest)[0]
+
+
+def _and_logits(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`_linear_cross_entropy` of the same arguments, and the logits [T, V] in the inputs' dtype."""
+    return _loss(True, *inputs)
+
+
+def _loss(keep: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
+    needed = any(t is not None and t.requires_grad for t in inputs[:3])
     if needed and torch.is_grad_enabled():
-        loss: Tensor = _Loss.apply(x, weight, bias, target, *rest)  # type: ignore[no-untyped-call]
-        return loss
-    return _reduced(LOSSES(x, weight, bias, target, *rest[:-1]), target, rest[2], rest[-1])
+        found: tuple[Tensor, Tensor] = _Loss.apply(keep, *inputs)  # type: ignore[no-untyped-call]
+        return found
+    losses, logits = LOSSES(*inputs[:-1], keep)
+    return _reduced(losses, inputs[3], inputs[6], inputs[-1]), logits
 
 
 def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -70,28 +91,30 @@ def _count(target: Tensor, ignore_index: int) -> Tensor:
 
 
 class _Loss(torch.autograd.Function):
-    """The three reductions; what is saved is told in the module's docstring."""
+    """The three reductions; what is saved is told in the module's docstring. Of `_loss`'s
+    arguments.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, keep: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
         *_, target, _, _ = tensors = inputs[:6]
         *setting, ctx.reduction = inputs[6:]
         ctx.setting, ctx.dtypes = setting, [t if t is None else t.dtype for t in inputs[:3]]
+        ctx.keep, needed = keep, ctx.needs_input_grad[1:4]
         if ctx.reduction == "none":
+            losses, logits = LOSSES(*inputs[:-1], keep)
             ctx.save_for_backward(*tensors)
-            losses: Tensor = LOSSES(*inputs[:-1])
-            return losses
+            return losses, logits
         *shares, scale = _scaled(tensors[4], tensors[5], tensors[0].dtype)
-        needed = ctx.needs_input_grad[:3]
-        losses, *gradients = GRADIENTS(*tensors[:4], *shares, *setting, *needed)
-        ctx.save_for_backward(*gradients, target, scale)
+        losses, logits, *gradients = GRADIENTS(*tensors[:4], *shares, *setting, keep, *needed)
+        ctx.save_for_backward(*gradients, target, scale, *(inputs[:2] if keep else ()))
         if scale is not None:
             losses = losses * scale
-        return _reduced(losses, target, setting[0], ctx.reduction)
+        return _reduced(losses, target, setting[0], ctx.reduction), logits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[:3]
+    def backward(ctx: Any, grad: Tensor, grad_logits: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[1:4]
         if ctx.reduction == "none":
             *inputs, coefficient, squared = ctx.saved_tensors
             grad = grad.contiguous()
@@ -99,20 +122,37 @@ class _Loss(torch.autograd.Function):
                 grad if coefficient is None else grad * coefficient,
                 None if squared is None else grad * squared,
             ]
-            found = GRADIENTS(*inputs, *scaled, *ctx.setting, *needed)[1:]
+            found = list(GRADIENTS(*inputs, *scaled, *ctx.setting, False, *needed)[2:])
+            operands = inputs[:2]
         else:
-            *found, target, scale = ctx.saved_tensors
+            *found, target, scale = ctx.saved_tensors[:5]
+            operands = ctx.saved_tensors[5:]
             if scale is not None:
                 grad = grad * scale
             if ctx.reduction == "mean":
                 count = _count(target, ctx.setting[0])
                 grad = torch.where(count == 0, 0.0, grad / count)  # as eager: nothing, not NaN
             found = [d * grad for d in found]
+        if ctx.keep:
+            x, weight = operands
+            found = _added(found, grad_logits, x, weight, needed)
         kept = [
             d.to(dtype) if need else None
             for d, dtype, need in zip(found, ctx.dtypes, needed, strict=True)
         ]
-        return (*kept, *(None,) * (len(ctx.setting) + 4))
+        return (None, *kept, *(None,) * (len(ctx.setting) + 4))
+
+
+def _added(
+    found: Sequence[Tensor], grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of x, weight and bias, with what comes through the logits [T, V]."""
+    through: list[Callable[[], Tensor]] = [
+        lambda: grad @ weight,
+        lambda: grad.t() @ x,
+        lambda: grad.sum(0),
+    ]
+    return [d + more() if need else d for d, more, need in zip(found, through, needed, strict=True)]
 
 
 def _scaled(
@@ -131,32 +171,46 @@ def _scaled(
     return coefficient / scale, None if squared is None else squared / scale, scale
 
 
-def _losses(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> Tensor:
-    return walk(x, weight, bias, target, Rows(*rest[:2]), Setting(*rest[2:]), None)[0]
+def _losses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *rest_of, keep = rest
+    logits = _kept(x, weight, keep)
+    rows_of, setting = Rows(*rest_of[:2]), Setting(*rest_of[2:])
+    kept = logits if keep else None
+    return walk(x, weight, bias, target, rows_of, setting, kept=kept)[0], logits
 
 
 def _losses_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
-) -> Tensor:
-    return x.new_empty((x.shape[0],), dtype=_wide(x))
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0],), dtype=_wide(x)), _kept(x, weight, rest[-1])
+
+
+def _kept(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    """For the logits; empty where nobody keeps them."""
+    return x.new_empty((x.shape[0], weight.shape[0]) if keep else (0,))
 
 
 def _gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows_of, setting = Rows(*rest[:2]), Setting(*rest[2:-3])
-    losses, *found = walk(x, weight, bias, target, rows_of, setting, rest[-3:])
-    dx, dweight, dbias = (x.new_empty((0,)) if d is None else d for d in found)
-    return losses, dx, dweight, dbias
+) -> tuple[Tensor, ...]:
+    *rest_of, keep, of_x, of_weight, of_bias = rest
+    rows_of, setting = Rows(*rest_of[:2]), Setting(*rest_of[2:])
+    logits, needed = _kept(x, weight, keep), (of_x, of_weight, of_bias)
+    kept = logits if keep else None
+    losses, *found = walk(x, weight, bias, target, rows_of, setting, needed, kept)
+    return losses, logits, *(x.new_empty((0,)) if d is None else d for d in found)
 
 
 def _gradients_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_grad, weight_grad, bias_grad = rest[-3:]
+) -> tuple[Tensor, ...]:
+    keep, x_grad, weight_grad, bias_grad = rest[-4:]
     nothing = (0,)
     return (
         x.new_empty((x.shape[0],), dtype=_wide(x)),
+        _kept(x, weight, keep),
         x.new_empty(x.shape if x_grad else nothing),
         weight.new_empty(weight.shape, dtype=accumulated(weight.dtype))
         if weight_grad
@@ -170,5 +224,6 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 library.compose("linear_cross_entropy", _linear_cross_entropy)
+library.compose("linear_cross_entropy_and_logits", _and_logits)
 library.implement("linear_cross_entropy_losses", _losses, _losses_fake)
 library.implement("linear_cross_entropy_gradients", _gradients, _gradients_fake)

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from iocompiler.ops.linear_cross_entropy_rows import ALIGNED, Piece, Rows, Setting, evaluate
 
 # What the logits of one chunk may take, in bytes: at a vocabulary of 128256 in bfloat16 these are
 # 2048 rows: on an H200 1.13 x the three products alone, where 1024 rows took 1.21 and 4096 1.13.
 SCRATCH_BYTES = 1 << 29
+# The same where the logits are kept, whole, by the user: there is room for their gradient too, and
+# each further chunk reads and writes the weight's gradient once more.
+KEPT_SCRATCH_BYTES = 1 << 31
+# The same where no gradient is asked for, and what is kept does not lie as products like it.
+COPIED_SCRATCH_BYTES = 7 << 23
 _ROWS = 128  # chunks are multiples of this many rows
 _LINE = 64  # rows of the scratch, and parts of an odd vocabulary, begin at multiples of this
-
-
-@dataclass(frozen=True)
-class Setting:
-    """``z = outer * tanh(inner * logits)`` where ``capped``, else ``outer * logits``; then the
-    cross-entropy of z with label smoothing, rows with the target ``ignore_index`` left out.
-    """
-
-    ignore_index: int = -100
-    smoothing: float = 0.0
-    outer: float = 1.0
-    inner: float = 1.0
-    capped: bool = False
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A row's loss is ``coefficient * cross_entropy + squared * logsumexp^2``: [T] each, None for 1
-    and for 0. Where one is 0, its summand is 0.
-    """
-
-    coefficient: Tensor | None = None
-    squared: Tensor | None = None
-
-    def part(self, some: slice) -> Rows:
-        both = (self.coefficient, self.squared)
-        return Rows(*(each if each is None else each[some].contiguous() for each in both))
+ALIGNED_DEVICES = ("cuda",)
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -47,9 +29,9 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Rows of a chunk: as many as the scratch holds, then evened out over the chunks."""
-    most = max(SCRATCH_BYTES // (_stride(vocabulary) * itemsize) // _ROWS, 1) * _ROWS
+def chunk_rows(rows: int, vocabulary: int, itemsize: int, scratch: int) -> int:
+    """Rows of a chunk: as many as ``scratch`` bytes hold, then evened out over the chunks."""
+    most = max(scratch // (_stride(vocabulary) * itemsize) // _ROWS, 1) * _ROWS
     chunks = -(-rows // most)
     return min(rows, -(-rows // max(chunks, 1) // _ROWS) * _ROWS)
 
@@ -61,165 +43,156 @@ def walk(
     target: Tensor,
     rows_of: Rows,
     setting: Setting,
-    needed: Sequence[bool] | None,
+    needed: Sequence[bool] = (False, False, False),
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(losses [T], dx, dweight, dbias), gradients only where ``needed`` says so.
 
     Args:
         x: [T, D]; weight: [V, D]; bias: [V]; target: [T] int64.
-        factor: [T], the gradient of each row's loss; None: 1.
-        needed: of x, weight, bias; None: only losses.
+        needed: of x, weight, bias.
+        kept: [T, V], contiguous: the logits are written there.
     """
     rows, vocabulary = x.shape[0], weight.shape[0]
     x, target = x.contiguous(), target.contiguous()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     losses = x.new_zeros((rows,), dtype=wide)
-    dx, dweight, dbias = _empty_gradients(x, weight, wide, needed)
-    chunk = chunk_rows(rows, vocabulary, x.element_size())
-    scratch = x.new_empty((chunk, _stride(vocabulary)))
-    parts = _parts(weight)
-    for first in range(0, rows, max(chunk, 1)):
-        some = slice(first, min(first + chunk, rows))
-        logits = scratch[: some.stop - some.start, :vocabulary]
-        _project(x[some], weight, bias, logits, parts)
-        gradient = any(d is not None for d in (dx, dweight, dbias))
-        _rows(logits, target[some], rows_of.part(some), losses[some], setting, gradient)
+    head = _Head(weight, bias, any(needed))
+    dx, dweight, dbias = head.empty_gradients(x, wide, needed)
+    room = _Room(x, vocabulary, head.columns, any(needed), kept)
+    for first in range(0, rows, max(room.chunk, 1)):
+        some = slice(first, min(first + room.chunk, rows))
+        made = room.logits(some)
+        late = head.project(x[some], made)
+        d = room.gradient(some)
+        piece = Piece(made[:, :vocabulary], target[some], losses[some], d, room.copy(some), late)
+        evaluate(piece, rows_of.part(some), setting)
+        if d is None:
+            continue
         if dx is not None:
-            _sum_over_vocabulary(logits, weight, dx[some], parts)
+            torch.mm(d, head.weight, out=dx[some])
         if dweight is not None:
-            _add_outer(logits, x[some], dweight, parts)
+            _add_outer(d, x[some], dweight, first=not first)
         if dbias is not None:
-            dbias += logits.sum(0, dtype=wide)
+            dbias += d.sum(0, dtype=wide)
+    dweight, dbias = (d if d is None else d[:vocabulary] for d in (dweight, dbias))
     return losses, dx, dweight, dbias
 
 
-def _empty_gradients(
-    x: Tensor, weight: Tensor, wide: torch.dtype, needed: Sequence[bool] | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    of_x, of_weight, of_bias = needed or (False, False, False)
-    shape = tuple(weight.shape)
-    return (
-        x.new_empty(x.shape) if of_x else None,
-        weight.new_zeros(shape, dtype=accumulated(weight.dtype)) if of_weight else None,
-        x.new_zeros(shape[:1], dtype=wide) if of_bias else None,
-    )
+class _Head:
+    """The weight and the bias as products like them.
+
+    On a GPU the extents of a product in half precision must be aligned (see `aligned_mm.py` for
+    why). With a gradient, an odd vocabulary is filled up with zeros, once: a product over it in two
+    parts would round in between, and what the second adds to a first that is nearly a row of the
+    weight would be lost in every row. Without, its tail is a product apart.
+
+    Attributes:
+        columns: classes, with those that are filled up.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gradient: bool) -> None:
+        self.weight, self.bias = weight, bias
+        self.columns = vocabulary = weight.shape[0]
+        self._parts = [slice(0, vocabulary)]
+        half = weight.device.type in ALIGNED_DEVICES and weight.element_size() == 2
+        cut = vocabulary - vocabulary % _LINE
+        if not half or vocabulary * weight.element_size() % ALIGNED == 0 or not cut:
+            return
+        if gradient:
+            self.columns = _stride(vocabulary)
+            self._parts = [slice(0, self.columns)]
+            more = self.columns - vocabulary
+            self.weight = F.pad(weight, (0, 0, 0, more))
+            self.bias = None if bias is None else F.pad(bias, (0, more))
+        else:
+            self._parts = [slice(cut, vocabulary), slice(0, cut)]
+
+    def empty_gradients(
+        self, x: Tensor, wide: torch.dtype, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of x, weight and bias; the weight's is written whole by the first chunk there is."""
+        of_x, of_weight, of_bias = needed
+        shape, dtype = tuple(self.weight.shape), accumulated(self.weight.dtype)
+        new = self.weight.new_empty if x.shape[0] else self.weight.new_zeros
+        return (
+            x.new_empty(x.shape) if of_x else None,
+            new(shape, dtype=dtype) if of_weight else None,
+            x.new_zeros(shape[:1], dtype=wide) if of_bias else None,
+        )
+
+    def project(self, x: Tensor, logits: Tensor) -> Tensor | None:
+        """Write the logits; returns the bias where it is yet to be added: a product adds it for
+        nothing only to whole rows.
+        """
+        if self.bias is not None and logits.is_contiguous() and len(self._parts) == 1:
+            torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            return None
+        for part in self._parts:
+            torch.mm(x, self.weight[part].t(), out=logits[:, part])
+        return self._roomy_bias
+
+    @functools.cached_property
+    def _roomy_bias(self) -> Tensor | None:
+        """The bias with the room behind it that the row kernel wants."""
+        if self.bias is None:
+            return None
+        count = self.bias.shape[0]
+        return F.pad(self.bias, (0, _stride(count) - count))[:count]
+
+
+class _Room:
+    """Where the logits of a chunk are made and their gradient is written.
+
+    Logits that are kept are made in their place where its rows are aligned, else in the scratch,
+    from where the row kernel copies them. Their gradient is in the scratch, where it may take their
+    place.
+
+    Attributes:
+        chunk: rows of one.
+    """
+
+    def __init__(
+        self, x: Tensor, vocabulary: int, columns: int, gradient: bool, kept: Tensor | None
+    ) -> None:
+        rows, itemsize = x.shape[0], x.element_size()
+        self._kept, self._gradient, self._columns = kept, gradient, columns
+        self._in_place = kept is not None and vocabulary * itemsize % ALIGNED == 0
+        budget = SCRATCH_BYTES
+        if kept is not None:
+            budget = KEPT_SCRATCH_BYTES if gradient else COPIED_SCRATCH_BYTES
+        self.chunk = chunk_rows(rows, vocabulary, itemsize, budget)
+        used = self.chunk
+        if self._in_place and not gradient:
+            self.chunk, used = rows, 0  # one product is fastest, and nothing else is gained
+        self._scratch = x.new_empty((used, _stride(vocabulary)))
+
+    def logits(self, some: slice) -> Tensor:
+        """[rows, columns], where the products of ``some`` rows go."""
+        if self._in_place and self._kept is not None:
+            return self._kept[some]
+        return self._rows(some)
+
+    def gradient(self, some: slice) -> Tensor | None:
+        """[rows, columns], where their gradient goes."""
+        return self._rows(some) if self._gradient else None
+
+    def copy(self, some: slice) -> Tensor | None:
+        """[rows, V], where they go if they are made elsewhere."""
+        return None if self._kept is None or self._in_place else self._kept[some]
+
+    def _rows(self, some: slice) -> Tensor:
+        return self._scratch[: some.stop - some.start, : self._columns]
 
 
 def _stride(vocabulary: int) -> int:
     return -(-vocabulary // _LINE) * _LINE
 
 
-def _parts(weight: Tensor) -> list[slice]:
-    """The vocabulary, on a GPU as an aligned part and a tail (see `aligned_mm.py` for why)."""
-    vocabulary = weight.shape[0]
-    cut = vocabulary - vocabulary % _LINE
-    whole = weight.device.type != "cuda" or weight.element_size() != 2
-    if whole or vocabulary * weight.element_size() % 16 == 0 or not cut:
-        return [slice(0, vocabulary)]
-    return [slice(cut, vocabulary), slice(0, cut)]
-
-
-def _project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor, parts: list[slice]
-) -> None:
-    for part in parts:
-        if bias is None:
-            torch.mm(x, weight[part].t(), out=logits[:, part])
-        else:
-            torch.addmm(bias[part], x, weight[part].t(), out=logits[:, part])
-
-
-def _sum_over_vocabulary(logits: Tensor, weight: Tensor, dx: Tensor, parts: list[slice]) -> None:
-    """dx = logits @ weight; the tail first: what is rounded in between is then the smaller one."""
-    for number, part in enumerate(parts):
-        if number:
-            dx.addmm_(logits[:, part], weight[part])
-        else:
-            torch.mm(logits[:, part], weight[part], out=dx)
-
-
-def _add_outer(logits: Tensor, x: Tensor, dweight: Tensor, parts: list[slice]) -> None:
-    for part in parts:
-        if dweight.dtype == x.dtype:
-            dweight[part].addmm_(logits[:, part].t(), x)
-        else:
-            dweight[part] += logits[:, part].t() @ x
-
-
-def _rows(
-    logits: Tensor, target: Tensor, rows_of: Rows, losses: Tensor, setting: Setting, gradient: bool
-) -> None:
-    """Write the losses; with ``gradient``, turn the logits into theirs."""
-    on_gpu = logits.is_cuda and logits.dtype != torch.float64
-    run = launch_rows if on_gpu else reference_rows
-    run(logits, target, rows_of, losses, setting, gradient)
-
-
-def launch_rows(
-    logits: Tensor, target: Tensor, rows_of: Rows, losses: Tensor, setting: Setting, gradient: bool
-) -> None:
-    """`reference_rows` by the Triton kernel; Triton keeps it compiled in its own cache on disk."""
-    from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
-
-    rows, vocabulary = logits.shape
-    if not rows:
-        return
-    block = min(4096, 1 << max(vocabulary - 1, 1).bit_length())
-    coefficient, squared = rows_of.coefficient, rows_of.squared
-    cross_entropy_rows[(rows,)](
-        logits,
-        target,
-        losses if coefficient is None else coefficient,
-        losses if squared is None else squared,
-        losses,
-        vocabulary,
-        logits.stride(0),
-        setting.ignore_index,
-        setting.smoothing,
-        setting.outer,
-        setting.inner,
-        CAPPED=setting.capped,
-        SMOOTHED=setting.smoothing != 0.0,
-        GRADIENT=gradient,
-        SCALED=coefficient is not None,
-        SQUARED=squared is not None,
-        BLOCK=block,
-        num_warps=16 if block == 4096 else 4,
-    )
-
-
-def reference_rows(
-    logits: Tensor, target: Tensor, rows_of: Rows, losses: Tensor, setting: Setting, gradient: bool
-) -> None:
-    """What the kernel `cross_entropy_rows` computes, in plain aten."""
-    vocabulary = logits.shape[1]
-    kept = target != setting.ignore_index
-    z = logits.to(losses.dtype)
-    if setting.capped:
-        z = torch.tanh(setting.inner * z)
-    slope = setting.outer * setting.inner * (1 - z * z) if setting.capped else setting.outer
-    z = setting.outer * z
-    label = torch.where(kept, target, 0)[:, None]
-    lse = torch.logsumexp(z, 1)
-    cross = lse - (1 - setting.smoothing) * z.gather(1, label)[:, 0]
-    if setting.smoothing:
-        cross = cross - setting.smoothing * z.mean(1)
-    hit = kept.to(losses.dtype)
-    if rows_of.coefficient is not None:
-        hit = torch.where(kept, rows_of.coefficient.to(losses.dtype), 0.0)
-    loss, mass = torch.where(hit == 0, 0.0, hit * cross), hit
-    if rows_of.squared is not None:
-        share = rows_of.squared.to(losses.dtype)
-        loss = loss + torch.where(share == 0, 0.0, share * lse * lse)
-        mass = mass + torch.where(share == 0, 0.0, 2 * share * lse)
-    losses.copy_(loss)
-    if not gradient:
-        return
-    d = mass[:, None] * torch.exp(z - lse[:, None])
-    hit = hit[:, None]
-    if setting.smoothing:
-        d -= hit * (setting.smoothing / vocabulary)
-    d.scatter_add_(1, label, (setting.smoothing - 1.0) * hit)
-    d *= slope
-    ignored = ~kept if rows_of.squared is None else torch.zeros_like(kept)
-    logits.copy_(torch.where(ignored[:, None], 0.0, d))
+def _add_outer(d: Tensor, x: Tensor, dweight: Tensor, *, first: bool) -> None:
+    if dweight.dtype != x.dtype:
+        dweight.copy_(d.t() @ x) if first else dweight.add_(d.t() @ x)
+    elif first:
+        torch.mm(d.t(), x, out=dweight)
+    else:
+        dweight.addmm_(d.t(), x)

@@ -90,3 +90,18 @@ def test_gpu_the_result_is_never_twice_in_memory(with_bias: bool) -> None:
     assert grown <= out.numel() * 2 + 2 * aligned_mm.SCRATCH_BYTES
     assert out.is_contiguous()
     torch.testing.assert_close(out, eager, rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.gpu
+def test_gpu_what_the_tail_adds_is_not_lost() -> None:
+    """Each element is nearly one of b's, which is exact; the rest is less than its rounding."""
+    a = torch.zeros(2048, 74, dtype=torch.bfloat16, device="cuda")
+    a[torch.arange(2048, device="cuda"), torch.randint(0, 64, (2048,), device="cuda")] = -1
+    a[:, 64:] = torch.rand(10, device="cuda").bfloat16() / 256
+    b = torch.randn(74, 32, dtype=torch.bfloat16, device="cuda")
+    b[64:].abs_()
+    exact = (a.double() @ b.double()).sum(0)
+    mine, eager = (
+        x.double().sum(0) for x in (torch.ops.iocompiler.aligned_mm(a, b, None, 32), a @ b)
+    )
+    assert (mine - exact).norm() <= 2 * (eager - exact).norm() + 1e-5 * exact.norm()

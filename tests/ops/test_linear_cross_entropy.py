@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iocompiler.ops import linear_cross_entropy as operators
 from iocompiler.ops import linear_cross_entropy_chunks as chunks
-from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
 from tests.accuracy import relative_error
 
 VOCABULARY, WIDTH = 300, 24
@@ -21,6 +21,8 @@ VOCABULARY, WIDTH = 300, 24
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", 1)  # the least: 128 rows
+    monkeypatch.setattr(chunks, "KEPT_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(chunks, "COPIED_SCRATCH_BYTES", 1)
 
 
 def inputs(rows: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
@@ -118,6 +120,66 @@ def test_shares_of_the_rows(
         least = torch.finfo(dtype).eps
         allowed = 3 * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(ours_, exact) <= allowed, place
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 303])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("through", ["both", "loss", "logits"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_that_are_kept(
+    dtype: torch.dtype, vocabulary: int, reduction: str, through: str, bias: bool
+) -> None:
+    _check_kept(dtype, vocabulary, reduction, through, bias, "cpu")
+
+
+@pytest.mark.parametrize(("through", "bias"), [("loss", True), ("both", False)])
+def test_an_odd_vocabulary_is_filled_up(
+    through: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "ALIGNED_DEVICES", ("cpu",))  # as on a GPU
+    _check_kept(torch.bfloat16, 303, "mean", through, bias, "cpu")
+
+
+def _check_kept(
+    dtype: torch.dtype, vocabulary: int, reduction: str, through: str, bias: bool, device: str
+) -> None:
+    torch.manual_seed(1)
+    shapes = ((300, WIDTH), (vocabulary, WIDTH), (vocabulary,))
+    leaves = [
+        (torch.randn(shape, device=device) / 2).to(dtype).requires_grad_()
+        for shape in shapes[: 2 + bias]
+    ]
+    target = torch.randint(0, vocabulary, (300,), device=device)
+    target[::5] = -100
+    through_logits = torch.randn(300, vocabulary, device=device)
+
+    def mine(given: list[Tensor]) -> tuple[Tensor, Tensor]:
+        inputs = (*given, *[None] * (3 - len(given)), target, None, None)
+        found: tuple[Tensor, Tensor] = WITH_LOGITS(*inputs, -100, 0.1, 0.7, 1.0, False, reduction)
+        return found
+
+    def plain(given: list[Tensor]) -> tuple[Tensor, Tensor]:
+        y = F.linear(*given)
+        z = 0.7 * y.to(torch.promote_types(y.dtype, torch.float32))
+        return F.cross_entropy(z, target, reduction=reduction, label_smoothing=0.1), y
+
+    def run(function: Any, given: list[Tensor]) -> list[Tensor]:
+        loss, logits = function(given)
+        value = loss.sum() * 3 if through != "logits" else 0.0
+        if through != "loss":
+            value = value + (logits * through_logits.to(logits.dtype)).sum()
+        with torch.no_grad():
+            quiet = function(given)
+        return [loss, logits, *quiet, *torch.autograd.grad(value, given)]
+
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    triples = zip(run(mine, leaves), run(plain, leaves), run(plain, wide), strict=True)
+    for place, (ours_, theirs, exact) in enumerate(triples):
+        least = torch.finfo(dtype).eps
+        allowed = (3 if place > 3 else 2) * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(ours_, exact) <= allowed, place
+        assert ours_.stride() == theirs.stride()
 
 
 def test_small_shares_keep_their_gradients_in_half_precision() -> None:
@@ -230,9 +292,8 @@ def test_a_target_out_of_range_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 1000, 8192])
-def test_chunks_are_even_and_fit(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "SCRATCH_BYTES", 1 << 28)
-    chunk = chunks.chunk_rows(rows, 128256, 2)
+def test_chunks_are_even_and_fit(rows: int) -> None:
+    chunk = chunks.chunk_rows(rows, 128256, 2, 1 << 28)
     assert chunk <= rows
     assert chunk * 128256 * 2 <= 1 << 28
     assert rows < 8192 or chunk == 1024
@@ -269,6 +330,38 @@ def test_on_the_gpu(
         factor, least = (3, 0.0) if place else (2, torch.finfo(dtype).eps / 2)
         allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(mine, exact) <= allowed, place
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [1000, 1001, 30522, 50257])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("through", ["both", "loss"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_that_are_kept_on_the_gpu(
+    dtype: torch.dtype, vocabulary: int, reduction: str, through: str, bias: bool
+) -> None:
+    _check_kept(dtype, vocabulary, reduction, through, bias, "cuda")
+
+
+@pytest.mark.gpu
+def test_what_the_last_classes_add_is_not_lost_on_the_gpu() -> None:
+    """Each row's gradient is nearly a row of the weight, which is exact: what is less than its
+    rounding would be lost in all rows alike.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(4096, 256, device="cuda").bfloat16()
+    weight = (torch.randn(30522, 256, device="cuda") / 50).bfloat16()
+    target = torch.randint(0, 30522, (4096,), device="cuda")
+
+    def summed(function: Any, dtype: torch.dtype) -> Tensor:
+        leaf = x.to(dtype).requires_grad_()
+        loss = function((leaf, weight.to(dtype), None, target), "mean", 0.0, False)
+        return torch.autograd.grad(loss, leaf)[0].sum(0, dtype=torch.float64)
+
+    half, wide = torch.bfloat16, torch.float64
+    mine, theirs, exact = (summed(*case) for case in ((ours, half), (eager, half), (eager, wide)))
+    assert relative_error(mine, exact) <= 2 * relative_error(theirs, exact) + 1e-5
 
 
 @pytest.mark.gpu

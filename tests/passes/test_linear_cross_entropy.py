@@ -23,7 +23,7 @@ B, S, D, V = 2, 9, 8, 50
 @ioc.graph_pass
 def small(gm: GraphModule) -> int:
     """The pass without its threshold."""
-    return replace_losses(gm, 0)
+    return replace_losses(gm, 0, ("cpu",))
 
 
 PIPELINE = ioc.DEFAULT.before("linear_cross_entropy", small).without("linear_cross_entropy")
@@ -229,6 +229,62 @@ def returned(x, w, b, y):
     return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits
 
 
+def returned_wide(x, w, b, y):
+    """As Hugging Face has it: cast, then labels that are shifted, not logits."""
+    logits = F.linear(x, w, b).float()
+    labels = F.pad(y, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits
+
+
+def returned_twice(x, w, b, y):
+    logits = torch.mm(x.view(-1, D), w.T)
+    return F.cross_entropy(logits, y.view(-1)), logits, logits.view(B, -1, V)
+
+
+def returned_capped(x, w, b, y):
+    raw = F.linear(x, w, b)
+    logits = torch.tanh(raw / 3.0) * 3.0
+    return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits, raw
+
+
+def returned_with_squares(x, w, b, y):
+    logits = x @ w.t() + b
+    lse = logits.logsumexp(-1)
+    rows = lse - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return rows.mean() + 0.01 * lse.square().mean(), logits
+
+
+def returned_rows(x, w, b, y):
+    logits = F.linear(x, w).reshape(-1, V)
+    return F.cross_entropy(logits, y.view(-1), reduction="none"), logits
+
+
+RETURNED = [
+    returned, returned_wide, returned_twice, returned_capped, returned_with_squares, returned_rows,
+]  # fmt: skip
+
+
+def returned_whole(x, w, b, y):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1)), logits
+
+
+def returned_other_way(x, w, b, y):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits.transpose(1, 2), y), logits
+
+
+def returned_and_used(x, w, b, y):
+    logits = F.linear(x, w).view(-1, V)
+    return F.cross_entropy(logits, y.view(-1)), logits.argmax(-1)
+
+
+def returned_before(x, w, b, y):
+    logits = F.linear(x, w)
+    seen = logits.view(-1, V) * 2
+    return F.cross_entropy(logits.view(-1, V), y.view(-1)), seen
+
+
 def used_twice(x, w, b, y):
     logits = F.linear(x, w).view(-1, V)
     return F.cross_entropy(logits, y.view(-1)) + logits.square().mean()
@@ -338,7 +394,9 @@ DECLINED = [
     (entropy, "used elsewhere"),
     (margin, "no sum of cross-entropies"), (smoothed_and_weighted, "label smoothing"),
     (rounded_softmax, "used elsewhere"),
-    (returned, "returned elsewhere"), (used_twice, "used elsewhere"),
+    (returned_whole, "some of their rows"), (returned_other_way, "another order"),
+    (returned_and_used, "used elsewhere"), (returned_before, "returned elsewhere"),
+    (used_twice, "used elsewhere"),
     (probabilities, "class numbers"), (dropped, "relu"), (cut_classes, "splits or cuts"),
     (over_rows, "columns"), (split_classes, "splits or cuts"), (softmax_of_rows, "another dim"),
     (rounded, "rounded"), (under_no_grad, "grad mode"),
@@ -379,6 +437,53 @@ def test_is_taken_and_as_accurate_as_eager(f: Model, dynamic: bool, dtype: torch
     (record,) = records
     assert [r.pattern for r in record.rewrites] == ["linear_cross_entropy"]
     assert record.rewrites[0].where.startswith("test_linear_cross_entropy.py:")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("through", ["loss", "both"])
+@pytest.mark.parametrize("f", RETURNED, ids=lambda f: f.__name__)
+def test_logits_may_be_returned(f: Model, through: str, dynamic: bool, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    given = inputs(dtype)
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in given]
+    run, records = compiled(f, PIPELINE, dynamic=dynamic)
+
+    def everything(f: Model, given: Any) -> list[Tensor | None]:
+        found = f(*given)
+        value = found[0].sum()
+        if through == "both":
+            value = value + sum((z.double() ** 2).mean() for z in found[1:])
+        return [*found, *torch.autograd.grad(value, given[:3], allow_unused=True)]
+
+    results = zip(everything(run, given), everything(f, given), everything(f, wide), strict=True)
+    for place, (mine, theirs, exact) in enumerate(results):
+        assert (mine is None) == (theirs is None)
+        if mine is None or theirs is None or exact is None:
+            continue
+        assert (mine.dtype, mine.stride()) == (theirs.dtype, theirs.stride())
+        least = torch.finfo(dtype).eps / 2
+        allowed = 3 * max(relative_error(theirs, exact), least) + 1e-5
+        assert relative_error(mine, exact) <= allowed, place
+    (record,) = records
+    (rewrite,) = record.rewrites
+    assert "logits kept" in rewrite.variant
+
+
+def test_returned_logits_without_a_gradient() -> None:
+    torch._dynamo.reset()
+    given = inputs()
+    run, records = compiled(returned_wide, PIPELINE)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*given), returned_wide(*given))
+    assert records[0].rewrites
+
+
+def test_returned_logits_stay_as_they_are_on_the_cpu() -> None:
+    torch._dynamo.reset()
+    run, records = compiled(returned, ioc.DEFAULT)
+    run(*inputs())
+    assert "returned too" in records[0].misses[0].reason
 
 
 @pytest.mark.parametrize(("f", "reason"), DECLINED, ids=lambda f: getattr(f, "__name__", ""))

@@ -1,18 +1,47 @@
-"""The row kernel of linear + cross-entropy: losses, and the gradient in place of the logits."""
+"""The row kernel of linear + cross-entropy: losses, gradients, and the logits where they belong."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+def _scaled_logits(logits, outer, inner, CAPPED: tl.constexpr):
+    """(z, dz / dlogits) of `cross_entropy_rows`."""
+    slope = outer
+    if CAPPED:
+        bounded = 2 * tl.sigmoid(2 * inner * logits) - 1
+        slope = outer * inner * (1 - bounded * bounded)
+        z = outer * bounded
+    else:
+        z = outer * logits
+    return z, slope
+
+
+@triton.jit
+def _read(logits, bias, at, some, BIAS: tl.constexpr, POLICY: tl.constexpr):
+    """A row's logits, in their own precision."""
+    stored = tl.load(logits + at, mask=some, other=0.0, eviction_policy=POLICY)
+    if BIAS:
+        added = tl.load(bias + at, mask=some, other=0.0).to(tl.float32)
+        stored = (stored.to(tl.float32) + added).to(stored.dtype)
+    return stored
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_rows(
     logits,
+    gradient,
+    copy,
+    bias,
     target,
     coefficient,
     squared,
     loss,
     vocabulary,
+    width,
     row_stride,
+    gradient_stride,
+    copy_stride,
     ignore_index,
     smoothing,
     outer,
@@ -20,88 +49,103 @@ def cross_entropy_rows(
     CAPPED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     GRADIENT: tl.constexpr,
+    COPY: tl.constexpr,
+    BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One program a row of ``logits`` [rows, vocabulary]; arithmetic in float32.
 
-        z     = outer * tanh(inner * logits)     (CAPPED), else outer * logits
+        y     = logits (+ bias, BIAS), rounded to their precision
+        z     = outer * tanh(inner * y)          (CAPPED), else outer * y
         lse   = log sum_j exp(z_j)               (online: one pass)
         cross = lse - (1 - smoothing) * z[target] - smoothing * mean_j z_j
         loss  = c * cross + s * lse^2            (c = 1 unless SCALED, s = 0 unless SQUARED)
-        d loss / d logits_j = ((c + 2 s lse) * exp(z_j - lse)
-                               - c * ((1 - smoothing) [j == target] + smoothing / vocabulary))
-                              * dz_j / dlogits_j
+        d loss / d y_j = ((c + 2 s lse) * exp(z_j - lse)
+                          - c * ((1 - smoothing) [j == target] + smoothing / vocabulary))
+                         * dz_j / dy_j
 
-    With GRADIENT, the last line overwrites the logits in a second pass, which reads the row from
-    L2. A row whose target is ``ignore_index`` has c = 0; a target out of range has NaN for both
-    (eager stops the device with an assertion). What is multiplied by 0 is 0.
+    With GRADIENT, the last line is written to ``gradient``, which may be the logits' own memory, in
+    a second pass. It begins where the first ended: more of a row is then still in L2. With COPY, y
+    is written to ``copy`` in the first. A row whose target is ``ignore_index`` has c = 0; a target
+    out of range has NaN for both (eager stops the device with an assertion). What is multiplied by
+    0 is 0.
+
+    Rows of ``logits`` and ``gradient``, and ``bias``, begin at multiples of WIDE elements and are
+    read and written up to one; those of ``copy`` lie anywhere. The gradient is ``width`` wide, with
+    zeros behind the vocabulary.
     """
     row = tl.program_id(0)
-    start = logits + row.to(tl.int64) * row_stride
+    start = logits + row.to(tl.int64) * tl.multiple_of(row_stride, WIDE)
+    into = gradient + row.to(tl.int64) * tl.multiple_of(gradient_stride, WIDE)
+    kept = copy + row.to(tl.int64) * copy_stride
     label = tl.load(target + row)
-    columns = tl.arange(0, BLOCK)
-    if not SQUARED:  # noqa: SIM102  # the outer one is decided while compiling
-        if label == ignore_index:
+    ignored = label == ignore_index
+    # WIDE elements side by side, of one thread
+    piece = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE
+    columns = piece + tl.arange(0, WIDE)[None, :]
+    if not SQUARED and not COPY:  # noqa: SIM102  # the outer one is decided while compiling
+        if ignored:
             tl.store(loss + row, 0.0)
             if GRADIENT:
-                zeros = tl.zeros([BLOCK], tl.float32)
-                for first in range(0, vocabulary, BLOCK):
-                    at = first + columns
-                    tl.store(start + at, zeros.to(logits.dtype.element_ty), mask=at < vocabulary)
+                zeros = tl.zeros([BLOCK // WIDE, WIDE], logits.dtype.element_ty)
+                for first in range(0, width, BLOCK):
+                    tl.store(into + first + columns, zeros, mask=first + piece < width)
             return
     inside = (label >= 0) & (label < vocabulary)
-    # per lane, merged once at the end: no reduction across threads inside the loop
-    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    summed = tl.zeros([BLOCK], tl.float32)
+    # of each thread's own, merged once at the end: no reduction across threads inside the loop
+    greatest = tl.full([BLOCK // WIDE], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK // WIDE], tl.float32)
+    summed = tl.zeros([BLOCK // WIDE], tl.float32)
     for first in range(0, vocabulary, BLOCK):
         at = first + columns
-        z = tl.load(start + at, mask=at < vocabulary, other=0.0).to(tl.float32)
-        if CAPPED:
-            z = 2 * tl.sigmoid(2 * inner * z) - 1
-        z = outer * z
+        some = first + piece < vocabulary
+        stored = _read(start, bias, at, some, BIAS, "evict_last" if GRADIENT else "")
+        if COPY:
+            tl.store(kept + at, stored, mask=at < vocabulary, eviction_policy="evict_first")
+        z, _ = _scaled_logits(stored.to(tl.float32), outer, inner, CAPPED)
         if SMOOTHED:
-            summed += tl.where(at < vocabulary, z, 0.0)
+            summed += tl.sum(tl.where(at < vocabulary, z, 0.0), 1)
         z = tl.where(at < vocabulary, z, float("-inf"))
-        new = tl.maximum(greatest, z)
+        new = tl.maximum(greatest, tl.max(z, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(greatest - base) + tl.exp(z - base)
+        total = total * tl.exp(greatest - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         greatest = new
     top = tl.max(greatest, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     lse = base + tl.log(tl.sum(total * tl.exp(greatest - base), 0))
-    chosen = tl.load(start + label, mask=inside, other=0.0).to(tl.float32)
-    if CAPPED:
-        chosen = 2 * tl.sigmoid(2 * inner * chosen) - 1
-    chosen = tl.where(inside, outer * chosen, float("nan"))
+    chosen = _read(start, bias, label, inside, BIAS, "")
+    chosen, _ = _scaled_logits(chosen.to(tl.float32), outer, inner, CAPPED)
+    chosen = tl.where(inside, chosen, float("nan"))
     result = lse - (1 - smoothing) * chosen
     if SMOOTHED:
         result -= smoothing * (tl.sum(summed, 0) / vocabulary)
-    mass = tl.where(inside, 1.0, float("nan"))
+    mass = tl.where(ignored, 0.0, tl.where(inside, 1.0, float("nan")))
     if SCALED:
-        mass *= tl.load(coefficient + row).to(tl.float32)
-        result = tl.where(mass == 0.0, 0.0, result * mass)
+        share = tl.load(coefficient + row).to(tl.float32)
+        mass = tl.where(ignored, 0.0, mass * share)
+    result = tl.where(mass == 0.0, 0.0, result * mass)
     hit = mass
     if SQUARED:
-        mass = tl.where(label == ignore_index, 0.0, mass)
-        hit = mass
-        result = tl.where(label == ignore_index, 0.0, result)
         share = tl.load(squared + row).to(tl.float32)
         result += tl.where(share == 0.0, 0.0, share * lse * lse)
         mass += tl.where(share == 0.0, 0.0, 2 * share * lse)
     tl.store(loss + row, result)
     if GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
-        for first in range(0, vocabulary, BLOCK):
-            at = first + columns
-            z = tl.load(start + at, mask=at < vocabulary, other=0.0).to(tl.float32)
-            slope = outer
-            if CAPPED:
-                z = 2 * tl.sigmoid(2 * inner * z) - 1
-                slope = outer * inner * (1 - z * z)
-            d = mass * tl.exp(outer * z - lse) - tl.where(at == label, (1 - smoothing) * hit, 0.0)
+        last = (width - 1) // BLOCK * BLOCK
+        for back in range(0, width, BLOCK):
+            at = last - back + columns
+            stored = _read(start, bias, at, last - back + piece < vocabulary, BIAS, "evict_first")
+            z, slope = _scaled_logits(stored.to(tl.float32), outer, inner, CAPPED)
+            d = mass * tl.exp(z - lse) - tl.where(at == label, (1 - smoothing) * hit, 0.0)
             if SMOOTHED:
                 d -= hit * (smoothing / vocabulary)
-            tl.store(start + at, (d * slope).to(logits.dtype.element_ty), mask=at < vocabulary)
+            d *= slope
+            if not SQUARED:
+                d = tl.where(ignored, 0.0, d)
+            d = tl.where(at < vocabulary, d, 0.0).to(logits.dtype.element_ty)
+            some = last - back + piece < width
+            tl.store(into + at, d, mask=some, eviction_policy="evict_first")

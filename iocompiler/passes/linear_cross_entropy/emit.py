@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
-from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
 from iocompiler.passes.linear_cross_entropy.description import Declined, Head, Labels
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term
 
@@ -26,10 +27,14 @@ class Emitter:
 
     Args:
         x: [T, D].
+        keeps: whether the logits are a result too.
     """
 
-    def __init__(self, gm: GraphModule, near: Node, x: Node, labels: Labels, head: Head) -> None:
+    def __init__(
+        self, gm: GraphModule, near: Node, x: Node, labels: Labels, head: Head, *, keeps: bool
+    ) -> None:
         self._gm, self._near, self._x, self._head = gm, near, x, head
+        self._keeps, self._logits = keeps, x
         self._labels = labels
         self._ignore = _NEVER if labels.ignore_index is None else labels.ignore_index
         value = view.tensors(x)[0]
@@ -49,6 +54,15 @@ class Emitter:
         if view.tensors(new)[0].dtype != wanted.dtype:
             new = self._call(aten.to.dtype, new, wanted.dtype)
         return new
+
+    def logits(self) -> Node:
+        """The logits of the operator that `loss` has made, in the head's shape."""
+        wanted = view.tensors(self._head.node)[0].shape
+        if len(wanted) == 2:
+            return self._logits
+        sizes = [self._size(size, self._head.x) for size in wanted[:-1]]
+        sizes.append(self._size(wanted[-1], self._head.weight))
+        return self._call(aten.reshape.default, self._logits, sizes)
 
     def _value(self, form: Form, weight: Node) -> Node:
         """The sum over rows, or each row's value [T]."""
@@ -76,7 +90,11 @@ class Emitter:
         head = self._head
         setting = (self._ignore, self._labels.smoothing, head.outer, head.inner, head.capped)
         inputs = (self._x, weight, head.bias, self._target, coefficient, squared)
-        return self._call(LINEAR_CROSS_ENTROPY, *inputs, *setting, reduction)
+        if not self._keeps:
+            return self._call(LINEAR_CROSS_ENTROPY, *inputs, *setting, reduction)
+        both = self._call(WITH_LOGITS, *inputs, *setting, reduction)
+        self._logits = self._call(operator.getitem, both, 1)
+        return self._call(operator.getitem, both, 0)
 
     @staticmethod
     def _is_of_rows(factor: Factor) -> bool:

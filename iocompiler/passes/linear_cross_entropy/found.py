@@ -35,6 +35,7 @@ class Found:
         path: all calls that logits go through, in the graph's order.
         form: in normal form, of the node ``end``.
         region: the calls that fall away, in the graph's order, ``end`` last.
+        kept: whether the program returns the logits too: calls that lead there stay.
     """
 
     head: Head
@@ -45,6 +46,7 @@ class Found:
     form: Form
     end: Node
     region: tuple[Node, ...]
+    kept: bool = False
 
     def read(self) -> Iterator[Node]:
         """What the operator is to read."""
@@ -123,11 +125,13 @@ class _Search:
         path, none = tuple(self._path), True
         for end in sorted(ends, key=lambda n: self._order[n], reverse=True):
             form, region = reader.forms[end].normal(), self._region(end)
-            if form is None or not self._is_closed(region, end, reader):
+            kept = self._is_returned(region, end)
+            if form is None or not self._is_closed(region, end, reader, kept):
                 continue
             none = False
             labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
-            yield Found(self._main, self._logits, self._dim, path, labels, form, end, tuple(region))
+            given = (self._main, self._logits, self._dim, path, labels, form, end, tuple(region))
+            yield Found(*given, bool(kept))
         if none and (reader.labels or any(is_picked(n) for n in self._dependent)):
             self._why(reader)
             raise Declined("what is computed of the logits is no sum of cross-entropies")
@@ -176,19 +180,38 @@ class _Search:
                     waiting.append(read)
         return sorted(found, key=lambda n: self._order[n])
 
-    def _is_closed(self, region: Collection[Node], end: Node, reader: Reader) -> bool:
+    def _is_closed(
+        self, region: Collection[Node], end: Node, reader: Reader, kept: Collection[Node]
+    ) -> bool:
         known = {*self._path, *reader.forms, *self._main.also, self._main.node}
         inside = set(region)
         if not inside <= known:
             return False
-        return all(self._is_inside(user, inside, node) for node in region if node is not end
-                   for user in node.users)  # fmt: skip
+        return all(self._is_inside(user, inside, node) or user in kept
+                   for node in region if node is not end for user in node.users)  # fmt: skip
 
     def _is_inside(self, user: Node, inside: Collection[Node], node: Node) -> bool:
         if user in inside:
             return True
         logits = node in self._path or node is self._main.node or node in self._main.also
         return logits and user.target is aten.sym_size.int
+
+    def _is_returned(self, region: Collection[Node], end: Node) -> Collection[Node]:
+        """The readers of the logits by which the program returns them, and does nothing else with
+        them; none where one comes before ``end``, or reads what is no logits.
+        """
+        found: dict[Node, None] = {}
+        waiting = [n for n in region if n is self._main.node or n in self._path]
+        while waiting:
+            for user in waiting.pop().users:
+                if user in region or user in found or user.target is aten.sym_size.int:
+                    continue
+                goes_on = user.target in heads.PATH and self._order[user] > self._order[end]
+                if user.op != "output" and not goes_on:
+                    return ()
+                found[user] = None
+                waiting += [user] if goes_on else []
+        return found
 
     def _why(self, reader: Reader) -> None:
         """Name the first reader of the logits that is not understood."""

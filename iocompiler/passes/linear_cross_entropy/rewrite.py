@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -9,10 +11,12 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
+from iocompiler.ops import target
 from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import Declined
 from iocompiler.passes.linear_cross_entropy.emit import Emitter
 from iocompiler.passes.linear_cross_entropy.found import STATISTICS, Found, find
+from iocompiler.passes.linear_cross_entropy.head import MOVES, RESHAPES, TRANSPOSES
 from iocompiler.passes.linear_cross_entropy.twins import Twins
 
 aten = torch.ops.aten
@@ -36,31 +40,39 @@ def linear_cross_entropy(gm: GraphModule) -> int:
                                                None, None, -100, 0.0, 1.0, 1.0, False, "mean")
 
     However it is spelled: by log-softmax or logsumexp, with masks, weights and squared logsumexps,
-    as one number or row by row.
+    as one number or row by row. On a GPU also where the program returns the logits: the pass over
+    their rows that finds the loss, and its gradient, brings them to their place.
     """
     return replace_losses(gm, LEAST_BYTES)
 
 
-def replace_losses(gm: GraphModule, least_bytes: int) -> int:
-    """The pass for logits of at least ``least_bytes`` (a symbolic size counts as large)."""
+def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = ("cuda",)) -> int:
+    """The pass for logits of at least ``least_bytes`` (a symbolic size counts as large).
+
+    Args:
+        devices: where it pays although the program returns the logits too.
+    """
     changed = 0
     seen: set[Node] = set()
     for node in list(view.calls(gm, *losses.TARGETS, *STATISTICS)):
         if node._erased or node in seen:
             continue
         try:
-            changed += _replaced(gm, node, seen, least_bytes)
+            changed += _replaced(gm, node, seen, least_bytes, devices)
         except Declined as reason:
             record(gm, Miss(_PATTERN, view.where(node), str(reason)))
     return changed
 
 
-def _replaced(gm: GraphModule, statistic: Node, seen: set[Node], least_bytes: int) -> int:
+def _replaced(
+    gm: GraphModule, statistic: Node, seen: set[Node], least_bytes: int, devices: Sequence[str]
+) -> int:
     """1 where the loss that ``statistic`` is part of has been replaced, 0 where there is none."""
     problem: Declined | None = None
     for found in find(gm, statistic, seen):
         try:
             _check_devices(found)
+            _check_kept(found, devices)
             _check_price(found, least_bytes)
             _check_order(gm, found)
             _replace(gm, found)
@@ -95,6 +107,18 @@ def _check_devices(found: Found) -> None:
         raise Declined("the targets, or what rows are multiplied by, are on another device")
 
 
+def _check_kept(found: Found, devices: Sequence[str]) -> None:
+    if not found.kept:
+        return
+    here = target.device_type(view.tensors(found.head.node)[0])
+    if here not in devices:
+        raise Declined(f"the logits are returned too, which saves nothing on {here!r}")
+    if any(n.target in MOVES and n.target not in RESHAPES for n in (*found.path, found.logits)):
+        raise Declined("the logits are returned, and the loss is of some of their rows only")
+    if any(n.target in TRANSPOSES for n in (*found.path, found.logits)):
+        raise Declined("the logits are returned, and the loss has their rows in another order")
+
+
 def _check_price(found: Found, least_bytes: int) -> None:
     value = view.tensors(found.head.node)[0]
     if not all(isinstance(size, int) for size in value.shape):
@@ -111,15 +135,40 @@ def _replace(gm: GraphModule, found: Found) -> None:
         weight = head.weight
         if head.transposed:
             weight = edit.call(gm, aten.transpose.int, (weight, 0, 1), {}, near=end)
-        new = Emitter(gm, end, x, found.labels, head).loss(found.form, weight)
+        emitter = Emitter(gm, end, x, found.labels, head, keeps=found.kept)
+        new = emitter.loss(found.form, weight)
     except Declined:
         edit.erase_dead(gm)
         raise
     record(gm, Rewrite(_PATTERN, view.where(end), _variant(found)))
+    kept = _kept(gm, found, emitter) if found.kept else []
     edit.redirect(gm, end, new)
     for node in reversed(found.region):
         if not node._erased and not node.users:
             edit.erase(gm, node)
+    for old, again in reversed(kept):
+        edit.redirect(gm, old, again)
+
+
+def _kept(gm: GraphModule, found: Found, emitter: Emitter) -> list[tuple[Node, Node]]:
+    """The logits that the program returns, and what they are computed by from now on: after the
+    operator, not before.
+    """
+    made = {found.head.node: emitter.logits()}
+
+    def again(node: Node) -> Node:
+        if node not in made:
+            read, *rest = node.args
+            given = (again(read), *rest)  # type: ignore[arg-type]
+            made[node] = edit.call(gm, node.target, given, dict(node.kwargs), near=found.end)
+        return made[node]
+
+    inside = {*found.region}
+    return [
+        (node, again(node))
+        for node in (found.head.node, *found.path)
+        if node in inside and any(user not in inside for user in node.users)
+    ]
 
 
 def _variant(found: Found) -> str:
@@ -131,4 +180,5 @@ def _variant(found: Found) -> str:
     parts += ["label smoothing"] if found.labels.smoothing else []
     parts += ["class weights"] if "class" in kinds else []
     parts += ["squared logsumexp"] if "square" in form.terms else []
+    parts += ["logits kept"] if found.kept else []
     return ", ".join(parts)

@@ -1,0 +1,155 @@
+"""The rows of a piece of logits: their losses, their gradients, and a copy where one is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows of logits the kernel reads begin at multiples of this many bytes.
+ALIGNED = 16
+# Elements of a row that a program works on at a time.
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``z = outer * tanh(inner * logits)`` where ``capped``, else ``outer * logits``; then the
+    cross-entropy of z with label smoothing, rows with the target ``ignore_index`` left out.
+    """
+
+    ignore_index: int = -100
+    smoothing: float = 0.0
+    outer: float = 1.0
+    inner: float = 1.0
+    capped: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A row's loss is ``coefficient * cross_entropy + squared * logsumexp^2``: [T] each, None for 1
+    and for 0. Where one is 0, its summand is 0.
+    """
+
+    coefficient: Tensor | None = None
+    squared: Tensor | None = None
+
+    def part(self, some: slice) -> Rows:
+        both = (self.coefficient, self.squared)
+        return Rows(*(each if each is None else each[some].contiguous() for each in both))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of logits, and where what is computed of them goes.
+
+    Attributes:
+        logits: [rows, V], in rows that begin at multiples of `ALIGNED` bytes.
+        target: [rows] int64.
+        losses: [rows], written.
+        gradient: [rows, V or more], written, with zeros behind V: the logits' own memory, or rows
+            like theirs; None: none.
+        copy: [rows, V], any rows; the logits are written there; None: nowhere.
+        bias: [V], contiguous, with room for `ALIGNED` bytes more: added to the logits first.
+    """
+
+    logits: Tensor
+    target: Tensor
+    losses: Tensor
+    gradient: Tensor | None = None
+    copy: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def evaluate(piece: Piece, rows: Rows, setting: Setting) -> None:
+    """Write the losses, the gradient and the copy of a piece."""
+    on_gpu = piece.logits.is_cuda and piece.logits.dtype != torch.float64
+    run = launch_rows if on_gpu else reference_rows
+    run(piece, rows, setting)
+
+
+def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
+    """`reference_rows` by the Triton kernel."""
+    # not before it runs: these import Triton
+    from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
+    from iocompiler.runtime.attention_launch import launch
+
+    logits, losses = piece.logits, piece.losses
+    count, vocabulary = logits.shape
+    gradient = logits if piece.gradient is None else piece.gradient
+    copy = logits if piece.copy is None else piece.copy
+    wide = ALIGNED // logits.element_size()
+    block = max(min(_BLOCK, 1 << max(vocabulary - 1, 1).bit_length()), wide)
+    launch(
+        cross_entropy_rows,
+        count,
+        logits=logits,
+        gradient=gradient,
+        copy=copy,
+        bias=logits if piece.bias is None else piece.bias,
+        target=piece.target,
+        coefficient=losses if rows.coefficient is None else rows.coefficient,
+        squared=losses if rows.squared is None else rows.squared,
+        loss=losses,
+        vocabulary=vocabulary,
+        width=gradient.shape[1],
+        row_stride=logits.stride(0),
+        gradient_stride=gradient.stride(0),
+        copy_stride=copy.stride(0),
+        ignore_index=setting.ignore_index,
+        smoothing=setting.smoothing,
+        outer=setting.outer,
+        inner=setting.inner,
+        CAPPED=setting.capped,
+        SMOOTHED=setting.smoothing != 0.0,
+        GRADIENT=piece.gradient is not None,
+        COPY=piece.copy is not None,
+        BIAS=piece.bias is not None,
+        SCALED=rows.coefficient is not None,
+        SQUARED=rows.squared is not None,
+        BLOCK=block,
+        WIDE=wide,
+        num_warps=4 if block < _BLOCK else 8 if piece.gradient is None else 16,
+    )
+
+
+def reference_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
+    """What the kernel `cross_entropy_rows` computes, in plain aten."""
+    logits, target, losses = piece.logits, piece.target, piece.losses
+    vocabulary = logits.shape[1]
+    if piece.bias is not None:
+        logits = logits + piece.bias
+    if piece.copy is not None:
+        piece.copy.copy_(logits)
+    kept = target != setting.ignore_index
+    z = logits.to(losses.dtype)
+    if setting.capped:
+        z = torch.tanh(setting.inner * z)
+    slope = setting.outer * setting.inner * (1 - z * z) if setting.capped else setting.outer
+    z = setting.outer * z
+    label = torch.where(kept, target, 0)[:, None]
+    lse = torch.logsumexp(z, 1)
+    cross = lse - (1 - setting.smoothing) * z.gather(1, label)[:, 0]
+    if setting.smoothing:
+        cross = cross - setting.smoothing * z.mean(1)
+    hit = kept.to(losses.dtype)
+    if rows.coefficient is not None:
+        hit = torch.where(kept, rows.coefficient.to(losses.dtype), 0.0)
+    loss, mass = torch.where(hit == 0, 0.0, hit * cross), hit
+    if rows.squared is not None:
+        share = rows.squared.to(losses.dtype)
+        loss = loss + torch.where(share == 0, 0.0, share * lse * lse)
+        mass = mass + torch.where(share == 0, 0.0, 2 * share * lse)
+    losses.copy_(loss)
+    if piece.gradient is None:
+        return
+    d = mass[:, None] * torch.exp(z - lse[:, None])
+    hit = hit[:, None]
+    if setting.smoothing:
+        d -= hit * (setting.smoothing / vocabulary)
+    d.scatter_add_(1, label, (setting.smoothing - 1.0) * hit)
+    d *= slope
+    ignored = ~kept if rows.squared is None else torch.zeros_like(kept)
+    piece.gradient[:, :vocabulary] = torch.where(ignored[:, None], 0.0, d)
+    piece.gradient[:, vocabulary:] = 0.0
