@@ -14,6 +14,7 @@ from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, close_ma
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import Stage
 from iocompiler.graph.normalise import normalise
+from iocompiler.passes.activations import activations
 from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
 from iocompiler.passes.foreach import foreach
@@ -180,4 +181,5 @@ DEFAULT = Pipeline(
     gelu_by_erf,
     patches,  # touches nothing the others look for
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
+    activations,  # on the flat graph, where it shows whether the backward reads what they read
 )

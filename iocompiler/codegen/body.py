@@ -38,6 +38,7 @@ _WITH_OUT = {
     "aten.mm.default": "torch.mm",
     "aten.bmm.default": "torch.bmm",
     "aten.addmm.default": "torch.addmm",
+    "aten._addmm_activation.default": "torch._addmm_activation",
     "aten.baddbmm.default": "torch.baddbmm",
 }
 

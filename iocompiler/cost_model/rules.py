@@ -159,7 +159,7 @@ ROWS: tuple[Row, ...] = (
     Row("scatter_add scatter_reduce index_add index_reduce", scattered("self", flops=1)),
     Row("mm", contractions.mm),
     Row("iocompiler.aligned_mm", contractions.aligned_mm),
-    Row("addmm", contractions.addmm),
+    Row("addmm _addmm_activation", contractions.addmm),
     Row("bmm", contractions.bmm),
     Row("baddbmm", contractions.baddbmm),
     Row("mv dot addmv", contractions.matrix_vector),

@@ -38,7 +38,9 @@ _CHECKS = frozenset(
 
 # What a library does best: a call of it is no gap in the planner.
 _LIBRARY = {
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "aligned_mm"), "contraction: cuBLAS"),
+    **dict.fromkeys(
+        ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "aligned_mm"), "contraction: cuBLAS"
+    ),
     **dict.fromkeys(("convolution", "convolution_backward"), "contraction: cuDNN"),
     **dict.fromkeys(
         ("attention_forward", "attention_backward"), "attention: cuDNN, flash or efficient"
