@@ -254,13 +254,19 @@ def returned_with_squares(x, w, b, y):
     return rows.mean() + 0.01 * lse.square().mean(), logits
 
 
+def returned_turned(x, w, b, y):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits.transpose(1, 2)
+
+
 def returned_rows(x, w, b, y):
     logits = F.linear(x, w).reshape(-1, V)
     return F.cross_entropy(logits, y.view(-1), reduction="none"), logits
 
 
 RETURNED = [
-    returned, returned_wide, returned_twice, returned_capped, returned_with_squares, returned_rows,
+    returned, returned_wide, returned_twice, returned_capped, returned_with_squares,
+    returned_turned, returned_rows,
 ]  # fmt: skip
 
 

@@ -113,9 +113,10 @@ def _check_kept(found: Found, devices: Sequence[str]) -> None:
     here = target.device_type(view.tensors(found.head.node)[0])
     if here not in devices:
         raise Declined(f"the logits are returned too, which saves nothing on {here!r}")
-    if any(n.target in MOVES and n.target not in RESHAPES for n in (*found.path, found.logits)):
+    moves = {n.target for n in found.path if n in found.region}
+    if moves & {*MOVES} - {*RESHAPES}:
         raise Declined("the logits are returned, and the loss is of some of their rows only")
-    if any(n.target in TRANSPOSES for n in (*found.path, found.logits)):
+    if moves & {*TRANSPOSES}:
         raise Declined("the logits are returned, and the loss has their rows in another order")
 
 
