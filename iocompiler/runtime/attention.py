@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from iocompiler.codegen.score_functions import module_text
 from iocompiler.cost_model.attention_tiles import Row, Tile, padded, row
-from iocompiler.runtime.attention_blocks import blocks
+from iocompiler.runtime.attention_blocks import classes, listed, proved, reads
 from iocompiler.runtime.attention_decode import few_queries, split_forward
 from iocompiler.runtime.attention_launch import launch, tile_arguments
 from iocompiler.runtime.load import module_file
@@ -75,10 +76,27 @@ class Problem:
         return self.query.shape[1] // self.key.shape[1]
 
     def table(self, tile: Tile, *, transposed: bool = False) -> Table:
+        grid = self._grid(tile.m, tile.n)
+        if not reads(self.program):
+            device = self.query.device
+            return proved(self.program, grid, self.numbers, device, transposed=transposed)
+        return listed(self._classes, self._grain, grid, transposed=transposed)
+
+    @functools.cached_property
+    def _classes(self) -> Tensor:
+        """Of the blocks of `_grain`: found once for all kernels of a forward or a backward."""
+        given = (self.program, self.functions.keep, self._grain, self.operands, self.numbers)
+        return classes(*given, self.query.device)
+
+    @property
+    def _grain(self) -> Grid:
+        """The largest blocks that tiles of all kernels are made of."""
+        tiles = (self.row.forward, self.row.dq, self.row.dkv)
+        return self._grid(math.gcd(*(t.m for t in tiles)), math.gcd(*(t.n for t in tiles)))
+
+    def _grid(self, m: int, n: int) -> Grid:
         batch, heads, rows, _ = self.query.shape
-        grid = Grid(batch, heads, rows, self.key.shape[2], tile.m, tile.n)
-        given = (self.program, self.functions.keep, grid, self.operands, self.numbers)
-        return blocks(*given, self.query.device, transposed=transposed)
+        return Grid(batch, heads, rows, self.key.shape[2], m, n)
 
     @functools.cached_property
     def common(self) -> dict[str, Any]:
