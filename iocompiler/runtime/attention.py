@@ -106,6 +106,8 @@ class Problem:
             "strides": tuple(s for x in self.operands for s in x.stride()),
             "numbers": self.numbers,
             "score": self.functions.new_score,
+            "lift": self.functions.lift,
+            "FACTOR": self.functions.FACTOR,
             "keep": self.functions.keep,
             "drop": self.functions.drop,
             "KEPT": self.functions.KEPT,

@@ -54,7 +54,8 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
 
 def tile_arguments(tile: Tile) -> dict[str, int]:
     """A tile as a template takes it."""
-    return {
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
+    return limit | {
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "num_warps": tile.warps,

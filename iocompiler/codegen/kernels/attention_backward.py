@@ -55,8 +55,8 @@ def attention_delta(
 def _into_queries(
     dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
     operands, strides, numbers, seed, visited, count, room, columns,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,7 +75,8 @@ def _into_queries(
         v_row = V + start.to(tl.int64) * v_strides[2]
         v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
+        p = powers(s, lse, rest, b, h, i, j, start, operands, strides, numbers,
+                   score, lift, FACTOR, SINKS)  # fmt: skip
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if drop is not None:
             dp = tl.where(drop(seed, b, h, i, j), dp * KEPT, 0.0)
@@ -98,8 +99,9 @@ def attention_dq(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ,
     q_strides, k_strides, v_strides, grad_strides, dq_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -131,13 +133,15 @@ def attention_dq(
     visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, full, room, columns, score, keep, slope, SCALE,
-        drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, SINKS, PRECISION,
+        operands, strides, numbers, seed, visited, full, room, columns,
+        score, lift, FACTOR, keep, slope, SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
+        RANGES, False, SINKS, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, partial, room, columns, score, keep, slope,
-        SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, SINKS, PRECISION,
+        operands, strides, numbers, seed, visited, partial, room, columns,
+        score, lift, FACTOR, keep, slope, SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
+        RANGES, True, SINKS, PRECISION,
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
     store_tile(DQ, row, dq_strides[2], d, dq_strides[3], dq * SCALE, rows - start, D, BLOCK_D)
@@ -147,8 +151,8 @@ def attention_dq(
 def _into_keys(
     dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j,
     operands, strides, numbers, seed, visited, count, room, rows,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -171,7 +175,8 @@ def _into_keys(
         rest = tl.load(Rest + start + inside)[None, :] if SINKS else lse
         delta = tl.load(Delta + start + inside)[None, :]
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
+        p = powers(s, lse, rest, b, h, i, j, start, operands, strides, numbers,
+                   score, lift, FACTOR, SINKS)  # fmt: skip
         if PARTIAL:
             kept = (start + row < rows)[None, :]
             if keep is not None:
@@ -201,8 +206,9 @@ def attention_dkv(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     operands, strides, numbers, table, table_strides, groups, rows, columns, room,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -237,14 +243,14 @@ def attention_dkv(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
             q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
             visited, full, room, rows,
-            score, keep, slope, SCALE, drop, KEPT,
+            score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
             q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
             visited, partial, room, rows,
-            score, keep, slope, SCALE, drop, KEPT,
+            score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
         )  # fmt: skip
     DK = row_of(DK, dk_strides, b, g, start)

@@ -19,8 +19,8 @@ def _gradients(
     Q, K, V, Grad, Lse, Rest, Delta, Seed,
     q_strides, k_strides, v_strides, grad_strides,
     operands, strides, numbers, b, h, row_start, column_start, heads, rows, columns,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,8 @@ def _gradients(
     i = (row_start + row_inside)[:, None]
     j = (column_start + inside)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
+    p = powers(s, lse, rest, b, h, i, j, column_start, operands, strides, numbers,
+               score, lift, FACTOR, SINKS)  # fmt: skip
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if drop is not None:
         dp = tl.where(drop(tl.load(Seed), b, h, i, j), dp * KEPT, 0.0)
@@ -68,8 +69,8 @@ def operand_tiles(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, batch, heads, rows, columns, own_batch, own_heads,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +95,7 @@ def operand_tiles(
                     Q, K, V, Grad, Lse, Rest, Delta, Seed,
                     q_strides, k_strides, v_strides, grad_strides,
                     operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                    heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
+                    heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
                 )  # fmt: skip
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,8 +110,8 @@ def operand_lines(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr,
@@ -137,7 +138,7 @@ def operand_lines(
                 Q, K, V, Grad, Lse, Rest, Delta, Seed,
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
+                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             total += tl.sum(tile, 1 if ROWS else 0)
@@ -151,8 +152,8 @@ def operand_diagonals(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +187,7 @@ def operand_diagonals(
                 Q, K, V, Grad, Lse, Rest, Delta, Seed,
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
+                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             tile = tl.gather(tile, turned % BLOCK_N, 1)
