@@ -46,6 +46,8 @@ def module_text(
     ranks: Sequence[int],
     gradients: Sequence[int] = (),
     dropout_p: float = 0.0,
+    *,
+    lifts: bool = False,
 ) -> str:
     """A Python module with the functions of a program.
 
@@ -59,11 +61,13 @@ def module_text(
         ranks: the number of dims of each operand.
         gradients: the loads (places in the program) that are differentiated.
         dropout_p: of the probabilities.
+        lifts: what a row of scores shares may be told apart: costs some of float32's last bits.
     """
     scale, rest = peeled(program)
     product = _product(rest)
     text = PRELUDE + _SOFT_TANH + f"\nSCALE = {scale!r}\n"
-    forward, lift = lifted(scaled(rest, LOG2E, scale))
+    whole = scaled(rest, LOG2E, scale)
+    forward, lift = lifted(whole) if lifts else (whole, None)
     factor, forward = factored(forward)
     text += f"FACTOR = {factor!r}\n"
     if forward.ops[forward.score].kind == "score":

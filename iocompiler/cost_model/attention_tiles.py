@@ -52,7 +52,15 @@ _SQUARE, _SMALL, _TINY = Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4,
 # forward, dq, dkv and operand gradients
 ROWS = (
     # the fastest of seven to ten tiles on an H200, with ALiBi and with a window (torch 2.11)
-    Row((9, 0), 2, 64, Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168), Tile(32, 64, 4, 3, 168), _SQUARE),
+    Row(
+        (9, 0),
+        2,
+        64,
+        Tile(64, 64, 4, 3, 168),
+        Tile(64, 64, 4, 3, 168),
+        Tile(32, 64, 4, 3, 168),
+        _SQUARE,
+    ),
     # compiled for sm_90 these spill nothing to speak of; keys and values are two programs an SM
     Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), _SQUARE),
     Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), _SQUARE),

@@ -56,7 +56,8 @@ class Problem:
     @functools.cached_property
     def functions(self) -> ModuleType:
         ranks = tuple(x.dim() for x in self.operands)
-        return functions(self.program, ranks, dropout_p=self.dropout_p)
+        lifts = self.query.element_size() < 4
+        return functions(self.program, ranks, dropout_p=self.dropout_p, lifts=lifts)
 
     @functools.cached_property
     def row(self) -> Row:
@@ -133,9 +134,11 @@ def functions(
     ranks: tuple[int, ...],
     gradients: tuple[int, ...] = (),
     dropout_p: float = 0.0,
+    *,
+    lifts: bool = False,
 ) -> ModuleType:
     """The module with the Triton functions of a program, imported from a real file."""
-    path = module_file(module_text(program, ranks, gradients, dropout_p), "score")
+    path = module_file(module_text(program, ranks, gradients, dropout_p, lifts=lifts), "score")
     spec = importlib.util.spec_from_file_location("iocompiler_score", path)
     assert spec is not None
     assert spec.loader is not None
