@@ -25,6 +25,10 @@ from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table
 from iocompiler.tile.score_operands import use
 
+_ROWS = 128
+"""What is kept for each row has room for a multiple of so many (`attention_parts.padded_line`)."""
+_SUMMED = 64
+"""Rows one program sums."""
 _NO_GPU = (9, 0)  # the interpreter: any row will do
 
 
@@ -207,17 +211,15 @@ def backward(
 ) -> None:
     """Write the gradients of query, key and value to ``results``."""
     dq, dk, dv = results
-    sums = delta(problem, grad, out)
-    key_gradients(problem, grad, lse, sums, dk, dv)
-    query_gradients(problem, grad, lse, sums, dq)
+    sums = row_sums(problem, grad, out, lse)
+    key_gradients(problem, grad, sums, dk, dv)
+    query_gradients(problem, grad, sums, dq)
     if problem.program.empty == "uniform":
         _add_uniform(dv, grad, lse)
 
 
-def key_gradients(
-    problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    """Write the gradients of key and value; ``sums`` are those of `delta`."""
+def key_gradients(problem: Problem, grad: Tensor, sums: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Write the gradients of key and value; ``sums`` are those of `row_sums`."""
     from iocompiler.codegen.kernels.attention_backward import attention_dkv
 
     query, key = problem.query, problem.key
@@ -226,7 +228,7 @@ def key_gradients(
     found = problem.table(tile, transposed=True)
     launch(
         attention_dkv, batch * groups * -(-columns // tile.n),
-        **backward_inputs(problem, grad, lse, sums), DK=dk, DV=dv,
+        **backward_inputs(problem, grad, sums), DK=dk, DV=dv,
         dk_strides=dk.stride(), dv_strides=dv.stride(),
         table=found.entries, table_strides=found.strides,
         groups=groups, rows=query.shape[2], columns=columns, room=found.room,
@@ -234,7 +236,7 @@ def key_gradients(
     )  # fmt: skip
 
 
-def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dq: Tensor) -> None:
+def query_gradients(problem: Problem, grad: Tensor, sums: Tensor, dq: Tensor) -> None:
     """Write the gradient of query."""
     from iocompiler.codegen.kernels.attention_backward import attention_dq
 
@@ -244,7 +246,7 @@ def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, d
     found = problem.table(tile)
     launch(
         attention_dq, batch * heads * -(-rows // tile.m),
-        **backward_inputs(problem, grad, lse, sums), DQ=dq, dq_strides=dq.stride(),
+        **backward_inputs(problem, grad, sums), DQ=dq, dq_strides=dq.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=key.shape[2], room=found.room,
         RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
@@ -259,23 +261,25 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     dv += through.unsqueeze(2).to(dv.dtype)
 
 
-def delta(problem: Problem, grad: Tensor, out: Tensor) -> Tensor:
-    """The sums over the output's width of gradient times output, [B, H, S] float32."""
+def row_sums(problem: Problem, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
+    sums over the output's width of gradient times output, then the planes of ``lse``.
+    """
     from iocompiler.codegen.kernels.attention_backward import attention_delta
 
     batch, heads, rows, width = out.shape
-    sums = out.new_empty((batch, heads, rows), dtype=torch.float32)
-    block = 64
+    room = -(-rows // _ROWS) * _ROWS
+    sums = lse.new_empty((1 + len(lse), batch, heads, room))
     launch(
-        attention_delta, batch * heads * -(-rows // block),
-        Out=out, Grad=grad, Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(),
-        heads=heads, rows=rows,
-        E=width, BLOCK_E=padded(width), BLOCK_M=block,
+        attention_delta, batch * heads * (room // _SUMMED),
+        Out=out, Grad=grad, Lse=lse, Rest=lse[-1], PaddedLse=sums[1], PaddedRest=sums[-1],
+        Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(), heads=heads, rows=rows,
+        E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, SINKS=problem.program.sinks,
     )  # fmt: skip
     return sums
 
 
-def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -> dict[str, Any]:
+def backward_inputs(problem: Problem, grad: Tensor, sums: Tensor) -> dict[str, Any]:
     """What every kernel of the backward reads."""
     query, key, value = problem.query, problem.key, problem.value
     return {
@@ -283,8 +287,8 @@ def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -
         "K": key,
         "V": value,
         "Grad": grad,
-        "Lse": lse,
-        "Rest": lse[-1],
+        "Lse": sums[1],
+        "Rest": sums[-1],
         "Delta": sums,
         "q_strides": query.stride(),
         "k_strides": key.stride(),

@@ -11,7 +11,7 @@ results repeat bit for bit. CLASSES says of each block of scores whether it is e
 import triton
 import triton.language as tl
 
-from iocompiler.codegen.kernels.attention_parts import load_tile, powers, row_of
+from iocompiler.codegen.kernels.attention_parts import load_tile, padded_line, powers, row_of
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _gradients(
                   k_strides[3], D, BLOCK_D)  # fmt: skip
     v = load_tile(row_of(V, v_strides, b, g, column_start), inside, v_strides[2], e,
                   v_strides[3], E, BLOCK_E)  # fmt: skip
-    line = (b.to(tl.int64) * heads + h) * rows + row_start + row_inside
+    line = padded_line(b * heads + h, rows) + row_start + row_inside
     lse = tl.load(Lse + line)[:, None]
     rest = tl.load(Rest + line)[:, None] if SINKS else lse
     delta = tl.load(Delta + line)[:, None]

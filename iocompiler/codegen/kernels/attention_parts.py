@@ -84,6 +84,14 @@ def row_of(base, strides, b, h, row):
 
 
 @triton.jit
+def padded_line(z, rows):
+    """Where the rows of head ``z`` begin in what the backward keeps for each row: at a multiple of
+    128, so that loads are wide and no tile of rows ends behind them.
+    """
+    return z.to(tl.int64) * (tl.cdiv(rows, 128) * 128)
+
+
+@triton.jit
 def powers(
     s, lse, rest, b, h, i, j, o, operands, strides, numbers,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, SINKS: tl.constexpr,
