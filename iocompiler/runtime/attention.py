@@ -93,7 +93,7 @@ class Problem:
         given = (self.program, self.functions.keep, self._grain, self.operands, self.numbers)
         return classes(*given, self.query.device)
 
-    @property
+    @functools.cached_property
     def _grain(self) -> Grid:
         """The largest blocks that tiles of all kernels are made of."""
         tiles = (self.row.forward, self.row.dq, self.row.dkv)
