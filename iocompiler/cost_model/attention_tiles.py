@@ -46,6 +46,12 @@ class Row:
             forward = replace(forward, n=min(forward.n, 32))
         return replace(self, forward=forward, dq=dq, dkv=dkv)
 
+    def unlimited(self) -> Row:
+        """For dropout: its random bits take registers that a limit would spill."""
+        tiles = (self.forward, self.dq, self.dkv)
+        forward, dq, dkv = (replace(each, registers=0) for each in tiles)
+        return replace(self, forward=forward, dq=dq, dkv=dkv)
+
 
 _SQUARE, _SMALL, _TINY = Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)
 # the first row that fits is taken: least capability, element size, head width, then the tiles of

@@ -71,6 +71,8 @@ class Problem:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
         width = max(self.query.shape[3], self.value.shape[3])
         found = row(capability, self.query.element_size(), width)
+        if self.dropout_p:
+            found = found.unlimited()
         loads, masked = _loads(self.program), width < padded(width)
         if not loads and not masked:
             return found
