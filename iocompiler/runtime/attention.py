@@ -71,9 +71,9 @@ class Problem:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
         width = max(self.query.shape[3], self.value.shape[3])
         found = row(capability, self.query.element_size(), width)
-        if self.dropout_p:
-            found = found.unlimited()
         loads, masked = _loads(self.program), width < padded(width)
+        if self.dropout_p or masked:
+            found = found.unlimited()
         if not loads and not masked:
             return found
         return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
