@@ -125,7 +125,7 @@ def _calls(
     base = row(capability, q.element_size(), size.width)
     first = Problem(q, k, v, score, operands, numbers, base)
     lse = attention.forward(first, out)
-    sums = attention.delta(first, grad, out)
+    sums = attention.row_sums(first, grad, out, lse)
     results = [torch.empty_like(x) for x in (q, k, v)]
     for each in tiles:
         tile = Tile(*each)
@@ -133,8 +133,8 @@ def _calls(
         problem = Problem(q, k, v, score, operands, numbers, tiled)
         made: dict[str, Callable[[], object]] = {
             "forward": lambda p=problem: attention.forward(p, out),
-            "dq": lambda p=problem: attention.query_gradients(p, grad, lse, sums, results[0]),
-            "dkv": lambda p=problem: attention.key_gradients(p, grad, lse, sums, *results[1:]),
+            "dq": lambda p=problem: attention.query_gradients(p, grad, sums, results[0]),
+            "dkv": lambda p=problem: attention.key_gradients(p, grad, sums, *results[1:]),
         }
         if kernel in made:
             yield tile, made[kernel]

@@ -14,8 +14,9 @@ from iocompiler.tile.dropout import threshold
 from iocompiler.tile.ops import MAPS
 from iocompiler.tile.score import ScoreOp, ScoreProgram
 from iocompiler.tile.score_algebra import LOG2E, derivative, peeled, scaled
+from iocompiler.tile.score_lift import factored, lifted
 
-_ARGUMENTS = "b, h, i, j, operands, strides, numbers"
+_PLACES = "b, h, i, j"
 # faster than the op table's text, which rounds as eager does: what follows is a softmax
 _FAST = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "tanh": "_soft_tanh({0})"}
 _SOFT_TANH = '''
@@ -45,33 +46,48 @@ def module_text(
     ranks: Sequence[int],
     gradients: Sequence[int] = (),
     dropout_p: float = 0.0,
+    *,
+    lifts: bool = False,
 ) -> str:
     """A Python module with the functions of a program.
 
-    ``new_score`` and ``keep`` are the program; ``slope`` is the new score and its derivative by
-    ``SCALE`` times the dot product; ``gradient_<load>`` its derivative by a load; ``drop`` says
-    which probabilities dropout leaves, and ``KEPT`` what they are multiplied by. What is not needed
-    (nothing masked or dropped, a derivative of 1) is None.
+    ``FACTOR * new_score + lift`` and ``keep`` are the program, the first in units of log2(e) and
+    with any position ``o`` (`lifted`); ``slope`` is the new score's derivative by ``SCALE`` times
+    the dot product; ``gradient_<load>`` its derivative by a load; ``drop`` says which probabilities
+    dropout leaves, and ``KEPT`` what they are multiplied by. What is not needed (the score as it
+    is, nothing lifted, masked or dropped, a derivative of 1) is None.
 
     Args:
         ranks: the number of dims of each operand.
         gradients: the loads (places in the program) that are differentiated.
         dropout_p: of the probabilities.
+        lifts: what a row of scores shares may be told apart: costs some of float32's last bits.
     """
     scale, rest = peeled(program)
-    forward = scaled(rest, LOG2E, scale)
     product = _product(rest)
     text = PRELUDE + _SOFT_TANH + f"\nSCALE = {scale!r}\n"
-    text += _function("new_score", "s, ", forward, ranks, (forward.score,))
+    whole = scaled(rest, LOG2E, scale)
+    forward, lift = lifted(whole) if lifts else (whole, None)
+    factor, forward = factored(forward)
+    text += f"FACTOR = {factor!r}\n"
+    if forward.ops[forward.score].kind == "score":
+        text += "\nnew_score = None\n"
+    else:
+        places = f"s, {_PLACES}, o"
+        text += _function("new_score", places, forward, ranks, (forward.score,))
+    if lift is None:
+        text += "\nlift = None\n"
+    else:
+        text += _function("lift", "b, h, i, o", lift, ranks, (lift.score,))
     if program.keep is None:
         text += "\nkeep = None\n"
     else:
-        text += _function("keep", "", forward, ranks, (forward.keep,))
+        text += _function("keep", _PLACES, program, ranks, (program.keep,))
     widened, slope = derivative(rest, product) if product is not None else (rest, None)
     if product is None or slope is None:
         text += "\nslope = None\n"
     else:
-        text += _function("slope", "s, ", widened, ranks, (slope,))
+        text += _function("slope", f"s, {_PLACES}", widened, ranks, (slope,))
     text += _DROP.format(threshold=threshold(dropout_p)) if dropout_p else "\n\ndrop = None\n"
     text += f"KEPT = {1.0 / (1.0 - dropout_p)!r}\n"
     for load in gradients:
@@ -87,12 +103,12 @@ def _gradient(program: ScoreProgram, ranks: Sequence[int], load: int) -> str:
     widened, slope = derivative(program, load)
     if slope is None:
         return f"\ngradient_{load} = None\n"
-    return _function(f"gradient_{load}", "s, ", widened, ranks, (slope,))
+    return _function(f"gradient_{load}", f"s, {_PLACES}", widened, ranks, (slope,))
 
 
 def _function(
     name: str,
-    first: str,
+    places: str,
     program: ScoreProgram,
     ranks: Sequence[int],
     results: Sequence[int | None],
@@ -107,7 +123,7 @@ def _function(
             lines.append(f"    v{value} = {_text(op, [names[v] for v in op.inputs], ranks)}")
     returned = ", ".join(names[value] for value in wanted)
     body = "\n".join([*lines, f"    return {returned}"])
-    return f"\n\n@triton.jit\ndef {name}({first}{_ARGUMENTS}):\n{body}\n"
+    return f"\n\n@triton.jit\ndef {name}({places}, operands, strides, numbers):\n{body}\n"
 
 
 def _inlined(op: ScoreOp) -> str:

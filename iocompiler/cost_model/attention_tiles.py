@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tile:
-    """``m`` queries by ``n`` keys at a time, warps of a program, stages of its loads."""
+    """``m`` queries by ``n`` keys at a time, warps of a program, stages of its loads, and how many
+    registers a thread may have (0: as many as the assembler takes).
+    """
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,27 @@ class Row:
             forward = replace(forward, n=min(forward.n, 32))
         return replace(self, forward=forward, dq=dq, dkv=dkv)
 
+    def unlimited(self) -> Row:
+        """For dropout or masked loads of a narrow head: a limit of registers would spill."""
+        tiles = (self.forward, self.dq, self.dkv)
+        forward, dq, dkv = (replace(each, registers=0) for each in tiles)
+        return replace(self, forward=forward, dq=dq, dkv=dkv)
+
 
 _SQUARE, _SMALL, _TINY = Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)
 # the first row that fits is taken: least capability, element size, head width, then the tiles of
 # forward, dq, dkv and operand gradients
 ROWS = (
     # the fastest of seven to ten tiles on an H200, with ALiBi and with a window (torch 2.11)
-    Row((9, 0), 2, 64, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), _SQUARE),
+    Row(
+        (9, 0),
+        2,
+        64,
+        Tile(64, 64, 4, 3, 168),
+        Tile(64, 64, 4, 3, 168),
+        Tile(32, 64, 4, 3, 168),
+        _SQUARE,
+    ),
     # compiled for sm_90 these spill nothing to speak of; keys and values are two programs an SM
     Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), _SQUARE),
     Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), _SQUARE),

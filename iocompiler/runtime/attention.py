@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from iocompiler.codegen.score_functions import module_text
 from iocompiler.cost_model.attention_tiles import Row, Tile, padded, row
-from iocompiler.runtime.attention_blocks import blocks
+from iocompiler.runtime.attention_blocks import classes, listed, proved, reads
 from iocompiler.runtime.attention_decode import few_queries, split_forward
 from iocompiler.runtime.attention_launch import launch, tile_arguments
 from iocompiler.runtime.load import module_file
@@ -24,6 +25,10 @@ from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table
 from iocompiler.tile.score_operands import use
 
+_ROWS = 128
+"""What is kept for each row has room for a multiple of so many (`attention_parts.padded_line`)."""
+_SUMMED = 64
+"""Rows one program sums."""
 _NO_GPU = (9, 0)  # the interpreter: any row will do
 
 
@@ -55,7 +60,8 @@ class Problem:
     @functools.cached_property
     def functions(self) -> ModuleType:
         ranks = tuple(x.dim() for x in self.operands)
-        return functions(self.program, ranks, dropout_p=self.dropout_p)
+        lifts = self.query.element_size() < 4
+        return functions(self.program, ranks, dropout_p=self.dropout_p, lifts=lifts)
 
     @functools.cached_property
     def row(self) -> Row:
@@ -66,6 +72,8 @@ class Problem:
         width = max(self.query.shape[3], self.value.shape[3])
         found = row(capability, self.query.element_size(), width)
         loads, masked = _loads(self.program), width < padded(width)
+        if self.dropout_p or masked:
+            found = found.unlimited()
         if not loads and not masked:
             return found
         return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
@@ -75,10 +83,27 @@ class Problem:
         return self.query.shape[1] // self.key.shape[1]
 
     def table(self, tile: Tile, *, transposed: bool = False) -> Table:
+        grid = self._grid(tile.m, tile.n)
+        if not reads(self.program):
+            device = self.query.device
+            return proved(self.program, grid, self.numbers, device, transposed=transposed)
+        return listed(self._classes, self._grain, grid, transposed=transposed)
+
+    @functools.cached_property
+    def _classes(self) -> Tensor:
+        """Of the blocks of `_grain`: found once for all kernels of a forward or a backward."""
+        given = (self.program, self.functions.keep, self._grain, self.operands, self.numbers)
+        return classes(*given, self.query.device)
+
+    @functools.cached_property
+    def _grain(self) -> Grid:
+        """The largest blocks that tiles of all kernels are made of."""
+        tiles = (self.row.forward, self.row.dq, self.row.dkv)
+        return self._grid(math.gcd(*(t.m for t in tiles)), math.gcd(*(t.n for t in tiles)))
+
+    def _grid(self, m: int, n: int) -> Grid:
         batch, heads, rows, _ = self.query.shape
-        grid = Grid(batch, heads, rows, self.key.shape[2], tile.m, tile.n)
-        given = (self.program, self.functions.keep, grid, self.operands, self.numbers)
-        return blocks(*given, self.query.device, transposed=transposed)
+        return Grid(batch, heads, rows, self.key.shape[2], m, n)
 
     @functools.cached_property
     def common(self) -> dict[str, Any]:
@@ -88,6 +113,8 @@ class Problem:
             "strides": tuple(s for x in self.operands for s in x.stride()),
             "numbers": self.numbers,
             "score": self.functions.new_score,
+            "lift": self.functions.lift,
+            "FACTOR": self.functions.FACTOR,
             "keep": self.functions.keep,
             "drop": self.functions.drop,
             "KEPT": self.functions.KEPT,
@@ -113,9 +140,11 @@ def functions(
     ranks: tuple[int, ...],
     gradients: tuple[int, ...] = (),
     dropout_p: float = 0.0,
+    *,
+    lifts: bool = False,
 ) -> ModuleType:
     """The module with the Triton functions of a program, imported from a real file."""
-    path = module_file(module_text(program, ranks, gradients, dropout_p), "score")
+    path = module_file(module_text(program, ranks, gradients, dropout_p, lifts=lifts), "score")
     spec = importlib.util.spec_from_file_location("iocompiler_score", path)
     assert spec is not None
     assert spec.loader is not None
@@ -184,17 +213,15 @@ def backward(
 ) -> None:
     """Write the gradients of query, key and value to ``results``."""
     dq, dk, dv = results
-    sums = delta(problem, grad, out)
-    key_gradients(problem, grad, lse, sums, dk, dv)
-    query_gradients(problem, grad, lse, sums, dq)
+    sums = row_sums(problem, grad, out, lse)
+    key_gradients(problem, grad, sums, dk, dv)
+    query_gradients(problem, grad, sums, dq)
     if problem.program.empty == "uniform":
         _add_uniform(dv, grad, lse)
 
 
-def key_gradients(
-    problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    """Write the gradients of key and value; ``sums`` are those of `delta`."""
+def key_gradients(problem: Problem, grad: Tensor, sums: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Write the gradients of key and value; ``sums`` are those of `row_sums`."""
     from iocompiler.codegen.kernels.attention_backward import attention_dkv
 
     query, key = problem.query, problem.key
@@ -203,7 +230,7 @@ def key_gradients(
     found = problem.table(tile, transposed=True)
     launch(
         attention_dkv, batch * groups * -(-columns // tile.n),
-        **backward_inputs(problem, grad, lse, sums), DK=dk, DV=dv,
+        **backward_inputs(problem, grad, sums), DK=dk, DV=dv,
         dk_strides=dk.stride(), dv_strides=dv.stride(),
         table=found.entries, table_strides=found.strides,
         groups=groups, rows=query.shape[2], columns=columns, room=found.room,
@@ -211,7 +238,7 @@ def key_gradients(
     )  # fmt: skip
 
 
-def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, dq: Tensor) -> None:
+def query_gradients(problem: Problem, grad: Tensor, sums: Tensor, dq: Tensor) -> None:
     """Write the gradient of query."""
     from iocompiler.codegen.kernels.attention_backward import attention_dq
 
@@ -221,7 +248,7 @@ def query_gradients(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, d
     found = problem.table(tile)
     launch(
         attention_dq, batch * heads * -(-rows // tile.m),
-        **backward_inputs(problem, grad, lse, sums), DQ=dq, dq_strides=dq.stride(),
+        **backward_inputs(problem, grad, sums), DQ=dq, dq_strides=dq.stride(),
         table=found.entries, table_strides=found.strides,
         heads=heads, rows=rows, columns=key.shape[2], room=found.room,
         RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
@@ -236,23 +263,25 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     dv += through.unsqueeze(2).to(dv.dtype)
 
 
-def delta(problem: Problem, grad: Tensor, out: Tensor) -> Tensor:
-    """The sums over the output's width of gradient times output, [B, H, S] float32."""
+def row_sums(problem: Problem, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
+    sums over the output's width of gradient times output, then the planes of ``lse``.
+    """
     from iocompiler.codegen.kernels.attention_backward import attention_delta
 
     batch, heads, rows, width = out.shape
-    sums = out.new_empty((batch, heads, rows), dtype=torch.float32)
-    block = 64
+    room = -(-rows // _ROWS) * _ROWS
+    sums = lse.new_empty((1 + len(lse), batch, heads, room))
     launch(
-        attention_delta, batch * heads * -(-rows // block),
-        Out=out, Grad=grad, Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(),
-        heads=heads, rows=rows,
-        E=width, BLOCK_E=padded(width), BLOCK_M=block,
+        attention_delta, batch * heads * (room // _SUMMED),
+        Out=out, Grad=grad, Lse=lse, Rest=lse[-1], PaddedLse=sums[1], PaddedRest=sums[-1],
+        Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(), heads=heads, rows=rows,
+        E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, SINKS=problem.program.sinks,
     )  # fmt: skip
     return sums
 
 
-def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -> dict[str, Any]:
+def backward_inputs(problem: Problem, grad: Tensor, sums: Tensor) -> dict[str, Any]:
     """What every kernel of the backward reads."""
     query, key, value = problem.query, problem.key, problem.value
     return {
@@ -260,8 +289,8 @@ def backward_inputs(problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor) -
         "K": key,
         "V": value,
         "Grad": grad,
-        "Lse": lse,
-        "Rest": lse[-1],
+        "Lse": sums[1],
+        "Rest": sums[-1],
         "Delta": sums,
         "q_strides": query.stride(),
         "k_strides": key.stride(),

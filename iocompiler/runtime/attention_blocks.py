@@ -13,41 +13,56 @@ from torch import Tensor
 
 from iocompiler.runtime.attention_launch import launch
 from iocompiler.tile.score import ScoreProgram
-from iocompiler.tile.score_blocks import Grid, Table, classify, table
+from iocompiler.tile.score_blocks import Grid, Table, classify, extents, table, without_loads
+
+_COUNT = 8
+"""Blocks one program classifies: what it reads of their rows is read once."""
+_SCORES = 2048
+"""A warp looks at so many scores at a time: with more, registers spill."""
 
 
-def blocks(
+def proved(
     program: ScoreProgram,
-    keep: Any,
     grid: Grid,
-    operands: Sequence[Tensor],
     numbers: tuple[int, ...],
     device: torch.device,
     *,
     transposed: bool,
 ) -> Table:
-    """The table of a program's mask; ``keep`` is its Triton function."""
-    if not _reads(program):
-        return _proved(program, grid, numbers, transposed, device)
-    found = classes(program, keep, grid, operands, numbers, device)
-    batch, heads, down, across = found.shape
-    down_stride, across_stride = found.stride()[2:]
+    """The table of a mask that reads no tensor: made on the host, once for each size."""
+    return _proved(program, grid, numbers, transposed, device)
+
+
+def listed(kinds: Tensor, grain: Grid, grid: Grid, *, transposed: bool) -> Table:
+    """The table of a mask whose classes are known.
+
+    Args:
+        kinds: of the blocks of ``grain``, as `classes` gives them.
+        grid: the table's; its blocks are made of whole ones of ``grain``.
+    """
+    batch, heads = kinds.shape[:2]
+    sizes, strides = kinds.shape[2:], kinds.stride()[2:]
+    counts, folds = grid.counts, (grid.m // grain.m, grid.n // grain.n)
     length, block = grid.columns, grid.n
     if transposed:
-        down, across, down_stride, across_stride = across, down, across_stride, down_stride
+        sizes, strides, counts, folds = sizes[::-1], strides[::-1], counts[::-1], folds[::-1]
         length, block = grid.rows, grid.m
-    made = torch.empty((batch, heads, down, 2 + 2 * across), dtype=torch.int32, device=device)
-    kernels = _kernels()
+    down, across = counts
+    made = kinds.new_empty((batch, heads, down, 2 + 2 * across), dtype=torch.int32)
     launch(
-        kernels.list_blocks,
+        _kernels().list_blocks,
         batch * heads * down,
-        Classes=found,
+        Classes=kinds,
         Table=made,
-        class_strides=(found.stride(1), down_stride, across_stride),
+        class_strides=(kinds.stride(1), *strides),
+        class_rows=sizes[0],
+        class_columns=sizes[1],
         rows=down,
         count=across,
         room=across,
         short=int(length % block != 0),
+        DOWN=folds[0],
+        ACROSS=folds[1],
         BLOCK=max(16, 1 << (across - 1).bit_length()),
         num_warps=1,
     )
@@ -63,18 +78,22 @@ def classes(
     device: torch.device,
 ) -> Tensor:
     """0, 1 or 2 for each block of scores that is empty, partial or full, int8 [B or 1, H or 1, M,
-    N].
+    N]; ``keep`` is the Triton function of the program's mask.
     """
-    if not _reads(program):
+    if not reads(program):
         some, every = classify(program, grid, operands, numbers)
         return (some.to(torch.int8) + every).contiguous().to(device)
     batched, by_head = _differs(program)
     own_batch, own_heads = grid.batch if batched else 1, grid.heads if by_head else 1
-    found = torch.empty((own_batch, own_heads, *grid.counts), dtype=torch.int8, device=device)
+    down, across = grid.counts
+    found = torch.empty((own_batch, own_heads, down, across), dtype=torch.int8, device=device)
+    reach = _reach(program, grid, numbers, device)
     launch(
         _kernels().classify_blocks,
-        found.numel(),
+        own_batch * own_heads * down * -(-across // _COUNT),
         Classes=found,
+        Reach=reach.entries,
+        reach_strides=reach.strides,
         operands=tuple(operands),
         strides=tuple(s for x in operands for s in x.stride()),
         numbers=numbers,
@@ -84,13 +103,14 @@ def classes(
         keep=keep,
         BLOCK_M=grid.m,
         BLOCK_N=grid.n,
-        num_warps=1,  # its sums stay within a warp
+        COUNT=_COUNT,
+        num_warps=max(1, min(8, grid.m * grid.n // _SCORES)),
     )
     return found
 
 
 @functools.lru_cache(maxsize=512)
-def _reads(program: ScoreProgram) -> bool:
+def reads(program: ScoreProgram) -> bool:
     """Whether the mask reads a tensor."""
     return bool(program.loads(program.keep))
 
@@ -110,9 +130,17 @@ def _proved(
     transposed: bool,
     device: torch.device,
 ) -> Table:
-    """The table of a mask that reads no tensor: made on the host, once for each size."""
     made = table(program, grid, (), numbers, transposed=transposed)
     return Table(made.entries.to(device), made.ranges, made.room)
+
+
+@functools.lru_cache(maxsize=256)
+def _reach(
+    program: ScoreProgram, grid: Grid, numbers: tuple[int, ...], device: torch.device
+) -> Table:
+    """What the part of a mask that reads no tensor leaves of each row."""
+    found = extents(without_loads(program), grid, numbers)
+    return Table(found.to(device), True, 2)
 
 
 def _kernels() -> Any:

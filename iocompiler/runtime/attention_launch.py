@@ -5,8 +5,9 @@ here it is gone once for each form of the arguments.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from iocompiler.cost_model.attention_tiles import Tile
 _MOST = 4096
 _TRIED = "3.6."  # the Triton whose compiled kernels take these arguments
 _INT32 = 2**31 - 1
+_Pick: TypeAlias = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 _known: dict[tuple[Any, ...], Any] = {}
+_sorts: dict[tuple[Any, tuple[str, ...]], tuple[_Pick, _Pick, _Pick]] = {}
 
 
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
@@ -54,7 +57,8 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
 
 def tile_arguments(tile: Tile) -> dict[str, int]:
     """A tile as a template takes it."""
-    return {
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
+    return limit | {
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "num_warps": tile.warps,
@@ -70,16 +74,30 @@ def _remember(key: tuple[Any, ...], compiled: Any) -> None:
 
 def _seen(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
     """The arguments as they are, soon said: equal ones have the same form."""
-    sizes = getattr(kernel, "do_not_specialize", None) or ()
-    parts: list[Any] = ["seen", kernel, device]
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            parts += (value.dtype, value.data_ptr() % 16 == 0)
-        elif name == "operands":
-            parts += ((x.dtype, x.data_ptr() % 16 == 0) for x in value)
-        else:
-            parts.append(value > _INT32 if name in sizes else value)
-    return tuple(parts)
+    names = tuple(arguments)
+    sorts = _sorts.get((kernel, names))
+    if sorts is None:
+        sorts = _sorts[kernel, names] = _sorted(kernel, arguments)
+    tensors, sizes, others = (pick(arguments) for pick in sorts)
+    given = (*tensors, *arguments.get("operands", ()))
+    return (
+        *("seen", kernel, device, names, others, tuple(size > _INT32 for size in sizes)),
+        tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in given]),
+    )
+
+
+def _sorted(kernel: Any, arguments: Mapping[str, Any]) -> tuple[_Pick, _Pick, _Pick]:
+    """How to pick the tensors, the sizes Triton compiles nothing for, and the other arguments."""
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    sizes = [n for n in getattr(kernel, "do_not_specialize", None) or () if n in arguments]
+    others = [n for n in arguments if n != "operands" and n not in (*tensors, *sizes)]
+    return _picked(tensors), _picked(sizes), _picked(others)
+
+
+def _picked(names: Sequence[str]) -> _Pick:
+    if len(names) == 1:  # an itemgetter of one name gives no tuple
+        return lambda arguments: (arguments[names[0]],)
+    return operator.itemgetter(*names) if names else lambda arguments: ()
 
 
 def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ def operand_gradient(
     Raises:
         ValueError: it is loaded in a way whose gradient has no kernel.
     """
-    sums = attention.delta(problem, grad, out)
+    sums = attention.row_sums(problem, grad, out, lse)
     total: Tensor | None = None
     for load in problem.program.loads(problem.program.score):
         if problem.program.ops[load].value != which:
@@ -32,13 +32,13 @@ def operand_gradient(
         found = use(problem.program, load)
         if found is None:
             raise ValueError(f"operand {which} is loaded in a way whose gradient has no kernel")
-        part = _of_one_load(problem, grad, lse, sums, found, problem.operands[which])
+        part = _of_one_load(problem, grad, sums, found, problem.operands[which])
         total = part if total is None else total + part
     return torch.zeros_like(problem.operands[which]) if total is None else total
 
 
 def _of_one_load(
-    problem: Problem, grad: Tensor, lse: Tensor, sums: Tensor, found: Use, operand: Tensor
+    problem: Problem, grad: Tensor, sums: Tensor, found: Use, operand: Tensor
 ) -> Tensor:
     batch, heads, rows, _ = problem.query.shape
     columns = problem.key.shape[2]
@@ -48,7 +48,7 @@ def _of_one_load(
     kept = problem.functions.keep
     mask = (problem.program, kept, grid, problem.operands, problem.numbers, problem.query.device)
     arguments = _arguments(problem, classes(*mask), tile, found)
-    arguments |= attention.backward_inputs(problem, grad, lse, sums)
+    arguments |= attention.backward_inputs(problem, grad, sums)
     made = grad.new_empty
     if found.way == "tile":
         own = (batch if "b" in found.dims else 1, heads if "h" in found.dims else 1)

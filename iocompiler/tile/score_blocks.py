@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iocompiler.tile.score import ScoreOp, ScoreProgram
+from iocompiler.tile.score import ScoreBuilder, ScoreOp, ScoreProgram
 
 
 @dataclass(frozen=True)
@@ -319,6 +319,32 @@ def table(
     if some.device.type == "cpu" and _contiguous(some, every):
         return Table(_as_ranges(some, every, partial), True, some.shape[3])
     return Table(_as_lists(every, partial), False, some.shape[3])
+
+
+def without_loads(program: ScoreProgram) -> ScoreProgram:
+    """The program with only that part of its mask that reads no tensor: it keeps more."""
+    build = ScoreBuilder(list(program.ops))
+    waiting, kept = [program.keep], build.const(True)
+    while waiting:
+        value = waiting.pop()
+        if value is None:
+            continue
+        op = program.ops[value]
+        if op.fn == "and":
+            waiting += op.inputs
+        elif not program.loads(value):
+            kept = build.map("and", kept, value)
+    return build.program(program.score, kept, program.empty)
+
+
+def extents(program: ScoreProgram, grid: Grid, numbers: Sequence[int]) -> Tensor:
+    """The first and the last block of each row of blocks in which something may be kept, of a mask
+    that reads no tensor: int32 [B or 1, H or 1, M, 2]; -1 for the last where there is none.
+    """
+    some, _ = classify(program, grid, (), numbers)
+    place = torch.arange(some.shape[3])
+    last = torch.where(some, place, -1).amax(-1)
+    return torch.stack([some.to(torch.int8).argmax(-1), last], -1).to(torch.int32)
 
 
 def _contiguous(some: Tensor, every: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iocompiler.tile.score import ScoreBuilder, ScoreProgram, parsed
 from iocompiler.tile.score_algebra import LOG2E, NotDifferentiable, derivative, peeled, scaled
-from iocompiler.tile.score_blocks import Grid, classify, table
+from iocompiler.tile.score_blocks import Grid, classify, extents, table, without_loads
 from iocompiler.tile.score_operands import use
 from iocompiler.tile.score_proof import always
 from iocompiler.tile.score_reference import evaluate
@@ -74,6 +74,34 @@ def test_a_block_past_the_end_is_never_full() -> None:
     assert found.entries[0, 0, 0].tolist() == [0, 0, 4, 1]
     turned = table(CASES["full"].program(), Grid(1, 1, 70, 64, 16, 16), [], [], transposed=True)
     assert turned.entries[0, 0, 0].tolist() == [0, 0, 4, 1]
+
+
+@pytest.mark.parametrize("name", ["document", "padding", "block mask", "sunk", "window"])
+def test_what_reads_no_tensor_keeps_no_less(name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    program, operands = case.program(), case.operands(*SIZES)
+    wider = without_loads(program)
+    assert wider.keep is None or not wider.loads(wider.keep)
+    assert (wider.keep is None) == (name in ("padding", "block mask"))
+    kept = value(program, program.keep or 0, torch.zeros(SIZES), operands).expand(SIZES)
+    found = extents(wider, Grid(*SIZES, 16, 32), [])
+    for m, n in ((m, n) for m in range(5) for n in range(3)):
+        first, last = found[0, 0, m].tolist()
+        if not first <= n <= last:
+            assert not kept[:, :, m * 16 : (m + 1) * 16, n * 32 : (n + 1) * 32].any()
+    if name in ("document", "sunk", "window"):
+        assert found[0, 0, :, 1].tolist() == [0, 0, 1, 1, 2]
+
+
+def test_a_row_of_nothing_has_no_blocks() -> None:
+    build = ScoreBuilder()
+    late = build.map("ge", build.index("i"), build.const(32))
+    program = build.program(build.score(), late)
+    assert extents(program, Grid(1, 1, 64, 64, 16, 16), [])[0, 0].tolist() == [
+        *([0, -1], [0, -1]),
+        *([0, 3], [0, 3]),
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,6 +15,7 @@ from iocompiler.codegen.kernels.attention_parts import (
     finished,
     head_of,
     load_tile,
+    nothing_seen,
     row_of,
     store_tile,
     table_entry,
@@ -24,9 +25,10 @@ from iocompiler.codegen.kernels.attention_parts import (
 
 @triton.jit
 def _attend(
-    acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
+    acc, total, top, q, K, V, k_strides, v_strides, b, h, i, i_line,
     operands, strides, numbers, seed, visited, count, room, columns,
-    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -34,8 +36,8 @@ def _attend(
     for entry in range(count):
         start = table_entry(visited, entry, room, RANGES, PARTIAL) * BLOCK_N
         acc, total, top = attend(
-            acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-            operands, strides, numbers, seed, start, columns, score, keep, drop,
+            acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h, i_line,
+            operands, strides, numbers, seed, start, columns, score, lift, FACTOR, keep, drop,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, PARTIAL, PRECISION,
         )  # fmt: skip
     return acc, total, top
@@ -48,8 +50,8 @@ def attention_forward(
     Q, K, V, Mean, Out, Lse, Rest, Seed,
     q_strides, k_strides, v_strides, mean_strides, out_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room,
-    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,18 +79,18 @@ def attention_forward(
     V = head_of(V, v_strides, b, g)
     i = (start + inside)[:, None]
     seed = tl.load(Seed) if drop is not None else 0
-    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, total, top = nothing_seen(BLOCK_M, BLOCK_E)
     visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     acc, total, top = _attend(
-        acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, full, room, columns, score, keep, drop,
+        acc, total, top, q, K, V, k_strides, v_strides, b, h, i, start + inside,
+        operands, strides, numbers, seed, visited, full, room, columns,
+        score, lift, FACTOR, keep, drop,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, PRECISION,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, partial, room, columns, score, keep, drop,
+        acc, total, top, q, K, V, k_strides, v_strides, b, h, i, start + inside,
+        operands, strides, numbers, seed, visited, partial, room, columns,
+        score, lift, FACTOR, keep, drop,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, PRECISION,
     )  # fmt: skip
     mean = 0.0

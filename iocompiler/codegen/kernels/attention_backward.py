@@ -17,6 +17,7 @@ import triton.language as tl
 from iocompiler.codegen.kernels.attention_parts import (
     head_of,
     load_tile,
+    padded_line,
     powers,
     row_of,
     store_tile,
@@ -27,17 +28,20 @@ from iocompiler.codegen.kernels.attention_parts import (
 
 @triton.jit(do_not_specialize=["heads", "rows"])
 def attention_delta(
-    Out, Grad, Delta, out_strides, grad_strides, heads, rows,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    Out, Grad, Lse, Rest, PaddedLse, PaddedRest, Delta, out_strides, grad_strides, heads, rows,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = sum_e dout_ie out_ie; Delta [B, H, S] float32, contiguous."""
-    blocks = tl.cdiv(rows, BLOCK_M)
+    """delta_i = sum_e dout_ie out_ie; Delta and the copies of Lse and Rest are float32, with lines
+    as `padded_line` says: beyond the last row an lse of +inf makes probabilities 0.
+    """
+    blocks = tl.cdiv(rows, 128) * (128 // BLOCK_M)
     start = (tl.program_id(0) % blocks) * BLOCK_M
     z = tl.program_id(0) // blocks
     b = z // heads
     h = z % heads
     row = tl.arange(0, BLOCK_M)
-    inside = tl.minimum(row, rows - 1 - start)
+    there = start + row < rows
+    inside = tl.minimum(row, rows - 1 - start)  # below 0 where the whole block lies beyond
     e = tl.arange(0, BLOCK_E)
     out = load_tile(row_of(Out, out_strides, b, h, start), inside, out_strides[2], e,
                     out_strides[3], E, BLOCK_E)  # fmt: skip
@@ -46,17 +50,20 @@ def attention_delta(
     product = out.to(tl.float32) * grad.to(tl.float32)
     # a row without a score that counts may be NaN; nothing flows back through it
     product = tl.where(grad == 0.0, 0.0, product)
-    tl.store(
-        Delta + z.to(tl.int64) * rows + start + row, tl.sum(product, 1), mask=start + row < rows
-    )
+    given = z.to(tl.int64) * rows + start + row
+    line = padded_line(z, rows) + start + row
+    tl.store(Delta + line, tl.where(there, tl.sum(product, 1), 0.0))
+    tl.store(PaddedLse + line, tl.load(Lse + given, mask=there, other=float("inf")))
+    if SINKS:
+        tl.store(PaddedRest + line, tl.load(Rest + given, mask=there, other=0.0))
 
 
 @triton.jit
 def _into_queries(
     dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
     operands, strides, numbers, seed, visited, count, room, columns,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,7 +82,8 @@ def _into_queries(
         v_row = V + start.to(tl.int64) * v_strides[2]
         v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
+        p = powers(s, lse, rest, b, h, i, j, start, operands, strides, numbers,
+                   score, lift, FACTOR, SINKS)  # fmt: skip
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if drop is not None:
             dp = tl.where(drop(seed, b, h, i, j), dp * KEPT, 0.0)
@@ -98,8 +106,9 @@ def attention_dq(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ,
     q_strides, k_strides, v_strides, grad_strides, dq_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +128,7 @@ def attention_dq(
                   D, BLOCK_D)  # fmt: skip
     grad = load_tile(row_of(Grad, grad_strides, b, h, start), inside, grad_strides[2], e,
                      grad_strides[3], E, BLOCK_E)  # fmt: skip
-    line = z.to(tl.int64) * rows + start + inside
+    line = padded_line(z, rows) + start + inside
     lse = tl.load(Lse + line)[:, None]
     rest = tl.load(Rest + line)[:, None] if SINKS else lse
     delta = tl.load(Delta + line)[:, None]
@@ -131,13 +140,15 @@ def attention_dq(
     visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, full, room, columns, score, keep, slope, SCALE,
-        drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, SINKS, PRECISION,
+        operands, strides, numbers, seed, visited, full, room, columns,
+        score, lift, FACTOR, keep, slope, SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
+        RANGES, False, SINKS, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, partial, room, columns, score, keep, slope,
-        SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, SINKS, PRECISION,
+        operands, strides, numbers, seed, visited, partial, room, columns,
+        score, lift, FACTOR, keep, slope, SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
+        RANGES, True, SINKS, PRECISION,
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
     store_tile(DQ, row, dq_strides[2], d, dq_strides[3], dq * SCALE, rows - start, D, BLOCK_D)
@@ -147,8 +158,8 @@ def attention_dq(
 def _into_keys(
     dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j,
     operands, strides, numbers, seed, visited, count, room, rows,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -167,15 +178,14 @@ def _into_keys(
         q = load_tile(q_row, inside, q_strides[2], d, q_strides[3], D, BLOCK_D)
         grad_row = Grad + start.to(tl.int64) * grad_strides[2]
         grad = load_tile(grad_row, inside, grad_strides[2], e, grad_strides[3], E, BLOCK_E)
-        lse = tl.load(Lse + start + inside)[None, :]
-        rest = tl.load(Rest + start + inside)[None, :] if SINKS else lse
-        delta = tl.load(Delta + start + inside)[None, :]
+        lse = tl.load(Lse + start + row)[None, :]
+        rest = tl.load(Rest + start + row)[None, :] if SINKS else lse
+        delta = tl.load(Delta + start + row)[None, :]
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
-        if PARTIAL:
-            kept = (start + row < rows)[None, :]
-            if keep is not None:
-                kept = kept & keep(b, h, i, j, operands, strides, numbers)
+        p = powers(s, lse, rest, b, h, i, j, start, operands, strides, numbers,
+                   score, lift, FACTOR, SINKS)  # fmt: skip
+        if PARTIAL and keep is not None:
+            kept = keep(b, h, i, j, operands, strides, numbers)
             p = tl.where(kept, p, 0.0)
         left = p
         if drop is not None:
@@ -188,7 +198,7 @@ def _into_keys(
         ds = p * (dp - delta)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
-            if PARTIAL:
+            if PARTIAL and keep is not None:
                 ds = tl.where(kept, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -201,8 +211,9 @@ def attention_dkv(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     operands, strides, numbers, table, table_strides, groups, rows, columns, room,
-    score: tl.constexpr, keep: tl.constexpr, slope: tl.constexpr, SCALE: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +240,7 @@ def attention_dkv(
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for member in range(GROUP):
         h = g * GROUP + member
-        line = (b.to(tl.int64) * groups * GROUP + h) * rows
+        line = padded_line(b * groups * GROUP + h, rows)
         queries = head_of(Q, q_strides, b, h)
         grads = head_of(Grad, grad_strides, b, h)
         visited, partial, full = table_row(table, table_strides, b, h, n, RANGES)
@@ -237,14 +248,14 @@ def attention_dkv(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
             q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
             visited, full, room, rows,
-            score, keep, slope, SCALE, drop, KEPT,
+            score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
             q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
             visited, partial, room, rows,
-            score, keep, slope, SCALE, drop, KEPT,
+            score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
         )  # fmt: skip
     DK = row_of(DK, dk_strides, b, g, start)

@@ -10,41 +10,64 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["own_heads", "rows", "columns"])
 def classify_blocks(
-    Classes, operands, strides, numbers, own_heads, rows, columns,
-    keep: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Classes, Reach, reach_strides, operands, strides, numbers, own_heads, rows, columns,
+    keep: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One block; Classes [own batch, own heads, M, N] int8, contiguous."""
+    """COUNT blocks of one row; Classes [own batch, own heads, M, N] int8, contiguous. Reach
+    [.., M, 2] int32: the first and the last block of a row that are not known to be empty.
+    """
     across = tl.cdiv(columns, BLOCK_N)
     down = tl.cdiv(rows, BLOCK_M)
-    n = tl.program_id(0) % across
-    m = tl.program_id(0) // across % down
-    z = tl.program_id(0) // (across * down)
+    pieces = tl.cdiv(across, COUNT)
+    start = tl.program_id(0) % pieces * COUNT
+    m = tl.program_id(0) // pieces % down
+    z = tl.program_id(0) // (pieces * down)
     b = z // own_heads
     h = z % own_heads
+    Reach += b * reach_strides[0] + h * reach_strides[1] + m * reach_strides[2]
+    first = tl.maximum(tl.load(Reach), start)
+    last = tl.minimum(tl.load(Reach + 1), start + COUNT - 1)
     i = tl.minimum(m * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1)[:, None]
-    j = tl.minimum(n * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1)[None, :]
-    kept = keep(b, h, i, j, operands, strides, numbers)
-    kept = tl.broadcast_to(kept, (BLOCK_M, BLOCK_N)).to(tl.int32)
-    some = tl.max(tl.max(kept, 1), 0)
-    every = tl.min(tl.min(kept, 1), 0)
-    tl.store(Classes + tl.program_id(0), (some + every).to(tl.int8))
+    column = tl.arange(0, BLOCK_N)[None, :]
+    place = start + tl.arange(0, COUNT)
+    kinds = tl.zeros((COUNT,), tl.int32)
+    for n in range(first, last + 1):
+        j = tl.minimum(n * BLOCK_N + column, columns - 1)
+        kept = tl.broadcast_to(keep(b, h, i, j, operands, strides, numbers), (BLOCK_M, BLOCK_N))
+        # one sum says both; in this order threads add up what they have before they meet
+        ones = tl.reshape(kept.to(tl.int32), (BLOCK_M * BLOCK_N,), can_reorder=True)
+        count = tl.sum(ones, 0)
+        kind = (count > 0).to(tl.int32) + (count == BLOCK_M * BLOCK_N).to(tl.int32)
+        kinds = tl.where(place == n, kind, kinds)
+    line = (z.to(tl.int64) * down + m) * across
+    tl.store(Classes + line + place, kinds.to(tl.int8), mask=place < across)
 
 
-@triton.jit(do_not_specialize=["rows", "count", "room", "short"])
+@triton.jit(do_not_specialize=["class_rows", "class_columns", "rows", "count", "room", "short"])
 def list_blocks(
-    Classes, Table, class_strides, rows, count, room, short, BLOCK: tl.constexpr
+    Classes, Table, class_strides, class_rows, class_columns, rows, count, room, short,
+    DOWN: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of a table of ``attention_parts.py`` from classes [.., rows of blocks, count];
-    ``short``: the last block reaches past the end, so it is never full.
+    """One row of a table of ``attention_parts.py``, of ``count`` blocks, each of DOWN x ACROSS
+    classes [.., class_rows, class_columns]; ``short``: the last block reaches past the end, so it
+    is never full.
     """
     z = tl.program_id(0) // rows
     row = tl.program_id(0) % rows
     place = tl.arange(0, BLOCK)
-    line = Classes + z * class_strides[0] + row * class_strides[1]
-    kind = tl.load(line + place * class_strides[2], mask=place < count, other=0).to(tl.int32)
+    Classes += z * class_strides[0]
+    least = tl.full((BLOCK,), 2, tl.int32)
+    most = tl.zeros((BLOCK,), tl.int32)
+    for part in tl.static_range(DOWN * ACROSS):
+        down = tl.minimum(row * DOWN + part // ACROSS, class_rows - 1)
+        across = tl.minimum(place * ACROSS + part % ACROSS, class_columns - 1)
+        kind = Classes + down * class_strides[1] + across * class_strides[2]
+        kind = tl.load(kind, mask=place < count, other=0).to(tl.int32)
+        least = tl.minimum(least, kind)
+        most = tl.maximum(most, kind)
     last = (place == count - 1) & (short != 0)
-    full = ((kind == 2) & (last == 0)).to(tl.int32)
-    partial = ((kind > 0) & (full == 0)).to(tl.int32)
+    full = ((least == 2) & (last == 0)).to(tl.int32)
+    partial = ((most > 0) & (full == 0)).to(tl.int32)
     Table += tl.program_id(0).to(tl.int64) * (2 + 2 * room)
     tl.store(Table, tl.sum(partial, 0))
     tl.store(Table + 1, tl.sum(full, 0))

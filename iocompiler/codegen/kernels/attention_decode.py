@@ -19,6 +19,7 @@ from iocompiler.codegen.kernels.attention_parts import (
     finished,
     head_of,
     load_tile,
+    nothing_seen,
     row_of,
     store_tile,
 )
@@ -67,7 +68,8 @@ def attention_split(
     Q, K, V, Out, Lse, Rest, Seed, Acc,
     q_strides, k_strides, v_strides, out_strides,
     operands, strides, numbers, groups, rows, columns, parts, lines,
-    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    drop: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -88,8 +90,10 @@ def attention_split(
     g = z % groups
     query = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = tl.minimum(query, packed - 1)  # what lies beyond the last query is not stored
-    h = (g * GROUP + inside // rows)[:, None]
-    i = (inside % rows)[:, None]
+    h_line = g * GROUP + inside // rows
+    i_line = inside % rows
+    h = h_line[:, None]
+    i = i_line[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     pointers = row_of(Q, q_strides, b, h, i) + d * q_strides[3]
     if D < BLOCK_D:
@@ -99,9 +103,7 @@ def attention_split(
     K = head_of(K, k_strides, b, g)
     V = head_of(V, v_strides, b, g)
     seed = tl.load(Seed) if drop is not None else 0
-    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, total, top = nothing_seen(BLOCK_M, BLOCK_E)
     count = tl.cdiv(tl.cdiv(columns, BLOCK_N) - part, parts)
     first = 0 * count
     last = count - 1
@@ -110,9 +112,9 @@ def attention_split(
                                    keep, BLOCK_M, BLOCK_N, 4 * BLOCK_N)  # fmt: skip
     for block in range(first, last + 1):
         acc, total, top = attend(
-            acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
+            acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line,
             operands, strides, numbers, seed, (block * parts + part) * BLOCK_N, columns,
-            score, keep, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PRECISION,
+            score, lift, FACTOR, keep, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     own = query < packed
     e = tl.arange(0, BLOCK_E)
@@ -157,14 +159,12 @@ def attention_combine(
         found = tl.load(Tops + start + p, mask=start + p < parts, other=float("-inf"))
         tops = tl.maximum(tops, found)
     top = tl.max(tops, 0)
-    # of a row of nothing but -inf any finite number may be taken
-    finite_top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((BLOCK_P,), tl.float32)
     acc = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
     for start in range(0, parts, BLOCK_P):
         there = start + p < parts
         tops = tl.load(Tops + start + p, mask=there, other=float("-inf"))
-        weight = tl.exp2(tops - finite_top)
+        weight = tl.exp2(tops - top)  # tops are finite: see `nothing_seen`
         total += weight * tl.load(Totals + start + p, mask=there, other=0.0)
         pointers = Acc + (start + p)[:, None] * E + e[None, :]
         tile = tl.load(pointers, mask=there[:, None] & (e < E)[None, :], other=0.0)

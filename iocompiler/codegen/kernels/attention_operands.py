@@ -11,7 +11,7 @@ results repeat bit for bit. CLASSES says of each block of scores whether it is e
 import triton
 import triton.language as tl
 
-from iocompiler.codegen.kernels.attention_parts import load_tile, powers, row_of
+from iocompiler.codegen.kernels.attention_parts import load_tile, padded_line, powers, row_of
 
 
 @triton.jit
@@ -19,8 +19,8 @@ def _gradients(
     Q, K, V, Grad, Lse, Rest, Delta, Seed,
     q_strides, k_strides, v_strides, grad_strides,
     operands, strides, numbers, b, h, row_start, column_start, heads, rows, columns,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -40,14 +40,15 @@ def _gradients(
                   k_strides[3], D, BLOCK_D)  # fmt: skip
     v = load_tile(row_of(V, v_strides, b, g, column_start), inside, v_strides[2], e,
                   v_strides[3], E, BLOCK_E)  # fmt: skip
-    line = (b.to(tl.int64) * heads + h) * rows + row_start + row_inside
+    line = padded_line(b * heads + h, rows) + row_start + row_inside
     lse = tl.load(Lse + line)[:, None]
     rest = tl.load(Rest + line)[:, None] if SINKS else lse
     delta = tl.load(Delta + line)[:, None]
     i = (row_start + row_inside)[:, None]
     j = (column_start + inside)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = powers(score(s, b, h, i, j, operands, strides, numbers), lse, rest, SINKS)
+    p = powers(s, lse, rest, b, h, i, j, column_start, operands, strides, numbers,
+               score, lift, FACTOR, SINKS)  # fmt: skip
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if drop is not None:
         dp = tl.where(drop(tl.load(Seed), b, h, i, j), dp * KEPT, 0.0)
@@ -68,8 +69,8 @@ def operand_tiles(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, batch, heads, rows, columns, own_batch, own_heads,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +95,7 @@ def operand_tiles(
                     Q, K, V, Grad, Lse, Rest, Delta, Seed,
                     q_strides, k_strides, v_strides, grad_strides,
                     operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                    heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
+                    heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
                 )  # fmt: skip
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,8 +110,8 @@ def operand_lines(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr,
@@ -137,7 +138,7 @@ def operand_lines(
                 Q, K, V, Grad, Lse, Rest, Delta, Seed,
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
+                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             total += tl.sum(tile, 1 if ROWS else 0)
@@ -151,8 +152,8 @@ def operand_diagonals(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
-    score: tl.constexpr, keep: tl.constexpr, gradient: tl.constexpr, GROUP: tl.constexpr,
-    drop: tl.constexpr, KEPT: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +187,7 @@ def operand_diagonals(
                 Q, K, V, Grad, Lse, Rest, Delta, Seed,
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, keep, gradient, GROUP, drop, KEPT,
+                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             tile = tl.gather(tile, turned % BLOCK_N, 1)

@@ -84,23 +84,56 @@ def row_of(base, strides, b, h, row):
 
 
 @triton.jit
-def powers(score, lse, rest, SINKS: tl.constexpr):
-    """The probabilities: with SINKS, lse is the largest score and rest log2 of the other factor."""
-    score = score - lse
+def padded_line(z, rows):
+    """Where the rows of head ``z`` begin in what the backward keeps for each row: at a multiple of
+    128, so that loads are wide and no tile of rows ends behind them.
+    """
+    return z.to(tl.int64) * (tl.cdiv(rows, 128) * 128)
+
+
+@triton.jit
+def powers(
+    s, lse, rest, b, h, i, j, o, operands, strides, numbers,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """The probabilities of dot products: with SINKS, lse is the largest score and rest log2 of the
+    other factor.
+    """
+    if score is not None:
+        s = score(s, b, h, i, j, o, operands, strides, numbers)
+    if lift is not None:
+        lse = lse - lift(b, h, i, o, operands, strides, numbers)
+    s = s * FACTOR - lse
     if SINKS:
-        score = score - rest
-    return tl.exp2(score)
+        s = s - rest
+    return tl.exp2(s)
+
+
+@triton.jit
+def nothing_seen(BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(acc, total, top) of an online softmax before its first block.
+
+    The top is the lowest finite number: what is -inf then has no weight beside it, and nothing is
+    subtracted from -inf.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
+    return acc, total, top
 
 
 @triton.jit
 def attend(
-    acc, total, top, q, K, V, k_strides, v_strides, b, h, i,
+    acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line,
     operands, strides, numbers, seed, start, columns,
-    score: tl.constexpr, keep: tl.constexpr, drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of a tile of queries taken on by one block of keys."""
+    """The online softmax of a tile of queries taken on by one block of keys; ``h_line`` and
+    ``i_line`` are h and i without the dim of the keys.
+    """
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_N)
@@ -111,17 +144,21 @@ def attend(
     k_row = K + start.to(tl.int64) * k_strides[2]
     k = load_tile(k_row, inside, k_strides[2], d, k_strides[3], D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s = score(s, b, h, i, j, operands, strides, numbers)
+    if score is not None:
+        s = score(s, b, h, i, j, start, operands, strides, numbers)
     if PARTIAL:
         kept = (start + column < columns)[None, :]
         if keep is not None:
             kept = kept & keep(b, h, i, j, operands, strides, numbers)
         s = tl.where(kept, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    # of a row of nothing but -inf so far any finite number may be taken
-    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(s - finite_top[:, None])
-    shrink = tl.exp2(top - finite_top)
+    if lift is not None:
+        raised = lift(b, h_line, i_line, start, operands, strides, numbers)
+        new_top = tl.maximum(top, tl.max(s, 1) * FACTOR + raised)
+        p = tl.exp2(s * FACTOR - (new_top - raised)[:, None])
+    else:
+        new_top = tl.maximum(top, tl.max(s, 1) * FACTOR)
+        p = tl.exp2(s * FACTOR - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     if drop is not None:  # what the softmax is divided by is the sum of all

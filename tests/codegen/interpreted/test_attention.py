@@ -28,6 +28,12 @@ def test_programs(name: str) -> None:
     assert not problems(name, (2, 2, 2, 48, 64, 16, 16), torch.float32, tiles=TILES)
 
 
+@pytest.mark.parametrize("name", ["alibi", "softcap", "document"])
+@pytest.mark.parametrize("shape", [(2, 2, 2, 48, 64, 16, 16), (2, 3, 1, 70, 33, 16, 16)], ids=str)
+def test_what_rows_share_is_lifted_in_half_precision(name: str, shape: Shape) -> None:
+    assert not problems(name, shape, torch.float16, tiles=TILES)
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if "uniform" not in n])
 def test_dropout(name: str) -> None:
     shape = (2, 4, 2, 40, 56, 16, 16)

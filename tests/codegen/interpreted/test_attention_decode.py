@@ -43,6 +43,14 @@ def test_programs(name: str, parts: int, ran: list[str], monkeypatch: pytest.Mon
     assert ran == ["attention_split", "attention_combine"][: 1 + (parts > 1)]
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_rows_share_is_lifted_in_half_precision(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_parts(parts, monkeypatch)
+    assert not problems("alibi", (2, 4, 2, 3, 100, 16, 16), torch.float16)
+
+
 @pytest.mark.parametrize("name", ["full", "alibi", "sunk", "padding", "padding, uniform"])
 @pytest.mark.parametrize(
     "shape",

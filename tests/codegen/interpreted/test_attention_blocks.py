@@ -1,0 +1,68 @@
+"""Blocks classified and listed by kernels, in Triton's interpreter, against every score asked."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+
+from iocompiler.runtime.attention import functions
+from iocompiler.runtime.attention_blocks import classes, listed
+from iocompiler.tile.score_blocks import Grid
+from iocompiler.tile.score_reference import evaluate
+from tests.ops.score_programs import CASES
+
+# Triton's interpreter in loops
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+CPU = torch.device("cpu")
+
+
+def asked(name: str, operands: list[Tensor], grid: Grid) -> Tensor:
+    """The class of each block [B, H, M, N]."""
+    program = CASES[name].program()
+    assert program.keep is not None
+    sizes = (grid.batch, grid.heads, grid.rows, grid.columns)
+    shapes = ((-1, 1, 1, 1), (-1, 1, 1), (-1, 1), (-1,))
+    places = {x: torch.arange(n).reshape(s) for x, n, s in zip("bhij", sizes, shapes, strict=True)}
+    kept = evaluate(program, [program.keep], None, places, operands, [], torch.float64)[0]
+    kept = kept.expand(sizes)
+    found = torch.empty((grid.batch, grid.heads, *grid.counts), dtype=torch.int8)
+    for m in range(found.shape[2]):
+        for n in range(found.shape[3]):
+            rows, columns = slice(m * grid.m, (m + 1) * grid.m), slice(n * grid.n, (n + 1) * grid.n)
+            block = kept[:, :, rows, columns].flatten(2)
+            found[:, :, m, n] = block.any(-1).to(torch.int8) + block.all(-1)
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(64, 96), (70, 90), (90, 40)], ids=str)
+@pytest.mark.parametrize("name", ["document", "padding", "block mask"])
+def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    case, grain = CASES[name], Grid(2, 2, *sizes, 16, 16)
+    program, operands = case.program(), case.operands(2, 2, *sizes)
+    keep = functions(program, tuple(x.dim() for x in operands)).keep
+    kinds = classes(program, keep, grain, operands, (), CPU)
+    exact = asked(name, operands, grain)
+    torch.testing.assert_close(kinds.expand_as(exact), exact)
+    assert kinds.shape[1] == 1, "no mask here differs from head to head"
+    for m, n, transposed in ((32, 16, True), (16, 64, False), (64, 32, True)):
+        grid = Grid(2, 2, *sizes, m, n)
+        wanted = asked(name, operands, grid)
+        if transposed:
+            wanted = wanted.transpose(2, 3)
+        if sizes[0 if transposed else 1] % (m if transposed else n):
+            wanted[..., -1].clamp_(max=1)  # what reaches past the end is never full
+        found = listed(kinds, grain, grid, transposed=transposed)
+        assert found.room == wanted.shape[3]
+        for b in range(kinds.shape[0]):
+            for line, row in zip(found.entries[b, 0].tolist(), wanted[b, 0], strict=True):
+                partial, full = line[:2]
+                assert line[2 : 2 + partial] == (row == 1).nonzero().flatten().tolist()
+                start = 2 + found.room
+                assert line[start : start + full] == (row == 2).nonzero().flatten().tolist()
