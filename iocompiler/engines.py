@@ -123,13 +123,33 @@ def aten(gm: GraphModule) -> Boxed:
     return boxed(lambda args: torch.fx.Interpreter(gm).boxed_run(args))
 
 
-def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor's C++ on a graph before autograd; raises where this machine has no C++ compiler."""
+def inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], partition: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Inductor's C++ on a graph before autograd; raises where this machine has no C++ compiler.
+
+    Args:
+        partition: instead of Inductor's own choice of what is kept for the backward.
+    """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()
-    return cast("Callable[..., Any]", compile_fx(gm, example_inputs))
+    patches = {} if partition is None else {"custom_partitioner_fn": _for_inductor(partition)}
+    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=patches))
+
+
+def _for_inductor(partition: Callable[..., Any]) -> Any:
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+            return partition(gm, joint_inputs, **kwargs)
+
+        def uuid(self) -> None:
+            """Nothing is looked up in Inductor's cache: what is found there was not traded."""
+
+    return Partitioner()
 
 
 def source(run: Boxed) -> str:

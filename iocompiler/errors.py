@@ -172,6 +172,10 @@ class FallbackWarning(UserWarning):
     """
 
 
+class BudgetWarning(UserWarning):
+    """No way to run a training step keeps within the memory budget; the message has the bytes."""
+
+
 def close_match(name: str, known: Iterable[str]) -> str:
     """A hint such as ``" (did you mean 'dump'?)"``, or "" where no known name is close."""
     found = difflib.get_close_matches(name, list(known), n=1)

@@ -35,6 +35,9 @@ class Options:
         no_fallback: bytes; a call of an aten operator that is no library's kernel and writes more
             than this is an error, and so is a region that would run on aten. None allows any. Where
             Inductor runs the graph (on the CPU, "auto") nothing is planned, and nothing refused.
+        memory_budget: bounds the peak of each training step's activations, gradients and
+            temporaries: bytes, or as a float in (0, 1] the fraction of the peak without a bound.
+            None bounds nothing.
         cache: look for the graph in the disk cache before compiling it, and keep it there. Passes
             do not run for a graph that is found.
     """
@@ -47,6 +50,7 @@ class Options:
     engine: str | Callable[..., Any] = "auto"
     cache: bool = True
     no_fallback: int | None = None
+    memory_budget: int | float | None = None
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
@@ -58,6 +62,7 @@ class Options:
         allowed = self.no_fallback
         if allowed is not None and (type(allowed) is not int or allowed < 0):
             raise InvalidOption(name="no_fallback", expected="bytes or None", value=allowed)
+        _budget(self.memory_budget)
         _one_of("device", self.device, ("", *DEVICES))
         if not callable(self.engine):
             _one_of("engine", self.engine, ENGINES)
@@ -84,6 +89,13 @@ class Options:
         if isinstance(values.get("dump"), Path):
             values["dump"] = str(values["dump"])
         return dataclasses.replace(self, **values)
+
+
+def _budget(value: object) -> None:
+    fraction = type(value) is float and 0 < value <= 1
+    if value is not None and not fraction and not (type(value) is int and value > 0):
+        expected = "bytes (an int above 0), a fraction (a float in (0, 1]) or None"
+        raise InvalidOption(name="memory_budget", expected=expected, value=value)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

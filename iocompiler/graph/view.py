@@ -4,6 +4,7 @@ mutation.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator
@@ -47,6 +48,13 @@ def value(node: Node) -> Any:
 def tensors(node: Node) -> list[torch.Tensor]:
     """The (fake) tensors the node computes, in order."""
     return [leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """Another graph of equal nodes, their metadata copied once deep; tensors are shared."""
+    other = GraphModule(gm, copy.deepcopy(gm.graph))
+    other.meta = dict(gm.meta)
+    return other
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode | None:

@@ -1,0 +1,145 @@
+"""The fastest partition of a training step whose scheduled peak stays within a budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from iocompiler.cost_model.device import Device
+from iocompiler.errors import BudgetWarning
+from iocompiler.graph.view import copied, where
+from iocompiler.ops.partition import Saved, partition, partition_again, saved
+from iocompiler.plan.build import build_plan, size_hints
+from iocompiler.plan.padding import adopt_strides, pad_rows
+from iocompiler.plan.peak import kept, scheduled_peak
+from iocompiler.recompute.candidates import candidates
+from iocompiler.recompute.trade import Again, Point, Trade
+from iocompiler.report.build import Part, build_report
+from iocompiler.runtime import tangents
+
+Parts = tuple[GraphModule, GraphModule]
+Budget = int | float
+"""Bytes; or, as a float, a fraction of the unconstrained peak."""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    point: Point
+    parts: Parts
+
+    @property
+    def saved(self) -> tuple[Saved, ...]:
+        return saved(*self.parts)
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """For AOTAutograd's ``partition_fn``: `ops.partition.partition` within a budget.
+
+    Attributes:
+        device: prices time.
+        prepare: what happens to a flat graph, by its name, before it is planned.
+        note: called with the trade that was made.
+        lazy: tangents of results beside a loss are taken as absent (`runtime/tangents.py`).
+    """
+
+    budget: Budget
+    device: Callable[[GraphModule], Device]
+    prepare: Callable[[GraphModule, str], None]
+    note: Callable[[Trade], None]
+    lazy: bool = True
+
+    def __call__(self, joint: GraphModule, inputs: Any, **keywords: Any) -> Parts:
+        if not inputs:  # a region inside of the graph; its memory is its caller's
+            return partition(joint, inputs, **keywords)
+        joint.graph.eliminate_dead_code()
+        device, outputs = self.device(joint), keywords["num_fwd_outputs"]
+        tried: list[_Tried] = []
+        for each in candidates(joint, outputs, device, size_hints(joint)):
+            parts = partition_again(
+                joint, inputs, each.again, each.keep, each.relaxed, **keywords
+            )
+            kept_here = saved(*parts)
+            if kept_here not in [other.saved for other in tried]:
+                tried.append(_Tried(self._point(each.name, parts, outputs, device), parts))
+        chosen, trade = _choice(tried, self.budget)
+        if not trade.fits:
+            _warn(trade)
+        self.note(trade)
+        return chosen.parts
+
+    def _point(self, name: str, parts: Parts, outputs: int, device: Device) -> Point:
+        """What a partition would come to: both graphs are planned, on copies, as they will be."""
+        forward, backward = map(copied, parts)
+        handed_over = kept(forward, backward)
+        self.prepare(forward, "forward")
+        pad_rows(forward, outputs, device)
+        (output,) = forward.graph.find_nodes(op="output")
+        values = {name: output.args[0][at].meta["val"] for name, at in handed_over.items()}
+        given = [
+            values.get(node.name, node.meta.get("val"))
+            for node in backward.graph.find_nodes(op="placeholder")
+        ]
+        if self.lazy:
+            backward, given = tangents.without(backward, given, _unlikely(backward))
+        self.prepare(backward, "backward")
+        adopt_strides(backward, given)
+        pad_rows(backward, None, device)
+        plans = [build_plan(forward, device, "forward"), build_plan(backward, device, "backward")]
+        hints = {**size_hints(forward), **size_hints(backward)}
+        named = zip(("forward", "backward"), plans, strict=True)
+        report = build_report([Part(name, plan, hints) for name, plan in named], device)
+        return Point(
+            name,
+            scheduled_peak(*plans, handed_over, hints),
+            report.time_us,
+            sum(each.bytes for each in saved(*parts)),
+        )
+
+
+def _unlikely(backward: GraphModule) -> tangents.Absent:
+    """The tangents of what stands beside a loss: all that are no scalars, where one is."""
+    inputs = backward.graph.find_nodes(op="placeholder")
+    positions = tangents.of(backward)
+    scalars = [at for at in positions if inputs[at].meta["val"].dim() == 0]
+    return tuple(at for at in positions if at not in scalars) if scalars else ()
+
+
+def _choice(tried: list[_Tried], budget: Budget) -> tuple[_Tried, Trade]:
+    """The fastest within the budget, else the one with the lowest peak.
+
+    Every budget chooses from the same list. What fits a smaller one also fits a larger one, whose
+    choice is either the same or has a higher peak: less budget never gives a higher peak.
+    """
+    first = tried[0]
+    allowed = int(budget * first.point.peak) if isinstance(budget, float) else budget
+    fitting = [each for each in tried if each.point.peak <= allowed]
+    if fitting:
+        chosen = min(fitting, key=lambda each: (each.point.time_us, each.point.peak))
+    else:
+        chosen = min(tried, key=lambda each: (each.point.peak, each.point.time_us))
+    points = tuple(each.point for each in tried)
+    return chosen, Trade(allowed, chosen.point, first.point, _again(first, chosen), points)
+
+
+def _again(first: _Tried, chosen: _Tried) -> tuple[Again, ...]:
+    left = {each.name for each in chosen.saved}
+    nodes = {node.name: node for node in first.parts[0].graph.nodes}
+    return tuple(
+        Again(each.name, str(nodes[each.name].target), each.bytes, where(nodes[each.name]))
+        for each in first.saved
+        if each.name not in left
+    )
+
+
+def _warn(trade: Trade) -> None:
+    warnings.warn(
+        f"iocompiler: memory_budget allows {trade.allowed} bytes, the least found for a training "
+        f"step are {trade.chosen.peak} bytes: these are taken",
+        BudgetWarning,
+        stacklevel=2,
+    )
