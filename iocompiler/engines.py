@@ -135,7 +135,13 @@ def inductor(
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()
-    patches = {} if partition is None else {"custom_partitioner_fn": _for_inductor(partition)}
+    patches: dict[str, Any] = {}
+    if partition is not None:
+        # a graph found in Inductor's cache would not be partitioned, and its trade not be known
+        patches = {
+            "custom_partitioner_fn": _for_inductor(partition),
+            "force_disable_caches": True,
+        }
     return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=patches))
 
 
@@ -147,7 +153,7 @@ def _for_inductor(partition: Callable[..., Any]) -> Any:
             return partition(gm, joint_inputs, **kwargs)
 
         def uuid(self) -> None:
-            """Nothing is looked up in Inductor's cache: what is found there was not traded."""
+            """No name for Inductor's cache."""
 
     return Partitioner()
 

@@ -4,7 +4,6 @@ mutation.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Iterator
@@ -51,8 +50,13 @@ def tensors(node: Node) -> list[torch.Tensor]:
 
 
 def copied(gm: GraphModule) -> GraphModule:
-    """Another graph of equal nodes, their metadata copied once deep; tensors are shared."""
-    other = GraphModule(gm, copy.deepcopy(gm.graph))
+    """A flat graph of equal nodes, which may be edited; tensors and what metadata holds are shared.
+    """
+    graph = Graph()
+    results = graph.graph_copy(gm.graph, {})
+    (output,) = gm.graph.find_nodes(op="output")
+    graph.output(results).meta = dict(output.meta)
+    other = GraphModule(gm, graph)
     other.meta = dict(gm.meta)
     return other
 

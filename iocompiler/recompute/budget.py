@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Budgeted:
             kept_here = saved(*parts)
             if kept_here not in [other.saved for other in tried]:
                 tried.append(_Tried(self._point(each.name, parts, outputs, device), parts))
-        chosen, trade = _choice(tried, self.budget)
+        trade, chosen = _traded(tried, self.budget)
         if not trade.fits:
             _warn(trade)
         self.note(trade)
@@ -109,21 +109,28 @@ def _unlikely(backward: GraphModule) -> tangents.Absent:
     return tuple(at for at in positions if at not in scalars) if scalars else ()
 
 
-def _choice(tried: list[_Tried], budget: Budget) -> tuple[_Tried, Trade]:
-    """The fastest within the budget, else the one with the lowest peak.
-
-    Every budget chooses from the same list. What fits a smaller one also fits a larger one, whose
-    choice is either the same or has a higher peak: less budget never gives a higher peak.
-    """
-    first = tried[0]
-    allowed = int(budget * first.point.peak) if isinstance(budget, float) else budget
-    fitting = [each for each in tried if each.point.peak <= allowed]
-    if fitting:
-        chosen = min(fitting, key=lambda each: (each.point.time_us, each.point.peak))
-    else:
-        chosen = min(tried, key=lambda each: (each.point.peak, each.point.time_us))
+def _traded(tried: list[_Tried], budget: Budget) -> tuple[Trade, _Tried]:
     points = tuple(each.point for each in tried)
-    return chosen, Trade(allowed, chosen.point, first.point, _again(first, chosen), points)
+    limit = allowed(points, budget)
+    chosen = tried[points.index(choice(points, limit))]
+    return Trade(limit, chosen.point, points[0], _again(tried[0], chosen), points), chosen
+
+
+def allowed(points: Sequence[Point], budget: Budget) -> int:
+    """The budget in bytes; the first point is the unconstrained one."""
+    return int(budget * points[0].peak) if isinstance(budget, float) else budget
+
+
+def choice(points: Sequence[Point], limit: int) -> Point:
+    """The fastest within the limit, else the one with the lowest peak.
+
+    What fits a smaller limit also fits a larger one, whose choice is either the same or has a
+    higher peak than the smaller one allows: less budget never gives a higher peak.
+    """
+    fitting = [point for point in points if point.peak <= limit]
+    if fitting:
+        return min(fitting, key=lambda point: (point.time_us, point.peak))
+    return min(points, key=lambda point: (point.peak, point.time_us))
 
 
 def _again(first: _Tried, chosen: _Tried) -> tuple[Again, ...]:

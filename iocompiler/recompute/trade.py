@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,14 @@ class Trade:
     @property
     def fits(self) -> bool:
         return self.chosen.peak <= self.allowed
+
+
+def trade_of(data: Mapping[str, Any]) -> Trade:
+    """The trade that ``data`` was made from by JSON, field by field."""
+    return Trade(
+        data["allowed"],
+        Point(**data["chosen"]),
+        Point(**data["unconstrained"]),
+        tuple(Again(**row) for row in data["again"]),
+        tuple(Point(**row) for row in data["points"]),
+    )
