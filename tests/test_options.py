@@ -45,6 +45,13 @@ def test_no_hint_where_nothing_is_close() -> None:
         ("verify", None),
         ("device", "h2000"),
         ("engine", "gpu"),
+        ("memory_budget", 0),
+        ("memory_budget", -1),
+        ("memory_budget", 0.0),
+        ("memory_budget", 1.5),
+        ("memory_budget", float("nan")),
+        ("memory_budget", True),
+        ("memory_budget", "0.5"),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: object) -> None:
@@ -61,3 +68,8 @@ def test_an_engine_may_be_a_function() -> None:
         return plan
 
     assert Options.build({"engine": engine}).engine is engine
+
+
+@pytest.mark.parametrize("value", [None, 1, 10**12, 1.0, 1e-9])
+def test_a_memory_budget_is_bytes_or_a_fraction(value: object) -> None:
+    assert Options.build({"memory_budget": value}).memory_budget == value

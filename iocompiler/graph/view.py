@@ -50,8 +50,7 @@ def tensors(node: Node) -> list[torch.Tensor]:
 
 
 def copied(gm: GraphModule) -> GraphModule:
-    """A flat graph of equal nodes, which may be edited; tensors and what metadata holds are shared.
-    """
+    """A flat graph of equal nodes, which may be edited; tensors and values are shared."""
     graph = Graph()
     results = graph.graph_copy(gm.graph, {})
     (output,) = gm.graph.find_nodes(op="output")

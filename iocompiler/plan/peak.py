@@ -120,7 +120,9 @@ class _Memory:
         match step:
             case KernelStep() | BatchStep():
                 self._made(step.outputs)
-                lists = [step.args] if isinstance(step, KernelStep) else [a for a, _ in step.members]
+                lists = (
+                    [step.args] if isinstance(step, KernelStep) else [a for a, _ in step.members]
+                )
                 names = [name for args in lists for name in args]
                 return {self._root(n) for n in (*names, *(n for n, _ in step.outputs))}
             case AtenStep():

@@ -60,9 +60,7 @@ class Budgeted:
         device, outputs = self.device(joint), keywords["num_fwd_outputs"]
         tried: list[_Tried] = []
         for each in candidates(joint, outputs, device, size_hints(joint)):
-            parts = partition_again(
-                joint, inputs, each.again, each.keep, each.relaxed, **keywords
-            )
+            parts = partition_again(joint, inputs, each.again, each.keep, each.relaxed, **keywords)
             kept_here = saved(*parts)
             if kept_here not in [other.saved for other in tried]:
                 tried.append(_Tried(self._point(each.name, parts, outputs, device), parts))
@@ -84,12 +82,13 @@ class Budgeted:
             values.get(node.name, node.meta.get("val"))
             for node in backward.graph.find_nodes(op="placeholder")
         ]
-        if self.lazy:
-            backward, given = tangents.without(backward, given, _unlikely(backward))
+        absent = _unlikely(backward) if self.lazy else ()
+        if absent:
+            backward, given = tangents.without(backward, given, absent)
         self.prepare(backward, "backward")
         adopt_strides(backward, given)
         pad_rows(backward, None, device)
-        plans = [build_plan(forward, device, "forward"), build_plan(backward, device, "backward")]
+        plans = build_plan(forward, device, "forward"), build_plan(backward, device, "backward")
         hints = {**size_hints(forward), **size_hints(backward)}
         named = zip(("forward", "backward"), plans, strict=True)
         report = build_report([Part(name, plan, hints) for name, plan in named], device)

@@ -206,7 +206,7 @@ def _draws(node: Node) -> bool:
     """Whether the node draws random numbers; an attention without dropout only might have."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     if view.is_random(node) and "dropout_p" in names:
-        return view.spelled_out(node)[names.index("dropout_p")] != 0
+        return bool(view.spelled_out(node)[names.index("dropout_p")] != 0)
     return view.is_random(node)
 
 

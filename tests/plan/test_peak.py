@@ -9,7 +9,6 @@ import torch
 from iocompiler.plan.data import AtenStep, Plan, Ref, Step, TensorSpec, ViewStep
 from iocompiler.plan.peak import scheduled_peak, storage_bytes
 
-
 KB = 1024
 
 
@@ -45,7 +44,12 @@ def test_what_nobody_reads_dies_at_once() -> None:
 
 
 def test_a_view_keeps_its_base_and_adds_nothing() -> None:
-    steps = [call("a", 4, "x"), ViewStep("v", "a", spec(4)), call("b", 1, "x"), call("c", 1, "v", "b")]
+    steps = [
+        call("a", 4, "x"),
+        ViewStep("v", "a", spec(4)),
+        call("b", 1, "x"),
+        call("c", 1, "v", "b"),
+    ]
     assert peak(plan({"x": 1}, steps, "c")) == 4 + 1 + 1
     aten = call("v", 4, "a", target="aten.view.default")
     assert peak(plan({"x": 1}, [steps[0], aten, *steps[2:]], "c")) == 4 + 1 + 1
@@ -90,9 +94,7 @@ def test_gradients_are_held_to_the_end() -> None:
 @pytest.mark.parametrize(("shape", "stride", "elements"), [
     ((3, 5), (8, 1), 21), ((3, 5), (0, 1), 5), ((0, 5), (5, 1), 0), ((), (), 1),
 ])  # fmt: skip
-def test_bytes_of_a_storage(
-    shape: tuple[int, ...], stride: tuple[int, ...], elements: int
-) -> None:
+def test_bytes_of_a_storage(shape: tuple[int, ...], stride: tuple[int, ...], elements: int) -> None:
     assert storage_bytes(TensorSpec(shape, stride, torch.bfloat16, "cpu"), {}) == 2 * elements
 
 
