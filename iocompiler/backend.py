@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.errors import (
+    BadPlanFile,
     FallbackTooLarge,
     FallbackWarning,
     StrictFallback,
@@ -45,7 +46,7 @@ Compiled = Callable[..., Any]
 Result = TypeVar("Result")
 
 _ON_ATEN = "runs on aten"
-_ASKED_FOR = (StrictFallback, FallbackTooLarge, UnboundedFallback)
+_ASKED_FOR = (StrictFallback, FallbackTooLarge, UnboundedFallback, BadPlanFile)
 
 
 class Compiler:
@@ -282,11 +283,10 @@ class _Walk:
         plan = build_plan(flat, device, name)
         if self.options.no_fallback is not None:
             check_fallbacks(plan, flat, self.options.no_fallback)
-        plan, measured = engines.tuned(plan, flat, self.options)
+        plan, measured, run = engines.scheduled(plan, flat, self.options, name)
         if measured:
             self.compilation.tuned[label] = measured
         self.compilation.plans[label] = plan
-        run = engines.load(plan, flat, self.options, name)
         if self.folder is not None:
             dump_text(self.folder / f"{label}.txt", show(flat, _bytes_moved))
             if engines.source(run):

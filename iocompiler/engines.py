@@ -5,6 +5,7 @@ tests, aten last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -60,6 +61,33 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Tu
         found = tune(plan, row, hints, bench, default_cache(), name)
         bench.release()
         return found
+
+
+def scheduled(
+    plan: Plan, gm: GraphModule, options: Options, name: str
+) -> tuple[Plan, tuple[Tuned, ...], Boxed]:
+    """The plan as it runs, what was measured, and what runs it: with the schedules of the plan
+    file where that has the graph, else as `tuned` chooses, which then goes into the file.
+
+    Raises:
+        BadPlanFile: the file cannot be replayed.
+    """
+    if not options.plan:
+        chosen, measured = tuned(plan, gm, options)
+        return chosen, measured, load(chosen, gm, options, name)
+    from iocompiler.runtime.plan_file import PlanFile
+
+    file, device = PlanFile(Path(options.plan)), device_row(gm, options).name
+    replayed_plan = file.replayed(plan, name, device)
+    if replayed_plan is not None:
+        try:
+            return replayed_plan, (), load(replayed_plan, gm, options, name)
+        except Exception as error:
+            raise file.refused(name, error) from error
+    chosen, measured = tuned(plan, gm, options)
+    run = load(chosen, gm, options, name)
+    file.add(chosen, plan, name, device)
+    return chosen, measured, run
 
 
 def text_loader(options: Options) -> LoadText | None:

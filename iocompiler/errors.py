@@ -150,6 +150,12 @@ class UnboundedFallback(IOCompilerError):
     message = "no_fallback: {region} failed and would run on aten: {cause}"
 
 
+class BadPlanFile(IOCompilerError):
+    """A plan file cannot be read, or a graph in it cannot be replayed."""
+
+    message = "the plan file {path!r} cannot be replayed: {cause}; {advice} to choose anew"
+
+
 class CompileError(IOCompilerError):
     """Triton, or the process it runs in, could not compile a kernel."""
 

@@ -38,12 +38,15 @@ class Options:
         memory_budget: bounds the peak of each training step's activations, gradients and
             temporaries: bytes, or as a float in (0, 1] the fraction of the peak without a bound.
             None bounds nothing.
+        plan: a JSON file of schedules; "" for none. The graphs it has are replayed with its
+            schedules, nothing is measured for them; others are added to it.
         cache: look for the graph in the disk cache before compiling it, and keep it there. Passes
             do not run for a graph that is found.
     """
 
     mode: str = "default"
     dump: str = ""
+    plan: str = ""
     strict: bool = False
     verify: bool = False
     device: str = ""
@@ -54,8 +57,9 @@ class Options:
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
-        if not isinstance(self.dump, str):
-            raise InvalidOption(name="dump", expected="a path", value=self.dump)
+        for name in ("dump", "plan"):
+            if not isinstance(getattr(self, name), str):
+                raise InvalidOption(name=name, expected="a path", value=getattr(self, name))
         for name in ("strict", "verify", "cache"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(name=name, expected="True or False", value=getattr(self, name))
@@ -86,8 +90,9 @@ class Options:
                     name=name, hint=close_match(str(name), known), known=", ".join(known)
                 )
         values = dict(given)
-        if isinstance(values.get("dump"), Path):
-            values["dump"] = str(values["dump"])
+        for name in ("dump", "plan"):
+            if isinstance(values.get(name), Path):
+                values[name] = str(values[name])
         return dataclasses.replace(self, **values)
 
 

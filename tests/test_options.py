@@ -18,7 +18,8 @@ def test_modes_of_torch_compile(mode: str) -> None:
 
 
 def test_a_path_may_be_a_path(tmp_path: Path) -> None:
-    assert Options.build({"dump": tmp_path}).dump == str(tmp_path)
+    built = Options.build({"dump": tmp_path, "plan": tmp_path / "plan.json"})
+    assert (built.dump, built.plan) == (str(tmp_path), str(tmp_path / "plan.json"))
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
@@ -40,6 +41,7 @@ def test_no_hint_where_nothing_is_close() -> None:
         ("mode", "fast"),
         ("mode", None),
         ("dump", 3),
+        ("plan", 3),
         ("strict", "yes"),
         ("strict", 1),
         ("verify", None),

@@ -226,10 +226,10 @@ def test_what_is_saved_really_changes() -> None:
 
 def test_what_is_made_again_is_named() -> None:
     trade = traded(Blocks(4), torch.randn(512, 16), memory_budget=0.75)
-    again = [each for each in trade.again if "mm" in each.operator]
+    again = [each for each in trade.again if "tanh" in each.operator]
     assert again
-    assert {each.bytes for each in again} <= {512 * 128 * 4, 512 * 16 * 4}
-    assert all(each.where.startswith("test_budget.py:") for each in again)
+    assert {each.bytes for each in again} == {512 * 128 * 4}
+    assert all(each.where for each in again)
 
 
 def test_without_the_option_nothing_is_traded() -> None:
