@@ -136,8 +136,8 @@ def partition_again(
     for node in graph.graph.nodes:
         if node.name in again:
             node.meta[_AGAIN] = True
-        if node.name in keep:
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        if node.name in keep:  # what the user checkpoints stays so
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
     bans = dict.fromkeys(_BANS, False) if relaxed else {}
     with config.patch(bans):
         return partition(graph, inputs, **keywords)
