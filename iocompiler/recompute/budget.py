@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from iocompiler.cost_model.device import Device
 from iocompiler.errors import BudgetWarning
@@ -135,11 +136,12 @@ def choice(points: Sequence[Point], limit: int) -> Point:
 def _again(first: _Tried, chosen: _Tried) -> tuple[Again, ...]:
     left = {each.name for each in chosen.saved}
     nodes = {node.name: node for node in first.parts[0].graph.nodes}
-    return tuple(
-        Again(each.name, str(nodes[each.name].target), each.bytes, where(nodes[each.name]))
-        for each in first.saved
-        if each.name not in left
-    )
+    gone = ((each, nodes[each.name]) for each in first.saved if each.name not in left)
+    return tuple(Again(e.name, str(_maker(n).target), e.bytes, where(n)) for e, n in gone)
+
+
+def _maker(node: Node) -> Node:
+    return node.all_input_nodes[0] if node.target is getitem else node
 
 
 def _warn(trade: Trade) -> None:

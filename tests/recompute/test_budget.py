@@ -22,6 +22,7 @@ from iocompiler.recompute.budget import allowed, choice
 from iocompiler.recompute.trade import Point, Trade
 from iocompiler.report.explain import explain
 from tests.models.gpt import GPT, Block
+from tests.models.zoo import CASES
 
 SMALLEST = 1  # bytes: nothing fits
 BUDGETS = (1.0, 0.6, SMALLEST)
@@ -112,6 +113,25 @@ def test_gradients_of_a_gpt() -> None:
     assert_close(found, expected)
     assert record.trade is not None
     assert record.trade.again
+    assert_never_higher(record.trade.points)
+
+
+@pytest.mark.slow
+def test_a_model_that_returns_its_logits_beside_its_loss() -> None:
+    """The backward is planned for the loss's gradient alone, as it is compiled."""
+    case = CASES["gpt2-sdpa"]
+    model, inputs = case.module(), case.inputs()
+    model(**inputs).loss.backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    records: list[Compilation] = []
+    torch._dynamo.reset()
+    compiler = Compiler(engine=unplanned, memory_budget=0.8, on_compiled=records.append)
+    torch.compile(model, backend=compiler)(**inputs).loss.backward()
+    assert_close([p.grad for p in model.parameters()], expected)
+    (record,) = records
+    assert_never_higher(record.trade.points)  # type: ignore[union-attr]
+    assert peak_of(record) == record.trade.chosen.peak  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("engine", ["aten", "auto"])
@@ -193,30 +213,31 @@ def test_bytes_and_fractions_say_the_same() -> None:
     assert allowed(part.points, 0.75) == part.allowed
 
 
-def planned(model: nn.Module, x: Tensor, **options: Any) -> Compilation:
-    """With plans, by an engine that runs the graph itself."""
-
-    def engine(plan: object, graph: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
-        return lambda args: torch.fx.Interpreter(graph).boxed_run(args)
-
-    return step(model, x, engine=engine, **options)[1]
+def unplanned(plan: object, graph: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """An engine that runs the graph itself, and leaves the plans in the record."""
+    return lambda args: torch.fx.Interpreter(graph).boxed_run(args)
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.5])
-def test_the_peak_that_is_told_is_that_of_the_plans(budget: float) -> None:
-    record = planned(Blocks(4), torch.randn(512, 16), memory_budget=budget)
+def peak_of(record: Compilation) -> int:
     forward, backward = (record.flat[name] for name in ("forward", "backward"))
     hints = {**size_hints(forward), **size_hints(backward)}
     plans = record.plans["forward"], record.plans["backward"]
+    return scheduled_peak(*plans, kept(forward, backward), hints)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.75])
+def test_the_peak_that_is_told_is_that_of_the_plans(budget: float) -> None:
+    _, record = step(Blocks(4), torch.randn(512, 16), engine=unplanned, memory_budget=budget)
     assert record.trade is not None
-    assert record.trade.chosen.peak == scheduled_peak(*plans, kept(forward, backward), hints)
+    assert record.trade.chosen.peak == peak_of(record)
 
 
 def test_what_is_saved_really_changes() -> None:
     model, x = Blocks(4), torch.randn(512, 16)
     sizes = {}
     for budget in (None, 1.0, 0.75):
-        flat = planned(model, x, memory_budget=budget).flat["forward"]
+        _, record = step(model, x, engine=unplanned, memory_budget=budget)
+        flat = record.flat["forward"]
         (output,) = flat.graph.find_nodes(op="output")
         made = [n.meta["val"] for n in output.args[0] if n.op == "call_function"]
         sizes[budget] = sum(t.numel() for t in made if isinstance(t, Tensor))
