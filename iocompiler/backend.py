@@ -17,6 +17,7 @@ from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.errors import (
     BadPlanFile,
+    BudgetWarning,
     FallbackTooLarge,
     FallbackWarning,
     StrictFallback,
@@ -46,7 +47,7 @@ Compiled = Callable[..., Any]
 Result = TypeVar("Result")
 
 _ON_ATEN = "runs on aten"
-_ASKED_FOR = (StrictFallback, FallbackTooLarge, UnboundedFallback, BadPlanFile)
+_ASKED_FOR = (StrictFallback, FallbackTooLarge, UnboundedFallback, BadPlanFile, BudgetWarning)
 
 
 class Compiler:

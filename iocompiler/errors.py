@@ -153,7 +153,7 @@ class UnboundedFallback(IOCompilerError):
 class BadPlanFile(IOCompilerError):
     """A plan file cannot be read, or a graph in it cannot be replayed."""
 
-    message = "the plan file {path!r} cannot be replayed: {cause}; {advice} to choose anew"
+    message = "plan file {path!r} cannot be replayed: {cause}; {advice} to choose anew"
 
 
 class CompileError(IOCompilerError):

@@ -88,12 +88,15 @@ class PlanFile:
         }
         graphs = self._graphs()  # read again: another process may have added its own
         graphs[fingerprint(model, name)] = {"graph": name, "device": device, "kernels": kernels}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, "graphs": graphs}, indent=1) + "\n"
-        handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(aside, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(aside, self.path)
+        except OSError as error:
+            raise self._bad(f"it cannot be written: {error}") from None
 
     def _graphs(self) -> dict[str, Any]:
         if not self.path.exists():

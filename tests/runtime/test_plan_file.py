@@ -196,3 +196,9 @@ def test_nothing_is_written_for_what_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="out of registers"):
         compiled(tmp_path / "plan.json", engine=failing)
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match="it cannot be written"):
+        compiled(tmp_path / "file" / "plan.json", strict=False)
