@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import RestartAnalysis
@@ -16,6 +16,8 @@ from torch.fx import GraphModule, Node
 from iocompiler import engines
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.errors import (
+    BadPlanFile,
+    BudgetWarning,
     FallbackTooLarge,
     FallbackWarning,
     StrictFallback,
@@ -38,11 +40,14 @@ from iocompiler.runtime.kernels import warm_workers
 from iocompiler.runtime.tangents import Boxed
 from iocompiler.versions import require_supported
 
+if TYPE_CHECKING:
+    from iocompiler.recompute.trade import Trade
+
 Compiled = Callable[..., Any]
 Result = TypeVar("Result")
 
 _ON_ATEN = "runs on aten"
-_ASKED_FOR = (StrictFallback, FallbackTooLarge, UnboundedFallback)
+_ASKED_FOR = (StrictFallback, FallbackTooLarge, UnboundedFallback, BadPlanFile, BudgetWarning)
 
 
 class Compiler:
@@ -150,7 +155,7 @@ class _Walk:
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us
             chosen = graph if self.compilation.changed else gm
-            run = self._try("graph", lambda: engines.inductor(chosen, inputs))
+            run = self._try("graph", lambda: engines.inductor(chosen, inputs, self._bounded()))
         else:
             place.lifted(graph, gm)
             run = self._try("graph", lambda: self._differentiate(graph, inputs, place))
@@ -200,11 +205,38 @@ class _Walk:
             bw_compiler=backward,
             inference_compiler=inference,
             decompositions=table(),
-            partition_fn=partition,
+            partition_fn=self._bounded(self._run_flat_passes) or partition,
             # overwritten inputs are written by our kernels, not by a copy after each call
             keep_inference_input_mutations=True,
         )(graph, inputs)
         return tangents.without_zeros(compiled, optional)
+
+    def _bounded(
+        self, prepare: Callable[[GraphModule, str], None] | None = None
+    ) -> Callable[..., Any] | None:
+        """What partitions a training step within the option's memory; None where it sets no bound.
+
+        Args:
+            prepare: edits a flat graph before it is planned; None where Inductor will run it, which
+                makes zeros for absent tangents.
+        """
+        if self.options.memory_budget is None:
+            return None
+        from iocompiler.recompute.budget import Budgeted
+
+        def note(trade: Trade) -> None:
+            self.compilation.trade = trade
+
+        return Budgeted(
+            self.options.memory_budget,
+            lambda gm: engines.device_row(gm, self.options),
+            prepare or (lambda flat, name: None),
+            note,
+            lazy=prepare is not None,
+        )
+
+    def _run_flat_passes(self, flat: GraphModule, name: str) -> None:
+        self.pipeline.stage("flat").run(flat, start=name)
 
     def _backward(
         self, flat: GraphModule, inputs: Sequence[Any], place: Slot, optional: bool
@@ -243,7 +275,7 @@ class _Walk:
         from iocompiler.plan.fallbacks import check_fallbacks
         from iocompiler.plan.padding import report_strides, settle_strides
 
-        self.pipeline.stage("flat").run(flat, start=name)
+        self._run_flat_passes(flat, name)
         label = self._label(name)
         self.compilation.flat[label] = flat
         self.compilation.add(findings(flat))
@@ -252,11 +284,10 @@ class _Walk:
         plan = build_plan(flat, device, name)
         if self.options.no_fallback is not None:
             check_fallbacks(plan, flat, self.options.no_fallback)
-        plan, measured = engines.tuned(plan, flat, self.options)
+        plan, measured, run = engines.scheduled(plan, flat, self.options, name)
         if measured:
             self.compilation.tuned[label] = measured
         self.compilation.plans[label] = plan
-        run = engines.load(plan, flat, self.options, name)
         if self.folder is not None:
             dump_text(self.folder / f"{label}.txt", show(flat, _bytes_moved))
             if engines.source(run):

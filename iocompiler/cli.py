@@ -72,6 +72,11 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument("--training", action="store_true", help="also the backward pass")
     explain.add_argument(
+        "--memory-budget",
+        metavar="0.5",
+        help="of a training step: a fraction of its peak (0.5), or bytes (a whole number)",
+    )
+    explain.add_argument(
         "--no-compile", action="store_true", help="plan only: no registers and spills"
     )
     explain.add_argument(
@@ -91,6 +96,7 @@ def _explain(options: argparse.Namespace) -> int:
         device=options.device,
         training=options.training,
         compile_kernels=not options.no_compile,
+        memory_budget=parse_budget(options.memory_budget),
     )
     for path in options.save:
         report.save(path)
@@ -175,6 +181,20 @@ def parse_input(text: str) -> Any:
     if not isinstance(found, torch.dtype):
         raise BadArgument(argument=f"--input {text}", cause=f"torch has no dtype {dtype!r}")
     return torch.empty([int(size) for size in shape.split("x") if size], dtype=found)
+
+
+def parse_budget(text: str | None) -> int | float | None:
+    """Bytes from "2000000", a fraction from "0.5" or "1.0".
+
+    Raises:
+        BadArgument: the text is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise BadArgument(argument=f"--memory-budget {text}", cause="it is no number") from None
 
 
 def _devices(options: argparse.Namespace) -> int:

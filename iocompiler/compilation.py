@@ -13,6 +13,7 @@ from iocompiler.graph.findings import Miss, Rewrite
 if TYPE_CHECKING:
     from iocompiler.observe import Summary
     from iocompiler.plan.data import Plan
+    from iocompiler.recompute.trade import Trade
     from iocompiler.runtime.tune import Tuned
 
 
@@ -43,6 +44,7 @@ class Compilation:
         fallbacks: what runs on aten, or unrecorded, and why.
         recorded: names of the flat graphs that are replayed as CUDA graphs.
         tuned: what was measured of the kernels of each flat graph, under mode="max-autotune".
+        trade: memory for time, where the option memory_budget bounds the step.
         changed: sites changed by passes that do more than respell.
         passes: the table of passes, with sites and milliseconds.
         cache: "found" where the graph came from the disk cache (then there are neither graphs nor
@@ -58,6 +60,7 @@ class Compilation:
     fallbacks: list[Fallback] = field(default_factory=list)
     recorded: set[str] = field(default_factory=set)
     tuned: dict[str, tuple[Tuned, ...]] = field(default_factory=dict)
+    trade: Trade | None = None
     changed: int = 0
     passes: Summary | None = None
     cache: str = ""

@@ -5,6 +5,7 @@ tests, aten last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -60,6 +61,33 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Tu
         found = tune(plan, row, hints, bench, default_cache(), name)
         bench.release()
         return found
+
+
+def scheduled(
+    plan: Plan, gm: GraphModule, options: Options, name: str
+) -> tuple[Plan, tuple[Tuned, ...], Boxed]:
+    """The plan as it runs, what was measured, and what runs it: with the schedules of the plan
+    file where that has the graph, else as `tuned` chooses, which then goes into the file.
+
+    Raises:
+        BadPlanFile: the file cannot be replayed.
+    """
+    if not options.plan:
+        chosen, measured = tuned(plan, gm, options)
+        return chosen, measured, load(chosen, gm, options, name)
+    from iocompiler.runtime.plan_file import PlanFile
+
+    file, device = PlanFile(Path(options.plan)), device_row(gm, options).name
+    replayed_plan = file.replayed(plan, name, device)
+    if replayed_plan is not None:
+        try:
+            return replayed_plan, (), load(replayed_plan, gm, options, name)
+        except Exception as error:
+            raise file.refused(name, error) from error
+    chosen, measured = tuned(plan, gm, options)
+    run = load(chosen, gm, options, name)
+    file.add(chosen, plan, name, device)
+    return chosen, measured, run
 
 
 def text_loader(options: Options) -> LoadText | None:
@@ -123,13 +151,39 @@ def aten(gm: GraphModule) -> Boxed:
     return boxed(lambda args: torch.fx.Interpreter(gm).boxed_run(args))
 
 
-def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor's C++ on a graph before autograd; raises where this machine has no C++ compiler."""
+def inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], partition: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Inductor's C++ on a graph before autograd; raises where this machine has no C++ compiler.
+
+    Args:
+        partition: instead of Inductor's own choice of what is kept for the backward.
+    """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()
-    return cast("Callable[..., Any]", compile_fx(gm, example_inputs))
+    patches: dict[str, Any] = {}
+    if partition is not None:
+        # a graph found in Inductor's cache would not be partitioned, and its trade not be known
+        patches = {
+            "custom_partitioner_fn": _for_inductor(partition),
+            "force_disable_caches": True,
+        }
+    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=patches))
+
+
+def _for_inductor(partition: Callable[..., Any]) -> Any:
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+            return partition(gm, joint_inputs, **kwargs)
+
+        def uuid(self) -> None:
+            """No name for Inductor's cache."""
+
+    return Partitioner()
 
 
 def source(run: Boxed) -> str:

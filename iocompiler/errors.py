@@ -150,6 +150,12 @@ class UnboundedFallback(IOCompilerError):
     message = "no_fallback: {region} failed and would run on aten: {cause}"
 
 
+class BadPlanFile(IOCompilerError):
+    """A plan file cannot be read, or a graph in it cannot be replayed."""
+
+    message = "plan file {path!r} cannot be replayed: {cause}; {advice} to choose anew"
+
+
 class CompileError(IOCompilerError):
     """Triton, or the process it runs in, could not compile a kernel."""
 
@@ -170,6 +176,10 @@ class FallbackWarning(UserWarning):
     """A region runs on aten, or unrewritten, because compiling it failed; the message names the
     cause.
     """
+
+
+class BudgetWarning(UserWarning):
+    """No way to run a training step keeps within the memory budget; the message has the bytes."""
 
 
 def close_match(name: str, known: Iterable[str]) -> str:

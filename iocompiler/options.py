@@ -35,29 +35,38 @@ class Options:
         no_fallback: bytes; a call of an aten operator that is no library's kernel and writes more
             than this is an error, and so is a region that would run on aten. None allows any. Where
             Inductor runs the graph (on the CPU, "auto") nothing is planned, and nothing refused.
+        memory_budget: bounds the peak of each training step's activations, gradients and
+            temporaries: bytes, or as a float in (0, 1] the fraction of the peak without a bound.
+            None bounds nothing.
+        plan: a JSON file of schedules; "" for none. The graphs it has are replayed with its
+            schedules, nothing is measured for them; others are added to it.
         cache: look for the graph in the disk cache before compiling it, and keep it there. Passes
             do not run for a graph that is found.
     """
 
     mode: str = "default"
     dump: str = ""
+    plan: str = ""
     strict: bool = False
     verify: bool = False
     device: str = ""
     engine: str | Callable[..., Any] = "auto"
     cache: bool = True
     no_fallback: int | None = None
+    memory_budget: int | float | None = None
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
-        if not isinstance(self.dump, str):
-            raise InvalidOption(name="dump", expected="a path", value=self.dump)
+        for name in ("dump", "plan"):
+            if not isinstance(getattr(self, name), str):
+                raise InvalidOption(name=name, expected="a path", value=getattr(self, name))
         for name in ("strict", "verify", "cache"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(name=name, expected="True or False", value=getattr(self, name))
         allowed = self.no_fallback
         if allowed is not None and (type(allowed) is not int or allowed < 0):
             raise InvalidOption(name="no_fallback", expected="bytes or None", value=allowed)
+        _budget(self.memory_budget)
         _one_of("device", self.device, ("", *DEVICES))
         if not callable(self.engine):
             _one_of("engine", self.engine, ENGINES)
@@ -81,9 +90,17 @@ class Options:
                     name=name, hint=close_match(str(name), known), known=", ".join(known)
                 )
         values = dict(given)
-        if isinstance(values.get("dump"), Path):
-            values["dump"] = str(values["dump"])
+        for name in ("dump", "plan"):
+            if isinstance(values.get(name), Path):
+                values[name] = str(values[name])
         return dataclasses.replace(self, **values)
+
+
+def _budget(value: object) -> None:
+    fraction = type(value) is float and 0 < value <= 1
+    if value is not None and not fraction and not (type(value) is int and value > 0):
+        expected = "bytes (an int above 0), a fraction (a float in (0, 1]) or None"
+        raise InvalidOption(name="memory_budget", expected=expected, value=value)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -18,7 +18,8 @@ def test_modes_of_torch_compile(mode: str) -> None:
 
 
 def test_a_path_may_be_a_path(tmp_path: Path) -> None:
-    assert Options.build({"dump": tmp_path}).dump == str(tmp_path)
+    built = Options.build({"dump": tmp_path, "plan": tmp_path / "plan.json"})
+    assert (built.dump, built.plan) == (str(tmp_path), str(tmp_path / "plan.json"))
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
@@ -40,11 +41,19 @@ def test_no_hint_where_nothing_is_close() -> None:
         ("mode", "fast"),
         ("mode", None),
         ("dump", 3),
+        ("plan", 3),
         ("strict", "yes"),
         ("strict", 1),
         ("verify", None),
         ("device", "h2000"),
         ("engine", "gpu"),
+        ("memory_budget", 0),
+        ("memory_budget", -1),
+        ("memory_budget", 0.0),
+        ("memory_budget", 1.5),
+        ("memory_budget", float("nan")),
+        ("memory_budget", True),
+        ("memory_budget", "0.5"),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: object) -> None:
@@ -61,3 +70,8 @@ def test_an_engine_may_be_a_function() -> None:
         return plan
 
     assert Options.build({"engine": engine}).engine is engine
+
+
+@pytest.mark.parametrize("value", [None, 1, 10**12, 1.0, 1e-9])
+def test_a_memory_budget_is_bytes_or_a_fraction(value: object) -> None:
+    assert Options.build({"memory_budget": value}).memory_budget == value

@@ -49,6 +49,17 @@ def tensors(node: Node) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
 
 
+def copied(gm: GraphModule) -> GraphModule:
+    """A flat graph of equal nodes, which may be edited; tensors and values are shared."""
+    graph = Graph()
+    results = graph.graph_copy(gm.graph, {})
+    (output,) = gm.graph.find_nodes(op="output")
+    graph.output(results).meta = dict(output.meta)
+    other = GraphModule(gm, graph)
+    other.meta = dict(gm.meta)
+    return other
+
+
 def fake_mode(graph: Graph) -> FakeTensorMode | None:
     """The mode of the graph's fake values; None where it has none."""
     fakes = (t for node in graph.nodes for t in tensors(node) if isinstance(t, FakeTensor))

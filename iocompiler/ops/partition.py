@@ -9,13 +9,14 @@ never run twice (contractions, attention, anything random, anything that is a ke
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
-from torch._functorch import partitioners
+from torch._functorch import config, partitioners
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -61,6 +62,17 @@ _ALSO_FREE = frozenset({
 })  # fmt: skip
 
 
+# in the metadata of what may run again though it is dear
+_AGAIN = "iocompiler_again"
+
+# bans of AOTAutograd's on what is cheap to run again
+_BANS = (
+    "ban_recompute_used_far_apart",
+    "ban_recompute_long_fusible_chains",
+    "ban_recompute_materialized_backward",
+)
+
+
 class _OurOps(partitioners.OpTypes):
     """The default classes of operators, and ours by overload."""
 
@@ -68,6 +80,8 @@ class _OurOps(partitioners.OpTypes):
         return node.target in _ALSO_FREE or super().is_fusible(node)
 
     def is_recomputable(self, node: Node) -> bool:
+        if node.meta.get(_AGAIN):
+            return True
         if self.is_random(node):
             return False
         return node.target in _ALSO_FREE or super().is_recomputable(node)
@@ -101,6 +115,37 @@ def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphMo
     ours = _op_types()
     with mock.patch.object(partitioners, "get_default_op_list", return_value=ours):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
+
+
+def partition_again(
+    joint: GraphModule,
+    inputs: Any,
+    again: Collection[str],
+    keep: Collection[str],
+    relaxed: bool,
+    **keywords: Any,
+) -> tuple[GraphModule, GraphModule]:
+    """As `partition`, on a copy of the joint graph.
+
+    Args:
+        again: nodes that may run again though they are dear.
+        keep: nodes that must not.
+        relaxed: cheap nodes run again wherever that saves memory.
+    """
+    graph = view.copied(joint)
+    for node in graph.graph.nodes:
+        if node.name in again:
+            node.meta[_AGAIN] = True
+        if node.name in keep:  # what the user checkpoints stays so
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+    bans = dict.fromkeys(_BANS, False) if relaxed else {}
+    with config.patch(bans):
+        return partition(graph, inputs, **keywords)
+
+
+def runs_again(node: Node) -> bool:
+    """Whether a minimum cut by bytes may compute the node again without being told to."""
+    return _op_types().is_recomputable(node)
 
 
 def _keep_copies(joint: GraphModule) -> None:

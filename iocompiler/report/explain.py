@@ -19,7 +19,7 @@ from iocompiler.compilation import Compilation
 from iocompiler.convenience import compile as compiled
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.device import device as device_named
-from iocompiler.errors import CannotExplain, FallbackWarning, IOCompilerError
+from iocompiler.errors import BudgetWarning, CannotExplain, FallbackWarning, IOCompilerError
 from iocompiler.ops.target import planned_for
 from iocompiler.pipeline import DEFAULT, Pipeline
 from iocompiler.plan.build import size_hints
@@ -40,6 +40,7 @@ def explain(
     training: bool = False,
     compile_kernels: bool = True,
     pipeline: Pipeline = DEFAULT,
+    memory_budget: int | float | None = None,
     **kwargs: Any,
 ) -> Report:
     """Plan, emit and compile a program for a device, which need not be present; nothing is run.
@@ -56,9 +57,11 @@ def explain(
         compile_kernels: compile the generated kernels to cubins, for registers, spills and shared
         memory.
         pipeline: the passes to run.
+        memory_budget: as the option of that name; the report then has ``trades``.
 
     Raises:
         UnknownDevice: no such row.
+        InvalidOption: the budget is not one.
         CannotExplain: the program fails on fake tensors, or nothing of its output needs a gradient.
     """
     row = device_named(device)
@@ -66,6 +69,7 @@ def explain(
     options: dict[str, Any] = {
         "engine": _unplanned_engine,
         "device": row.name,
+        "memory_budget": memory_budget,
         "on_compiled": records.append,
     }
     breaks = Counter(torch._dynamo.utils.counters["graph_break"])
@@ -104,6 +108,7 @@ def report_of(
             ledger,
             rewrites=tuple(record.rewrites),
             misses=tuple(record.misses),
+            trades=() if record.trade is None else (record.trade,),
             fallbacks=(
                 *(Lost(f.region, f.cause, f.where) for f in record.fallbacks),
                 *kernels.lost,
@@ -171,6 +176,7 @@ def _quiet() -> Iterator[None]:
         torch._dynamo.config.patch(**limits, automatic_dynamic_shapes=False),
     ):
         warnings.simplefilter("ignore", FallbackWarning)
+        warnings.simplefilter("ignore", BudgetWarning)
         yield
 
 

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from iocompiler.graph.findings import Miss, Rewrite
+from iocompiler.recompute.trade import Trade
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -90,6 +91,7 @@ class Report:
         rewrites, misses: what was recognised, and what nearly was.
         unfused: edges that stayed in memory, largest first.
         fallbacks: regions lost to aten, and graph breaks.
+        trades: memory for time in each training step, under a memory budget.
         bytes_bound: the least bytes any fusion of these graphs must move. What the forward hands to
             the backward does not count: it could be made again.
         time_bound_us: the least microseconds: those bytes at full bandwidth, or the arithmetic at
@@ -104,6 +106,7 @@ class Report:
     misses: tuple[Miss, ...] = ()
     unfused: tuple[Edge, ...] = ()
     fallbacks: tuple[Lost, ...] = ()
+    trades: tuple[Trade, ...] = ()
     bytes_bound: int = 0
     time_bound_us: float = 0.0
     sizes: tuple[tuple[str, int], ...] = ()
@@ -132,6 +135,7 @@ class Report:
             misses=self.misses + other.misses,
             unfused=tuple(sorted(self.unfused + other.unfused, key=lambda e: -e.bytes)),
             fallbacks=self.fallbacks + other.fallbacks,
+            trades=self.trades + other.trades,
             bytes_bound=self.bytes_bound + other.bytes_bound,
             time_bound_us=self.time_bound_us + other.time_bound_us,
             sizes=tuple(dict(self.sizes + other.sizes).items()),

@@ -11,10 +11,11 @@ from typing import Any
 
 from iocompiler.errors import ReportFormat
 from iocompiler.graph.findings import Miss, Rewrite
+from iocompiler.recompute.trade import trade_of
 from iocompiler.report.ledger import Edge, Kernel, Lost, Report, Resources
 from iocompiler.report.text import as_svg, as_text
 
-_SCHEMA = 1
+_SCHEMA = 2
 _LISTS: dict[str, type[Any]] = {
     "rewrites": Rewrite,
     "misses": Miss,
@@ -71,6 +72,7 @@ def from_json(text: str) -> Report:
         device=data["device"],
         kernels=tuple(_kernel(item) for item in data["kernels"]),
         bytes_bound=data["bytes_bound"],
+        trades=tuple(map(trade_of, data["trades"])),
         time_bound_us=data["time_bound_us"],
         sizes=tuple((name, value) for name, value in data["sizes"]),
         **lists,

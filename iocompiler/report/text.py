@@ -12,11 +12,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from iocompiler.recompute.trade import Trade
 from iocompiler.report.ledger import Edge, Kernel, Report
 
 WIDTH = 120
 MOST_KERNELS = 40
 MOST_EDGES = 15
+MOST_AGAIN = 12
 
 
 def as_text(report: Report, width: int = WIDTH) -> str:
@@ -37,6 +39,7 @@ def as_svg(report: Report, width: int = WIDTH) -> str:
 def parts(report: Report) -> Iterator[RenderableType]:
     """What is printed, in order; sections with nothing to say are left out."""
     yield _totals(report)
+    yield from map(_trade, report.trades)
     if report.kernels:
         yield _kernels(report)
     if report.rewrites:
@@ -90,6 +93,28 @@ def _totals(report: Report) -> Table:
     if report.sizes:
         sizes = ", ".join(f"{name} = {value}" for name, value in report.sizes)
         _row(table, "sizes", str(len(report.sizes)), f"priced at {sizes}")
+    return table
+
+
+def _trade(trade: Trade) -> Table:
+    """All points, the unconstrained one first, then what the chosen one makes again."""
+    bound = f"at most {show_bytes(trade.allowed)}" + ("" if trade.fits else ", which nothing keeps")
+    table = _table(f"memory for time, peak {bound}")
+    table.add_column("", no_wrap=True)
+    table.add_column("way, or what is made again", ratio=3, overflow="fold")
+    for name in ("peak", "time", "saved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("where", ratio=2, overflow="fold")
+    for point in trade.points or (trade.unconstrained, trade.chosen):
+        mark = "*" if point == trade.chosen else ""
+        peak, time = show_bytes(point.peak), show_time(point.time_us)
+        _row(table, mark, point.name, peak, time, show_bytes(point.saved), "")
+    largest = sorted(trade.again, key=lambda each: -each.bytes)
+    for each in largest[:MOST_AGAIN]:
+        what = f"again: {each.name} ({each.operator})"
+        _row(table, "", what, "", "", f"-{show_bytes(each.bytes)}", each.where)
+    rest = sum(each.bytes for each in largest[MOST_AGAIN:])
+    _remainder(table, len(largest) - MOST_AGAIN, "made again", rest, columns=(1, 4))
     return table
 
 

@@ -25,6 +25,7 @@ from iocompiler.graph.findings import Miss, Rewrite
 from iocompiler.graph.fingerprint import shape_environment
 from iocompiler.options import Options
 from iocompiler.pipeline import Pipeline
+from iocompiler.recompute.trade import trade_of
 from iocompiler.runtime import constants
 from iocompiler.runtime.autograd import callable_of
 from iocompiler.runtime.cache import Cache, Entry, default_cache, key_of
@@ -167,6 +168,7 @@ class Slot:
         rewrites = [Rewrite(**row) for row in meta["rewrites"]]
         self.compilation.add([*rewrites, *(Miss(**row) for row in meta["misses"])])
         self.compilation.changed = int(meta["changed"])
+        self.compilation.trade = meta["trade"] and trade_of(meta["trade"])
         self.compilation.cache = "found"
         return run
 
@@ -213,6 +215,7 @@ class Slot:
             "rewrites": [dataclasses.asdict(found) for found in done.rewrites],
             "misses": [dataclasses.asdict(found) for found in done.misses],
             "changed": done.changed,
+            "trade": done.trade and dataclasses.asdict(done.trade),
         }
         files = {f"{name}.py": text.encode() for name, (text, _) in self.modules.items()}
         files[_KEY] = self.text.encode()

@@ -48,6 +48,8 @@ def refuse_options(options: Options) -> None:
         raise NotCacheable(cause="the option cache is off")
     if options.mode == "reduce-overhead":
         raise NotCacheable(cause="CUDA graphs are recorded anew")
+    if options.plan:
+        raise NotCacheable(cause="the schedules are those of a plan file")
     for name in ("dump", "verify"):
         if getattr(options, name):
             raise NotCacheable(cause=f"the option {name} wants every pass to run")

@@ -101,10 +101,12 @@ def tune(
         for s in subjects
         if (found := known[s.name]) is not None
     }
-    return _rescheduled(plan, chosen), tuple(t for t in known.values() if t is not None)
+    return rescheduled(plan, chosen), tuple(t for t in known.values() if t is not None)
 
 
-def _rescheduled(plan: Plan, chosen: Mapping[_Key, Schedule]) -> Plan:
+def rescheduled(plan: Plan, chosen: Mapping[_Key, Schedule]) -> Plan:
+    """The plan with other schedules for the kernels that have a choice, by program and schedule."""
+
     def changed(step: Step) -> Step:
         if not isinstance(step, (KernelStep, BatchStep)):
             return step

@@ -383,6 +383,13 @@ def test_findings() -> None:
 # what is not kept
 
 
+def test_the_trade_under_a_memory_budget() -> None:
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((20, 16), (16, 24), (24,)))
+    first, second = found_again(mlp, x, w, b, memory_budget=1.0)
+    assert first.trade is not None
+    assert first.trade == second.trade
+
+
 def test_options_that_keep_it_out(tmp_path: Path) -> None:
     x = torch.randn(3)
     assert reason(torch.sin, x, cache=False) == "the option cache is off"

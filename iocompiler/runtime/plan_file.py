@@ -1,0 +1,172 @@
+"""A plan file: the schedule of every kernel, chosen once, replayed exactly from then on.
+
+    {"format": 1, "graphs": {"<fingerprint>": {"graph": "forward", "device": "h200",
+        "kernels": {"forward_gelu": {"kind": "pointwise", "x_block": 1024, ...}}}}}
+
+A graph is known by its plan but for the schedules. One that the file does not have is added to it
+once it is compiled; one that it has is neither measured nor chosen for anew. What cannot be
+replayed is an error: a file that is wrong is never passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iocompiler.codegen.module import kernel_names
+from iocompiler.errors import BadPlanFile
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, Schedule
+from iocompiler.runtime.tune import rescheduled
+from iocompiler.tile.program import TileProgram
+
+FORMAT = 1
+_KINDS = ("pointwise", "persistent", "looped", "rows")
+_FIELDS = tuple(field.name for field in dataclasses.fields(Schedule))
+_BLOCKS = ("x_block", "y_block", "r_block", "num_warps")
+_MOST_WARPS = 32
+
+_Key = tuple[TileProgram, Schedule]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """The plan file at ``path``, which need not exist yet."""
+
+    path: Path
+
+    def replayed(self, plan: Plan, name: str, device: str) -> Plan | None:
+        """``plan`` with the schedules of the file; None where the file does not have its graph.
+
+        Args:
+            name: of the flat graph. device: the row it is planned for.
+
+        Raises:
+            BadPlanFile: the file or the graph in it cannot be replayed.
+        """
+        found = self._graphs().get(fingerprint(plan, name))
+        if found is None:
+            return None
+        entry = f"graph {name!r} ({fingerprint(plan, name)})"
+        if not isinstance(found, dict) or not isinstance(found.get("kernels"), dict):
+            raise self._bad(f"{entry} has no kernels", entry)
+        if found.get("device") != device:
+            cause = f"{entry} was chosen for {found.get('device')!r}, this is {device!r}"
+            raise self._bad(cause, entry)
+        kernels = _kernels(plan)
+        differing = sorted(set(found["kernels"]) ^ set(kernels))
+        if differing:
+            cause = f"{entry} and its plan differ in the kernels {', '.join(differing)}"
+            raise self._bad(cause, entry)
+        chosen: dict[_Key, Schedule] = {}
+        for kernel, row in found["kernels"].items():
+            key = kernels[kernel]
+            try:
+                chosen[key] = _schedule(row, key[1])
+            except ValueError as error:
+                place = f"kernel {kernel!r} of {entry}"
+                raise self._bad(f"{place}: {error}", place) from None
+        return rescheduled(plan, chosen)
+
+    def add(self, plan: Plan, model: Plan, name: str, device: str) -> None:
+        """Write the schedules of ``plan`` down, beside those of other graphs.
+
+        Args:
+            model: the plan as the model made it, after whose kernels the file names them.
+        """
+        names = {key: kernel for kernel, key in _kernels(model).items()}
+        kernels = {
+            names[before.program, before.schedule]: _row(after.schedule)
+            for before, after in zip(model.steps, plan.steps, strict=True)
+            if isinstance(before, (KernelStep, BatchStep))
+            and isinstance(after, (KernelStep, BatchStep))
+        }
+        graphs = self._graphs()  # read again: another process may have added its own
+        graphs[fingerprint(model, name)] = {"graph": name, "device": device, "kernels": kernels}
+        text = json.dumps({"format": FORMAT, "graphs": graphs}, indent=1) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(aside, self.path)
+        except OSError as error:
+            raise self._bad(f"it cannot be written: {error}") from None
+
+    def _graphs(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self._bad(f"it cannot be read: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise self._bad(f"it is no plan file of format {FORMAT}")
+        graphs = data.get("graphs")
+        if not isinstance(graphs, dict):
+            raise self._bad("it has no graphs")
+        return graphs
+
+    def _bad(self, cause: str, place: str = "") -> BadPlanFile:
+        advice = "delete the file" + (f", or in it {place}," if place else "")
+        return BadPlanFile(path=str(self.path), cause=cause, advice=advice)
+
+    def refused(self, name: str, error: Exception) -> BadPlanFile:
+        """That a graph with the schedules of the file could not be loaded."""
+        return self._bad(f"its schedules for graph {name!r} do not load: {error}")
+
+
+def fingerprint(plan: Plan, name: str) -> str:
+    """The same in every process, whatever the schedules: inputs, programs and calls in order."""
+    lines = [name, plan.device, repr(plan.inputs)]
+    for step in plan.steps:
+        if isinstance(step, (KernelStep, BatchStep)):
+            lines.append(f"{step.name} {step.program}")
+            lines.append(repr(step.args if isinstance(step, KernelStep) else step.members))
+        elif isinstance(step, AtenStep):
+            lines.append(f"{step.target} {[name for name, _ in step.outputs]}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
+
+
+def _kernels(plan: Plan) -> dict[str, _Key]:
+    """The kernels of a plan by name, those of regions in it left out."""
+    steps = [step for step in plan.steps if isinstance(step, (KernelStep, BatchStep))]
+    if not steps:
+        return {}
+    own = {(step.program, step.schedule) for step in steps}
+    return {kernel: key for key, (kernel, _) in kernel_names(plan).items() if key in own}
+
+
+def _row(schedule: Schedule) -> dict[str, Any]:
+    return dataclasses.asdict(schedule)
+
+
+def _schedule(row: Any, model: Schedule) -> Schedule:
+    """A schedule as the file has it.
+
+    Raises:
+        ValueError: it is none, or none for a kernel that the model gave the schedule ``model``.
+    """
+    if not isinstance(row, dict) or set(row) != set(_FIELDS):
+        raise ValueError(f"a schedule has the fields {', '.join(_FIELDS)}")
+    if row["kind"] not in _KINDS:
+        raise ValueError(f"there is no schedule {row['kind']!r}: the kinds are {', '.join(_KINDS)}")
+    for name in _FIELDS[1:]:
+        if type(row[name]) is not int or row[name] < 0:
+            raise ValueError(f"{name} is {row[name]!r}, not a number")
+    for name in _BLOCKS:
+        if row[name] < 1 or row[name] & (row[name] - 1):
+            raise ValueError(f"{name} is {row[name]}, not a power of two")
+    if row["num_warps"] > _MOST_WARPS:
+        raise ValueError(f"num_warps is {row['num_warps']}, more than {_MOST_WARPS}")
+    chosen = Schedule(**row)
+    reduces = ("persistent", "looped")
+    fits = chosen.kind == model.kind or (chosen.kind in reduces and model.kind in reduces)
+    if not fits or chosen.programs != model.programs:
+        raise ValueError(f"{chosen.kind} with {chosen.programs} programs does not fit this kernel")
+    return chosen
