@@ -36,6 +36,15 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int, scratch: int) -> int:
     return min(rows, -(-rows // max(chunks, 1) // _ROWS) * _ROWS)
 
 
+def scratch_bytes(
+    rows: int, vocabulary: int, width: int, itemsize: int, *, gradient: bool, kept: bool
+) -> int:
+    """What `walk` allocates on a GPU beside its results, x being [rows, width]."""
+    held = _chunk(rows, vocabulary, itemsize, gradient=gradient, kept=kept)[1]
+    filled = gradient and itemsize == 2 and vocabulary * itemsize % ALIGNED != 0
+    return _stride(vocabulary) * itemsize * (held + (width if filled else 0))
+
+
 def walk(
     x: Tensor,
     weight: Tensor,
@@ -155,17 +164,13 @@ class _Room:
     def __init__(
         self, x: Tensor, vocabulary: int, columns: int, gradient: bool, kept: Tensor | None
     ) -> None:
-        rows, itemsize = x.shape[0], x.element_size()
+        itemsize = x.element_size()
         self._kept, self._gradient, self._columns = kept, gradient, columns
         self._in_place = kept is not None and vocabulary * itemsize % ALIGNED == 0
-        budget = SCRATCH_BYTES
-        if kept is not None:
-            budget = KEPT_SCRATCH_BYTES if gradient else COPIED_SCRATCH_BYTES
-        self.chunk = chunk_rows(rows, vocabulary, itemsize, budget)
-        used = self.chunk
-        if self._in_place and not gradient:
-            self.chunk, used = rows, 0  # one product is fastest, and nothing else is gained
-        self._scratch = x.new_empty((used, _stride(vocabulary)))
+        self.chunk, held = _chunk(
+            x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
+        )
+        self._scratch = x.new_empty((held, _stride(vocabulary)))
 
     def logits(self, some: slice) -> Tensor:
         """[rows, columns], where the products of ``some`` rows go."""
@@ -183,6 +188,19 @@ class _Room:
 
     def _rows(self, some: slice) -> Tensor:
         return self._scratch[: some.stop - some.start, : self._columns]
+
+
+def _chunk(
+    rows: int, vocabulary: int, itemsize: int, *, gradient: bool, kept: bool
+) -> tuple[int, int]:
+    """(rows of a chunk, rows of the scratch)."""
+    if kept and not gradient and vocabulary * itemsize % ALIGNED == 0:
+        return rows, 0  # in place; one product is fastest, and nothing else is gained
+    budget = SCRATCH_BYTES
+    if kept:
+        budget = KEPT_SCRATCH_BYTES if gradient else COPIED_SCRATCH_BYTES
+    chunk = chunk_rows(rows, vocabulary, itemsize, budget)
+    return chunk, chunk
 
 
 def _stride(vocabulary: int) -> int:

@@ -2,8 +2,8 @@
 
 Buffers live as in the generated module (`codegen/body.py`): allocated before the step that fills
 them, dropped after the last step that reads them or a view of them. Counted is what stands above
-parameters and inputs: activations, gradients, temporaries. What an operator allocates for itself
-while it runs is not in the plan, and not counted.
+parameters and inputs: activations, gradients, temporaries. Of what an operator allocates for itself
+while it runs, only what `workspace.py` knows of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from iocompiler.cost_model.call import resolve
+from iocompiler.cost_model.call import call_of_step, resolve
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -28,6 +28,7 @@ from iocompiler.plan.data import (
     regions,
 )
 from iocompiler.plan.sizes import value_at
+from iocompiler.plan.workspace import workspace_bytes
 
 Hints = Mapping[str, int]
 
@@ -89,6 +90,7 @@ class _Memory:
     ) -> None:
         self.bytes = dict(given)
         self._roots = dict(roots or {})
+        self._specs = {name: spec for name, spec in plan.inputs if spec is not None}
         self._hints = hints
         self.peak = self._run(plan, given)
 
@@ -128,10 +130,12 @@ class _Memory:
             case AtenStep():
                 read = [r.name for r in references((step.args, dict(step.kwargs)))]
                 results = [(name, spec) for _, name, spec in step.results()]
+                self._specs.update((name, spec) for name, spec in results if spec is not None)
                 self._made(self._fresh(step, results))
                 return {self._root(n) for n in (*read, *(n for n, _ in results))}
             case ViewStep():
                 self._roots[step.name] = self._root(step.base)
+                self._specs[step.name] = step.spec
                 return set()  # without a reader of its own it holds nothing
             case ConstantStep():
                 return set()  # the module's own
@@ -139,6 +143,7 @@ class _Memory:
     def _made(self, outputs: Sequence[tuple[str, TensorSpec | None]]) -> None:
         for name, spec in outputs:
             if spec is not None:
+                self._specs[name] = spec
                 self.bytes[name] = storage_bytes(spec, self._hints)
 
     def _fresh(
@@ -155,11 +160,12 @@ class _Memory:
         return []
 
     def _within(self, step: Step) -> int:
-        """What functions that the step calls hold beside it."""
+        """What the operator of the step, and functions that it calls, hold beside it."""
         if not isinstance(step, AtenStep):
             return 0
         inner = regions((step.args, dict(step.kwargs)))
-        return max((_Memory(region.plan, {}, self._hints).peak for region in inner), default=0)
+        called = max((_Memory(region.plan, {}, self._hints).peak for region in inner), default=0)
+        return called + workspace_bytes(call_of_step(step, self._specs), self._hints)
 
 
 def storage_bytes(spec: TensorSpec, hints: Hints) -> int:

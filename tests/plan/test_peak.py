@@ -102,3 +102,35 @@ def test_sizes_are_taken_at_their_hints() -> None:
     s = sympy.Symbol("s0", positive=True, integer=True)
     found = TensorSpec((s, 4), (4, 1), torch.float32, "cpu")
     assert storage_bytes(found, {"s0": 10}) == 160
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 4099])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_heads_logits_count_while_it_runs(vocabulary: int, keep: bool) -> None:
+    """What the operator really allocates, its results among it."""
+    rows, width = 300, 32
+    x, weight = torch.zeros(rows, width).bfloat16(), torch.zeros(vocabulary, width).bfloat16()
+    target, rest = torch.zeros(rows, dtype=torch.int64), (-100, 0.0, 1.0, 1.0, False, keep)
+    given = {"x": x, "weight": weight, "target": target}
+    specs = {
+        n: TensorSpec(tuple(t.shape), tuple(t.stride()), t.dtype, "cpu") for n, t in given.items()
+    }
+    for gradients in (False, True):
+        name = "gradients" if gradients else "losses"
+        needed = (True, True, False) if gradients else ()
+        run = getattr(torch.ops.iocompiler, f"linear_cross_entropy_{name}").default
+        results = run(x, weight, None, target, None, None, *rest, *needed)
+        args = (Ref("x"), Ref("weight"), None, Ref("target"), None, None, *rest, *needed)
+        outputs = tuple(
+            (f"r{at}", TensorSpec(tuple(t.shape), tuple(t.stride()), t.dtype, "cpu"))
+            for at, t in enumerate(results)
+        )
+        step = AtenStep(f"iocompiler.linear_cross_entropy_{name}.default", args, (), outputs, True)
+        made = Plan(tuple(specs.items()), (step,), (), "cpu")
+        own = sum(t.numel() * t.itemsize for t in results)
+        scratch = 300 * (-(-vocabulary // 64) * 64) * 2
+        odd = vocabulary % 8 != 0
+        if keep and not gradients and not odd:
+            scratch = 0
+        filled = (-(-vocabulary // 64) * 64) * width * 2 if gradients and odd else 0
+        assert scheduled_peak(made, NOTHING, {}, {}) == own + scratch + filled

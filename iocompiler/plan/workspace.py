@@ -1,0 +1,27 @@
+"""What operators allocate for themselves while they run, where that is much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from iocompiler.cost_model.call import Call
+from iocompiler.ops.linear_cross_entropy_chunks import scratch_bytes
+from iocompiler.plan.sizes import value_at
+
+_LOSSES = "iocompiler.linear_cross_entropy_losses"
+_GRADIENTS = "iocompiler.linear_cross_entropy_gradients"
+
+
+def workspace_bytes(call: Call, hints: Mapping[str, int]) -> int:
+    """Bytes that are neither the call's operands nor its results.
+
+    Args:
+        hints: an example value for every size symbol.
+    """
+    if call.name not in (_LOSSES, _GRADIENTS):
+        return 0
+    x, weight = (call.argument(name).spec for name in ("x", "weight"))
+    rows, width, vocabulary = (value_at(size, hints) for size in (*x.shape, weight.shape[0]))
+    kept = call.argument("keep") is True
+    gradient = call.name == _GRADIENTS
+    return scratch_bytes(rows, vocabulary, width, x.dtype.itemsize, gradient=gradient, kept=kept)
