@@ -186,3 +186,13 @@ def close_match(name: str, known: Iterable[str]) -> str:
     """A hint such as ``" (did you mean 'dump'?)"``, or "" where no known name is close."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """`BaseException.add_note`, also for Python 3.10: a traceback does not show it there, the
+    messages that we make from `__notes__` do.
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]

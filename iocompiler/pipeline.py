@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias, overload
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
-from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, close_match
+from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, add_note, close_match
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import Stage
 from iocompiler.graph.normalise import normalise
@@ -123,7 +123,7 @@ class Pipeline:
                 done = Done(each.name, number, len(self), sites, time.perf_counter() - begun)
                 _observe(observers, gm, done)
             except Exception as error:
-                error.add_note(f"in pass {each.name!r} ({number} of {len(self)})")
+                add_note(error, f"in pass {each.name!r} ({number} of {len(self)})")
                 raise
             changed += 0 if each.respells else sites
         gm.recompile()

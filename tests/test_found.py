@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.compiling import check
+from tests.compiling import check, compiled
 
 ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
     "atleast_3d": torch.atleast_3d,
@@ -157,3 +157,39 @@ def test_negative_indices_are_filled() -> None:
     for value in (2.0, torch.tensor(2.0)):
         f = lambda x, i, value=value: x.index_fill(0, i, value) * 2
         check(f, torch.randn(5, 3, requires_grad=True), torch.tensor([-1, 2]), engine="reference")
+
+
+def test_a_floor_of_zero_has_the_sign_of_the_quotient() -> None:
+    a = torch.tensor([-0.5, 0.5, 0.0, -0.0, -2.5, 3.0])
+    for b in (-3.0, 3.0, float("inf"), -float("inf")):
+        for divisor in (b, torch.tensor(b)):
+            f = lambda a, divisor=divisor: (a // divisor).signbit()
+            check(f, a, engine="reference")
+
+
+@pytest.mark.parametrize("width", [0, 1])
+def test_an_attention_over_next_to_nothing(width: int) -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x[:, 1:][None]
+        return F.scaled_dot_product_attention(y, y, y)
+
+    (record,) = check(f, torch.randn(3, 1 + width, requires_grad=True), engine="reference")
+    assert record.rewrites == []
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "layer, two dims": lambda x: F.layer_norm(x, x.shape[-2:]),
+    "group": lambda x: F.group_norm(x, 1),
+    "instance": lambda x: F.instance_norm(x),
+    "batch": lambda x: F.batch_norm(x.transpose(0, 1), None, None, training=True),
+    "var_mean": lambda x: (x - torch.var_mean(x, -1, keepdim=True)[1]) * 300,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_equal_elements_are_zero(name: str) -> None:
+    for size in (7, 33, 1000):
+        x = torch.tensor([0.1, 1.7, -2.3, 1e4]).view(4, 1, 1).expand(4, 2, size)
+        run, _ = compiled(NORMS[name], engine="reference")
+        assert bool((run(x.contiguous()) == 0).all()), size

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -106,6 +107,44 @@ def test_transforms_of_a_compiled_function() -> None:
     run = compiled(f)
     torch.testing.assert_close(torch.func.vmap(run)(x), torch.func.vmap(f)(x))
     torch.testing.assert_close(torch.func.grad(run)(x[0]), torch.func.grad(f)(x[0]))
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        torch.testing.assert_close(transform(run)(x), transform(f)(x))
+    per_row = torch.func.vmap(torch.func.grad(run))(x)
+    torch.testing.assert_close(per_row, torch.func.vmap(torch.func.grad(f))(x))
+
+
+def test_parameters_given_to_a_compiled_module() -> None:
+    linear = torch.nn.Linear(5, 3)
+    run = compiled(lambda w, b, x: torch.func.functional_call(linear, {"weight": w, "bias": b}, x))
+    ours, theirs = (
+        [torch.ones(3, 5, requires_grad=True), torch.ones(3, requires_grad=True)] for _ in range(2)
+    )
+    x = torch.randn(4, 5)
+    result, expected = run(*ours, x), F.linear(x, *theirs)
+    torch.testing.assert_close(result, expected)
+    result.sum().backward()
+    expected.sum().backward()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*Sparse.*:UserWarning")
+def test_sparse_inputs() -> None:
+    dense, x = torch.randn(4, 5).relu(), torch.randn(5, 3)
+    for sparse in (dense.to_sparse(), dense.to_sparse_csr()):
+        torch.testing.assert_close(compiled(lambda s, x: s @ x + 1)(sparse, x), dense @ x + 1)
+
+
+def test_sparse_gradients() -> None:
+    ours, theirs = (torch.ones(5, 3, requires_grad=True) for _ in range(2))
+    index = torch.tensor([1, 2, 1])
+    f = lambda w: F.embedding(index, w, sparse=True).sum(1).square()
+    compiled(f)(ours).sum().backward()
+    f(theirs).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert ours.grad.is_sparse == theirs.grad.is_sparse
+    torch.testing.assert_close(ours.grad.to_dense(), theirs.grad.to_dense())
 
 
 def test_nested_tensors() -> None:
@@ -185,6 +224,34 @@ def test_fifty_shapes_are_two_graphs() -> None:
         x = torch.randn(draw.randint(2, 40), draw.randint(2, 50), 8)
         torch.testing.assert_close(run(x), f(x))
     assert len(records) <= 2
+
+
+PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean(0) * 2,
+    "norm": lambda x: F.layer_norm(x, (6,)) + x.sum(0),
+    "attention": lambda x: ((x @ x.mT) / 2).softmax(-1) @ x,
+    "loss": lambda x: F.cross_entropy(x, torch.zeros(x.shape[0], dtype=torch.int64)),
+    "cat": lambda x: torch.cat([x, x * 2]).cumsum(0),
+    "pairs": lambda x: x[:, None] * x[None],
+    "flip": lambda x: x[torch.arange(x.shape[0]).flip(0)] * x.shape[0],
+    "views": lambda x: x.view(-1, 2, 3).transpose(0, 1).reshape(2, -1) + 1,
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_dynamic_sizes_of_zero_and_one(name: str) -> None:
+    records: list[Compilation] = []
+    backend = Compiler(engine="reference", strict=True, cache=False, on_compiled=records.append)
+    run = torch.compile(PROGRAMS[name], backend=backend, dynamic=True)
+    for size in (5, 1, 0, 7, 0):
+        ours = torch.randn(size, 6, requires_grad=True)
+        theirs = ours.detach().clone().requires_grad_()
+        result, expected = run(ours), PROGRAMS[name](theirs)
+        torch.testing.assert_close(result, expected, equal_nan=True)
+        result.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)
+    assert len(records) <= 3
 
 
 def test_calls_from_several_threads() -> None:

@@ -23,6 +23,11 @@ def leaf(*shape: int) -> Tensor:
     return rand(*shape).requires_grad_()
 
 
+def leaf_of(*shape: int) -> Tensor:
+    """A complex one."""
+    return rand(*shape, dtype=torch.complex64).requires_grad_()
+
+
 def whole(dtype: torch.dtype, low: int = -128, high: int = 127) -> Tensor:
     return torch.randint(low, high, (5, 6), dtype=dtype)
 
@@ -34,6 +39,15 @@ def _integers(m: Tensor) -> tuple[Tensor, ...]:
 def _twice(x: Tensor) -> tuple[Tensor, ...]:
     y = x * 2
     return y, y.t(), y[1:], y, x + 1
+
+
+def _views(x: Tensor) -> tuple[Tensor, ...]:
+    y = x * 2
+    return y[1:], y.t(), x.view(-1), x
+
+
+def _rotated(x: Tensor, by: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(x.view(-1, 3, 2)) * by).flatten(1)
 
 
 def _specials(x: Tensor) -> tuple[Tensor, ...]:
@@ -103,6 +117,23 @@ CASES: dict[str, tuple[Callable[..., Any], Draw]] = {
                              lambda: (rand(4, 3), torch.tensor([0, 2, 0]), rand(3, 3))),
     "NaN and infinity": (_specials, lambda: (STRANGE.clone(),)),
     "complex": (lambda x: (x * 2, x.abs(), x.real + 1), lambda: (rand(4, dtype=torch.complex64),)),
+    "complex, with gradients": (lambda x, y: (x * y, (x @ y.mH).abs(), torch.view_as_real(x / y)),
+                                lambda: (leaf_of(3, 4), leaf_of(3, 4))),
+    "complex beside real": (lambda x, y: (x * y, x.real * y, y.to(torch.complex64).sum(0)),
+                            lambda: (leaf_of(3, 4), leaf(3, 4))),
+    "rotations by complex numbers": (_rotated, lambda: (leaf(4, 6), leaf_of(3))),
+    "transformed by Fourier": (lambda x: (torch.fft.rfft(x).abs(), torch.fft.fft(x).real * 2),
+                               lambda: (leaf(4, 6),)),
+    "complex, overwritten": (lambda x, y: x.mul_(y) + 1,
+                             lambda: (rand(4, dtype=torch.complex64), rand(4))),
+    "float8": (lambda x: (x.float() * 2, x.to(torch.bfloat16), x.t(), x[1:], x.view(torch.uint8)),
+               lambda: (rand(4, 5).to(torch.float8_e4m3fn),)),
+    "float8, made": (lambda x: ((x * 2).to(torch.float8_e4m3fn), x.sum(0).to(torch.float8_e5m2)),
+                     lambda: (rand(4, 5),)),
+    "the bits of floats": (lambda x: (x.view(torch.int32) + 1, x.view(torch.int16).sum(-1)),
+                           lambda: (rand(4, 6),)),
+    "views of a result": (_views, lambda: (leaf(3, 4),)),
+    "overwritten behind a view": (lambda x: (x[1:].mul_(2), x.t(), x + 1), lambda: (rand(4, 3),)),
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ _READ = {
     "traced_tangents", "traced_tangents_descs", "traced_tangent_metas", "subclass_inp_meta",
     "subclass_fw_graph_out_meta", "subclass_tangent_meta", "num_symints_saved_for_bw",
     "num_tensors_saved_with_no_vc_check", "static_input_indices", "bw_donated_idxs",
-    "compile_id_str", "tangent_source_stack_traces", "is_train",
+    "compile_id_str", "tangent_source_stack_traces", "is_train", "saved_tensor_is_graph_input",
 }  # fmt: skip
 
 

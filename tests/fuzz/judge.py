@@ -63,7 +63,22 @@ def _wrong(program: Program, run: Callable[..., Any], seed: int, device: str) ->
     other = "aot_eager_decomp_partition" if bad.startswith("differs") else "aot_eager"
     if bad and _judged(_by_torch(program, seed, device, other), eager, reference):
         return ""
-    return bad
+    return "" if bad and _as_fused(ours, reference, program, seed, device) else bad
+
+
+def _as_fused(ours: Results, reference: Results, program: Program, seed: int, device: str) -> bool:
+    """Whether ``ours`` errs no more than eager's own fused attention, which is what a spelled-out
+    one becomes. Its backward takes the row sum of gradient times *rounded* output where eager's
+    softmax sums what it subtracts from; with scores in the thousands that is digits apart.
+    """
+    fused = program.fused()
+    if fused == program:
+        return False
+    try:
+        eager = _run(fused.function(), fused, seed, device)
+    except Exception:
+        return False  # torch's kernel does not take these operands
+    return not _judged(ours, eager, reference)
 
 
 def _judged(ours: Results, eager: Results, reference: Results) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +68,13 @@ class Step:
         return f"{self.name} = {self.text.format(*self.reads)}"
 
 
+ATTENTION = "({0} @ {1}.mT).softmax(-1) @ {1}"
+_FUSED = {
+    ATTENTION: "F.scaled_dot_product_attention(*(t[(None,) * (4 - t.dim())] for t in ({0}, {1}, "
+    "{1})), scale=1.0)[(0,) * (4 - max({0}.dim(), {1}.dim()))]"
+}
+
+
 @dataclass(frozen=True)
 class Program:
     """``given`` under their names, steps in order, the names that are returned."""
@@ -96,6 +102,11 @@ class Program:
         exec(code, names)
         return names["program"]  # type: ignore[no-any-return]
 
+    def fused(self) -> Program:
+        """The same, with each attention that is spelled out as one call of torch's own kernel."""
+        steps = tuple(replace(s, text=_FUSED.get(s.text, s.text)) for s in self.steps)
+        return replace(self, steps=steps)
+
     def draw(self, seed: int, device: str = "cpu") -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return [given.draw(generator, device) for _, given in self.given]
@@ -110,7 +121,7 @@ class Program:
                 needed |= set(step.reads)
         given = tuple(pair for pair in self.given if pair[0] in needed)
         steps = tuple(reversed(kept))
-        return dataclasses.replace(self, given=given, steps=steps)
+        return replace(self, given=given, steps=steps)
 
     def as_test(self, title: str) -> str:
         """A test, ready to stand in tests/fuzz/test_found.py."""

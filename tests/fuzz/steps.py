@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.fuzz.program import ATTENTION
+
 
 @dataclass(frozen=True)
 class Value:
@@ -140,7 +142,7 @@ _JOINS = ("torch.cat([{0}, {1}], {d})", "torch.stack([{0}, {1}], {u})", "torch.c
           "torch.slice_scatter({0}, {1}[:1], 0, 0, 1)", "torch.select_scatter({0}, {1}[0], 0, 0)")  # fmt: skip
 _PRODUCTS = (
     "{0} @ {1}", "{0} @ {1}.mT", "{0}.mT @ {1}", "F.linear({0}, {1})", "torch.matmul({0}, {1}.transpose(0, 1))",
-    "torch.einsum('...i,...i->...', {0}, {1})", "({0} @ {1}.mT).softmax(-1) @ {1}", "{0} @ {0}.mT",
+    "torch.einsum('...i,...i->...', {0}, {1})", ATTENTION, "{0} @ {0}.mT",
     "torch.addmm({0}.sum(), {0}, {1}.t())", "torch.bmm({0}, {1}.mT)", "torch.outer({0}, {1})",
     "torch.baddbmm({0}.sum((1, 2), keepdim=True), {0}, {1}.mT, alpha=0.5)", "torch.kron({0}, {1})",
     "torch.tensordot({0}, {1}, dims=1)", "F.bilinear({0}, {0}, torch.ones(2, {0}.shape[-1], {0}.shape[-1], dtype={0}.dtype, device={0}.device))",

@@ -305,7 +305,8 @@ def test_one_plan_serves_every_size() -> None:
 
 def test_a_check_of_values_is_kept() -> None:
     def fn(ids):
-        return F.one_hot(ids, 5).float() * 2
+        torch._assert_async((ids < 5).all(), "too large")  # torch 2.13 traces a one_hot so
+        return F.one_hot(ids % 5, 5).float() * 2
 
     run = Planned()(fn)
     torch.testing.assert_close(run(torch.tensor([0, 4])), fn(torch.tensor([0, 4])))

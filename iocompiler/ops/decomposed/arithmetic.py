@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import get_computation_dtype
 
-DECLINED: typing.Never = typing.cast(typing.Never, NotImplemented)
+DECLINED: typing.NoReturn = typing.cast(typing.NoReturn, NotImplemented)
 """What a decomposition returns for arguments it is not for: the operator then stays as it is."""
 
 

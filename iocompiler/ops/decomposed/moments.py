@@ -20,26 +20,20 @@ aten = torch.ops.aten
 def moments(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor, Tensor]:
     """Variance and mean of ``x`` (already wide) over ``dims``, kept as dimensions of size one, and
     ``x`` less its mean.
-    """
-    size = count(x, dims)
-    mean = aten.mean.dim(x, dims, True)
-    deviation = x - mean
-    total = aten.sum.dim_IntList(deviation * deviation, dims, True)
-    return total / _degrees(size, correction), mean, deviation
 
-
-def _variance(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor]:
-    """Variance and mean, corrected for what rounding the mean left: ``sum(d^2) - sum(d)^2 / n``
-    over the deviations d (Chan, Golub, LeVeque 1983). Equal elements, whose computed mean
-    may be off by a rounding, then have the deviation 0, as by Welford's method.
+    All are corrected for what rounding the mean left, in the pass that sums the squares: with
+    deviations d, ``sum(d^2) - sum(d)^2 / n`` (Chan, Golub, LeVeque 1983) and ``mean + sum(d) / n``.
+    Equal elements, whose computed mean may be off by a rounding, then deviate by 0, as by Welford's
+    method; a norm would multiply that rounding by 1 / sqrt(eps).
     """
     size = count(x, dims)
     mean = aten.mean.dim(x, dims, True)
     deviation = x - mean
     squares = aten.sum.dim_IntList(deviation * deviation, dims, True)
     rest = aten.sum.dim_IntList(deviation, dims, True)
-    total = (squares - rest * (rest / size)).clamp_min(0)
-    return total / _degrees(size, correction), mean
+    left = rest / size
+    total = (squares - rest * left).clamp_min(0)
+    return total / _degrees(size, correction), mean + left, deviation - left
 
 
 def _degrees(size: Any, correction: float) -> Any:
@@ -64,7 +58,7 @@ def var_mean(
     if x.is_complex():
         return DECLINED
     dims = positive(dim, x.dim())
-    found = _variance(wide(x), dims, 1 if correction is None else correction)
+    found = moments(wide(x), dims, 1 if correction is None else correction)[:2]
     variance, mean = (cast(_squeezed(f, dims, keepdim), x.dtype) for f in found)
     return variance, mean
 
@@ -93,7 +87,7 @@ def std(
     if x.is_complex():
         return DECLINED
     dims = positive(dim, x.dim())
-    variance, _ = _variance(wide(x), dims, 1 if correction is None else correction)
+    variance, _, _ = moments(wide(x), dims, 1 if correction is None else correction)
     return cast(_squeezed(variance, dims, keepdim).sqrt(), x.dtype)
 
 

@@ -103,7 +103,7 @@ class Arranger:
             return node
         sizes = [self.size(group) for group in target]
         symbolic = [place for place, size in enumerate(sizes) if isinstance(size, Node)]
-        if len(symbolic) == 1:
+        if len(symbolic) == 1 and 0 not in sizes:  # beside a 0 no size follows from the others
             sizes[symbolic[0]] = -1
         return self.call(aten.reshape.default, node, sizes)
 

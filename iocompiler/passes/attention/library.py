@@ -44,8 +44,8 @@ def read(node: Node) -> Attention:
     batch = fresh(views.shape(node)[:-2])
     row, column, width = Axis(shapes[0][-2]), Axis(shapes[1][-2]), Axis(shapes[1][-1])
     value_width = Axis(shapes[2][-1])
-    if known(width.size == 1):
-        raise Declined("a head width of one")
+    if known(width.size <= 1):
+        raise Declined("a head width of zero or one")
     ends: tuple[Dims, ...] = (
         ((row,), (width,)),
         ((column,), (width,)),

@@ -125,7 +125,7 @@ def _quotient(low: Lowering, a: int, b: int, rounding: Any) -> int:
 
 def _float_floor_div(low: Lowering, a: int, b: int) -> int:
     """Python's a // b: from the exact rest, since the rounded quotient may be the next integer
-    (1.5 / 0.3 is 5 in float32, 1.5 // 0.3 is 4).
+    (1.5 / 0.3 is 5 in float32, 1.5 // 0.3 is 4). A quotient of zero has the sign of a / b.
     """
     build, dtype = low.builder, low.builder.dtype(a)
     zero, one, half = (build.const(number, dtype) for number in (0.0, 1.0, 0.5))
@@ -137,8 +137,11 @@ def _float_floor_div(low: Lowering, a: int, b: int) -> int:
     floor = build.map("floor", quotient)
     short = build.map("gt", build.map("sub", quotient, floor), half, dtype=torch.bool)
     floor = build.map("where", short, build.map("add", floor, one), floor)
+    ratio = build.map("div", a, b)
+    none = build.map("eq", quotient, zero, dtype=torch.bool)
+    floor = build.map("where", none, build.map("copysign", zero, ratio), floor)
     by_zero = build.map("eq", b, zero, dtype=torch.bool)
-    return build.map("where", by_zero, build.map("div", a, b), floor)
+    return build.map("where", by_zero, ratio, floor)
 
 
 def _floor_div(low: Lowering, a: int, b: int) -> int:

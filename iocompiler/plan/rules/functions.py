@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from iocompiler.plan.lowering import Lowering, Rule
+from iocompiler.plan.lowering import Lowering, Rule, Unsupported
 from iocompiler.plan.rules.arithmetic import keyword, result_dtype
 from iocompiler.plan.views import Index
 from iocompiler.tile.ops import compute_dtype
@@ -18,20 +21,30 @@ def clamp(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     dtype = result_dtype(node)
     value = low.operand(node.args[0], node, index, mask, dtype)
     least, most = keyword(node, 1, "min", None), keyword(node, 2, "max", None)
-    for limit, fn in ((least, "maximum"), (most, "minimum")):
+    for limit, fn, clamped in (
+        (least, "maximum", torch.clamp_min),
+        (most, "minimum", torch.clamp_max),
+    ):
         if limit is not None:
-            bound = low.operand(_wrapped(limit, node), node, index, mask, dtype)
+            bound = low.operand(_taken(limit, node, clamped), node, index, mask, dtype)
             value = low.builder.map(fn, value, bound)
     return value
 
 
-def _wrapped(limit: Any, node: Node) -> Any:
-    """A bound of a short integer in its own dtype, as aten takes it: -1 is 255 to a uint8."""
+def _taken(limit: Any, node: Node, clamped: Callable[[Tensor, int], Tensor]) -> Any:
+    """A bound of a short integer as this torch's own kernel takes it, which is asked: to a uint8,
+    -1 is 255 in torch 2.13 and 0 in 2.15.
+    """
     dtype = node.meta["val"].dtype
     if not isinstance(limit, int) or dtype not in (torch.uint8, torch.int8, torch.int16):
         return limit
     info = torch.iinfo(dtype)
-    return (limit - info.min) % (info.max - info.min + 1) + info.min
+    neutral = info.min if clamped is torch.clamp_min else info.max
+    try:
+        with unset_fake_temporarily():
+            return int(clamped(torch.tensor(neutral, dtype=dtype), limit))
+    except RuntimeError as error:
+        raise Unsupported("a bound that its dtype does not hold") from error
 
 
 def relu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
