@@ -73,7 +73,7 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     """`reference_rows` by the Triton kernel."""
     # not before it runs: these import Triton
     from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
-    from iocompiler.runtime.attention_launch import launch
+    from iocompiler.runtime.template_launch import launch
 
     logits, losses = piece.logits, piece.losses
     count, vocabulary = logits.shape

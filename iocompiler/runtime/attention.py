@@ -19,8 +19,8 @@ from iocompiler.codegen.score_functions import module_text
 from iocompiler.cost_model.attention_tiles import Row, Tile, padded, row
 from iocompiler.runtime.attention_blocks import classes, listed, proved, reads
 from iocompiler.runtime.attention_decode import few_queries, split_forward
-from iocompiler.runtime.attention_launch import launch, tile_arguments
 from iocompiler.runtime.load import module_file
+from iocompiler.runtime.template_launch import launch, tile_arguments
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table
 from iocompiler.tile.score_operands import use

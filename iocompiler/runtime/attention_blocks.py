@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iocompiler.runtime.attention_launch import launch
+from iocompiler.runtime.template_launch import launch
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table, classify, extents, table, without_loads
 

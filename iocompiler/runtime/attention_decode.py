@@ -10,7 +10,7 @@ import torch
 from iocompiler.cost_model.attention_decode import MOST_QUERIES, Decode, parts, tile
 from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.cost_model.device import DEVICES, current_device
-from iocompiler.runtime.attention_launch import launch, tile_arguments
+from iocompiler.runtime.template_launch import launch, tile_arguments
 
 if TYPE_CHECKING:
     from iocompiler.runtime.attention import Problem

@@ -11,7 +11,7 @@ from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime import attention
 from iocompiler.runtime.attention import Problem
 from iocompiler.runtime.attention_blocks import classes
-from iocompiler.runtime.attention_launch import launch, tile_arguments
+from iocompiler.runtime.template_launch import launch, tile_arguments
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_operands import Use, use
 

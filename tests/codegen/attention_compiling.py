@@ -22,6 +22,7 @@ from iocompiler.runtime import (
     attention_operands,
 )
 from iocompiler.runtime.attention import Problem
+from iocompiler.runtime.template_launch import OPTIONS
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -59,7 +60,7 @@ def _compiled(kernel: Any, capability: int, arguments: Any) -> dict[str, int]:
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    kwargs = {"debug": False, **arguments}
+    kwargs = {"debug": False, **arguments, **OPTIONS}
     bound, specialization, options = bind(**kwargs)
     options, signature, constants, attrs = kernel._pack_args(
         backend, kwargs, bound, specialization, options

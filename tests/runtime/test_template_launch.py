@@ -16,8 +16,8 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from iocompiler.codegen.kernels.attention_decode import attention_combine
-from iocompiler.runtime import attention_launch
-from iocompiler.runtime.attention_launch import _form, _seen
+from iocompiler.runtime import template_launch
+from iocompiler.runtime.template_launch import OPTIONS, _form, _seen
 
 _MEMORY = torch.empty(64)
 DEVICE = torch.device("cpu")
@@ -49,8 +49,9 @@ def compiled_for(given: dict[str, Any]) -> str:
     backend = make_backend(GPUTarget("cuda", 90, 32))
     kernel = attention_combine
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(debug=False, **given)
-    packed = kernel._pack_args(backend, {"debug": False, **given}, bound, specialization, options)
+    given = {"debug": False, **given, **OPTIONS}
+    bound, specialization, options = bind(**given)
+    packed = kernel._pack_args(backend, given, bound, specialization, options)
     return repr(packed[1:])
 
 
@@ -84,7 +85,7 @@ def test_what_was_seen_says_the_form() -> None:
 
 
 def test_a_compiled_kernel_is_called_without_triton() -> None:
-    assert attention_launch._direct() == triton.__version__.startswith("3.6.")
+    assert template_launch._direct() == triton.__version__.startswith("3.6.")
 
 
 def test_through_triton_where_somebody_listens_to_launches() -> None:
@@ -94,11 +95,11 @@ def test_through_triton_where_somebody_listens_to_launches() -> None:
     for hook in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
         hook.add(listen)
         try:
-            assert not attention_launch._direct()
+            assert not template_launch._direct()
         finally:
             hook.remove(listen)
 
 
 def test_through_triton_in_a_version_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_launch, "_triton", lambda: ("3.9.1", triton.knobs.runtime))
-    assert not attention_launch._direct()
+    monkeypatch.setattr(template_launch, "_triton", lambda: ("3.9.1", triton.knobs.runtime))
+    assert not template_launch._direct()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Tile
 
+# of every launch: the default up to Triton 3.9, which warns; not of 3.10
+OPTIONS = {"enable_fp_fusion": True}
 _MOST = 4096
 _TRIED = "3.6."  # the Triton whose compiled kernels take these arguments
 _INT32 = 2**31 - 1
@@ -43,7 +45,7 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
         if compiled is not None:
             _remember(seen, compiled)
     if compiled is None or not _direct():
-        compiled = kernel[(programs,)](**arguments)
+        compiled = kernel[(programs,)](**arguments, **OPTIONS)
         if hasattr(compiled, "packed_metadata"):  # the interpreter returns nothing
             _remember(_form(kernel, arguments, device), compiled)
         return
