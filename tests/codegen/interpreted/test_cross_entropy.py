@@ -25,11 +25,13 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("vocabulary", [1, 37, 5000, 8192])
+@pytest.mark.parametrize("vocabulary", [1, 37, 5000])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("gradient", ["", "in place", "apart"])
-@pytest.mark.parametrize(("copied", "bias"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("gradient", "copied", "bias"),
+    [("", False, False), ("", True, True), ("in place", True, False), ("apart", False, True)],
+)
 @pytest.mark.parametrize(
     "setting",
     [Setting(-(1 << 62)), Setting(2, smoothing=0.1), Setting(outer=3.0, inner=0.4, capped=True)],
