@@ -393,7 +393,7 @@ def test_arguments_are_found_by_their_schema_name():
 def test_a_head_with_its_loss_counts_its_products(products):
     pytest.importorskip("iocompiler.ops.linear_cross_entropy")
     x, weight, target = spec(64, 32), spec(100, 32), spec(64)
-    setting = (-100, 0.0, 1.0, 1.0, False)
+    setting = (-100, 0.0, 1.0, 1.0, False, False)
     if products == 1:
         name, args = "losses", (x, weight, None, target, None, None, *setting)
     else:

@@ -64,7 +64,7 @@ def test_forward_and_backward_drop_what_the_seed_says() -> None:
         return ((torch.tanh(q @ k.mT / 30.0) * 30.0).softmax(-1) * left) @ v
 
     for one, true in zip(found, gradients(exact, given), strict=True):
-        torch.testing.assert_close(one, true)
+        torch.testing.assert_close(one, true, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["reference", None])
