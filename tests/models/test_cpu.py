@@ -13,6 +13,9 @@ from tests.models.zoo import CASES, LAYERS, PLAIN, SDPA, TINY, Case
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SLOW = pytest.mark.slow
+# with backend="inductor" alone too, whatever was compiled before it in the process; seen on an AMD
+# EPYC with torch 2.13. What we do to the block is tested in test_reference.py.
+CORRUPTED = pytest.mark.skip(reason="Inductor's code for the convolutions corrupts the heap")
 
 
 def _cases() -> list[object]:
@@ -24,6 +27,8 @@ def _cases() -> list[object]:
                 quick = train and dtype == FLOAT32 and case not in SDPA
                 label = f"{case}-{'train' if train else 'forward'}-{str(dtype)[6:]}"
                 marks = () if quick else (SLOW,)
+                if case.name == "residual-block":
+                    marks = (CORRUPTED,)
                 found.append(pytest.param(case, train, dtype, id=label, marks=marks))
     return found
 
