@@ -113,6 +113,13 @@ def is_view(node: Node) -> bool:
     return bool(made) and any(made & _storages(read) for read in node.all_input_nodes)
 
 
+def owner(node: Node) -> Node:
+    """What a chain of views begins with."""
+    while node.op == "call_function" and is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _storages(node: Node) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors(node) if t.layout is torch.strided}
 

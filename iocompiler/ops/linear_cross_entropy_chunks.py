@@ -41,7 +41,7 @@ def scratch_bytes(
 ) -> int:
     """What `walk` allocates on a GPU beside its results, x being [rows, width]."""
     held = _chunk(rows, vocabulary, itemsize, gradient=gradient, kept=kept)[1]
-    filled = gradient and itemsize == 2 and vocabulary * itemsize % ALIGNED != 0
+    filled = gradient and _is_unlike_products(vocabulary, itemsize)
     return _stride(vocabulary) * itemsize * (held + (width if filled else 0))
 
 
@@ -104,9 +104,9 @@ class _Head:
         self.weight, self.bias = weight, bias
         self.columns = vocabulary = weight.shape[0]
         self._parts = [slice(0, vocabulary)]
-        half = weight.device.type in ALIGNED_DEVICES and weight.element_size() == 2
-        cut = vocabulary - vocabulary % _LINE
-        if not half or vocabulary * weight.element_size() % ALIGNED == 0 or not cut:
+        if weight.device.type not in ALIGNED_DEVICES:
+            return
+        if not _is_unlike_products(vocabulary, weight.element_size()):
             return
         if gradient:
             self.columns = _stride(vocabulary)
@@ -115,6 +115,7 @@ class _Head:
             self.weight = F.pad(weight, (0, 0, 0, more))
             self.bias = None if bias is None else F.pad(bias, (0, more))
         else:
+            cut = vocabulary - vocabulary % _LINE
             self._parts = [slice(cut, vocabulary), slice(0, cut)]
 
     def empty_gradients(
@@ -166,7 +167,7 @@ class _Room:
     ) -> None:
         itemsize = x.element_size()
         self._kept, self._gradient, self._columns = kept, gradient, columns
-        self._in_place = kept is not None and vocabulary * itemsize % ALIGNED == 0
+        self._in_place = kept is not None and _is_aligned(vocabulary, itemsize)
         self.chunk, held = _chunk(
             x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
         )
@@ -194,13 +195,23 @@ def _chunk(
     rows: int, vocabulary: int, itemsize: int, *, gradient: bool, kept: bool
 ) -> tuple[int, int]:
     """(rows of a chunk, rows of the scratch)."""
-    if kept and not gradient and vocabulary * itemsize % ALIGNED == 0:
+    if kept and not gradient and _is_aligned(vocabulary, itemsize):
         return rows, 0  # in place; one product is fastest, and nothing else is gained
     budget = SCRATCH_BYTES
     if kept:
         budget = KEPT_SCRATCH_BYTES if gradient else COPIED_SCRATCH_BYTES
     chunk = chunk_rows(rows, vocabulary, itemsize, budget)
     return chunk, chunk
+
+
+def _is_aligned(vocabulary: int, itemsize: int) -> bool:
+    """Whether rows of logits that follow each other begin where the row kernel reads them."""
+    return vocabulary * itemsize % ALIGNED == 0
+
+
+def _is_unlike_products(vocabulary: int, itemsize: int) -> bool:
+    """Whether a product over the vocabulary, on a GPU, would miss the library's fast kernels."""
+    return itemsize == 2 and vocabulary >= _LINE and not _is_aligned(vocabulary, itemsize)
 
 
 def _stride(vocabulary: int) -> int:

@@ -8,7 +8,6 @@ never run twice (contractions, attention, anything random, anything that is a ke
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -179,14 +178,8 @@ def saved(forward: GraphModule, backward: GraphModule) -> tuple[Saved, ...]:
     for node in backward.graph.find_nodes(op="placeholder"):
         if node.name not in made:
             continue
-        owner = _owner(made[node.name])
+        owner = view.owner(made[node.name])
         value = owner.meta.get("val")
         if owner.op == "call_function" and isinstance(value, torch.Tensor):
             found[owner] = Saved(owner.name, value.dtype, value.numel() * value.itemsize)
     return tuple(found.values())
-
-
-def _owner(node: Node) -> Node:
-    while node.op == "call_function" and node.target is not operator.getitem and view.is_view(node):
-        node = node.all_input_nodes[0]
-    return node

@@ -8,11 +8,10 @@ from torch.fx import GraphModule, Node
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import graph_pass
 from iocompiler.ops import target
+from iocompiler.ops.aligned_mm import ALIGNED
 
 aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
-# rows and columns of a product that take the library's epilogue, and keep it fast
-_ALIGNED_BYTES = 16
 
 
 @graph_pass(stage="flat")
@@ -67,4 +66,4 @@ def _takes_epilogue(product: Node) -> bool:
     if target.device_type(made) != "cuda" or made.dtype not in _HALF or bias.dim() != 1:
         return False
     extents = [e for e in (a.shape[1], b.shape[1]) if isinstance(e, int)]
-    return all(e * made.element_size() % _ALIGNED_BYTES == 0 for e in extents)
+    return all(e * made.element_size() % ALIGNED == 0 for e in extents)

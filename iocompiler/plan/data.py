@@ -211,6 +211,15 @@ def all_steps(plan: Plan) -> Iterator[Step]:
         yield step
 
 
+def made(step: Step) -> dict[str, TensorSpec]:
+    """The specs of the values a step makes."""
+    if isinstance(step, (KernelStep, BatchStep)):
+        return dict(step.outputs)
+    if isinstance(step, AtenStep):
+        return {name: spec for name, spec in step.outputs if name is not None and spec is not None}
+    return {step.name: step.spec}
+
+
 def references(argument: Argument) -> Iterator[Ref]:
     """Every `Ref` inside an argument; a region has names of its own."""
     if isinstance(argument, Ref):

@@ -24,6 +24,7 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
+    made,
     references,
     regions,
 )
@@ -119,6 +120,7 @@ class _Memory:
 
     def _touched(self, step: Step) -> set[str]:
         """The storages a step reads or writes; those it makes are entered."""
+        self._specs |= made(step)
         match step:
             case KernelStep() | BatchStep():
                 self._made(step.outputs)
@@ -130,12 +132,10 @@ class _Memory:
             case AtenStep():
                 read = [r.name for r in references((step.args, dict(step.kwargs)))]
                 results = [(name, spec) for _, name, spec in step.results()]
-                self._specs.update((name, spec) for name, spec in results if spec is not None)
                 self._made(self._fresh(step, results))
                 return {self._root(n) for n in (*read, *(n for n, _ in results))}
             case ViewStep():
                 self._roots[step.name] = self._root(step.base)
-                self._specs[step.name] = step.spec
                 return set()  # without a reader of its own it holds nothing
             case ConstantStep():
                 return set()  # the module's own
@@ -143,7 +143,6 @@ class _Memory:
     def _made(self, outputs: Sequence[tuple[str, TensorSpec | None]]) -> None:
         for name, spec in outputs:
             if spec is not None:
-                self._specs[name] = spec
                 self.bytes[name] = storage_bytes(spec, self._hints)
 
     def _fresh(

@@ -212,14 +212,8 @@ def _draws(node: Node) -> bool:
 
 def _changed_inputs(joint: GraphModule) -> set[Node]:
     """The inputs that hold something else when the backward runs."""
-    return {_owner(node) for each in joint.graph.nodes for node in view.mutates(each)}
+    return {view.owner(node) for each in joint.graph.nodes for node in view.mutates(each)}
 
 
 def _read(node: Node) -> set[Node]:
-    return set(map(_owner, node.all_input_nodes))
-
-
-def _owner(node: Node) -> Node:
-    while node.op == "call_function" and view.is_view(node):
-        node = node.all_input_nodes[0]
-    return node
+    return set(map(view.owner, node.all_input_nodes))

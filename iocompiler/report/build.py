@@ -12,8 +12,8 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import price
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, TensorSpec
-from iocompiler.report.crossing import at_length, crossing, made
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, TensorSpec, made
+from iocompiler.report.crossing import at_length, crossing
 from iocompiler.report.ledger import Edge, Kernel, Report, Resources
 from iocompiler.report.words import show_schedule, show_spec
 from iocompiler.tile.flat import LENGTH

@@ -18,6 +18,7 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
+    made,
 )
 from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.index import Size
@@ -113,12 +114,3 @@ def at_length(moved: Traffic, length: Size) -> Traffic:
         for size in (moved.read_bytes, moved.written_bytes, moved.flops, moved.transcendentals)
     )
     return Traffic(read, written, flops, special)
-
-
-def made(step: Step) -> dict[str, TensorSpec]:
-    """The specs of the values a step makes."""
-    if isinstance(step, (KernelStep, BatchStep)):
-        return dict(step.outputs)
-    if isinstance(step, AtenStep):
-        return {name: spec for name, spec in step.outputs if name is not None and spec is not None}
-    return {step.name: step.spec}

@@ -21,6 +21,7 @@ _SCORES = 2048
 """A warp looks at so many scores at a time: with more, registers spill."""
 
 
+@functools.lru_cache(maxsize=256)
 def proved(
     program: ScoreProgram,
     grid: Grid,
@@ -30,7 +31,8 @@ def proved(
     transposed: bool,
 ) -> Table:
     """The table of a mask that reads no tensor: made on the host, once for each size."""
-    return _proved(program, grid, numbers, transposed, device)
+    made = table(program, grid, (), numbers, transposed=transposed)
+    return Table(made.entries.to(device), made.ranges, made.room)
 
 
 def listed(kinds: Tensor, grain: Grid, grid: Grid, *, transposed: bool) -> Table:
@@ -120,18 +122,6 @@ def _differs(program: ScoreProgram) -> tuple[bool, bool]:
     """Whether the mask differs from batch to batch, and from head to head."""
     names = {program.ops[value].fn for value in program.behind(program.keep)}
     return "b" in names, "h" in names
-
-
-@functools.lru_cache(maxsize=256)
-def _proved(
-    program: ScoreProgram,
-    grid: Grid,
-    numbers: tuple[int, ...],
-    transposed: bool,
-    device: torch.device,
-) -> Table:
-    made = table(program, grid, (), numbers, transposed=transposed)
-    return Table(made.entries.to(device), made.ranges, made.room)
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Tile
+from iocompiler.runtime.worker import OPTIONS
 
-# of every launch: the default up to Triton 3.9, which warns; not of 3.10
-OPTIONS = {"enable_fp_fusion": True}
 _MOST = 4096
 _TRIED = "3.6."  # the Triton whose compiled kernels take these arguments
 _INT32 = 2**31 - 1

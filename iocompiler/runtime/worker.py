@@ -22,6 +22,8 @@ import sys
 from typing import Any
 
 IDLE_SECONDS = 300.0
+# of every kernel: the default up to Triton 3.9, which warns; not of 3.10
+OPTIONS = {"enable_fp_fusion": True}
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -50,8 +52,7 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
     knobs.compilation.store_binary_only = True
     function = _function(job["source"], job["path"], job["name"])
     attrs = {(position,): [["tt.divisibility", 16]] for position in job["divisible"]}
-    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"]}
-    options["enable_fp_fusion"] = True  # the default up to Triton 3.9, which warns; not of 3.10
+    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"], **OPTIONS}
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(

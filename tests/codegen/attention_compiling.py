@@ -22,7 +22,7 @@ from iocompiler.runtime import (
     attention_operands,
 )
 from iocompiler.runtime.attention import Problem
-from iocompiler.runtime.template_launch import OPTIONS
+from iocompiler.runtime.worker import OPTIONS
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -17,7 +17,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from iocompiler.codegen.kernels.attention_decode import attention_combine
 from iocompiler.runtime import template_launch
-from iocompiler.runtime.template_launch import OPTIONS, _form, _seen
+from iocompiler.runtime.template_launch import _form, _seen
+from iocompiler.runtime.worker import OPTIONS
 
 _MEMORY = torch.empty(64)
 DEVICE = torch.device("cpu")
