@@ -402,7 +402,7 @@ def test_options_that_keep_it_out(tmp_path: Path) -> None:
 
 def test_a_cpu_graph_is_left_to_inductor() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend.engines, "inductor", lambda gm, inputs: gm.forward)
+        patch.setattr(backend.engines, "inductor", lambda gm, *_: gm.forward)
         assert (
             reason(lambda x: x.sin(), torch.randn(3), engine="auto") == "the engine keeps no text"
         )
