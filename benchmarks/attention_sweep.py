@@ -85,7 +85,7 @@ def _parts(args: argparse.Namespace, case: Case) -> None:
         time = timing.steps(call, args.steps, args.budget, flush=True)
         found.append((time.ms, parts))
         print(f"  {case.name} {parts} parts: {time.ms:.4f} ms", flush=True)
-    priced = attention_decode.split(Problem(q, k, v, score, operands))[1]
+    priced = attention_decode.split(Problem(q, k, v, score, operands).form)[1]
     ms, parts = min(found)
     print(f"{case.name}: best {parts} parts {ms:.4f} ms; priced: {priced}", flush=True)
 
@@ -125,7 +125,7 @@ def _calls(
     base = row(capability, q.element_size(), size.width)
     first = Problem(q, k, v, score, operands, numbers, base)
     lse = attention.forward(first, out)
-    sums = attention.row_sums(first, grad, out, lse)
+    sums = attention.row_sums(first.form, grad, out, lse)
     results = [torch.empty_like(x) for x in (q, k, v)]
     for each in tiles:
         tile = Tile(*each)

@@ -172,6 +172,9 @@ class _Room:
             x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
         )
         self._scratch = x.new_empty((held, _stride(vocabulary)))
+        if not x.is_cuda:
+            # oneDNN reads an odd inner extent in pairs (AMX, torch 2.13): a NaN there is a NaN
+            self._scratch[:, columns:] = 0.0
 
     def logits(self, some: slice) -> Tensor:
         """[rows, columns], where the products of ``some`` rows go."""

@@ -73,7 +73,7 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     """`reference_rows` by the Triton kernel."""
     # not before it runs: these import Triton
     from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
-    from iocompiler.runtime.template_launch import launch
+    from iocompiler.runtime.template_launch import Launch
 
     logits, losses = piece.logits, piece.losses
     count, vocabulary = logits.shape
@@ -81,17 +81,8 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     copy = logits if piece.copy is None else piece.copy
     wide = ALIGNED // logits.element_size()
     block = max(min(_BLOCK, 1 << max(vocabulary - 1, 1).bit_length()), wide)
-    launch(
+    launch = Launch(
         cross_entropy_rows,
-        count,
-        logits=logits,
-        gradient=gradient,
-        copy=copy,
-        bias=logits if piece.bias is None else piece.bias,
-        target=piece.target,
-        coefficient=losses if rows.coefficient is None else rows.coefficient,
-        squared=losses if rows.squared is None else rows.squared,
-        loss=losses,
         vocabulary=vocabulary,
         width=gradient.shape[1],
         row_stride=logits.stride(0),
@@ -111,6 +102,17 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         BLOCK=block,
         WIDE=wide,
         num_warps=4 if block < _BLOCK else 8 if piece.gradient is None else 16,
+    )
+    launch.run(
+        count,
+        logits=logits,
+        gradient=gradient,
+        copy=copy,
+        bias=logits if piece.bias is None else piece.bias,
+        target=piece.target,
+        coefficient=losses if rows.coefficient is None else rows.coefficient,
+        squared=losses if rows.squared is None else rows.squared,
+        loss=losses,
     )
 
 

@@ -225,6 +225,7 @@ for _name, _run, _fake in (
 library.differentiate("scored_attention", _differentiate, _setup)
 
 
+@functools.cache
 def _templates() -> Any:
     # not before a template runs: it imports Triton
     from iocompiler.runtime import attention

@@ -1,35 +1,27 @@
-"""Launching the attention templates with a score program: its functions written and imported once,
-its tables of blocks made or found again.
-"""
+"""Launching the attention templates with a score program, forward and backward."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iocompiler.codegen.score_functions import module_text
-from iocompiler.cost_model.attention_tiles import Row, Tile, padded, row
-from iocompiler.runtime.attention_blocks import classes, listed, proved, reads
+from iocompiler.cost_model.attention_tiles import Row, Tile, padded
+from iocompiler.runtime.attention_blocks import classes, listed, proved, visited
 from iocompiler.runtime.attention_decode import few_queries, split_forward
-from iocompiler.runtime.load import module_file
-from iocompiler.runtime.template_launch import launch, tile_arguments
+from iocompiler.runtime.attention_form import Form, form
+from iocompiler.runtime.template_launch import Launch, tile_arguments
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table
-from iocompiler.tile.score_operands import use
 
 _ROWS = 128
 """What is kept for each row has room for a multiple of so many (`attention_parts.padded_line`)."""
 _SUMMED = 64
 """Rows one program sums."""
-_NO_GPU = (9, 0)  # the interpreter: any row will do
 
 
 @dataclass(frozen=True)
@@ -58,110 +50,35 @@ class Problem:
     seed: Tensor | None = None
 
     @functools.cached_property
-    def functions(self) -> ModuleType:
-        ranks = tuple(x.dim() for x in self.operands)
-        lifts = self.query.element_size() < 4
-        return functions(self.program, ranks, dropout_p=self.dropout_p, lifts=lifts)
-
-    @functools.cached_property
-    def row(self) -> Row:
-        if self.tiles is not None:
-            return self.tiles
-        device = self.query.device
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
-        width = max(self.query.shape[3], self.value.shape[3])
-        found = row(capability, self.query.element_size(), width)
-        loads, masked = _loads(self.program), width < padded(width)
-        if self.dropout_p or masked:
-            found = found.unlimited()
-        if not loads and not masked:
-            return found
-        return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
-
-    @property
-    def group(self) -> int:
-        return self.query.shape[1] // self.key.shape[1]
+    def form(self) -> Form:
+        return form(
+            (self.query, self.key, self.value), self.program, self.operands, self.numbers,
+            self.tiles, self.parts, self.dropout_p,
+        )  # fmt: skip
 
     def table(self, tile: Tile, *, transposed: bool = False) -> Table:
-        grid = self._grid(tile.m, tile.n)
-        if not reads(self.program):
-            device = self.query.device
-            return proved(self.program, grid, self.numbers, device, transposed=transposed)
-        return listed(self._classes, self._grain, grid, transposed=transposed)
+        if self.form.reads:
+            return listed(self.form, self._classes, tile, transposed=transposed)
+        return proved(self.form, tile, transposed=transposed)
 
     @functools.cached_property
     def _classes(self) -> Tensor:
-        """Of the blocks of `_grain`: found once for all kernels of a forward or a backward."""
-        given = (self.program, self.functions.keep, self._grain, self.operands, self.numbers)
-        return classes(*given, self.query.device)
+        """Found once for all kernels of a forward or a backward."""
+        return self.classes(self.form.grain)
 
-    @functools.cached_property
-    def _grain(self) -> Grid:
-        """The largest blocks that tiles of all kernels are made of."""
-        tiles = (self.row.forward, self.row.dq, self.row.dkv)
-        return self._grid(math.gcd(*(t.m for t in tiles)), math.gcd(*(t.n for t in tiles)))
-
-    def _grid(self, m: int, n: int) -> Grid:
-        batch, heads, rows, _ = self.query.shape
-        return Grid(batch, heads, rows, self.key.shape[2], m, n)
-
-    @functools.cached_property
-    def common(self) -> dict[str, Any]:
-        """The arguments all templates have."""
-        return {
-            "operands": self.operands,
-            "strides": tuple(s for x in self.operands for s in x.stride()),
-            "numbers": self.numbers,
-            "score": self.functions.new_score,
-            "lift": self.functions.lift,
-            "FACTOR": self.functions.FACTOR,
-            "keep": self.functions.keep,
-            "drop": self.functions.drop,
-            "KEPT": self.functions.KEPT,
-            "Seed": self.query if self.seed is None else self.seed,  # not read without dropout
-            "GROUP": self.group,
-            "D": self.query.shape[3],
-            "E": self.value.shape[3],
-            "BLOCK_D": padded(self.query.shape[3]),
-            "BLOCK_E": padded(self.value.shape[3]),
-            "SINKS": self.program.sinks,
-            "PRECISION": _precision(self.query.dtype),
-        }
+    def classes(self, grid: Grid) -> Tensor:
+        return classes(self.form, grid, self.operands)
 
     @property
-    def slopes(self) -> dict[str, Any]:
-        """The arguments of the templates that differentiate by the dot product."""
-        return {"slope": self.functions.slope, "SCALE": self.functions.SCALE}
-
-
-@functools.lru_cache(maxsize=512)
-def functions(
-    program: ScoreProgram,
-    ranks: tuple[int, ...],
-    gradients: tuple[int, ...] = (),
-    dropout_p: float = 0.0,
-    *,
-    lifts: bool = False,
-) -> ModuleType:
-    """The module with the Triton functions of a program, imported from a real file."""
-    path = module_file(module_text(program, ranks, gradients, dropout_p, lifts=lifts), "score")
-    spec = importlib.util.spec_from_file_location("iocompiler_score", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@functools.lru_cache(maxsize=512)
-def _loads(program: ScoreProgram) -> str:
-    """How an element is loaded for each score: "diagonal" for places that are computed, "tile", ""
-    where none is.
-    """
-    ways = [use(program, load) for load in program.loads(program.score)]
-    if any(way is None or way.way == "diagonal" for way in ways):
-        return "diagonal"
-    return "tile" if any(way is not None and way.way == "tile" for way in ways) else ""
+    def tensors(self) -> dict[str, Any]:
+        """The tensors all templates take."""
+        return {
+            "Q": self.query,
+            "K": self.key,
+            "V": self.value,
+            "operands": self.operands,
+            "Seed": self.query if self.seed is None else self.seed,  # not read without dropout
+        }
 
 
 def forward(problem: Problem, out: Tensor) -> Tensor:
@@ -172,40 +89,38 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
         float32; where the program has `sinks`, the largest score and log2 of what is left, in two
         planes.
     """
-    query, value = problem.query, problem.value
     planes = 2 if problem.program.sinks else 1
-    lse = query.new_empty((planes, *query.shape[:3]), dtype=torch.float32)
-    arguments = {
-        "Q": query, "K": problem.key, "V": value, "Out": out,
-        "Lse": lse, "Rest": lse[1] if planes > 1 else lse,
-        "q_strides": query.stride(), "k_strides": problem.key.stride(),
-        "v_strides": value.stride(), "out_strides": out.stride(),
-        "rows": query.shape[2], "columns": value.shape[2],
-        "EMPTY": problem.program.empty, **problem.common,
-    }  # fmt: skip
-    if few_queries(problem):
-        split_forward(problem, arguments)
+    lse = problem.query.new_empty((planes, *problem.query.shape[:3]), dtype=torch.float32)
+    tensors = problem.tensors
+    tensors |= {"Out": out, "Lse": lse, "Rest": lse[1] if planes > 1 else lse}
+    if few_queries(problem.form):
+        split_forward(problem.form, tensors)
     else:
-        _whole_forward(problem, arguments)
+        _whole_forward(problem, tensors)
     return lse
 
 
-def _whole_forward(problem: Problem, arguments: dict[str, Any]) -> None:
+def _whole_forward(problem: Problem, tensors: dict[str, Any]) -> None:
     """Each block of queries by one program."""
-    from iocompiler.codegen.kernels.attention import attention_forward
-
-    batch, heads, rows, _ = problem.query.shape
-    tile = problem.row.forward
+    form, tile = problem.form, problem.form.row.forward
+    batch, heads, rows, _ = form.query.shape
     found = problem.table(tile)
     mean = problem.value
-    if problem.program.empty == "uniform":
+    if form.program.empty == "uniform":
         mean = mean.mean(2, keepdim=True)
-    launch(
-        attention_forward, batch * heads * -(-rows // tile.m),
-        **arguments, Mean=mean, mean_strides=mean.stride(),
-        table=found.entries, table_strides=found.strides,
-        heads=heads, room=found.room, RANGES=found.ranges, **tile_arguments(tile),
-    )  # fmt: skip
+    strides = tensors["Out"].stride()
+
+    def prepared() -> Launch:
+        from iocompiler.codegen.kernels.attention import attention_forward
+
+        return Launch(
+            attention_forward, out_strides=strides, mean_strides=mean.stride(), heads=heads,
+            rows=rows, columns=form.key.shape[2], EMPTY=form.program.empty,
+            **visited(found), **form.strides, **form.common, **tile_arguments(tile),
+        )  # fmt: skip
+
+    launch = form.once(("forward", strides), prepared)
+    launch.run(batch * heads * -(-rows // tile.m), **tensors, Mean=mean, table=found.entries)
 
 
 def backward(
@@ -213,7 +128,7 @@ def backward(
 ) -> None:
     """Write the gradients of query, key and value to ``results``."""
     dq, dk, dv = results
-    sums = row_sums(problem, grad, out, lse)
+    sums = row_sums(problem.form, grad, out, lse)
     key_gradients(problem, grad, sums, dk, dv)
     query_gradients(problem, grad, sums, dq)
     if problem.program.empty == "uniform":
@@ -222,36 +137,45 @@ def backward(
 
 def key_gradients(problem: Problem, grad: Tensor, sums: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Write the gradients of key and value; ``sums`` are those of `row_sums`."""
-    from iocompiler.codegen.kernels.attention_backward import attention_dkv
-
-    query, key = problem.query, problem.key
-    batch, groups, columns, _ = key.shape
-    tile = problem.row.dkv
+    form, tile = problem.form, problem.form.row.dkv
+    batch, groups, columns, _ = form.key.shape
     found = problem.table(tile, transposed=True)
-    launch(
-        attention_dkv, batch * groups * -(-columns // tile.n),
-        **backward_inputs(problem, grad, sums), DK=dk, DV=dv,
-        dk_strides=dk.stride(), dv_strides=dv.stride(),
-        table=found.entries, table_strides=found.strides,
-        groups=groups, rows=query.shape[2], columns=columns, room=found.room,
-        RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
+    strides = grad.stride(), dk.stride(), dv.stride()
+
+    def prepared() -> Launch:
+        from iocompiler.codegen.kernels.attention_backward import attention_dkv
+
+        return Launch(
+            attention_dkv, grad_strides=strides[0], dk_strides=strides[1], dv_strides=strides[2],
+            groups=groups, rows=form.query.shape[2], columns=columns, **form.slopes,
+            **visited(found), **form.strides, **form.common, **tile_arguments(tile),
+        )  # fmt: skip
+
+    form.once(("dkv", strides), prepared).run(
+        batch * groups * -(-columns // tile.n),
+        **backward_tensors(problem, grad, sums), DK=dk, DV=dv, table=found.entries,
     )  # fmt: skip
 
 
 def query_gradients(problem: Problem, grad: Tensor, sums: Tensor, dq: Tensor) -> None:
     """Write the gradient of query."""
-    from iocompiler.codegen.kernels.attention_backward import attention_dq
-
-    query, key = problem.query, problem.key
-    batch, heads, rows, _ = query.shape
-    tile = problem.row.dq
+    form, tile = problem.form, problem.form.row.dq
+    batch, heads, rows, _ = form.query.shape
     found = problem.table(tile)
-    launch(
-        attention_dq, batch * heads * -(-rows // tile.m),
-        **backward_inputs(problem, grad, sums), DQ=dq, dq_strides=dq.stride(),
-        table=found.entries, table_strides=found.strides,
-        heads=heads, rows=rows, columns=key.shape[2], room=found.room,
-        RANGES=found.ranges, **problem.slopes, **tile_arguments(tile), **problem.common,
+    strides = grad.stride(), dq.stride()
+
+    def prepared() -> Launch:
+        from iocompiler.codegen.kernels.attention_backward import attention_dq
+
+        return Launch(
+            attention_dq, grad_strides=strides[0], dq_strides=strides[1], heads=heads, rows=rows,
+            columns=form.key.shape[2], **form.slopes,
+            **visited(found), **form.strides, **form.common, **tile_arguments(tile),
+        )  # fmt: skip
+
+    form.once(("dq", strides), prepared).run(
+        batch * heads * -(-rows // tile.m),
+        **backward_tensors(problem, grad, sums), DQ=dq, table=found.entries,
     )  # fmt: skip
 
 
@@ -263,42 +187,32 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     dv += through.unsqueeze(2).to(dv.dtype)
 
 
-def row_sums(problem: Problem, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
     sums over the output's width of gradient times output, then the planes of ``lse``.
     """
-    from iocompiler.codegen.kernels.attention_backward import attention_delta
-
     batch, heads, rows, width = out.shape
     room = -(-rows // _ROWS) * _ROWS
-    sums = lse.new_empty((1 + len(lse), batch, heads, room))
-    launch(
-        attention_delta, batch * heads * (room // _SUMMED),
+    sums = lse.new_empty((1 + lse.shape[0], batch, heads, room))
+    strides = out.stride(), grad.stride()
+
+    def prepared() -> Launch:
+        from iocompiler.codegen.kernels.attention_backward import attention_delta
+
+        return Launch(
+            attention_delta, out_strides=strides[0], grad_strides=strides[1], heads=heads,
+            rows=rows, E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, SINKS=form.program.sinks,
+        )  # fmt: skip
+
+    form.once(("sums", strides), prepared).run(
+        batch * heads * (room // _SUMMED),
         Out=out, Grad=grad, Lse=lse, Rest=lse[-1], PaddedLse=sums[1], PaddedRest=sums[-1],
-        Delta=sums, out_strides=out.stride(), grad_strides=grad.stride(), heads=heads, rows=rows,
-        E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, SINKS=problem.program.sinks,
+        Delta=sums,
     )  # fmt: skip
     return sums
 
 
-def backward_inputs(problem: Problem, grad: Tensor, sums: Tensor) -> dict[str, Any]:
-    """What every kernel of the backward reads."""
-    query, key, value = problem.query, problem.key, problem.value
-    return {
-        "Q": query,
-        "K": key,
-        "V": value,
-        "Grad": grad,
-        "Lse": sums[1],
-        "Rest": sums[-1],
-        "Delta": sums,
-        "q_strides": query.stride(),
-        "k_strides": key.stride(),
-        "v_strides": value.stride(),
-        "grad_strides": grad.stride(),
-    }
-
-
-def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+def backward_tensors(problem: Problem, grad: Tensor, sums: Tensor) -> dict[str, Any]:
+    """The tensors every kernel of the backward reads."""
+    made = {"Grad": grad, "Lse": sums[1], "Rest": sums[-1], "Delta": sums}
+    return {**problem.tensors, **made}

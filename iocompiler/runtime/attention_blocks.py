@@ -5,13 +5,15 @@ tensor, and kept; else asked on the device, without reading anything back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iocompiler.runtime.template_launch import launch
+from iocompiler.cost_model.attention_tiles import Tile
+from iocompiler.runtime.attention_form import Form
+from iocompiler.runtime.template_launch import Launch
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, Table, classify, extents, table, without_loads
 
@@ -21,8 +23,18 @@ _SCORES = 2048
 """A warp looks at so many scores at a time: with more, registers spill."""
 
 
+def proved(form: Form, tile: Tile, *, transposed: bool) -> Table:
+    """The table of a mask that reads no tensor: made on the host, once for each size."""
+
+    def find() -> Table:
+        grid = form.grid(tile.m, tile.n)
+        return _proved(form.program, grid, form.numbers, form.device, transposed=transposed)
+
+    return form.once(("table", tile.m, tile.n, transposed), find)
+
+
 @functools.lru_cache(maxsize=256)
-def proved(
+def _proved(
     program: ScoreProgram,
     grid: Grid,
     numbers: tuple[int, ...],
@@ -30,19 +42,35 @@ def proved(
     *,
     transposed: bool,
 ) -> Table:
-    """The table of a mask that reads no tensor: made on the host, once for each size."""
     made = table(program, grid, (), numbers, transposed=transposed)
-    return Table(made.entries.to(device), made.ranges, made.room)
+    return replace(made, entries=made.entries.to(device))
 
 
-def listed(kinds: Tensor, grain: Grid, grid: Grid, *, transposed: bool) -> Table:
+def visited(found: Table) -> dict[str, Any]:
+    """A table as the templates take it, but for its entries."""
+    return {"table_strides": found.strides, "room": found.room, "RANGES": found.ranges}
+
+
+def listed(form: Form, kinds: Tensor, tile: Tile, *, transposed: bool) -> Table:
     """The table of a mask whose classes are known.
 
     Args:
-        kinds: of the blocks of ``grain``, as `classes` gives them.
-        grid: the table's; its blocks are made of whole ones of ``grain``.
+        kinds: of the blocks of the form's grain, as `classes` gives them.
+        tile: made of whole blocks of the grain.
     """
     batch, heads = kinds.shape[:2]
+    grid = form.grid(tile.m, tile.n)
+    down, across = reversed(grid.counts) if transposed else grid.counts
+    made = kinds.new_empty((batch, heads, down, 2 + 2 * across), dtype=torch.int32)
+    launch = form.once(
+        ("list", tile.m, tile.n, transposed),
+        lambda: _list_launch(form.grain, grid, kinds, transposed=transposed),
+    )
+    launch.run(batch * heads * down, Classes=kinds, Table=made)
+    return Table(made, False, across)
+
+
+def _list_launch(grain: Grid, grid: Grid, kinds: Tensor, *, transposed: bool) -> Launch:
     sizes, strides = kinds.shape[2:], kinds.stride()[2:]
     counts, folds = grid.counts, (grid.m // grain.m, grid.n // grain.n)
     length, block = grid.columns, grid.n
@@ -50,12 +78,8 @@ def listed(kinds: Tensor, grain: Grid, grid: Grid, *, transposed: bool) -> Table
         sizes, strides, counts, folds = sizes[::-1], strides[::-1], counts[::-1], folds[::-1]
         length, block = grid.rows, grid.m
     down, across = counts
-    made = kinds.new_empty((batch, heads, down, 2 + 2 * across), dtype=torch.int32)
-    launch(
+    return Launch(
         _kernels().list_blocks,
-        batch * heads * down,
-        Classes=kinds,
-        Table=made,
         class_strides=(kinds.stride(1), *strides),
         class_rows=sizes[0],
         class_columns=sizes[1],
@@ -68,53 +92,51 @@ def listed(kinds: Tensor, grain: Grid, grid: Grid, *, transposed: bool) -> Table
         BLOCK=max(16, 1 << (across - 1).bit_length()),
         num_warps=1,
     )
-    return Table(made, False, across)
 
 
-def classes(
-    program: ScoreProgram,
-    keep: Any,
-    grid: Grid,
-    operands: Sequence[Tensor],
-    numbers: tuple[int, ...],
-    device: torch.device,
-) -> Tensor:
+def classes(form: Form, grid: Grid, operands: tuple[Tensor, ...]) -> Tensor:
     """0, 1 or 2 for each block of scores that is empty, partial or full, int8 [B or 1, H or 1, M,
-    N]; ``keep`` is the Triton function of the program's mask.
+    N].
     """
-    if not reads(program):
-        some, every = classify(program, grid, operands, numbers)
-        return (some.to(torch.int8) + every).contiguous().to(device)
-    batched, by_head = _differs(program)
+    if not form.reads:
+        return form.once(("classes", grid.m, grid.n), lambda: _proved_classes(form, grid))
+    batched, by_head = _differs(form.program)
     own_batch, own_heads = grid.batch if batched else 1, grid.heads if by_head else 1
     down, across = grid.counts
-    found = torch.empty((own_batch, own_heads, down, across), dtype=torch.int8, device=device)
-    reach = _reach(program, grid, numbers, device)
-    launch(
-        _kernels().classify_blocks,
+    found = torch.empty((own_batch, own_heads, down, across), dtype=torch.int8, device=form.device)
+    reach = form.once(
+        ("reach", grid.m, grid.n),
+        lambda: _reach(form.program, grid, form.numbers, form.device),
+    )
+
+    def prepared() -> Launch:
+        return Launch(
+            _kernels().classify_blocks,
+            reach_strides=reach.strides,
+            strides=form.common["strides"],
+            numbers=form.numbers,
+            own_heads=own_heads,
+            rows=grid.rows,
+            columns=grid.columns,
+            keep=form.functions.keep,
+            BLOCK_M=grid.m,
+            BLOCK_N=grid.n,
+            COUNT=_COUNT,
+            num_warps=max(1, min(8, grid.m * grid.n // _SCORES)),
+        )
+
+    form.once(("classify", grid.m, grid.n), prepared).run(
         own_batch * own_heads * down * -(-across // _COUNT),
         Classes=found,
         Reach=reach.entries,
-        reach_strides=reach.strides,
-        operands=tuple(operands),
-        strides=tuple(s for x in operands for s in x.stride()),
-        numbers=numbers,
-        own_heads=own_heads,
-        rows=grid.rows,
-        columns=grid.columns,
-        keep=keep,
-        BLOCK_M=grid.m,
-        BLOCK_N=grid.n,
-        COUNT=_COUNT,
-        num_warps=max(1, min(8, grid.m * grid.n // _SCORES)),
+        operands=operands,
     )
     return found
 
 
-@functools.lru_cache(maxsize=512)
-def reads(program: ScoreProgram) -> bool:
-    """Whether the mask reads a tensor."""
-    return bool(program.loads(program.keep))
+def _proved_classes(form: Form, grid: Grid) -> Tensor:
+    some, every = classify(form.program, grid, (), form.numbers)
+    return (some.to(torch.int8) + every).contiguous().to(form.device)
 
 
 @functools.lru_cache(maxsize=512)

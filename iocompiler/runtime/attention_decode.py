@@ -3,82 +3,93 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from iocompiler.cost_model.attention_decode import MOST_QUERIES, Decode, parts, tile
 from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.cost_model.device import DEVICES, current_device
-from iocompiler.runtime.template_launch import launch, tile_arguments
-
-if TYPE_CHECKING:
-    from iocompiler.runtime.attention import Problem
+from iocompiler.runtime.attention_form import Form
+from iocompiler.runtime.template_launch import Launch, tile_arguments
 
 _COLUMNS = 128
 """Lengths are priced in steps of this: a cache that grows by one key asks seldom."""
 _PARTS_AT_ONCE = 16
-_COMBINED = (
-    *("V", "Out", "Lse", "Rest", "v_strides", "out_strides", "rows", "columns"),
+_COMBINED = ("V", "Out", "Lse", "Rest")
+"""The tensors of the first kernel that the second takes too."""
+_SHARED = (
+    *("v_strides", "out_strides", "rows", "columns"),
     *("GROUP", "E", "BLOCK_E", "KEPT", "EMPTY", "SINKS"),
 )
-"""What the second kernel takes of the first one's arguments."""
+"""Its other arguments that the second takes too."""
 _NO_GPU = "h200"  # the interpreter: any row will do
 
 
-def few_queries(problem: Problem) -> bool:
+def few_queries(form: Form) -> bool:
     """Whether this template runs the forward of a problem."""
-    return problem.query.shape[2] <= MOST_QUERIES and problem.tiles is None
+    return form.query.shape[2] <= MOST_QUERIES and form.tiles is None
 
 
-def work(problem: Problem) -> Decode:
+def work(form: Form) -> Decode:
     """A problem as the cost model sees it."""
-    return Decode(*_sizes(problem, problem.key.shape[2]))
+    return Decode(*_sizes(form, form.key.shape[2]))
 
 
-def _sizes(problem: Problem, columns: int) -> tuple[int, ...]:
-    batch, heads, rows, width = problem.query.shape
-    groups, wide = problem.key.shape[1], problem.value.shape[3]
-    return batch, groups, heads // groups, rows, columns, width, wide, problem.query.element_size()
+def _sizes(form: Form, columns: int) -> tuple[int, ...]:
+    batch, heads, rows, width = form.query.shape
+    groups, wide = form.key.shape[1], form.value.shape[3]
+    return batch, groups, heads // groups, rows, columns, width, wide, form.query.dtype.itemsize
 
 
-def split_forward(problem: Problem, arguments: dict[str, Any]) -> None:
+def split_forward(form: Form, tensors: dict[str, Any]) -> None:
     """The forward with the keys of each head in parts.
 
     Args:
-        arguments: what `attention.forward` gives to both templates.
+        tensors: what `attention.forward` gives to both templates.
     """
+    batch, heads, rows, _ = form.query.shape
+    groups = form.key.shape[1]
+    queries = batch * heads * rows
+    chosen, count = form.once("split", lambda: split(form))
+    lines = queries * count if count > 1 else 0
+    strides = tensors["Out"].stride()
+    first, second = form.once(
+        ("decode", strides), lambda: _launches(form, strides, chosen, count, lines)
+    )
+    acc = tensors["Q"].new_empty(lines * (form.value.shape[3] + 2), dtype=torch.float32)
+    tiles = -(-(heads // groups * rows) // chosen.m)
+    first.run(batch * groups * tiles * count, **tensors, Acc=acc)
+    if count > 1:
+        second.run(queries, **{name: tensors[name] for name in _COMBINED}, Acc=acc)
+
+
+def _launches(
+    form: Form, out: tuple[int, ...], chosen: Tile, count: int, lines: int
+) -> tuple[Launch, Launch]:
     from iocompiler.codegen.kernels.attention_decode import attention_combine, attention_split
 
-    query, width = problem.query, problem.value.shape[3]
-    batch, heads, rows, _ = query.shape
-    groups = problem.key.shape[1]
-    chosen, count = split(problem)
-    queries = batch * heads * rows
-    lines = queries * count if count > 1 else 0
-    partial = {
-        "Acc": query.new_empty(lines * (width + 2), dtype=torch.float32),
-        "parts": count,
-        "lines": lines,
-    }
-    tiles = -(-(heads // groups * rows) // chosen.m)
-    launch(
-        attention_split, batch * groups * tiles * count,
-        **arguments, **partial, groups=groups, **tile_arguments(chosen),
+    given = {
+        "out_strides": out, "rows": form.query.shape[2], "columns": form.key.shape[2],
+        "EMPTY": form.program.empty, **form.strides, **form.common,
+    }  # fmt: skip
+    partial = {"parts": count, "lines": lines}
+    first = Launch(
+        attention_split, groups=form.key.shape[1], **given, **partial, **tile_arguments(chosen)
+    )
+    second = Launch(
+        attention_combine, heads=form.query.shape[1], BLOCK_P=_PARTS_AT_ONCE, BLOCK_N=chosen.n,
+        num_warps=4, **{name: given[name] for name in _SHARED}, **partial,
     )  # fmt: skip
-    if count > 1:
-        launch(
-            attention_combine, queries, **{name: arguments[name] for name in _COMBINED}, **partial,
-            heads=heads, BLOCK_P=_PARTS_AT_ONCE, BLOCK_N=chosen.n, num_warps=4,
-        )  # fmt: skip
+    return first, second
 
 
-def split(problem: Problem) -> tuple[Tile, int]:
+def split(form: Form) -> tuple[Tile, int]:
     """The tile, and in how many parts the keys are read."""
-    columns = problem.key.shape[2]
+    columns = form.key.shape[2]
     rounded = -(-columns // _COLUMNS) * _COLUMNS
-    chosen, count = _split(_sizes(problem, rounded), problem.query.device)
-    return chosen, min(problem.parts or count, -(-columns // chosen.n))
+    chosen, count = _split(_sizes(form, rounded), form.device)
+    return chosen, min(form.parts or count, -(-columns // chosen.n))
 
 
 @functools.lru_cache(maxsize=4096)

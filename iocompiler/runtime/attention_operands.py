@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime import attention
 from iocompiler.runtime.attention import Problem
-from iocompiler.runtime.attention_blocks import classes
-from iocompiler.runtime.template_launch import launch, tile_arguments
-from iocompiler.tile.score_blocks import Grid
+from iocompiler.runtime.attention_form import Form
+from iocompiler.runtime.template_launch import Launch, tile_arguments
 from iocompiler.tile.score_operands import Use, use
 
 
@@ -24,7 +22,7 @@ def operand_gradient(
     Raises:
         ValueError: it is loaded in a way whose gradient has no kernel.
     """
-    sums = attention.row_sums(problem, grad, out, lse)
+    sums = attention.row_sums(problem.form, grad, out, lse)
     total: Tensor | None = None
     for load in problem.program.loads(problem.program.score):
         if problem.program.ops[load].value != which:
@@ -40,52 +38,53 @@ def operand_gradient(
 def _of_one_load(
     problem: Problem, grad: Tensor, sums: Tensor, found: Use, operand: Tensor
 ) -> Tensor:
-    batch, heads, rows, _ = problem.query.shape
-    columns = problem.key.shape[2]
-    tile = problem.row.operand
-    down, across = -(-rows // tile.m), -(-columns // tile.n)
-    grid = Grid(batch, heads, rows, columns, tile.m, tile.n)
-    kept = problem.functions.keep
-    mask = (problem.program, kept, grid, problem.operands, problem.numbers, problem.query.device)
-    arguments = _arguments(problem, classes(*mask), tile, found)
-    arguments |= attention.backward_inputs(problem, grad, sums)
+    form = problem.form
+    batch, heads, rows, _ = form.query.shape
+    columns, tile = form.key.shape[2], form.row.operand
+    grid = form.grid(tile.m, tile.n)
+    down, across = grid.counts
+    kinds = problem.classes(grid)
+    tensors = {**attention.backward_tensors(problem, grad, sums), "Classes": kinds}
+
+    def run(kernel: Any, programs: int, result: Tensor, **fixed: Any) -> None:
+        def prepared() -> Launch:
+            given = _arguments(form, kinds, found)
+            return Launch(kernel, grad_strides=grad.stride(), **fixed, **given)
+
+        launch = form.once(("operand", found.load, grad.stride()), prepared)
+        launch.run(programs, **tensors, Result=result)
+
     made = grad.new_empty
     if found.way == "tile":
         own = (batch if "b" in found.dims else 1, heads if "h" in found.dims else 1)
         result = made((*own, rows, columns), dtype=operand.dtype)
         owners = {"batch": batch, "own_batch": own[0], "own_heads": own[1]}
-        programs = own[0] * own[1] * down * across
-        launch(_kernels().operand_tiles, programs, Result=result, **owners, **arguments)
+        run(_kernels().operand_tiles, own[0] * own[1] * down * across, result, **owners)
     elif found.way == "diagonal":
         result = made((batch, heads, 2, down + across - 1, tile.n), dtype=torch.float32)
-        programs = batch * heads * (down + across - 1)
-        launch(_kernels().operand_diagonals, programs, Result=result, **arguments)
+        run(_kernels().operand_diagonals, batch * heads * (down + across - 1), result)
         result = _distances(result)[:, :, (down * tile.m - rows) :]
     else:
         along = found.way == "row"
         result = made((batch, heads, rows if along else columns), dtype=torch.float32)
         programs = batch * heads * (down if along else across)
-        launch(_kernels().operand_lines, programs, Result=result, ROWS=along, **arguments)
+        run(_kernels().operand_lines, programs, result, ROWS=along)
     return found.gathered(result, operand, problem.program, problem.numbers, rows)
 
 
-def _arguments(problem: Problem, kinds: Tensor, tile: Tile, found: Use) -> dict[str, Any]:
-    _, heads, rows, _ = problem.query.shape
-    functions = attention.functions(
-        problem.program, tuple(x.dim() for x in problem.operands), (found.load,), problem.dropout_p
-    )
+def _arguments(form: Form, kinds: Tensor, found: Use) -> dict[str, Any]:
     return {
-        "Classes": kinds,
         "class_strides": tuple(
             0 if n == 1 and d < 2 else s
             for d, (n, s) in enumerate(zip(kinds.shape, kinds.stride(), strict=True))
         )[:3],
-        "heads": heads,
-        "rows": rows,
-        "columns": problem.key.shape[2],
-        "gradient": getattr(functions, f"gradient_{found.load}"),
-        **tile_arguments(tile),
-        **problem.common,
+        "heads": form.query.shape[1],
+        "rows": form.query.shape[2],
+        "columns": form.key.shape[2],
+        "gradient": getattr(form.functions_of((found.load,)), f"gradient_{found.load}"),
+        **form.strides,
+        **form.common,
+        **tile_arguments(form.row.operand),
     }
 
 

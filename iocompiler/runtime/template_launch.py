@@ -1,13 +1,12 @@
 """Launching a template. Triton's own way through its arguments takes longer than short kernels run;
-here it is gone once for each form of the arguments.
+here it is gone once for all calls that differ in their memory alone.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,42 +17,85 @@ from iocompiler.runtime.worker import OPTIONS
 _MOST = 4096
 _TRIED = "3.6."  # the Triton whose compiled kernels take these arguments
 _INT32 = 2**31 - 1
-_Pick: TypeAlias = Callable[[Mapping[str, Any]], tuple[Any, ...]]
+_Given: TypeAlias = Tensor | tuple[Tensor, ...]
 _known: dict[tuple[Any, ...], Any] = {}
-_sorts: dict[tuple[Any, tuple[str, ...]], tuple[_Pick, _Pick, _Pick]] = {}
 
 
-def launch(kernel: Any, programs: int, **arguments: Any) -> None:
-    """Run so many programs of a template.
+class _Ready(NamedTuple):
+    """A compiled kernel, its arguments with room for pointers, and where in them those go."""
+
+    compiled: Any
+    arguments: list[Any]
+    slots: tuple[int, ...]
+
+
+class Launch:
+    """A template with all of its arguments but tensors.
 
     Args:
         kernel: a ``@triton.jit`` function; in Triton's interpreter it runs there.
-        arguments: all of its arguments, and the options of a launch (num_warps, num_stages).
+        fixed: its other arguments, and the options of a launch (num_warps, num_stages).
     """
-    if not programs:
-        return
-    device = next(each.device for each in arguments.values() if isinstance(each, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, programs, **arguments)
-        return
-    seen = _seen(kernel, arguments, device)
-    compiled = _known.get(seen)
-    if compiled is None:
-        compiled = _known.get(_form(kernel, arguments, device))
-        if compiled is not None:
-            _remember(seen, compiled)
-    if compiled is None or not _direct():
-        compiled = kernel[(programs,)](**arguments, **OPTIONS)
+
+    def __init__(self, kernel: Any, **fixed: Any):
+        self.kernel, self.fixed = kernel, fixed
+        self._ready: dict[tuple[bool, ...], _Ready] = {}
+
+    def run(self, programs: int, **tensors: _Given) -> None:
+        """Run so many programs.
+
+        Args:
+            tensors: by the names of the template's arguments, in one order, with the dtypes and on
+                the device of the first run.
+        """
+        if not programs:
+            return
+        device = next(iter(tensors.values())).device  # type: ignore[union-attr]
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(programs, device, tensors)
+        else:
+            self._run(programs, device, tensors)
+
+    def _run(self, programs: int, device: torch.device, tensors: Mapping[str, _Given]) -> None:
+        pointers, aligned = _pointers(tensors)
+        ready = self._ready.get(aligned)
+        if ready is None:
+            ready = self._find(aligned, device, tensors)
+        if ready is None or not _direct():
+            self._through_triton(programs, device, tensors)
+            return
+        compiled, arguments = ready.compiled, ready.arguments.copy()
+        for slot, pointer in zip(ready.slots, pointers, strict=True):
+            arguments[slot] = pointer
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        compiled.run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *arguments,
+        )  # fmt: skip
+
+    def _find(
+        self, aligned: tuple[bool, ...], device: torch.device, tensors: Mapping[str, _Given]
+    ) -> _Ready | None:
+        """What another launch of this form has compiled."""
+        compiled = _known.get(_form(self.kernel, {**self.fixed, **tensors}, device))
+        if compiled is None:
+            return None
+        names = self.kernel.arg_names
+        arguments = [None if name in tensors else self.fixed[name] for name in names]
+        ready = _Ready(compiled, arguments, tuple(names.index(name) for name in tensors))
+        self._ready[aligned] = ready
+        return ready
+
+    def _through_triton(
+        self, programs: int, device: torch.device, tensors: Mapping[str, _Given]
+    ) -> None:
+        arguments = {**self.fixed, **tensors}
+        compiled = self.kernel[(programs,)](**arguments, **OPTIONS)
         if hasattr(compiled, "packed_metadata"):  # the interpreter returns nothing
-            _remember(_form(kernel, arguments, device), compiled)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    given = [arguments[name] for name in kernel.arg_names]
-    compiled.run(
-        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *given,
-    )  # fmt: skip
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[_form(self.kernel, arguments, device)] = compiled
 
 
 def tile_arguments(tile: Tile) -> dict[str, int]:
@@ -67,45 +109,31 @@ def tile_arguments(tile: Tile) -> dict[str, int]:
     }
 
 
-def _remember(key: tuple[Any, ...], compiled: Any) -> None:
-    if len(_known) >= _MOST:
-        _known.clear()
-    _known[key] = compiled
-
-
-def _seen(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
-    """The arguments as they are, soon said: equal ones have the same form."""
-    names = tuple(arguments)
-    sorts = _sorts.get((kernel, names))
-    if sorts is None:
-        sorts = _sorts[kernel, names] = _sorted(kernel, arguments)
-    tensors, sizes, others = (pick(arguments) for pick in sorts)
-    given = (*tensors, *arguments.get("operands", ()))
-    return (
-        *("seen", kernel, device, names, others, tuple(size > _INT32 for size in sizes)),
-        tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in given]),
-    )
-
-
-def _sorted(kernel: Any, arguments: Mapping[str, Any]) -> tuple[_Pick, _Pick, _Pick]:
-    """How to pick the tensors, the sizes Triton compiles nothing for, and the other arguments."""
-    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
-    sizes = [n for n in getattr(kernel, "do_not_specialize", None) or () if n in arguments]
-    others = [n for n in arguments if n != "operands" and n not in (*tensors, *sizes)]
-    return _picked(tensors), _picked(sizes), _picked(others)
-
-
-def _picked(names: Sequence[str]) -> _Pick:
-    if len(names) == 1:  # an itemgetter of one name gives no tuple
-        return lambda arguments: (arguments[names[0]],)
-    return operator.itemgetter(*names) if names else lambda arguments: ()
+def _pointers(tensors: Mapping[str, _Given]) -> tuple[list[Any], tuple[bool, ...]]:
+    """Addresses, and for each whether it is a multiple of 16 bytes; () where all of them are."""
+    pointers: list[Any] = []
+    flat: list[int] = []
+    for given in tensors.values():
+        if isinstance(given, tuple):
+            several = tuple([each.data_ptr() for each in given])
+            pointers.append(several)
+            flat += several
+        else:
+            pointer = given.data_ptr()
+            pointers.append(pointer)
+            flat.append(pointer)
+    bits = 0
+    for pointer in flat:
+        bits |= pointer
+    return pointers, tuple([pointer % 16 == 0 for pointer in flat]) if bits % 16 else ()
 
 
 def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
     """What Triton compiles a kernel for, and more: equal forms have the same cubin."""
     sizes = getattr(kernel, "do_not_specialize", None) or ()
     parts: list[Any] = [kernel, device]
-    for name, value in arguments.items():
+    for name in sorted(arguments):
+        value = arguments[name]
         if isinstance(value, Tensor):
             parts.append((value.dtype, value.data_ptr() % 16 == 0))
         elif name in sizes:
@@ -113,7 +141,7 @@ def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tu
         elif isinstance(value, tuple):
             parts.append(tuple(_element(each) for each in value))  # strides, numbers, operands
         else:
-            parts.append(value)
+            parts.append((name, value))  # options are there or not
     return tuple(parts)
 
 
@@ -128,14 +156,13 @@ def _direct() -> bool:
     """Whether a compiled kernel may be called without Triton: this one's is called as above, and
     nobody (a profiler) listens to launches.
     """
-    version, runtime = _triton()
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return version.startswith(_TRIED) and not any(hook.calls for hook in hooks)
+    tried, runtime = _triton()
+    return tried and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 @functools.cache
-def _triton() -> tuple[str, Any]:
+def _triton() -> tuple[bool, Any]:
     # not before a template runs: it imports Triton
     from triton import __version__, knobs
 
-    return __version__, knobs.runtime
+    return __version__.startswith(_TRIED), knobs.runtime

@@ -15,13 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from iocompiler.runtime import (
-    attention,
-    attention_blocks,
-    attention_decode,
-    attention_operands,
-)
+from iocompiler.runtime import attention, attention_operands
 from iocompiler.runtime.attention import Problem
+from iocompiler.runtime.template_launch import Launch
 from iocompiler.runtime.worker import OPTIONS
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -38,11 +34,11 @@ def resources(
     """For each kernel of forward and backward: registers, spilled bytes, bytes of shared memory."""
     found: dict[str, dict[str, int]] = {}
 
-    def compile_(kernel: Any, programs: int, **arguments: Any) -> None:
-        found[kernel.__name__] = _compiled(kernel, capability, arguments)
+    def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
+        arguments = {**launch.fixed, **tensors}
+        found[launch.kernel.__name__] = _compiled(launch.kernel, capability, arguments)
 
-    for module in (attention, attention_blocks, attention_decode, attention_operands):
-        monkeypatch.setattr(module, "launch", compile_)
+    monkeypatch.setattr(Launch, "run", compile_)
     query, value = problem.query, problem.value
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     lse = attention.forward(problem, out)

@@ -44,7 +44,7 @@ def test_every_width_compiles(
     name: str, width: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: divmod(capability, 10))
-    monkeypatch.setattr("iocompiler.runtime.attention._NO_GPU", divmod(capability, 10))
+    monkeypatch.setattr("iocompiler.runtime.attention_form._NO_GPU", divmod(capability, 10))
     found = resources(problem(name, width, dtype), capability, monkeypatch)
     assert all(each["shared"] <= SHARED[capability] for each in found.values()), found
     if dtype == torch.bfloat16 and capability == 90:
@@ -74,7 +74,7 @@ def _check_decoding(given: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resources(given, 90, monkeypatch, gradients=False)
     assert found.keys() == {"attention_split", "attention_combine"}
     assert all(each["spills"] == 0 for each in found.values()), found
-    task = attention_decode.work(given)
+    task = attention_decode.work(given.form)
     chosen = tile(task)
     a_program = found["attention_split"]
     resident = programs_per_sm(chosen, task, DEVICES["h200"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from iocompiler.codegen.kernels.attention_decode import attention_combine
 from iocompiler.runtime import template_launch
-from iocompiler.runtime.template_launch import _form, _seen
+from iocompiler.runtime.template_launch import Launch, _form
 from iocompiler.runtime.worker import OPTIONS
 
 _MEMORY = torch.empty(64)
@@ -77,12 +78,77 @@ def test_a_length_that_grows_keeps_its_form() -> None:
     assert len(forms) == 1
 
 
-def test_what_was_seen_says_the_form() -> None:
-    made = [arguments(**changed) for changed in CHANGES]
-    for a, b in itertools.combinations(made, 2):
-        if _seen(attention_combine, a, DEVICE) == _seen(attention_combine, b, DEVICE):
-            forms = [_form(attention_combine, each, DEVICE) for each in (a, b)]
-            assert forms[0] == forms[1]
+class Kernel:
+    """Stands for a template: what it was launched with through Triton, and then without."""
+
+    arg_names = ("X", "operands", "n", "BLOCK")
+    do_not_specialize = ("n",)
+
+    def __init__(self) -> None:
+        self.compiled: list[dict[str, Any]] = []
+        self.runs: list[tuple[int, tuple[Any, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def compile_(**arguments: Any) -> Any:
+            self.compiled.append(arguments)
+            place = len(self.compiled)
+
+            def run(*given: Any) -> None:
+                self.runs.append((place, given))
+
+            return SimpleNamespace(packed_metadata="metadata", function="function", run=run)
+
+        return compile_
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(template_launch, "_direct", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    return Kernel()
+
+
+def memory(offset: int = 0) -> torch.Tensor:
+    made = torch.empty(64)
+    start = -made.data_ptr() // 4 % 4  # from a multiple of 16 bytes on
+    return made[start + offset :]
+
+
+def test_later_runs_give_a_compiled_kernel_the_new_memory(kernel: Kernel) -> None:
+    launch = Launch(kernel, n=5, BLOCK=16, num_warps=4)
+    x, y = memory(), memory()
+    launch.run(3, X=x, operands=(y,))
+    launch.run(4, X=y, operands=(x,))
+    assert len(kernel.compiled) == 1
+    assert kernel.compiled[0].keys() >= {"X", "operands", "n", "BLOCK", "num_warps"}
+    ((place, given),) = kernel.runs
+    assert place == 1
+    assert given[:6] == (4, 1, 1, 7, "function", "metadata")
+    assert given[9:] == (y.data_ptr(), (x.data_ptr(),), 5, 16)
+
+
+def test_memory_at_an_odd_place_is_another_kernel(kernel: Kernel) -> None:
+    launch = Launch(kernel, n=5, BLOCK=16)
+    x, odd = memory(), memory(1)
+    for operand in (x, odd, x, odd):
+        launch.run(1, X=x, operands=(operand,))
+    launch.run(1, X=odd, operands=(x,))
+    assert len(kernel.compiled) == 3
+    assert [place for place, _ in kernel.runs] == [1, 2]
+
+
+def test_launches_of_one_form_share_what_is_compiled(kernel: Kernel) -> None:
+    for n in (5, 6, 1):
+        Launch(kernel, n=n, BLOCK=16).run(1, X=memory(), operands=())
+    Launch(kernel, n=5, BLOCK=32).run(1, X=memory(), operands=())
+    Launch(kernel, n=5, BLOCK=32, num_warps=8).run(1, X=memory(), operands=())
+    assert len(kernel.compiled) == 3
+    assert [given[11] for _, given in kernel.runs] == [6, 1]
+
+
+def test_no_programs_are_no_launch(kernel: Kernel) -> None:
+    Launch(kernel, n=5, BLOCK=16).run(0, X=memory(), operands=())
+    assert not kernel.compiled
 
 
 def test_a_compiled_kernel_is_called_without_triton() -> None:
@@ -102,5 +168,9 @@ def test_through_triton_where_somebody_listens_to_launches() -> None:
 
 
 def test_through_triton_in_a_version_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_launch, "_triton", lambda: ("3.9.1", triton.knobs.runtime))
-    assert not template_launch._direct()
+    monkeypatch.setattr(triton, "__version__", "3.9.1")
+    template_launch._triton.cache_clear()
+    try:
+        assert not template_launch._direct()
+    finally:
+        template_launch._triton.cache_clear()

@@ -11,15 +11,15 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
-from iocompiler.runtime.attention import functions
-from iocompiler.runtime.attention_blocks import classes, listed
+from iocompiler.cost_model.attention_tiles import Row, Tile
+from iocompiler.runtime.attention import Problem
+from iocompiler.runtime.attention_blocks import listed
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_reference import evaluate
 from tests.ops.score_programs import CASES
 
 # Triton's interpreter in loops
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-CPU = torch.device("cpu")
 
 
 def asked(name: str, operands: list[Tensor], grid: Grid) -> Tensor:
@@ -45,9 +45,12 @@ def asked(name: str, operands: list[Tensor], grid: Grid) -> Tensor:
 def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
     torch.manual_seed(0)
     case, grain = CASES[name], Grid(2, 2, *sizes, 16, 16)
-    program, operands = case.program(), case.operands(2, 2, *sizes)
-    keep = functions(program, tuple(x.dim() for x in operands)).keep
-    kinds = classes(program, keep, grain, operands, (), CPU)
+    operands = case.operands(2, 2, *sizes)
+    tile = Tile(16, 16, 4, 1)
+    q, k = (torch.empty(2, 2, length, 16) for length in sizes)
+    tiles = Row((0, 0), 4, 16, tile, tile, tile, tile)
+    problem = Problem(q, k, k, case.program(), tuple(operands), tiles=tiles)
+    kinds = problem.classes(grain)
     exact = asked(name, operands, grain)
     torch.testing.assert_close(kinds.expand_as(exact), exact)
     assert kinds.shape[1] == 1, "no mask here differs from head to head"
@@ -58,7 +61,7 @@ def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
             wanted = wanted.transpose(2, 3)
         if sizes[0 if transposed else 1] % (m if transposed else n):
             wanted[..., -1].clamp_(max=1)  # what reaches past the end is never full
-        found = listed(kinds, grain, grid, transposed=transposed)
+        found = listed(problem.form, kinds, Tile(m, n, 4, 1), transposed=transposed)
         assert found.room == wanted.shape[3]
         for b in range(kinds.shape[0]):
             for line, row in zip(found.entries[b, 0].tolist(), wanted[b, 0], strict=True):

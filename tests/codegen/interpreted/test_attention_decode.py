@@ -10,7 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
-from iocompiler.runtime import attention_decode
+from iocompiler.runtime.template_launch import Launch
 from tests.ops.score_checks import Shape, in_parts, problems
 from tests.ops.score_programs import CASES
 
@@ -20,18 +20,22 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
 
+FORWARD = ("attention_forward", "attention_split", "attention_combine")
+
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that ran."""
+    """The names of the kernels of a forward that ran."""
     names: list[str] = []
-    launch = attention_decode.launch
+    run = Launch.run
 
-    def noted(kernel, programs, **arguments):
-        names.append(kernel.fn.__name__)
-        launch(kernel, programs, **arguments)
+    def noted(launch, programs, **tensors):
+        name = launch.kernel.fn.__name__
+        if name in FORWARD:
+            names.append(name)
+        run(launch, programs, **tensors)
 
-    monkeypatch.setattr(attention_decode, "launch", noted)
+    monkeypatch.setattr(Launch, "run", noted)
     return names
 
 

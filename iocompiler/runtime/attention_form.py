@@ -1,0 +1,205 @@
+"""All of an attention of the templates but its memory, and what is made once for it: calls that
+differ in their memory alone find it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from iocompiler.codegen.score_functions import module_text
+from iocompiler.cost_model.attention_tiles import Row, padded, row
+from iocompiler.runtime.load import module_file
+from iocompiler.tile.score import ScoreProgram
+from iocompiler.tile.score_blocks import Grid
+from iocompiler.tile.score_operands import use
+
+T = TypeVar("T")
+_MOST = 1024
+_NO_GPU = (9, 0)  # the interpreter: any row will do
+_forms: dict[tuple[Hashable, ...], Form] = {}
+
+
+class Like(NamedTuple):
+    """A tensor but for its memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(x: Tensor) -> Like:
+        return Like(x.shape, x.stride(), x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The fields are those of `attention.Problem`, for tensors what they are like."""
+
+    query: Like
+    key: Like
+    value: Like
+    program: ScoreProgram
+    operands: tuple[Like, ...]
+    numbers: tuple[int, ...]
+    tiles: Row | None
+    parts: int
+    dropout_p: float
+    device: torch.device
+    precision: str
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made at the first call with this name."""
+        found: T | None = self._made.get(name)
+        if found is None:
+            found = self._made[name] = make()
+        return found
+
+    @functools.cached_property
+    def functions(self) -> ModuleType:
+        return self.functions_of(lifts=self.query.dtype.itemsize < 4)
+
+    def functions_of(self, gradients: tuple[int, ...] = (), *, lifts: bool = False) -> ModuleType:
+        ranks = tuple(len(x.shape) for x in self.operands)
+        return functions(self.program, ranks, gradients, self.dropout_p, lifts=lifts)
+
+    @functools.cached_property
+    def row(self) -> Row:
+        if self.tiles is not None:
+            return self.tiles
+        device, width = self.device, max(self.query.shape[3], self.value.shape[3])
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
+        found = row(capability, self.query.dtype.itemsize, width)
+        loads, masked = _loads(self.program), width < padded(width)
+        if self.dropout_p or masked:
+            found = found.unlimited()
+        if not loads and not masked:
+            return found
+        return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[1] // self.key.shape[1]
+
+    @functools.cached_property
+    def reads(self) -> bool:
+        """Whether the mask reads a tensor."""
+        return bool(self.program.loads(self.program.keep))
+
+    @functools.cached_property
+    def grain(self) -> Grid:
+        """The largest blocks that tiles of all kernels are made of."""
+        tiles = (self.row.forward, self.row.dq, self.row.dkv)
+        return self.grid(math.gcd(*(t.m for t in tiles)), math.gcd(*(t.n for t in tiles)))
+
+    def grid(self, m: int, n: int) -> Grid:
+        batch, heads, rows, _ = self.query.shape
+        return Grid(batch, heads, rows, self.key.shape[2], m, n)
+
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """The arguments all templates have, but their tensors."""
+        functions, width, wide = self.functions, self.query.shape[3], self.value.shape[3]
+        return {
+            "strides": tuple(s for x in self.operands for s in x.stride),
+            "numbers": self.numbers,
+            "score": functions.new_score,
+            "lift": functions.lift,
+            "FACTOR": functions.FACTOR,
+            "keep": functions.keep,
+            "drop": functions.drop,
+            "KEPT": functions.KEPT,
+            "GROUP": self.group,
+            "D": width,
+            "E": wide,
+            "BLOCK_D": padded(width),
+            "BLOCK_E": padded(wide),
+            "SINKS": self.program.sinks,
+            "PRECISION": self.precision,
+        }
+
+    @functools.cached_property
+    def strides(self) -> dict[str, Any]:
+        """The strides of query, key and value, as the templates take them."""
+        inputs = {"q": self.query, "k": self.key, "v": self.value}
+        return {f"{name}_strides": x.stride for name, x in inputs.items()}
+
+    @property
+    def slopes(self) -> dict[str, Any]:
+        """The arguments of the templates that differentiate by the dot product."""
+        return {"slope": self.functions.slope, "SCALE": self.functions.SCALE}
+
+
+def form(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    program: ScoreProgram,
+    operands: Sequence[Tensor],
+    numbers: tuple[int, ...],
+    tiles: Row | None,
+    parts: int,
+    dropout_p: float,
+) -> Form:
+    """The form of a problem, found again where there was one like it."""
+    query, key, value = inputs
+    dtype, device = query.dtype, query.device
+    precision = _precision(dtype)
+    # the tensors first: where two keys differ, they do so there
+    known = (
+        *(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()),
+        *(dtype, device, precision, numbers, dropout_p, program, tiles, parts),
+        *[(x.shape, x.stride(), x.dtype) for x in operands],
+    )
+    found = _forms.get(known)
+    if found is None:
+        if len(_forms) >= _MOST:
+            _forms.clear()
+        likes = tuple(Like.of(x) for x in operands)
+        found = _forms[known] = Form(
+            Like.of(query), Like.of(key), Like.of(value), program, likes, numbers, tiles, parts,
+            dropout_p, device, precision,
+        )  # fmt: skip
+    return found
+
+
+def _precision(dtype: torch.dtype) -> str:
+    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+@functools.lru_cache(maxsize=512)
+def functions(
+    program: ScoreProgram,
+    ranks: tuple[int, ...],
+    gradients: tuple[int, ...] = (),
+    dropout_p: float = 0.0,
+    *,
+    lifts: bool = False,
+) -> ModuleType:
+    """The module with the Triton functions of a program, imported from a real file."""
+    path = module_file(module_text(program, ranks, gradients, dropout_p, lifts=lifts), "score")
+    spec = importlib.util.spec_from_file_location("iocompiler_score", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.lru_cache(maxsize=512)
+def _loads(program: ScoreProgram) -> str:
+    """How an element is loaded for each score: "diagonal" for places that are computed, "tile", ""
+    where none is.
+    """
+    ways = [use(program, load) for load in program.loads(program.score)]
+    if any(way is None or way.way == "diagonal" for way in ways):
+        return "diagonal"
+    return "tile" if any(way is not None and way.way == "tile" for way in ways) else ""
