@@ -32,6 +32,7 @@ def main() -> None:
         return
     peers = chosen(args.peers)
     shown = ["name", *columns(peers, "ms"), "flex ms", "ours/flex", "ours/inductor"]
+    shown += [*columns(peers, "device ms"), "flex device ms", "ours/flex device"]
     shown += ["ours % copy", *columns(peers, "GiB"), "flex GiB", "check"]
     session = Session(args, Table("attention", shown))
     session.table.facts["copy GB/s"] = copy_rate(args.quick) / 1e9
@@ -109,6 +110,7 @@ def _row(session: Session, case: Case, phase: str) -> None:
         session.attempt(row, FLEX, flex)
     for other in (FLEX, "inductor"):
         row[f"ours/{other}"] = ratio(row.get("ours ms"), row.get(f"{other} ms"))
+    row["ours/flex device"] = ratio(row.get("ours device ms"), row.get(f"{FLEX} device ms"))
 
 
 def _measure(
@@ -142,6 +144,8 @@ def _measure(
     row[f"{name} GiB"] = peak.gib
     time = timing.steps(call, args.steps, args.budget, flush=True)
     row[f"{name} ms"], row[f"{name} spread ms"] = time.ms, time.spread_ms
+    queued = timing.steps(call, args.steps, args.budget, flush=True, queued=True)
+    row[f"{name} device ms"] = queued.ms
     if name == "ours":
         note(row, "ours", _variant(case, given))
         if case.queries:

@@ -33,7 +33,7 @@ PHASES = ("forward", "step")
 def main() -> None:
     args = arguments()
     peers = chosen(args.peers)
-    shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "GiB")]
+    shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "device ms", "GiB")]
     shown += [*columns(tuple(p for p in peers if p.backend), "first s"), "check"]
     session = Session(args, Table("modules", shown))
     for case in CASES:
@@ -84,6 +84,8 @@ def _measure(
     row[f"{peer.name} GiB"] = peak.gib
     time = timing.steps(call, args.steps, args.budget, flush=True)
     row[f"{peer.name} ms"], row[f"{peer.name} spread ms"] = time.ms, time.spread_ms
+    queued = timing.steps(call, args.steps, args.budget, flush=True, queued=True)
+    row[f"{peer.name} device ms"] = queued.ms
 
 
 def _clear(module: nn.Module, inputs: dict[str, Tensor]) -> None:

@@ -51,13 +51,23 @@ def first_call(call: Call) -> tuple[Any, float]:
 
 
 def steps(
-    call: Call, repetitions: int, budget_s: float, warm_up: int = 3, flush: bool = False
+    call: Call,
+    repetitions: int,
+    budget_s: float,
+    warm_up: int = 3,
+    *,
+    flush: bool = False,
+    queued: bool = False,
 ) -> Time:
     """Time whole steps one by one, gaps between their kernels included.
 
-    At most ``repetitions``, at least three, about ``budget_s`` in all. ``flush`` writes a buffer of
-    five times the L2 before each step, so that it starts with its inputs in HBM; a whole model's
-    working set does that itself.
+    At most ``repetitions``, at least three, about ``budget_s`` in all.
+
+    Args:
+        flush: write a buffer of five times the L2 before each step, so that it starts with its
+            inputs in HBM; a whole model's working set does that itself.
+        queued: the device sleeps until the host has queued the step, as it would lie in a queue
+            behind other work: host time does not count.
     """
     for _ in range(warm_up):
         call()
@@ -67,13 +77,23 @@ def steps(
         return summary([first_call(call)[1] * 1e3 for _ in range(count)])
     events = [(_event(), _event()) for _ in range(count)]
     scratch = torch.empty(5 * l2_bytes() if flush else 0, dtype=torch.uint8, device="cuda")
+    sleep = _cycles(_queue([call])) if queued else 0
     for start, end in events:
         scratch.zero_()
+        if sleep:
+            torch.cuda._sleep(sleep)
         start.record()
         call()
         end.record()
     torch.cuda.synchronize()
     return summary([start.elapsed_time(end) for start, end in events])
+
+
+def _cycles(queue_s: float) -> int:
+    """How long the device sleeps while the host queues what takes it so many seconds: cycles, at no
+    more than 2 GHz.
+    """
+    return int(2e9 * (1.5 * queue_s + 2e-4))
 
 
 def _event() -> torch.cuda.Event:
@@ -116,7 +136,7 @@ def _batch(calls: Sequence[Call], queue_s: float) -> float:
         return _queue(calls) * 1e3 / len(calls)
     start, end = _event(), _event()
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(2e9 * (1.5 * queue_s + 2e-4)))  # cycles, at no more than 2 GHz
+    torch.cuda._sleep(_cycles(queue_s))
     start.record()
     kept = [call() for call in calls]
     end.record()
