@@ -16,7 +16,8 @@ from iocompiler.runtime.attention_decode import few_queries, split_forward
 from iocompiler.runtime.attention_form import Form, form
 from iocompiler.runtime.template_launch import Launch, tile_arguments
 from iocompiler.tile.score import ScoreProgram
-from iocompiler.tile.score_blocks import Grid, Table
+from iocompiler.tile.score_blocks import Grid
+from iocompiler.tile.score_tables import Table
 
 _ROWS = 128
 """What is kept for each row has room for a multiple of so many (`attention_parts.padded_line`)."""
@@ -116,7 +117,8 @@ def _whole_forward(problem: Problem, tensors: dict[str, Any]) -> None:
         return Launch(
             attention_forward, out_strides=strides, mean_strides=mean.stride(), heads=heads,
             rows=rows, columns=form.key.shape[2], EMPTY=form.program.empty,
-            **visited(found), **form.strides, **form.common, **tile_arguments(tile),
+            **form.order(over_queries=False), **visited(found), **form.strides, **form.common,
+            **tile_arguments(tile),
         )  # fmt: skip
 
     launch = form.once(("forward", strides), prepared)
@@ -148,7 +150,8 @@ def key_gradients(problem: Problem, grad: Tensor, sums: Tensor, dk: Tensor, dv: 
         return Launch(
             attention_dkv, grad_strides=strides[0], dk_strides=strides[1], dv_strides=strides[2],
             groups=groups, rows=form.query.shape[2], columns=columns, **form.slopes,
-            **visited(found), **form.strides, **form.common, **tile_arguments(tile),
+            **form.order(over_queries=True), **visited(found), **form.strides, **form.common,
+            **tile_arguments(tile),
         )  # fmt: skip
 
     form.once(("dkv", strides), prepared).run(
@@ -170,7 +173,8 @@ def query_gradients(problem: Problem, grad: Tensor, sums: Tensor, dq: Tensor) ->
         return Launch(
             attention_dq, grad_strides=strides[0], dq_strides=strides[1], heads=heads, rows=rows,
             columns=form.key.shape[2], **form.slopes,
-            **visited(found), **form.strides, **form.common, **tile_arguments(tile),
+            **form.order(over_queries=False), **visited(found), **form.strides, **form.common,
+            **tile_arguments(tile),
         )  # fmt: skip
 
     form.once(("dq", strides), prepared).run(

@@ -15,10 +15,13 @@ from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime.attention_form import Form
 from iocompiler.runtime.template_launch import Launch
 from iocompiler.tile.score import ScoreProgram
-from iocompiler.tile.score_blocks import Grid, Table, classify, extents, table, without_loads
+from iocompiler.tile.score_blocks import Grid, classify
+from iocompiler.tile.score_tables import Table, extents, table, without_loads
 
 _COUNT = 8
 """Blocks one program classifies: what it reads of their rows is read once."""
+_ORDERED = 64
+"""Rows one program finds a place for."""
 _SCORES = 2048
 """A warp looks at so many scores at a time: with more, registers spill."""
 
@@ -61,12 +64,16 @@ def listed(form: Form, kinds: Tensor, tile: Tile, *, transposed: bool) -> Table:
     batch, heads = kinds.shape[:2]
     grid = form.grid(tile.m, tile.n)
     down, across = reversed(grid.counts) if transposed else grid.counts
-    made = kinds.new_empty((batch, heads, down, 2 + 2 * across), dtype=torch.int32)
-    launch = form.once(
+    made = kinds.new_empty((batch, heads, down, 3 + 2 * across), dtype=torch.int32)
+    lists, order = form.once(
         ("list", tile.m, tile.n, transposed),
-        lambda: _list_launch(form.grain, grid, kinds, transposed=transposed),
+        lambda: (
+            _list_launch(form.grain, grid, kinds, transposed=transposed),
+            Launch(_kernels().order_rows, rows=down, room=across, BLOCK=_ORDERED),
+        ),
     )
-    launch.run(batch * heads * down, Classes=kinds, Table=made)
+    lists.run(batch * heads * down, Classes=kinds, Table=made)
+    order.run(batch * heads * -(-down // _ORDERED), Table=made)
     return Table(made, False, across)
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from iocompiler.codegen.score_functions import module_text
+from iocompiler.cost_model.attention_order import heads_together
 from iocompiler.cost_model.attention_tiles import Row, padded, row
+from iocompiler.cost_model.device import DEVICES, Device, current_device
 from iocompiler.runtime.load import module_file
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
@@ -24,7 +26,7 @@ from iocompiler.tile.score_operands import use
 
 T = TypeVar("T")
 _MOST = 1024
-_NO_GPU = (9, 0)  # the interpreter: any row will do
+_NO_GPU, _ANY = (9, 0), "h200"  # the interpreter: any rows will do
 _forms: dict[tuple[Hashable, ...], Form] = {}
 
 
@@ -132,6 +134,25 @@ class Form:
         """The strides of query, key and value, as the templates take them."""
         inputs = {"q": self.query, "k": self.key, "v": self.value}
         return {f"{name}_strides": x.stride for name, x in inputs.items()}
+
+    def order(self, *, over_queries: bool) -> dict[str, int]:
+        """How many heads take turns (`heads_together`).
+
+        Args:
+            over_queries: programs of keys walk over the queries of all heads of their group;
+                otherwise programs of queries over keys, which the heads of a group share.
+        """
+        batch, groups, columns, width = self.key.shape
+        each = (width + self.value.shape[3]) * self.query.dtype.itemsize
+        if over_queries:
+            heads, read = batch * groups, self.group * self.query.shape[2] * each
+        else:
+            heads, read = batch * groups * self.group, columns * each // self.group
+        return {"together": heads_together(heads, read, self.device_row)}
+
+    @functools.cached_property
+    def device_row(self) -> Device:
+        return current_device(self.device) if self.device.type == "cuda" else DEVICES[_ANY]
 
     @property
     def slopes(self) -> dict[str, Any]:

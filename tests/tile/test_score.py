@@ -12,10 +12,11 @@ from torch import Tensor
 
 from iocompiler.tile.score import ScoreBuilder, ScoreProgram, parsed
 from iocompiler.tile.score_algebra import LOG2E, NotDifferentiable, derivative, peeled, scaled
-from iocompiler.tile.score_blocks import Grid, classify, extents, table, without_loads
+from iocompiler.tile.score_blocks import Grid, classify
 from iocompiler.tile.score_operands import use
 from iocompiler.tile.score_proof import always
 from iocompiler.tile.score_reference import evaluate
+from iocompiler.tile.score_tables import extents, table, without_loads
 from tests.ops.score_programs import CASES
 
 SIZES = (2, 3, 70, 90)
@@ -74,6 +75,15 @@ def test_a_block_past_the_end_is_never_full() -> None:
     assert found.entries[0, 0, 0].tolist() == [0, 0, 4, 1]
     turned = table(CASES["full"].program(), Grid(1, 1, 70, 64, 16, 16), [], [], transposed=True)
     assert turned.entries[0, 0, 0].tolist() == [0, 0, 4, 1]
+
+
+def test_rows_with_many_blocks_come_first() -> None:
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    for row, column in ((0, 48), (16, 0), (16, 16), (16, 48), (32, 48), (48, 0), (48, 32)):
+        mask[row, column] = True
+    found = table(CASES["block mask"].program(), Grid(1, 1, 64, 64, 16, 16), [mask], [])
+    assert not found.ranges
+    assert found.entries[0, 0, :, -1].tolist() == [1, 3, 2, 0]
 
 
 @pytest.mark.parametrize("name", ["document", "padding", "block mask", "sunk", "window"])

@@ -18,6 +18,10 @@ from iocompiler.codegen.kernels.attention_parts import (
     nothing_seen,
     row_of,
     store_tile,
+)
+from iocompiler.codegen.kernels.attention_table import (
+    place_of,
+    row_in_order,
     table_entry,
     table_row,
 )
@@ -44,12 +48,13 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["heads", "rows", "columns", "room"], do_not_specialize_on_alignment=["Seed"]
+    do_not_specialize=["heads", "rows", "columns", "room", "together"],
+    do_not_specialize_on_alignment=["Seed"],
 )
 def attention_forward(
     Q, K, V, Mean, Out, Lse, Rest, Seed,
     q_strides, k_strides, v_strides, mean_strides, out_strides,
-    operands, strides, numbers, table, table_strides, heads, rows, columns, room,
+    operands, strides, numbers, table, table_strides, heads, rows, columns, room, together,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -62,12 +67,11 @@ def attention_forward(
     EMPTY is "uniform".
     """
     blocks = tl.cdiv(rows, BLOCK_M)
-    # later queries see more keys under a causal mask: they start first
-    m = blocks - 1 - tl.program_id(0) % blocks
-    z = tl.program_id(0) // blocks
+    z, place = place_of(blocks, together)
     b = z // heads
     h = z % heads
     g = h // GROUP
+    m = row_in_order(table, table_strides, b, h, place, blocks, room, RANGES, True)
     start = m * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     inside = tl.minimum(row, rows - 1 - start)  # what lies beyond the last query is not stored

@@ -21,6 +21,10 @@ from iocompiler.codegen.kernels.attention_parts import (
     powers,
     row_of,
     store_tile,
+)
+from iocompiler.codegen.kernels.attention_table import (
+    place_of,
+    row_in_order,
     table_entry,
     table_row,
 )
@@ -100,12 +104,13 @@ def _into_queries(
 
 
 @triton.jit(
-    do_not_specialize=["heads", "rows", "columns", "room"], do_not_specialize_on_alignment=["Seed"]
+    do_not_specialize=["heads", "rows", "columns", "room", "together"],
+    do_not_specialize_on_alignment=["Seed"],
 )
 def attention_dq(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ,
     q_strides, k_strides, v_strides, grad_strides, dq_strides,
-    operands, strides, numbers, table, table_strides, heads, rows, columns, room,
+    operands, strides, numbers, table, table_strides, heads, rows, columns, room, together,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -114,11 +119,11 @@ def attention_dq(
 ):  # fmt: skip
     """dq of one block of queries; the table is the forward's kind."""
     blocks = tl.cdiv(rows, BLOCK_M)
-    m = blocks - 1 - tl.program_id(0) % blocks
-    z = tl.program_id(0) // blocks
+    z, place = place_of(blocks, together)
     b = z // heads
     h = z % heads
     g = h // GROUP
+    m = row_in_order(table, table_strides, b, h, place, blocks, room, RANGES, True)
     start = m * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     inside = tl.minimum(row, rows - 1 - start)
@@ -205,13 +210,14 @@ def _into_keys(
 
 
 @triton.jit(
-    do_not_specialize=["groups", "rows", "columns", "room"], do_not_specialize_on_alignment=["Seed"]
+    do_not_specialize=["groups", "rows", "columns", "room", "together"],
+    do_not_specialize_on_alignment=["Seed"],
 )
 def attention_dkv(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     operands, strides, numbers, table, table_strides, groups, rows, columns, room,
-    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    together, score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -221,10 +227,10 @@ def attention_dkv(
     each block of keys.
     """
     blocks = tl.cdiv(columns, BLOCK_N)
-    n = tl.program_id(0) % blocks  # earlier keys are seen by more queries under a causal mask
-    z = tl.program_id(0) // blocks
+    z, place = place_of(blocks, together)
     b = z // groups
     g = z % groups
+    n = row_in_order(table, table_strides, b, g * GROUP, place, blocks, room, RANGES, False)
     start = n * BLOCK_N
     column = tl.arange(0, BLOCK_N)
     inside = tl.minimum(column, columns - 1 - start)

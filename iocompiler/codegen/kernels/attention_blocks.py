@@ -48,9 +48,9 @@ def list_blocks(
     Classes, Table, class_strides, class_rows, class_columns, rows, count, room, short,
     DOWN: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of a table of ``attention_parts.py``, of ``count`` blocks, each of DOWN x ACROSS
-    classes [.., class_rows, class_columns]; ``short``: the last block reaches past the end, so it
-    is never full.
+    """One row of a table of ``attention_table.py`` but for its last column, of ``count`` blocks,
+    each of DOWN x ACROSS classes [.., class_rows, class_columns]; ``short``: the last block reaches
+    past the end, so it is never full.
     """
     z = tl.program_id(0) // rows
     row = tl.program_id(0) % rows
@@ -68,8 +68,36 @@ def list_blocks(
     last = (place == count - 1) & (short != 0)
     full = ((least == 2) & (last == 0)).to(tl.int32)
     partial = ((most > 0) & (full == 0)).to(tl.int32)
-    Table += tl.program_id(0).to(tl.int64) * (2 + 2 * room)
+    Table += tl.program_id(0).to(tl.int64) * (3 + 2 * room)
     tl.store(Table, tl.sum(partial, 0))
     tl.store(Table + 1, tl.sum(full, 0))
     tl.store(Table + 2 + tl.cumsum(partial, 0) - 1, place, mask=partial != 0)
     tl.store(Table + 2 + room + tl.cumsum(full, 0) - 1, place, mask=full != 0)
+
+
+@triton.jit(do_not_specialize=["rows", "room"])
+def order_rows(Table, rows, room, BLOCK: tl.constexpr):
+    """The last column of a table: each row writes itself to the place of its rank by how many
+    blocks it has, later rows first among equal ones.
+    """
+    parts = tl.cdiv(rows, BLOCK)
+    z = tl.program_id(0) // parts
+    length = 3 + 2 * room
+    Table += z.to(tl.int64) * rows * length
+    row = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
+    own = _blocks(Table, row, rows, length)[:, None]
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, rows, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        theirs = _blocks(Table, other, rows, length)[None, :]
+        later = other[None, :] > row[:, None]
+        rank += tl.sum(((theirs > own) | ((theirs == own) & later)).to(tl.int32), 1)
+    tl.store(Table + rank * length + (length - 1), row, mask=row < rows)
+
+
+@triton.jit
+def _blocks(Table, row, rows, length):
+    """How many blocks rows have; -1 beyond the last one."""
+    at = Table + row * length
+    partial = tl.load(at, mask=row < rows, other=-1)
+    return partial + tl.load(at + 1, mask=row < rows, other=0)

@@ -1,50 +1,9 @@
-"""What the attention kernels share: one step of the online softmax, how it ends, the table of
-blocks they visit, and how they read matrices.
-
-A table says for each row of blocks (of queries, or of keys in the kernel that walks over queries)
-which blocks are visited: *full* ones, in which every score is kept, and *partial* ones, in which a
-score may not be. It is one tensor of int32 [B or 1, H or 1, rows of blocks, length]:
-
-- with RANGES, four numbers a row: the first block that is not empty, how many partial ones follow,
-  then how many full ones, then how many partial ones again;
-- else the number of partial blocks, the number of full ones, then the positions of the partial
-  ones, then those of the full ones, each with ``room`` for all.
+"""What the attention kernels share: one step of the online softmax, how it ends, and how they read
+matrices.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def table_row(table, table_strides, b, h, row, RANGES: tl.constexpr):
-    """(what `table_entry` needs of a row, number of partial blocks, number of full blocks)."""
-    table += b * table_strides[0] + h * table_strides[1] + row * table_strides[2]
-    first = tl.load(table)
-    second = tl.load(table + 1)
-    if RANGES:
-        full = tl.load(table + 2)
-        partial = second + tl.load(table + 3)
-    else:
-        full = second
-        partial = first
-    return (table, first, second, full), partial, full
-
-
-@triton.jit
-def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
-    """The position of the n-th partial or full block of a row."""
-    table, first, left, full = visited
-    if RANGES:
-        if PARTIAL:
-            found = first + entry + tl.where(entry < left, 0, full)
-        else:
-            found = first + left + entry
-    else:
-        if PARTIAL:
-            found = tl.load(table + 2 + entry)
-        else:
-            found = tl.load(table + 2 + room + entry)
-    return found
 
 
 @triton.jit

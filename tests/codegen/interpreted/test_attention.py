@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.cost_model.attention_tiles import Row, Tile
+from iocompiler.runtime import attention_form
 from tests.ops.score_checks import Shape, problems
 from tests.ops.score_programs import CASES
 
@@ -48,3 +49,11 @@ def test_dropout(name: str) -> None:
 )
 def test_odd_sizes_and_groups(name: str, shape: Shape) -> None:
     assert not problems(name, shape, torch.float32, tiles=TILES)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("name", ["alibi", "block mask"])
+def test_heads_take_turns(name: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_form, "heads_together", lambda *_: together)
+    monkeypatch.setattr(attention_form, "_forms", {})
+    assert not problems(name, (2, 3, 1, 40, 33, 16, 16), torch.float32, tiles=TILES)

@@ -63,6 +63,9 @@ def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
             wanted[..., -1].clamp_(max=1)  # what reaches past the end is never full
         found = listed(problem.form, kinds, Tile(m, n, 4, 1), transposed=transposed)
         assert found.room == wanted.shape[3]
+        counts = (wanted[:, 0] > 0).sum(-1)
+        in_order = counts.gather(1, found.entries[:, 0, :, -1].long().expand_as(counts))
+        assert torch.equal(in_order, counts.sort(-1, descending=True)[0])
         for b in range(kinds.shape[0]):
             for line, row in zip(found.entries[b, 0].tolist(), wanted[b, 0], strict=True):
                 partial, full = line[:2]

@@ -1,0 +1,75 @@
+"""Which row of blocks a program of an attention kernel takes, and the table of blocks it visits.
+
+A table says for each row of blocks (of queries, or of keys in the kernel that walks over queries)
+which blocks are visited: *full* ones, in which every score is kept, and *partial* ones, in which a
+score may not be. It is one tensor of int32 [B or 1, H or 1, rows of blocks, length]:
+
+- with RANGES, four numbers a row: the first block that is not empty, how many partial ones follow,
+  then how many full ones, then how many partial ones again;
+- else the number of partial blocks, the number of full ones, then the positions of the partial
+  ones, then those of the full ones, each with ``room`` for all; last, in the n-th row, which row
+  has the n-th most blocks.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_of(blocks, together):
+    """(head, which of its ``blocks`` rows, counted from the one that comes first) of this program.
+
+    So many heads take turns with their rows as fit in L2 ``together``: programs that take long all
+    start early, and short ones end the kernel.
+    """
+    first = tl.program_id(0) // (blocks * together) * together
+    turn = tl.program_id(0) - first * blocks
+    heads = tl.minimum(together, tl.num_programs(0) // blocks - first)
+    return first + turn % heads, turn // heads
+
+
+@triton.jit
+def row_in_order(
+    table, table_strides, b, h, place, blocks, room, RANGES: tl.constexpr, LATE: tl.constexpr
+):  # fmt: skip
+    """The row that comes at a place: those with many blocks first; with RANGES, which a causal mask
+    has, LATE ones.
+    """
+    if RANGES:
+        row = blocks - 1 - place if LATE else place
+    else:
+        table += b * table_strides[0] + h * table_strides[1] + place * table_strides[2]
+        row = tl.load(table + 2 + 2 * room)
+    return row
+
+
+@triton.jit
+def table_row(table, table_strides, b, h, row, RANGES: tl.constexpr):
+    """(what `table_entry` needs of a row, number of partial blocks, number of full blocks)."""
+    table += b * table_strides[0] + h * table_strides[1] + row * table_strides[2]
+    first = tl.load(table)
+    second = tl.load(table + 1)
+    if RANGES:
+        full = tl.load(table + 2)
+        partial = second + tl.load(table + 3)
+    else:
+        full = second
+        partial = first
+    return (table, first, second, full), partial, full
+
+
+@triton.jit
+def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
+    """The position of the n-th partial or full block of a row."""
+    table, first, left, full = visited
+    if RANGES:
+        if PARTIAL:
+            found = first + entry + tl.where(entry < left, 0, full)
+        else:
+            found = first + left + entry
+    else:
+        if PARTIAL:
+            found = tl.load(table + 2 + entry)
+        else:
+            found = tl.load(table + 2 + room + entry)
+    return found

@@ -1,0 +1,22 @@
+"""In which order the programs of an attention run: what they read should stay in L2, and long ones
+should start early.
+"""
+
+from __future__ import annotations
+
+from iocompiler.cost_model.device import Device
+
+_SHARE = 2
+"""Of L2, one part in so many: the rest is for what passes through, results and queries."""
+
+
+def heads_together(heads: int, bytes_each: int, device: Device) -> int:
+    """How many heads take turns, so that what their programs read again fits in L2.
+
+    Args:
+        heads: all that there are, at least one.
+        bytes_each: what the programs of one head read again.
+    """
+    fitting = max(1, device.l2_bytes // _SHARE // max(1, bytes_each))
+    turns = -(-heads // fitting)
+    return -(-heads // turns)
