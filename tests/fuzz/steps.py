@@ -105,7 +105,7 @@ _FOLDS_ALL = ("{0}.sum()", "{0}.mean()", "{0}.max()", "{0}.min()", "{0}.clamp(-1
 _ALONG = (
     "{0}.softmax({d})", "F.log_softmax({0}, {d})", "{0}.cumsum({d})", "{0}.tanh().cumprod({d})",
     "{0}.clamp(-1, 1).prod({d})", "{0}.max({d})[0]", "F.normalize({0}, dim={d})", "F.softmin({0}, {d})",
-    "torch.logcumsumexp({0}, {d})", "{0}.diff(dim={d})", "F.glu(torch.cat([{0}, {0}], {d}), {d})",
+    "torch.logcumsumexp({0}.clamp(-4, 4), {d})", "{0}.diff(dim={d})", "F.glu(torch.cat([{0}, {0}], {d}), {d})",
     "{0}.softmax({d}, dtype=float32)", "{0}.min({d}, keepdim=True)[0]", "{0} - {0}.mean({d}, keepdim=True)",
     "{0} / (1e-3 + {0}.std({d}, keepdim=True, correction=0))", "{0}.aminmax(dim={d})[{i}]",
     "{0}.flip({d}).cumsum({d})", "torch.renorm({0}, 2, {d}, 1.5)", "{0}.cumsum({d}).sum({d})",
