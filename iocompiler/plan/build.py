@@ -18,6 +18,7 @@ from iocompiler.plan.finish import finish
 from iocompiler.plan.group import Group, Grouper
 from iocompiler.plan.order import in_order
 from iocompiler.plan.region import CALLS_ONLY, listed, plain_region, returns, sizes_are_given
+from iocompiler.plan.seen import as_seen
 from iocompiler.plan.sizes import equal, size_of
 from iocompiler.plan.space import stored_into
 from iocompiler.plan.steps import Steps, spec_of
@@ -73,7 +74,7 @@ class _Builder(Steps):
                 self.call(unit, self.flow.opaque[unit])
         (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
         outputs = tuple(self.argument(a, output) for a in listed(output.args[0]))
-        steps = batch(self.steps, self.device, self.hints)
+        steps, outputs = as_seen(batch(self.steps, self.device, self.hints), outputs)
         return Plan(
             tuple(inputs),
             tuple(steps),
