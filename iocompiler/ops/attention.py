@@ -223,7 +223,8 @@ def _arranged(x: Tensor, shape: Any, order: str) -> Tensor:
     if x.shape != shape:
         x = x.reshape(shape)
     dims = MEMORY[order]
-    return x.permute(dims).contiguous().permute(_inverse(dims))
+    moved = x.permute(dims)
+    return x if moved.is_contiguous() else moved.contiguous().permute(_inverse(dims))
 
 
 def _inverse(dims: tuple[int, ...]) -> list[int]:

@@ -47,9 +47,10 @@ def lower(
     space, seeds = root_space(home, outputs, order)
     for _ in range(16):
         try:
-            places = settled(Lowering(space, home, virtual, rule_of, outputs), seeds, outputs)
-            fresh = Lowering(space, home, virtual, rule_of, outputs)
-            return _lower_in(fresh, seeds, outputs, places)
+            first = Lowering(space, home, virtual, rule_of, outputs, seeds)
+            places = settled(first, outputs)
+            fresh = Lowering(space, home, virtual, rule_of, outputs, seeds, first.carried)
+            return _lower_in(fresh, outputs, places)
         except SplitAxis as wish:
             space, rename = space.split(wish.axis, wish.inner)
             seeds = {n: tuple(i.substitute(rename) for i in index) for n, index in seeds.items()}
@@ -59,15 +60,12 @@ def lower(
 
 
 def _lower_in(
-    lowering: Lowering,
-    seeds: Mapping[Node, Index],
-    outputs: tuple[Node, ...],
-    places: Mapping[Node, Index],
+    lowering: Lowering, outputs: tuple[Node, ...], places: Mapping[Node, Index]
 ) -> Lowered:
     stored: dict[Node, Affine] = {}
     for output in outputs:
         target = stored_into(output)
-        index, value = output_index(lowering, output, seeds, places.get(output))
+        index, value = output_index(lowering, output, places.get(output))
         tensor = target.meta["val"]
         address = Affine()
         for position, stride in zip(index, tensor.stride(), strict=True):

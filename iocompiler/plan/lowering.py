@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -87,7 +87,8 @@ class Lowering:
     """One attempt over one space.
 
     ``home`` and ``virtual`` nodes are evaluated by their rule, all others are loaded; ``stored``
-    ones are written to memory, too.
+    ones are written to memory, too. ``seeds`` are the indices the attempt begins with, ``carried``
+    all that follow from them, once somebody asks (`space.propagate`).
     """
 
     space: Space
@@ -95,6 +96,8 @@ class Lowering:
     virtual: Container[Node]
     rule_of: Callable[[Node], Rule]
     stored: Container[Node]
+    seeds: Mapping[Node, Index]
+    carried: Mapping[Node, Index] | None = None
     builder: Builder = field(default_factory=Builder)
     names: dict[Node, str] = field(default_factory=dict)
     _values: dict[tuple[Node, Index, int | None], int] = field(default_factory=dict)

@@ -71,9 +71,7 @@ def stored_into(output: Node) -> Node:
     return output
 
 
-def settled(
-    lowering: Lowering, seeds: Mapping[Node, Index], outputs: tuple[Node, ...]
-) -> dict[Node, Index]:
+def settled(lowering: Lowering, outputs: tuple[Node, ...]) -> dict[Node, Index]:
     """The places of all outputs, where parallel and reduced extents are equal and an output may lie
     along either: the widest, which have one place, come first, and what they load tells where the
     others lie best. Nothing where no output has a choice.
@@ -84,14 +82,12 @@ def settled(
         return {}
     found = {}
     for output in sorted(outputs, key=points, reverse=True):
-        found[output], value = output_index(lowering, output, seeds)
+        found[output], value = output_index(lowering, output)
         lowering.builder.store("", Affine(), value)
     return found
 
 
-def output_index(
-    lowering: Lowering, output: Node, seeds: Mapping[Node, Index], place: Index | None = None
-) -> tuple[Index, int]:
+def output_index(lowering: Lowering, output: Node, place: Index | None = None) -> tuple[Index, int]:
     """Where ``output`` lies in the space, and its value there; ``place`` where that is known.
 
     Over equal extents there may be several places: that which loads least anew is taken, since
@@ -103,7 +99,7 @@ def output_index(
     places: list[tuple[int, Index, int]] = []
     ops = lowering.builder.ops
     kept = _loads(lowering, [i for i, op in enumerate(ops) if op.kind == "store"])
-    for index in _candidates(lowering, output, seeds) if place is None else [place]:
+    for index in _candidates(lowering, output) if place is None else [place]:
         try:
             value = lowering.value(output, index)
         except Unsupported as error:
@@ -142,10 +138,12 @@ def _loads(lowering: Lowering, values: list[int]) -> set[int]:
     return {position for position in needed if ops[position].kind == "load"}
 
 
-def _candidates(lowering: Lowering, output: Node, seeds: Mapping[Node, Index]) -> list[Index]:
+def _candidates(lowering: Lowering, output: Node) -> list[Index]:
     space, shape = lowering.space, shape_of(stored_into(output))
     total = product(list(shape))
-    carried = propagate(lowering, seeds).get(output)
+    if lowering.carried is None:
+        lowering.carried = propagate(lowering)
+    carried = lowering.carried.get(output)
     found = [carried] if carried is not None and _covers(lowering, carried, total) else []
     spans = [space.axes, space.part(reduced=False)]
     if space.reduced:
@@ -168,10 +166,10 @@ def _covers(lowering: Lowering, index: Index, total: Size) -> bool:
     return equal(product(axes), total)
 
 
-def propagate(lowering: Lowering, seeds: Mapping[Node, Index]) -> dict[Node, Index]:
+def propagate(lowering: Lowering) -> dict[Node, Index]:
     """Carry the seeds' indices over elementwise nodes and one-to-one views, both ways."""
-    known = dict(seeds)
-    queue = list(seeds)
+    known = dict(lowering.seeds)
+    queue = list(known)
     while queue:
         node = queue.pop()
         for neighbour, index in _neighbours(lowering, node, known[node]):

@@ -21,6 +21,8 @@ aten = torch.ops.aten
 
 Index = tuple[Affine, ...]
 
+_SHAPE = "iocompiler.shape"
+
 
 class NotAffine(Exception):
     """The view has no affine index map over the present axes; the node is then read from memory."""
@@ -35,7 +37,12 @@ class SplitAxis(Exception):
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:
-    return tuple(size_of(s) for s in node.meta["val"].shape)
+    value = node.meta["val"]
+    known = node.meta.get(_SHAPE)
+    if known is None or known[0] is not value:  # asked for in every attempt to lower the node
+        known = node.meta[_SHAPE] = value, tuple(size_of(s) for s in value.shape)
+    shape: tuple[Size, ...] = known[1]
+    return shape
 
 
 def flatten(index: Sequence[Affine], shape: Sequence[Size]) -> Affine:
