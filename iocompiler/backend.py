@@ -26,6 +26,7 @@ from iocompiler.errors import (
 from iocompiler.graph import view
 from iocompiler.graph.autocast import region_entered
 from iocompiler.graph.capture import capture
+from iocompiler.graph.copies import copies
 from iocompiler.graph.findings import findings
 from iocompiler.graph.printer import show
 from iocompiler.observe import Dump, Summary, Verify, dump_folder, dump_text
@@ -163,6 +164,7 @@ class _Walk:
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
         graph = capture(gm, inputs)
+        self.compilation.copies = tuple(copies(graph))
         self.compilation.passes = Summary(_bytes_moved if self.folder is not None else None)
         observers: list[Observer] = [self.compilation.passes]
         if self.folder is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
 
+from iocompiler.graph.copies import Copy
 from iocompiler.graph.findings import Miss, Rewrite
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Compilation:
     Attributes:
         graph: the captured and rewritten graph; None where that failed.
         rewrites, misses: what the passes found.
+        copies: those the program asks for, as it was captured.
         plans: the plan of each flat graph that was planned.
         flat: the flat graphs themselves, under the same names.
         fallbacks: what runs on aten, or unrecorded, and why.
@@ -55,6 +57,7 @@ class Compilation:
     graph: GraphModule | None = None
     rewrites: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
+    copies: tuple[Copy, ...] = ()
     plans: dict[str, Plan] = field(default_factory=dict)
     flat: dict[str, GraphModule] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)

@@ -25,6 +25,7 @@ from iocompiler.pipeline import DEFAULT, Pipeline
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import Plan
 from iocompiler.report.build import Part, build_report
+from iocompiler.report.copies import copied
 from iocompiler.report.fakes import Retarget, double, double_inputs
 from iocompiler.report.kernels import Kernels
 from iocompiler.report.ledger import Lost, Report
@@ -108,6 +109,7 @@ def report_of(
             ledger,
             rewrites=tuple(record.rewrites),
             misses=tuple(record.misses),
+            copies=copied(record.copies, [(part.plan, part.hints) for part in parts]),
             trades=() if record.trade is None else (record.trade,),
             fallbacks=(
                 *(Lost(f.region, f.cause, f.where) for f in record.fallbacks),

@@ -73,6 +73,21 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Copied:
+    """A copy the program asks for, at one line: how often and what it would move, how often it is
+    still done and what that moves. One that a reader needs, and nobody asks for, is asked for 0
+    times.
+    """
+
+    operator: str
+    where: str
+    asked: int
+    bytes: int
+    kept: int
+    bytes_kept: int
+
+
+@dataclass(frozen=True)
 class Lost:
     """What runs on aten, unrewritten or outside of any graph, and why."""
 
@@ -90,6 +105,7 @@ class Report:
         kernels: every launch, in the order of the graphs and of their steps.
         rewrites, misses: what was recognised, and what nearly was.
         unfused: edges that stayed in memory, largest first.
+        copies: those the program asks for, and what is left of them.
         fallbacks: regions lost to aten, and graph breaks.
         trades: memory for time in each training step, under a memory budget.
         bytes_bound: the least bytes any fusion of these graphs must move. What the forward hands to
@@ -105,6 +121,7 @@ class Report:
     rewrites: tuple[Rewrite, ...] = ()
     misses: tuple[Miss, ...] = ()
     unfused: tuple[Edge, ...] = ()
+    copies: tuple[Copied, ...] = ()
     fallbacks: tuple[Lost, ...] = ()
     trades: tuple[Trade, ...] = ()
     bytes_bound: int = 0
@@ -134,6 +151,9 @@ class Report:
             rewrites=self.rewrites + other.rewrites,
             misses=self.misses + other.misses,
             unfused=tuple(sorted(self.unfused + other.unfused, key=lambda e: -e.bytes)),
+            copies=tuple(
+                sorted(self.copies + other.copies, key=lambda c: -max(c.bytes, c.bytes_kept))
+            ),
             fallbacks=self.fallbacks + other.fallbacks,
             trades=self.trades + other.trades,
             bytes_bound=self.bytes_bound + other.bytes_bound,

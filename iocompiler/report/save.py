@@ -12,14 +12,15 @@ from typing import Any
 from iocompiler.errors import ReportFormat
 from iocompiler.graph.findings import Miss, Rewrite
 from iocompiler.recompute.trade import trade_of
-from iocompiler.report.ledger import Edge, Kernel, Lost, Report, Resources
+from iocompiler.report.ledger import Copied, Edge, Kernel, Lost, Report, Resources
 from iocompiler.report.text import as_svg, as_text
 
-_SCHEMA = 2
+_SCHEMA = 3
 _LISTS: dict[str, type[Any]] = {
     "rewrites": Rewrite,
     "misses": Miss,
     "unfused": Edge,
+    "copies": Copied,
     "fallbacks": Lost,
 }
 

@@ -52,6 +52,8 @@ def parts(report: Report) -> Iterator[RenderableType]:
         )
     if report.unfused:
         yield _unfused(report)
+    if report.copies:
+        yield _copies(report)
     if report.fallbacks:
         yield _findings(
             "not compiled", [(f.region, f.where, f.cause) for f in report.fallbacks], "why"
@@ -205,6 +207,25 @@ def _unfused(report: Report) -> Table:
         _row(table, str(len(edges)), first.producer, first.consumer, total, first.reason)
     rest = sum(e.bytes for edges in ordered[MOST_EDGES:] for e in edges)
     _remainder(table, len(ordered) - MOST_EDGES, "edges", rest, columns=(1, 3))
+    return table
+
+
+def _copies(report: Report) -> Table:
+    asked = sum(copy.bytes for copy in report.copies)
+    kept = sum(copy.bytes_kept for copy in report.copies)
+    table = _table(f"copies: {show_bytes(asked)} asked for, {show_bytes(kept)} left")
+    table.add_column("n", justify="right")
+    table.add_column("what", ratio=2, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("left", justify="right", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("where", ratio=2, overflow="fold")
+    for copy in report.copies[:MOST_EDGES]:
+        left = (str(copy.kept), show_bytes(copy.bytes_kept)) if copy.kept else ("", "")
+        total = show_bytes(copy.bytes) if copy.asked else ""
+        _row(table, str(copy.asked or ""), copy.operator, total, *left, copy.where)
+    rest = sum(copy.bytes_kept for copy in report.copies[MOST_EDGES:])
+    _remainder(table, len(report.copies) - MOST_EDGES, "lines", rest, columns=(1, 4))
     return table
 
 
