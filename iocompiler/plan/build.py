@@ -14,8 +14,10 @@ from iocompiler.graph.view import higher_order, where
 from iocompiler.plan.batch import batch
 from iocompiler.plan.data import KernelStep, Plan, Region, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
+from iocompiler.plan.early import early
 from iocompiler.plan.finish import finish
 from iocompiler.plan.group import Group, Grouper
+from iocompiler.plan.inplace import in_place
 from iocompiler.plan.order import in_order
 from iocompiler.plan.region import CALLS_ONLY, listed, plain_region, returns, sizes_are_given
 from iocompiler.plan.seen import as_seen
@@ -75,9 +77,10 @@ class _Builder(Steps):
         (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
         outputs = tuple(self.argument(a, output) for a in listed(output.args[0]))
         steps, outputs = as_seen(batch(self.steps, self.device, self.hints), outputs)
+        steps = early(steps, inputs, outputs, self.hints)
         return Plan(
             tuple(inputs),
-            tuple(steps),
+            tuple(in_place(steps, outputs)),
             outputs,
             str(self.flow.device),
             unfused_edges(self.flow, self.grouper),

@@ -1,0 +1,159 @@
+"""Results written over what dies: a kernel that reads a tensor for the last time, each element
+where it writes one of its result, may write there. The result then takes no memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from iocompiler.plan.batch import names_read
+from iocompiler.plan.data import (
+    Argument,
+    AtenStep,
+    BatchStep,
+    KernelStep,
+    Step,
+    TensorSpec,
+    ViewStep,
+    references,
+)
+from iocompiler.plan.sizes import equal
+from iocompiler.tile.index import Size, product
+from iocompiler.tile.program import TileProgram
+
+FRESH = frozenset(
+    f"aten.{name}.default"
+    for name in ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution")
+)
+"""Calls whose result is memory of its own, in whole."""
+
+
+def in_place(steps: Sequence[Step], outputs: tuple[Argument, ...]) -> list[Step]:
+    """The steps with such results as views of what they are written over."""
+    return _Rewriter(steps, outputs).run()
+
+
+class _Rewriter:
+    """Attributes:
+    owned: the specs of tensors that a step of the plan allocates.
+    roots: the value whose storage each view shows.
+    last: the last step that reads or writes each storage.
+    """
+
+    def __init__(self, steps: Sequence[Step], outputs: tuple[Argument, ...]) -> None:
+        self.steps = steps
+        self.owned: dict[str, TensorSpec] = {}
+        self.roots: dict[str, str] = {}
+        self.last: dict[str, int] = {}
+        for at, step in enumerate(steps):
+            self._enter(at, step)
+        self.kept = {self._root(ref.name) for ref in references(outputs)}
+
+    def run(self) -> list[Step]:
+        result: list[Step] = []
+        for at, step in enumerate(self.steps):
+            if isinstance(step, KernelStep):
+                views, step = self._over(at, step)
+                result += views
+            result.append(step)
+        return result
+
+    def _enter(self, at: int, step: Step) -> None:
+        match step:
+            case KernelStep() | BatchStep():
+                self.owned |= dict(step.outputs)
+                lists = (
+                    [step.args] if isinstance(step, KernelStep) else [a for a, _ in step.members]
+                )
+                names = [name for args in lists for name in args]
+            case ViewStep():
+                self.roots[step.name] = self._root(step.base)
+                names = [step.base]
+            case AtenStep():
+                name, spec = step.outputs[0] if step.outputs else (None, None)
+                if step.target in FRESH and name is not None and spec is not None:
+                    self.owned[name] = spec
+                names = [*names_read(step)]
+            case _:
+                names = []
+        for name in names:
+            self.last[self._root(name)] = at
+
+    def _root(self, name: str) -> str:
+        return self.roots.get(name, name)
+
+    def _over(self, at: int, step: KernelStep) -> tuple[list[Step], KernelStep]:
+        """Views for the results that are written over an argument, and the kernel without them."""
+        views: list[Step] = []
+        outputs = list(step.outputs)
+        for name, spec in step.outputs:
+            out = step.args.index(name)
+            for place, given in enumerate(step.args):
+                if self._dies(at, step, given, spec) and _in_step(step.program, place, out):
+                    root = self._root(given)
+                    views.append(ViewStep(name, root, spec))
+                    outputs.remove((name, spec))
+                    self.roots[name] = root
+                    self.last[root] = self.last.get(name, at)
+                    if name in self.kept:
+                        self.kept.add(root)
+                    break
+        return views, replace(step, outputs=tuple(outputs))
+
+    def _dies(self, at: int, step: KernelStep, given: str, spec: TensorSpec) -> bool:
+        """Whether the argument's storage is the plan's own, as large as the result, read here alone
+        and never again.
+        """
+        root = self._root(given)
+        whole = self.owned.get(root)
+        if whole is None or root in self.kept or self.last[root] != at:
+            return False
+        if root in dict(step.outputs) or [self._root(a) for a in step.args].count(root) != 1:
+            return False
+        return whole.dtype == spec.dtype and _is_dense_like(whole, spec)
+
+
+def _is_dense_like(a: TensorSpec, b: TensorSpec) -> bool:
+    """Whether both fill memory of one size without gaps."""
+    count = product(a.shape)
+    return all(equal(size, count) for size in (product(b.shape), _reach(a), _reach(b)))
+
+
+def _reach(spec: TensorSpec) -> Size:
+    reach: Size = 1
+    for size, stride in zip(spec.shape, spec.stride, strict=True):
+        reach = reach + (size - 1) * stride
+    return reach
+
+
+def _in_step(program: TileProgram, source: int, target: int) -> bool:
+    """Whether a kernel, however scheduled, loads each element of one argument once, where it stores
+    one of the other.
+    """
+    read, written = program.buffers[source], program.buffers[target]
+    if read.role != "in" or written.role != "out":
+        return False
+    loads = [i for i, op in enumerate(program.ops) if op.kind == "load" and op.buffer == read.name]
+    stores = [op for op in program.ops if op.kind == "store" and op.buffer == written.name]
+    if len(loads) != 1 or len(stores) != 1 or stores[0].fn:
+        return False
+    load = program.ops[loads[0]]
+    return not load.reads and load.index == stores[0].index and _in_one_pass(program, loads[0])
+
+
+def _in_one_pass(program: TileProgram, load: int) -> bool:
+    """Whether nothing computed from the load, short of a reduction, waits for a reduction: a row in
+    pieces would be loaded again after what a pass before has stored.
+    """
+    level: list[int] = []
+    follows: list[bool] = []
+    for position, op in enumerate(program.ops):
+        before = max((level[r] for r in op.reads), default=0)
+        follows.append(position == load or any(follows[r] for r in op.reads))
+        if follows[position] and before > 0:
+            return False
+        level.append(before + (op.kind == "reduce"))
+        if op.kind == "reduce":
+            follows[position] = False
+    return True

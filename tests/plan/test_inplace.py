@@ -1,0 +1,144 @@
+"""Results written over what a kernel reads for the last time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iocompiler.backend import Compiler
+from iocompiler.compilation import Compilation
+from iocompiler.plan.data import KernelStep, Plan, ViewStep
+from tests.accuracy import relative_error
+
+
+def compiled(
+    function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False
+) -> tuple[Compilation, Any]:
+    records: list[Compilation] = []
+    torch._dynamo.reset()
+    compiler = Compiler(engine="reference", strict=True, on_compiled=records.append)
+    found = torch.compile(function, backend=compiler, dynamic=dynamic)(*inputs)
+    (record,) = records
+    return record, found
+
+
+def over(plan: Plan) -> list[str]:
+    """The results that take no memory: kernels write views."""
+    views = {step.name for step in plan.steps if isinstance(step, ViewStep)}
+    found = []
+    for step in plan.steps:
+        if isinstance(step, KernelStep):
+            buffers = zip(step.args, step.program.buffers, strict=True)
+            found += [name for name, b in buffers if b.role == "out" and name in views]
+    return found
+
+
+X, W = torch.randn(6, 8), torch.randn(8, 8)
+
+
+def bias_and_gelu(x: Tensor, w: Tensor) -> Tensor:
+    return F.gelu(x @ w + 1)
+
+
+def twice(x: Tensor, w: Tensor) -> Tensor:
+    return ((x @ w).sin() @ w).cos()
+
+
+def other_shape(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w).sin().view(2, 3, 8) * 2
+
+
+def column_sums(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    y = (x @ w).exp()
+    return y, y.sum(0)
+
+
+def summed(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w).cumsum(1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", [bias_and_gelu, twice, other_shape, column_sums, summed])
+def test_taken(function: Callable[..., Any], dynamic: bool) -> None:
+    record, found = compiled(function, X, W, dynamic=dynamic)
+    assert over(record.plans["inference"])
+    torch.testing.assert_close(found, function(X, W))
+
+
+def an_input(x: Tensor, w: Tensor) -> Tensor:
+    return x.sin() + w[:6]
+
+
+def read_again(x: Tensor, w: Tensor) -> Tensor:
+    y = x @ w
+    return y.sin() @ (y.t() @ y)
+
+
+def returned(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    y = x @ w
+    return y, y.sin()
+
+
+def returned_view(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    y = x @ w
+    return y.t(), y.sin()
+
+
+def turned(x: Tensor, w: Tensor) -> Tensor:
+    return (w @ w).t().sin().contiguous()
+
+
+def flipped(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w).flip(0).sin()
+
+
+def softmax(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w).softmax(-1)  # a long row is read in passes
+
+
+def narrower(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w).to(torch.float16)
+
+
+def broadcast(x: Tensor, w: Tensor) -> Tensor:
+    return (x[:1] @ w).sin().expand(6, 8) * x
+
+
+def with_itself(x: Tensor, w: Tensor) -> Tensor:
+    y = x @ w
+    return y.sin() + y.flip(1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [an_input, read_again, returned, returned_view, turned, flipped, softmax, narrower, broadcast,
+     with_itself],
+)  # fmt: skip
+def test_declined(function: Callable[..., Any]) -> None:
+    record, found = compiled(function, X, W)
+    assert not over(record.plans["inference"])
+    torch.testing.assert_close(found, function(X, W))
+
+
+def test_a_training_step() -> None:
+    def mlp(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return (F.gelu(x @ w) @ v).square().mean()
+
+    given = [t.detach().requires_grad_() for t in (X, W, torch.randn(8, 8))]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    records: list[Compilation] = []
+    torch._dynamo.reset()
+    run = torch.compile(
+        mlp, backend=Compiler(engine="reference", strict=True, on_compiled=records.append)
+    )
+    loss = run(*given)
+    grads = torch.autograd.grad(loss, given, retain_graph=True)
+    assert over(records[0].plans["backward"])
+    for repeated in (grads, torch.autograd.grad(loss, given)):
+        for ours, exact in zip(repeated, torch.autograd.grad(mlp(*wide), wide), strict=True):
+            assert relative_error(ours, exact) < 1e-5
