@@ -128,18 +128,25 @@ def _reach(spec: TensorSpec) -> Size:
 
 
 def _in_step(program: TileProgram, source: int, target: int) -> bool:
-    """Whether a kernel, however scheduled, loads each element of one argument once, where it stores
-    one of the other.
+    """Whether a kernel, however scheduled, loads each element of one argument once, before it stores
+    one of the other there.
+
+    An element that is the same for a whole row or column is loaded by several threads, some of them
+    after another has stored; that of a whole tile by one (tiles have an element for each thread).
     """
     read, written = program.buffers[source], program.buffers[target]
     if read.role != "in" or written.role != "out":
         return False
-    loads = [i for i, op in enumerate(program.ops) if op.kind == "load" and op.buffer == read.name]
-    stores = [op for op in program.ops if op.kind == "store" and op.buffer == written.name]
-    if len(loads) != 1 or len(stores) != 1 or stores[0].fn:
+    ops = program.ops
+    loads = [i for i, op in enumerate(ops) if op.kind == "load" and op.buffer == read.name]
+    stores = [i for i, op in enumerate(ops) if op.kind == "store" and op.buffer == written.name]
+    if len(loads) != 1 or len(stores) != 1 or ops[stores[0]].fn or loads[0] > stores[0]:
         return False
-    load = program.ops[loads[0]]
-    return not load.reads and load.index == stores[0].index and _in_one_pass(program, loads[0])
+    load = ops[loads[0]]
+    if load.index is None or load.reads or load.index != ops[stores[0]].index:
+        return False
+    axes = {axis.name for axis in program.axes if not equal(axis.size, 1)}
+    return axes <= set(load.index.names) and _in_one_pass(program, loads[0])
 
 
 def _in_one_pass(program: TileProgram, load: int) -> bool:

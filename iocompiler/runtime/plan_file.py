@@ -165,6 +165,9 @@ def _schedule(row: Any, model: Schedule) -> Schedule:
     if row["num_warps"] > _MOST_WARPS:
         raise ValueError(f"num_warps is {row['num_warps']}, more than {_MOST_WARPS}")
     chosen = Schedule(**row)
+    tile, threads = chosen.x_block * chosen.y_block * chosen.r_block, 32 * chosen.num_warps
+    if chosen.num_warps > 1 and tile < threads:  # results may be written over arguments
+        raise ValueError(f"a tile of {tile} elements leaves some of {threads} threads without one")
     reduces = ("persistent", "looped")
     fits = chosen.kind == model.kind or (chosen.kind in reduces and model.kind in reduces)
     if not fits or chosen.programs != model.programs:

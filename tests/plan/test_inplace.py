@@ -142,3 +142,20 @@ def test_a_training_step() -> None:
     for repeated in (grads, torch.autograd.grad(loss, given)):
         for ours, exact in zip(repeated, torch.autograd.grad(mlp(*wide), wide), strict=True):
             assert relative_error(ours, exact) < 1e-5
+
+
+def test_a_row_sum_stays_apart_from_what_is_read_after_it() -> None:
+    """Results of rows are stored before numbers of rows are loaded, by several threads."""
+
+    def norms(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ w
+        scale = (y @ w[:, :1]).squeeze(1)
+        total = y.square().sum(1)
+        return total, (y * 2 - total[:, None]) * scale[:, None]
+
+    record, found = compiled(norms, X, W)
+    plan = record.plans["inference"]
+    rows = {n for step in plan.steps if isinstance(step, KernelStep) for n, _ in step.outputs}
+    assert not [name for name in over(plan) if name in rows]
+    for ours, exact in zip(found, norms(X, W), strict=True):
+        torch.testing.assert_close(ours, exact)
