@@ -128,8 +128,8 @@ def _reach(spec: TensorSpec) -> Size:
 
 
 def _in_step(program: TileProgram, source: int, target: int) -> bool:
-    """Whether a kernel, however scheduled, loads each element of one argument once, before it stores
-    one of the other there.
+    """Whether a kernel, however scheduled, loads each element of one argument once, before it
+    stores one of the other there.
 
     An element that is the same for a whole row or column is loaded by several threads, some of them
     after another has stored; that of a whole tile by one (tiles have an element for each thread).
