@@ -18,7 +18,7 @@ DRAWS = 5
 """Draws of the inputs; a program is wrong where most of them are: one may be bad luck."""
 
 
-def verdict(program: Program, engine: str = "reference", device: str = "cpu") -> str:
+def verdict(program: Program, engine: Any = "reference", device: str = "cpu") -> str:
     """ "" for a program that is right, else what is wrong with it."""
     torch._dynamo.reset()
     backend = ioc.Compiler(engine=engine, strict=True, cache=False)
