@@ -22,11 +22,18 @@ class BatchLaunch:
         block: points a program covers.
         numbers: "f" or "i" (float or integer by value) or "p" (address) for all but the length.
         device: where the table goes.
+        unit: lengths that are multiples of it keep what is aligned aligned.
     """
 
     def __init__(
-        self, launch: Callable[[], Launch], block: int, numbers: str, device: torch.device
+        self,
+        launch: Callable[[], Launch],
+        block: int,
+        numbers: str,
+        device: torch.device,
+        unit: int = 1,
     ):
+        self._unit = unit
         self._launch, self._block, self._numbers, self._device = launch, block, numbers, device
         self._pointers = [i for i, kind in enumerate(numbers) if kind == "p"]
         self._rows: list[Row] = []
@@ -57,7 +64,8 @@ class BatchLaunch:
             for row in rows
         ]
         self._table = self._on_device(torch.tensor(bits, dtype=torch.int64), 0)
-        self._aligned = int(not any(row[i] & 15 for row in rows for i in self._pointers))
+        odd = any(row[i] & 15 for row in rows for i in self._pointers)
+        self._aligned = int(not odd and not any(length % self._unit for length in lengths))
 
     def _upload_blocks(self, lengths: Sequence[int]) -> None:
         counts = torch.tensor([-(-length // self._block) for length in lengths])

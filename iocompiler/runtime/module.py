@@ -110,6 +110,7 @@ class Module:
         num_warps: int,
         num_stages: int,
         where: str = "",
+        unit: int = 1,
     ) -> BatchLaunch:
         """Register a kernel over many sets of tensors; parameters as of `BatchLaunch`."""
         self.kernel(name, signature, num_warps=num_warps, num_stages=num_stages, where=where)
@@ -120,7 +121,7 @@ class Module:
                 self.bind()
             return self.bound[launcher]
 
-        return BatchLaunch(bound, block, numbers, self.device)
+        return BatchLaunch(bound, block, numbers, self.device, unit)
 
     def constant(
         self,
