@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.schedule import choose
 from iocompiler.plan.data import BatchStep, KernelStep, Step
-from iocompiler.plan.folds import batch_folds
+from iocompiler.plan.folds import MOST_HELD, batch_folds
 from iocompiler.plan.moving import Moves
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import LENGTH, flat_program
@@ -23,8 +23,10 @@ from iocompiler.tile.program import TileProgram
 _LARGE_POINTS = 1 << 26
 
 
-def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[Step]:
-    """The same work in fewer launches.
+def batch(
+    steps: list[Step], device: Device, hints: Mapping[str, int], most: int = MOST_HELD
+) -> list[Step]:
+    """The same work in fewer launches; ``most`` bytes of partial results wait for one.
 
     Families that can move as a whole go first: what they leave behind no longer
     stands in the way of the others.
@@ -39,7 +41,7 @@ def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[S
                     steps = _with_batch(steps, movable, program, device, hints)
                     changed = True
                     break
-    return batch_folds(steps, device, hints)
+    return batch_folds(steps, device, hints, most)
 
 
 def _families(

@@ -15,6 +15,7 @@ from iocompiler.plan.batch import batch
 from iocompiler.plan.data import KernelStep, Plan, Region, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.finish import finish
+from iocompiler.plan.folds import most_held
 from iocompiler.plan.group import Group, Grouper
 from iocompiler.plan.order import in_order
 from iocompiler.plan.region import CALLS_ONLY, listed, plain_region, returns, sizes_are_given
@@ -73,7 +74,8 @@ class _Builder(Steps):
                 self.call(unit, self.flow.opaque[unit])
         (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
         outputs = tuple(self.argument(a, output) for a in listed(output.args[0]))
-        steps = batch(self.steps, self.device, self.hints)
+        most = most_held(inputs, self.hints)
+        steps = batch(self.steps, self.device, self.hints, most)
         return Plan(
             tuple(inputs),
             tuple(steps),

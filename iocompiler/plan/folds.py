@@ -3,25 +3,36 @@
 A column sum leaves rows of partial results, which a small kernel folds (`plan/finish.py`): a
 backward has one for every bias and every norm, and each takes longer to launch than to run. Their
 results are mostly gradients that nobody reads before the end, so they may run later, together.
-Until then their partial rows stay in memory: `MOST_HELD` bytes of them at most for one launch.
+Until then their partial rows stay in memory: `most_held` bytes of them at most for one launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.schedule import choose
-from iocompiler.plan.data import BatchStep, KernelStep, Step
+from iocompiler.plan.data import BatchStep, KernelStep, Step, TensorSpec
 from iocompiler.plan.moving import Moves
+from iocompiler.plan.peak import storage_bytes
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import LENGTH, PARTS, Fold, folds, without
 from iocompiler.tile.program import TileProgram
 
 MOST_HELD = 1 << 25
-"""Bytes of partial results that wait for one launch. They add to the peak at most this much, and
-lie in the L2 of a large device while they wait, where what runs in between leaves them."""
+"""Bytes of partial results that wait for one launch, at most: they would fit the L2 of a large
+device beside what runs in between."""
+SHARE = 32
+"""The part of what a graph is handed (saved tensors, parameters) that may wait beside it."""
+
+
+def most_held(inputs: Iterable[tuple[str, TensorSpec | None]], hints: Mapping[str, int]) -> int:
+    """Bytes of partial results that may wait in a graph with these inputs; they add no more than
+    this to its peak.
+    """
+    given = sum(storage_bytes(spec, hints) for _, spec in inputs if spec is not None)
+    return min(MOST_HELD, given // SHARE)
 
 
 @dataclass(frozen=True)
@@ -35,14 +46,18 @@ class _Member:
     bytes: int
 
 
-def batch_folds(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[Step]:
-    """The same work in fewer launches: folds of one program run where the last of them stands."""
+def batch_folds(
+    steps: list[Step], device: Device, hints: Mapping[str, int], most: int
+) -> list[Step]:
+    """The same work in fewer launches: folds of one program run where the last of them stands;
+    ``most`` bytes of partial results wait for a launch.
+    """
     changed = True
     while changed:
         changed = False
         moves = Moves(steps)
-        for program, members in _families(steps, hints).items():
-            chosen = _together(members, moves)
+        for program, members in _families(steps, hints, most).items():
+            chosen = _together(members, moves, most)
             if chosen:
                 steps = _batched(steps, chosen, program, device, hints)
                 changed = True
@@ -50,7 +65,9 @@ def batch_folds(steps: list[Step], device: Device, hints: Mapping[str, int]) -> 
     return steps
 
 
-def _families(steps: list[Step], hints: Mapping[str, int]) -> dict[TileProgram, list[_Member]]:
+def _families(
+    steps: list[Step], hints: Mapping[str, int], most: int
+) -> dict[TileProgram, list[_Member]]:
     """The steps that run each folding program."""
     families: dict[TileProgram, list[_Member]] = {}
     for place, step in enumerate(steps):
@@ -59,7 +76,7 @@ def _families(steps: list[Step], hints: Mapping[str, int]) -> dict[TileProgram, 
             assert isinstance(step, KernelStep)
             mine = tuple(fold for fold in found if fold.program == program)
             held = sum(_held(fold, hints) for fold in mine)
-            if held <= MOST_HELD:
+            if held <= most:
                 member = _Member(place, step, mine, len(mine) == len(found), held)
                 families.setdefault(program, []).append(member)
     return families
@@ -72,7 +89,7 @@ def _held(fold: Fold, hints: Mapping[str, int]) -> int:
     return size * sum(b.dtype.itemsize for b in rows)
 
 
-def _together(members: list[_Member], moves: Moves) -> list[_Member]:
+def _together(members: list[_Member], moves: Moves, most: int) -> list[_Member]:
     """Members to be launched together, two of which at least are launched no more; none where
     there are no such.
     """
@@ -80,18 +97,19 @@ def _together(members: list[_Member], moves: Moves) -> list[_Member]:
     for end in range(len(members), 1, -1):
         last = members[end - 1].place
         movable = [m for m, far in zip(members[:end], reach, strict=False) if far >= last]
-        chosen = _within_bound(movable)
-        if sum(member.whole for member in chosen) > 1:
-            return chosen
+        for start in range(len(movable) - 1):
+            chosen = _within_bound(movable[start:], most)
+            if sum(member.whole for member in chosen) > 1:
+                return chosen
     return []
 
 
-def _within_bound(members: list[_Member]) -> list[_Member]:
+def _within_bound(members: list[_Member], most: int) -> list[_Member]:
     """The first members, as many as may be held."""
     total, chosen = 0, []
     for member in members:
         total += member.bytes
-        if total > MOST_HELD:
+        if total > most:
             break
         chosen.append(member)
     return chosen

@@ -94,12 +94,12 @@ def _plain(op: Op) -> bool:
 
 
 def _independent(program: TileProgram) -> list[tuple[int, ...]]:
-    """The stores, those together that need one reduction."""
+    """The stores, those together that need one reduction or read the same rows."""
     groups: list[tuple[set[int], set[int]]] = []
     for position, op in enumerate(program.ops):
         if op.kind != "store":
             continue
-        stores, needed = {position}, _reductions(program, position)
+        stores, needed = {position}, _rows_read(program, position)
         for other in [group for group in groups if group[1] & needed]:
             groups.remove(other)
             stores, needed = stores | other[0], needed | other[1]
@@ -107,13 +107,16 @@ def _independent(program: TileProgram) -> list[tuple[int, ...]]:
     return [tuple(sorted(stores)) for stores, _ in groups]
 
 
-def _reductions(program: TileProgram, position: int) -> set[int]:
+def _rows_read(program: TileProgram, position: int) -> set[int]:
+    """The loads along the reduced axis that a store needs, and the reductions."""
+    reduced = {axis.name for axis in program.reduced}
     found, waiting = set[int](), [position]
     while waiting:
         at = waiting.pop()
-        if program.ops[at].kind == "reduce":
+        op = program.ops[at]
+        if op.kind == "reduce" or (op.kind == "load" and program.varies[at] & reduced):
             found.add(at)
-        waiting += program.ops[at].reads
+        waiting += op.reads
     return found
 
 

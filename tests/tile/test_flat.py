@@ -111,6 +111,15 @@ def test_results_of_one_reduction_stay_together() -> None:
     assert fold.buffers == ("in0", "out0", "twice")
 
 
+def test_results_that_read_the_same_rows_stay_together() -> None:
+    """Else they would be read twice."""
+    program = column_sums((6,), 3, results=2)
+    ops = [replace(op, buffer="in0") if op.buffer == "in1" else op for op in program.ops]
+    ops[5] = replace(ops[5], inputs=(0,), fn="max")
+    (fold,) = folds(without(replace(program, ops=tuple(ops)), ()))
+    assert fold.buffers == ("in0", "out0", "out1")
+
+
 def test_what_is_no_fold() -> None:
     assert not folds(scaled((6,)))
     assert not folds(column_sums((6,), 3, stride=7))  # rows with room between them
