@@ -47,6 +47,7 @@ class Module:
         self.kernels: dict[str, KernelSpec] = {}
         self.images: dict[tuple[str, bool, bool], Image] = {}
         self.bound: dict[str, Launch] = {}
+        self.batches: list[BatchLaunch] = []
         self.namespace: dict[str, Any] = {}
         self._binder, self._allocate = binder, allocate
         self._override = bool(device)
@@ -121,7 +122,13 @@ class Module:
                 self.bind()
             return self.bound[launcher]
 
-        return BatchLaunch(bound, block, numbers, self.device, unit)
+        self.batches.append(BatchLaunch(bound, block, numbers, self.device, unit))
+        return self.batches[-1]
+
+    def recorded(self) -> None:
+        """The calls go into CUDA graphs from here on."""
+        for each in self.batches:
+            each.recorded = True
 
     def constant(
         self,
