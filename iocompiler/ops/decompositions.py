@@ -17,6 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from iocompiler.ops.decomposed import (
     activations,
+    embeddings,
     indexing,
     losses,
     moments,
@@ -112,7 +113,7 @@ def _built() -> dict[OpOverload, Callable[..., Any]]:
             rules[operator] = decomposition_table[operator]
     for operator in _overloads(_KEPT):
         rules.pop(operator, None)
-    for family in (activations, moments, norms, losses, indexing, recurrent):
+    for family in (activations, moments, norms, losses, indexing, embeddings, recurrent):
         rules.update(family.DECOMPOSITIONS)
     return rules
 

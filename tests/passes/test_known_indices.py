@@ -235,8 +235,7 @@ class Embedded(nn.Module):
         return torch.relu(y * self.scale) + grid
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_gradients(dtype: torch.dtype, dynamic: bool) -> None:
     records: list[Compilation] = []
 
