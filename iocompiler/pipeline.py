@@ -22,6 +22,7 @@ from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.patches import patches
+from iocompiler.passes.repeated import repeated
 
 
 class Pass(Protocol):
@@ -182,6 +183,7 @@ DEFAULT = Pipeline(
     gelu_by_erf,
     patches,  # touches nothing the others look for
     known_indices,  # what attention reads as tables of distances stands no more
+    repeated,  # what passes above have made for each of their sites is often the same
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
     activations,  # on the flat graph, where it shows whether the backward reads what they read
 )
