@@ -125,3 +125,17 @@ def test_a_square_norm_backward_reads_its_rows_once(
     y.backward(torch.randn_like(y))
     backward = [s for s in planned.plans[1].steps if isinstance(s, KernelStep)]
     assert [s.schedule.kind == "rows" for s in backward] == [True, False]
+
+
+def test_a_number_made_of_few_is_computed_by_its_readers() -> None:
+    """The scale of a loss's gradient: no kernel of its own for each."""
+
+    def fn(x, w, total, count):
+        scale = torch.where(count == 0, 0.0, total / count)
+        return (x * scale) @ w - scale
+
+    planned = Planned()
+    given = torch.randn(5, 5), torch.randn(5, 5), torch.tensor(3.0), torch.tensor(7)
+    torch.testing.assert_close(planned(fn)(*given), fn(*given))
+    assert [len(step.outputs) for step in planned.kernels] == [1, 1]
+    assert all(step.outputs[0][1].shape == (5, 5) for step in planned.kernels)
