@@ -22,6 +22,7 @@ from iocompiler.ops.decomposed import (
     losses,
     moments,
     norms,
+    products,
     recurrent,
 )
 
@@ -113,7 +114,16 @@ def _built() -> dict[OpOverload, Callable[..., Any]]:
             rules[operator] = decomposition_table[operator]
     for operator in _overloads(_KEPT):
         rules.pop(operator, None)
-    for family in (activations, moments, norms, losses, indexing, embeddings, recurrent):
+    for family in (
+        activations,
+        moments,
+        norms,
+        losses,
+        indexing,
+        embeddings,
+        products,
+        recurrent,
+    ):
         rules.update(family.DECOMPOSITIONS)
     return rules
 
