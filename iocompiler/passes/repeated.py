@@ -13,7 +13,9 @@ from iocompiler.graph.match import graph_pass
 
 aten = torch.ops.aten
 
-# what they return is not what they are given
+# an operator of the user's may count its calls
+_KNOWN = ("aten", "prims", "iocompiler")
+# what they return is not made of what they are given
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -33,7 +35,7 @@ def repeated(gm: GraphModule) -> int:
     The forward would be the same without (AOTAutograd sees equal calls of one graph); in the
     backward each call would have a gradient of its own, and each gradient the kernels of its
     operator: attention's tables of distances, one a layer. Left alone: what is random, written or
-    returned (two tensors stay two), and calls under different modes.
+    returned (two tensors stay two), operators of the user's, and calls under different modes.
     """
     roots, regions = view.roots(gm), view.regions(gm)
     (output,) = gm.graph.find_nodes(op="output")
@@ -61,8 +63,9 @@ def _is_function(node: Node) -> bool:
     """Whether the call returns tensors, and the same for the same arguments."""
     if not isinstance(node.target, torch._ops.OpOverload) or not view.tensors(node):
         return False
-    name = node.target._schema.name.split("::")[1]
-    return name not in _UNWRITTEN and not view.is_random(node) and not node.is_impure()
+    namespace, name = node.target._schema.name.split("::")
+    known = namespace in _KNOWN and name not in _UNWRITTEN
+    return known and not view.is_random(node) and not node.is_impure()
 
 
 def _frozen(argument: Any) -> Hashable:

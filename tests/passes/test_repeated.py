@@ -29,6 +29,17 @@ def written(x: Tensor) -> Tensor:
     return a * y.sin()
 
 
+@torch.library.custom_op("iocompiler_tests::counted", mutates_args=())
+def counted(x: Tensor) -> Tensor:
+    """As far as anybody knows, it counts its calls."""
+    return x.clone()
+
+
+@counted.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def two_modes(x: Tensor) -> Tensor:
     with torch.no_grad():
         a = x.sin()
@@ -59,6 +70,7 @@ DECLINED: dict[str, Spelling] = {
     "both returned, seen differently": lambda x: (x.sin().t(), x.sin()),
     "written in between": written,
     "two modes": two_modes,
+    "an operator of the user's": lambda x: counted(x) + counted(x),
     "not written": lambda x: torch.empty_like(x).fill_(1) + torch.empty_like(x).fill_(2),
 }
 

@@ -25,7 +25,7 @@ from iocompiler.runtime.load import load_text
 from iocompiler.tile.flat import flat_program, folds
 from iocompiler.tile.program import TileProgram
 from tests.codegen.kernels import batch_kernel_of
-from tests.runtime.text_engine import _bind
+from tests.runtime.text_engine import bind
 from tests.tile.test_flat import column_sums, scaled
 
 
@@ -114,7 +114,7 @@ def test_a_backward_as_it_is_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(plan: Plan, gm: GraphModule) -> Callable[[list[Any]], Any]:
         plans.append(plan)
         text = emit_module(plan, "graph")
-        return load_text(text, "graph", "cpu", lambda spec: _bind(text, spec))
+        return load_text(text, "graph", "cpu", lambda spec: bind(text, spec))
 
     module, x, weight = Layers(), torch.randn(6, 8), torch.randn(6, 5)
     run = torch.compile(module, backend=Compiler(engine=engine, strict=True))
