@@ -26,7 +26,7 @@ _LARGE_POINTS = 1 << 26
 def batch(
     steps: list[Step], device: Device, hints: Mapping[str, int], most: int = MOST_HELD
 ) -> list[Step]:
-    """The same work in fewer launches; ``most`` bytes of partial results wait for one.
+    """The same work in fewer launches; ``most`` bytes of partial results wait for them.
 
     Families that can move as a whole go first: what they leave behind no longer
     stands in the way of the others.

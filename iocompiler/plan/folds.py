@@ -3,7 +3,7 @@
 A column sum leaves rows of partial results, which a small kernel folds (`plan/finish.py`): a
 backward has one for every bias and every norm, and each takes longer to launch than to run. Their
 results are mostly gradients that nobody reads before the end, so they may run later, together.
-Until then their partial rows stay in memory: `most_held` bytes of them at most for one launch.
+Until then their partial rows stay in memory: `most_held` bytes of them at most.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from iocompiler.tile.flat import LENGTH, PARTS, Fold, folds, without
 from iocompiler.tile.program import TileProgram
 
 MOST_HELD = 1 << 25
-"""Bytes of partial results that wait for one launch, at most: they would fit the L2 of a large
-device beside what runs in between."""
+"""Bytes of partial results that wait, at most: they fit the L2 of a large device."""
 SHARE = 32
 """The part of what a graph is handed (saved tensors, parameters) that may wait beside it."""
 
@@ -50,8 +49,11 @@ def batch_folds(
     steps: list[Step], device: Device, hints: Mapping[str, int], most: int
 ) -> list[Step]:
     """The same work in fewer launches: folds of one program run where the last of them stands;
-    ``most`` bytes of partial results wait for a launch.
+    ``most`` bytes of partial results wait at once.
     """
+    families = _families(steps, hints, most).values()
+    several = [members for members in families if sum(member.whole for member in members) > 1]
+    most //= max(1, len(several))  # each program's may wait at the same time
     changed = True
     while changed:
         changed = False

@@ -140,6 +140,18 @@ def test_no_more_than_the_bound_waits() -> None:
     assert isinstance(after[-1], KernelStep)  # alone more than may wait
 
 
+def test_two_kinds_of_folds_wait_for_half_each() -> None:
+    def largest(name: str) -> KernelStep:
+        step = fold(name)
+        ops = tuple(replace(o, fn="max") if o.kind == "reduce" else o for o in step.program.ops)
+        return replace(step, program=replace(step.program, ops=ops))
+
+    steps = [kind(name) for kind, name in zip([fold, largest] * 4, "abcefghi", strict=True)]
+    one = 6 * PARTS * 4
+    after = batch(list[Step](steps), H200, {}, 4 * one)
+    assert [len(step.members) for step in batches(after)] == [2] * 4
+
+
 def test_results_of_another_kind_stay_behind() -> None:
     """A step with two kinds of results gives one away where that saves a launch."""
     mixed = fold("b", "x")
