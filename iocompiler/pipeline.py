@@ -19,8 +19,10 @@ from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
+from iocompiler.passes.known_indices import known_indices
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.patches import patches
+from iocompiler.passes.repeated import repeated
 
 
 class Pass(Protocol):
@@ -180,6 +182,8 @@ DEFAULT = Pipeline(
     gelu_by_tanh,  # one operator saves its input alone, and its derivative is cheap
     gelu_by_erf,
     patches,  # touches nothing the others look for
+    known_indices,  # what attention reads as tables of distances stands no more
+    repeated,  # what passes above have made for each of their sites is often the same
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
     activations,  # on the flat graph, where it shows whether the backward reads what they read
 )

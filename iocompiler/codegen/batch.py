@@ -1,8 +1,8 @@
 """One kernel over many sets of tensors: which tensors, it reads from a table in memory.
 
 A row of the table is a member: an address for every buffer, the bits of every by-value
-number (as float64 or int64), and last the member's length. ``blocks`` tells each program its
-member and which block of it.
+number (as float64 or int64), the rows it folds where it does, and last the member's length.
+``blocks`` tells each program its member and which block of it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,39 @@ import torch
 
 from iocompiler.codegen.expressions import TYPES
 from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.codegen.loops import write_looped
 from iocompiler.codegen.pointwise import write_row_of_points
 from iocompiler.plan.data import Schedule
-from iocompiler.tile.flat import LENGTH
+from iocompiler.tile.flat import LENGTH, PARTS
 from iocompiler.tile.program import Buffer, TileProgram
 
 # the kernel's parameters, as a launch signature; ``aligned`` is 1 if every address is, to 16 bytes
 SIGNATURE = "table_ptr:*i64:16 blocks_ptr:*i32:16 aligned:i32"
 
 
+UNIT = 16
+"""What the length of a fold's members must be a multiple of for their rows to be aligned."""
+
+
+def numbers_of(program: TileProgram) -> str:
+    """For all of a member's row but its length: "p" an address, "f" or "i" a number by value."""
+    buffers = "".join(
+        "p" if b.role != "scalar" else "f" if b.dtype.is_floating_point else "i"
+        for b in program.buffers
+    )
+    return buffers + "i" * bool(program.reduced)
+
+
 def emit_batch(program: TileProgram, schedule: Schedule, name: str) -> str:
-    """The source of the kernel ``name`` for a flat program; `SIGNATURE` has its parameters."""
-    width = len(program.buffers) + 1
+    """The source of the kernel ``name`` for a flat program or a fold; `SIGNATURE` has its
+    parameters.
+    """
+    width = len(program.buffers) + 1 + bool(program.reduced)
+    kind = "folded rows" if program.reduced else "pointwise"
     head = [
         "@triton.jit",
         f"def {name}(table_ptr, blocks_ptr, aligned):",
-        '    """pointwise over many tensors: a row has the addresses and length of a member"""',
+        f'    """{kind} over many tensors: a row has the addresses and length of a member"""',
         "    member = tl.load(blocks_ptr + 2 * tl.program_id(0))",
         "    block = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1)",
         f"    row = table_ptr + member * {width}",
@@ -45,7 +62,14 @@ def _body(program: TileProgram, schedule: Schedule, whole: bool) -> list[str]:
     writer.depth = 2
     for place, buffer in enumerate(program.buffers):
         writer.line(_argument(buffer, place, whole and buffer.elements != 1))
-    write_row_of_points(writer, "block", masked=not whole)
+    if not program.reduced:
+        write_row_of_points(writer, "block", masked=not whole)
+        return writer.lines
+    place = len(program.buffers)
+    writer.line(f"{PARTS.name} = tl.load(row + {place})")
+    if whole:  # each row of a member begins as aligned as the first
+        writer.line(f"{LENGTH.name} = tl.multiple_of(tl.load(row + {place + 1}), {UNIT})")
+    write_looped(writer, "block", masked=not whole)
     return writer.lines
 
 

@@ -30,6 +30,7 @@ from iocompiler.plan.data import (
     references,
     regions,
 )
+from iocompiler.tile.flat import PARTS
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
 
@@ -178,13 +179,14 @@ class Body:
         lines += [f"{self._names.add(name)} = {self._empty(spec)}" for name, spec in step.outputs]
         variables = {self._names.of[name] for name, _ in step.outputs}
         lines.append(f"{self._launchers.batch(step)}(stream, [")
-        for args, length in step.members:
+        for (args, length), extents in zip(step.members, step.extents(), strict=True):
             cells = []
             for buffer, name in zip(step.program.buffers, args, strict=True):
                 text, variable = self._kernel_argument(buffer, name)
                 cells.append(text)
                 variables.add(variable)
-            lines.append(f"    ({', '.join([*cells, size_text(length)])}),")
+            parts = [size_text(extents[PARTS.name])] if step.parts else []
+            lines.append(f"    ({', '.join([*cells, *parts, size_text(length)])}),")
         lines.append("])")
         self._emit(lines, variables)
 

@@ -46,9 +46,14 @@ def _scan_tile(writer: KernelWriter, position: int, op: Op) -> None:
 # --- the row in pieces
 
 
-def write_looped(writer: KernelWriter) -> None:
-    """One loop over the row for each level of reductions on reductions; each loads values again."""
-    name_parallel(writer, f"tl.program_id(0) * {writer.schedule.x_block}")
+def write_looped(
+    writer: KernelWriter, block: str = "tl.program_id(0)", masked: bool = True
+) -> None:
+    """One loop over the row for each level of reductions on reductions; each loads values again.
+
+    ``block`` is the text of its number, ``masked`` False where its points are known to be there.
+    """
+    name_parallel(writer, f"{block} * {writer.schedule.x_block}", masked)
     program = writer.program
     maxima = rescaled.maxima(program)
     level = _levels(writer, maxima)

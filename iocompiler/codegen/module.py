@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from iocompiler.codegen import triton as emitter
-from iocompiler.codegen.batch import SIGNATURE, emit_batch
+from iocompiler.codegen.batch import SIGNATURE, UNIT, emit_batch, numbers_of
 from iocompiler.codegen.body import Body, Launcher, Shared
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, tuple_text
 from iocompiler.codegen.values import symbols
@@ -131,17 +131,14 @@ class _Kernels:
 
     def _register_batch(self, kernel: _Kernel, step: BatchStep) -> Launcher:
         name = self._claim(f"run_{kernel.name}")
-        numbers = "".join(
-            "p" if b.role != "scalar" else "f" if b.dtype.is_floating_point else "i"
-            for b in step.program.buffers
-        )
+        numbers = quoted(numbers_of(step.program)) + (f", unit={UNIT}" if step.parts else "")
         where = f", where={quoted(kernel.where[0])}" if kernel.where else ""
         warps, stages = step.schedule.num_warps, step.schedule.num_stages
         registration = (
             f"{name} = module.batch(\n"
             f"    {quoted(kernel.name)},\n"
             f"    {quoted(SIGNATURE)},\n"
-            f"    block={step.schedule.x_block}, numbers={quoted(numbers)},\n"
+            f"    block={step.schedule.x_block}, numbers={numbers},\n"
             f"    num_warps={warps}, num_stages={stages}{where},\n"
             ")"
         )

@@ -9,11 +9,14 @@ from iocompiler.tile.program import Op
 ROW_POSITION = "r.to(tl.int64)"
 
 
-def name_parallel(writer: KernelWriter, start: str) -> None:
-    """Name the parallel axes of the points from ``start`` on; they run down the tile."""
+def name_parallel(writer: KernelWriter, start: str, masked: bool = True) -> None:
+    """Name the parallel axes of the points from ``start`` on; they run down the tile. ``masked``:
+    unless all of them are known to be there.
+    """
     block = writer.schedule.x_block
     writer.line(f"x = {start} + tl.arange(0, {block})[:, None]")
-    writer.bounded("x", "x", writer.points(writer.program.parallel), block)
+    if masked:
+        writer.bounded("x", "x", writer.points(writer.program.parallel), block)
     writer.flat_axes(writer.program.parallel, "x", "x")
 
 

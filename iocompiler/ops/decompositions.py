@@ -17,10 +17,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from iocompiler.ops.decomposed import (
     activations,
+    embeddings,
     indexing,
     losses,
     moments,
     norms,
+    products,
     recurrent,
 )
 
@@ -112,7 +114,16 @@ def _built() -> dict[OpOverload, Callable[..., Any]]:
             rules[operator] = decomposition_table[operator]
     for operator in _overloads(_KEPT):
         rules.pop(operator, None)
-    for family in (activations, moments, norms, losses, indexing, recurrent):
+    for family in (
+        activations,
+        moments,
+        norms,
+        losses,
+        indexing,
+        embeddings,
+        products,
+        recurrent,
+    ):
         rules.update(family.DECOMPOSITIONS)
     return rules
 

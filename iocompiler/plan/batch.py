@@ -2,7 +2,7 @@
 
 Each kernel pays a launch; an optimizer step has one for every parameter. Kernels that run one
 flat program (`tile/flat.py`) are moved to the place of the last of them, where nothing in between
-minds, and launched together.
+minds, and launched together; so are the second halves of split reductions (`plan/folds.py`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,9 @@ from collections.abc import Mapping
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.schedule import choose
-from iocompiler.plan.data import (
-    AtenStep,
-    BatchStep,
-    ConstantStep,
-    KernelStep,
-    Step,
-    ViewStep,
-    references,
-)
+from iocompiler.plan.data import BatchStep, KernelStep, Step
+from iocompiler.plan.folds import MOST_HELD, batch_folds
+from iocompiler.plan.moving import Moves
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import LENGTH, flat_program
 from iocompiler.tile.index import Size
@@ -29,8 +23,10 @@ from iocompiler.tile.program import TileProgram
 _LARGE_POINTS = 1 << 26
 
 
-def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[Step]:
-    """The same work in fewer launches.
+def batch(
+    steps: list[Step], device: Device, hints: Mapping[str, int], most: int = MOST_HELD
+) -> list[Step]:
+    """The same work in fewer launches; ``most`` bytes of partial results wait for them.
 
     Families that can move as a whole go first: what they leave behind no longer
     stands in the way of the others.
@@ -38,14 +34,14 @@ def batch(steps: list[Step], device: Device, hints: Mapping[str, int]) -> list[S
     for whole in (True, False):
         changed = True
         while changed:
-            changed = False
+            changed, moves = False, Moves(steps)
             for program, members in _families(steps, hints).items():
-                movable = _movable(steps, members)
+                movable = _movable(moves, members)
                 if len(movable) > 1 and (len(movable) == len(members) or not whole):
                     steps = _with_batch(steps, movable, program, device, hints)
                     changed = True
                     break
-    return steps
+    return batch_folds(steps, device, hints, most)
 
 
 def _families(
@@ -76,66 +72,10 @@ def _with_batch(
     return [result[place] for place in sorted(result)]
 
 
-def _movable(steps: list[Step], members: list[tuple[int, Size]]) -> list[tuple[int, Size]]:
-    """Members that may run with the last: nothing up to it touches what they write or read."""
+def _movable(moves: Moves, members: list[tuple[int, Size]]) -> list[tuple[int, Size]]:
+    """Members that may run with the last."""
     last = members[-1][0]
-    bases = {step.name: step.base for step in steps if isinstance(step, ViewStep)}
-    kept = []
-    for place, length in members:
-        step = steps[place]
-        assert isinstance(step, KernelStep)
-        made = _storages({name for name, _ in step.outputs} | written(step), bases)
-        used = _storages(set(step.args), bases)
-        after = steps[place + 1 : last + 1]  # the last one too: it may need this one's result
-        if not any(
-            made & _storages(names_read(s), bases) or used & _storages(written(s), bases)
-            for s in after
-        ):
-            kept.append((place, length))
-    return kept
-
-
-def _storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
-    """The values whose storage these show: a view stands for its base."""
-    found = set()
-    for name in names:
-        while name in bases:
-            name = bases[name]
-        found.add(name)
-    return found
-
-
-def names_read(step: Step) -> set[str]:
-    """The values a step reads (a view reads its base)."""
-    if isinstance(step, KernelStep):
-        return set(step.args) - {name for name, _ in step.outputs}
-    if isinstance(step, BatchStep):
-        return {a for args, _ in step.members for a in args} - {name for name, _ in step.outputs}
-    if isinstance(step, ViewStep):
-        return {step.base}
-    if isinstance(step, ConstantStep):
-        return set()
-    return {r.name for r in references((step.args, tuple(v for _, v in step.kwargs)))}
-
-
-def written(step: Step) -> set[str]:
-    """The values a step overwrites in place."""
-    if isinstance(step, KernelStep):
-        fresh = {name for name, _ in step.outputs}
-        pairs = zip(step.args, step.program.buffers, strict=True)
-        return {a for a, b in pairs if b.role in ("out", "inout") and a not in fresh}
-    if isinstance(step, BatchStep):
-        fresh = {name for name, _ in step.outputs}
-        roles = [b.role for b in step.program.buffers]
-        return {
-            name
-            for args, _ in step.members
-            for name, role in zip(args, roles, strict=True)
-            if role in ("out", "inout") and name not in fresh
-        }
-    if isinstance(step, AtenStep) and step.target == "aten.copy_.default":
-        return {r.name for r in references(step.args[:1])}
-    return set()
+    return [(place, length) for place, length in members if moves.furthest(place, last) >= last]
 
 
 def _launch_together(

@@ -16,6 +16,7 @@ from iocompiler.plan.data import KernelStep, Plan, Region, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.early import early
 from iocompiler.plan.finish import finish
+from iocompiler.plan.folds import most_held
 from iocompiler.plan.group import Group, Grouper
 from iocompiler.plan.inplace import in_place
 from iocompiler.plan.order import in_order
@@ -76,7 +77,8 @@ class _Builder(Steps):
                 self.call(unit, self.flow.opaque[unit])
         (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
         outputs = tuple(self.argument(a, output) for a in listed(output.args[0]))
-        steps, outputs = as_seen(batch(self.steps, self.device, self.hints), outputs)
+        steps = batch(self.steps, self.device, self.hints, most_held(inputs, self.hints))
+        steps, outputs = as_seen(steps, outputs)
         steps = early(steps, inputs, outputs, self.hints)
         return Plan(
             tuple(inputs),

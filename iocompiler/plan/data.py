@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from iocompiler.tile.flat import LENGTH, PARTS
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import TileProgram
 
@@ -86,10 +87,11 @@ class KernelStep:
 
 @dataclass(frozen=True)
 class BatchStep:
-    """One launch of a pointwise kernel over many sets of tensors (an optimizer's parameters).
+    """One launch of a kernel over many sets of tensors (an optimizer's parameters).
 
     ``program`` is over one axis of `tile.flat.LENGTH` points; each member gives the value names in
     the order of ``program.buffers`` and its own length. ``outputs`` are allocated just before.
+    Where the program folds rows, `tile.flat.PARTS` many, ``parts`` has how many for each member.
     """
 
     name: str
@@ -99,6 +101,15 @@ class BatchStep:
     outputs: tuple[tuple[str, TensorSpec], ...]
     nodes: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
+    parts: tuple[Size, ...] = ()
+
+    def extents(self) -> tuple[dict[str, Size], ...]:
+        """Of each member, the values of the symbols of its program's axes."""
+        lengths = [{LENGTH.name: length} for _, length in self.members]
+        if not self.parts:
+            return tuple(lengths)
+        pairs = zip(lengths, self.parts, strict=True)
+        return tuple({**length, PARTS.name: parts} for length, parts in pairs)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,9 @@ LIBRARY_REASONS = frozenset(_LIBRARY.values())
 # Beyond this many operations a shared value is stored, not recomputed by each of its readers.
 _RECOMPUTE_OPS = 40
 
+# What is computed from so few numbers is no kernel of its own: each of its readers does it.
+_FEW_SCALARS = 4
+
 
 def tensors(node: Node) -> list[torch.Tensor]:
     """The tensors a node produces."""
@@ -77,6 +80,10 @@ def nbytes(node: Node, hints: dict[str, int]) -> int:
         value_at(product([size_of(s) for s in t.shape]), hints) * t.element_size()
         for t in tensors(node)
     )
+
+
+def _is_scalar(node: Node) -> bool:
+    return [tensor.dim() for tensor in tensors(node)] == [0]
 
 
 def _is_called_for_its_effect(node: Node) -> bool:
@@ -205,7 +212,9 @@ class Dataflow:
                 continue
             free = not reads[node]
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
-            if free or (cheap and sum(reads[node].values()) <= nbytes(node, self.hints)):
+            scalars = len(reads[node]) <= _FEW_SCALARS and all(map(_is_scalar, reads[node]))
+            less = sum(reads[node].values()) <= nbytes(node, self.hints)
+            if free or (cheap and (less or scalars)):
                 self.virtual[node] = None
         for node in self.virtual:
             self.kernel.pop(node, None)

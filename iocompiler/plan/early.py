@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from iocompiler.plan.batch import names_read, written
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
@@ -21,6 +20,7 @@ from iocompiler.plan.data import (
     references,
 )
 from iocompiler.plan.inplace import FRESH
+from iocompiler.plan.moving import names_read, written
 from iocompiler.plan.peak import storage_bytes
 
 _WINDOW = 16

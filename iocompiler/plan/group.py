@@ -21,7 +21,7 @@ from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import flat_program
-from iocompiler.tile.index import product
+from iocompiler.tile.index import Size, product
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.rows import RowsTooLong, check_rows
 
@@ -67,6 +67,7 @@ class Grouper:
             if a in self.groups and b in self.groups:
                 self._try_merge(self.groups[a], self.groups[b])
         self._merge_small()
+        self._merge_siblings()
         return sorted(self.groups.values(), key=lambda g: g.number)
 
     def _merge_small(self) -> None:
@@ -84,7 +85,25 @@ class Grouper:
             if alone and not program.reduced and moved <= _SMALL_KERNEL:
                 points = value_at(product([a.size for a in program.parallel]), self.flow.hints)
                 sizes.setdefault(points, []).append(number)
-        for numbers in sizes.values():
+        self._merge_each(sizes.values())
+
+    def _merge_siblings(self) -> None:
+        """Equal reductions of the several results of one call (the gradients of query, key and
+        value, say), which share no tensor but are there at once.
+        """
+        families: dict[tuple[Node, Size, Size], list[int]] = {}
+        for number, group in sorted(self.groups.items()):
+            program = group.lowered.program
+            across, down = (
+                product([a.size for a in axes]) for axes in (program.parallel, program.reduced)
+            )
+            calls = {self.flow.item_source(leaf) for leaf in self._touched(group) - group.nodes}
+            if program.reduced and len(calls) == 1 and calls <= self.flow.opaque.keys():
+                families.setdefault((calls.pop(), across, down), []).append(number)
+        self._merge_each(families.values())
+
+    def _merge_each(self, lists: Iterable[list[int]]) -> None:
+        for numbers in lists:
             for a, b in itertools.pairwise(numbers):
                 # a merged pair has the number of its later half: it meets the next one
                 if a in self.groups and b in self.groups:

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from iocompiler.plan.batch import names_read
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
@@ -18,6 +17,7 @@ from iocompiler.plan.data import (
     ViewStep,
     references,
 )
+from iocompiler.plan.moving import names_read
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import Size, product
 from iocompiler.tile.program import TileProgram

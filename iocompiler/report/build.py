@@ -13,10 +13,9 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, TensorSpec, made
-from iocompiler.report.crossing import at_length, crossing
+from iocompiler.report.crossing import at_extents, crossing
 from iocompiler.report.ledger import Edge, Kernel, Report, Resources
 from iocompiler.report.words import show_schedule, show_spec
-from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import traffic
@@ -91,11 +90,10 @@ def _generated(
     step: KernelStep | BatchStep, part: Part, device: Device, describe: Describe
 ) -> tuple[Cost, Kernel]:
     cost, least, seconds = Cost(), 0, device.launch_s
-    for length in [None] if isinstance(step, KernelStep) else [n for _, n in step.members]:
-        hints = dict(part.hints)
-        if length is not None:
-            hints[LENGTH.name] = round(value_of(length, part.hints))
-        moved = _traffic_cost(step.program, length)
+    for extents in ({},) if isinstance(step, KernelStep) else step.extents():
+        values = {name: round(value_of(size, part.hints)) for name, size in extents.items()}
+        hints = {**part.hints, **values}
+        moved = _traffic_cost(step.program, extents)
         cost += moved
         least += min(round(value_of(moved.bytes, hints)), buffers_once(step.program, hints))
         seconds += kernel_seconds(step.program, device, hints) - device.launch_s
@@ -118,9 +116,9 @@ def _generated(
     )
 
 
-def _traffic_cost(program: TileProgram, length: Size | None) -> Cost:
-    """The traffic of one run; of a batch's member, at its own length."""
-    moved = traffic(program) if length is None else at_length(traffic(program), length)
+def _traffic_cost(program: TileProgram, extents: Mapping[str, Size]) -> Cost:
+    """The traffic of one run; of a batch's member, at its own extents."""
+    moved = at_extents(traffic(program), extents)
     return Cost(moved.read_bytes, moved.written_bytes, moved.flops, moved.transcendentals)
 
 

@@ -20,7 +20,7 @@ from iocompiler.plan.data import (
     ViewStep,
     made,
 )
-from iocompiler.tile.flat import LENGTH
+from iocompiler.tile.flat import LENGTH, PARTS
 from iocompiler.tile.index import Size
 from iocompiler.tile.traffic import Traffic, traffic
 
@@ -101,16 +101,17 @@ def _buffers(step: Step) -> Iterator[tuple[str, Traffic]]:
         for name, buffer in zip(step.args, step.program.buffers, strict=True):
             yield name, traffic(replace(step.program, buffers=(buffer,)))
     elif isinstance(step, BatchStep):
-        for args, length in step.members:
+        for (args, _), extents in zip(step.members, step.extents(), strict=True):
             for name, buffer in zip(args, step.program.buffers, strict=True):
                 moved = traffic(replace(step.program, buffers=(buffer,)))
-                yield name, at_length(moved, length)
+                yield name, at_extents(moved, extents)
 
 
-def at_length(moved: Traffic, length: Size) -> Traffic:
-    """The traffic of a batch's program for a member of this length."""
+def at_extents(moved: Traffic, extents: Mapping[str, Size]) -> Traffic:
+    """The traffic of a batch's program for a member of these extents."""
+    values = {symbol: extents[symbol.name] for symbol in (LENGTH, PARTS) if symbol.name in extents}
     read, written, flops, special = (
-        size if isinstance(size, int) else whole(size.subs(LENGTH, length))
+        size if isinstance(size, int) or not values else whole(size.subs(values))
         for size in (moved.read_bytes, moved.written_bytes, moved.flops, moved.transcendentals)
     )
     return Traffic(read, written, flops, special)

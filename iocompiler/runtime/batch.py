@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,6 +12,11 @@ from iocompiler.runtime.launch import Launch
 
 Row = tuple[Any, ...]
 """Addresses (ints) and by-value numbers in the order of the program's buffers, then the length."""
+
+Tables: TypeAlias = "list[torch.Tensor]"
+"""The rows, and for each program its member and which block of it."""
+
+_RECORDINGS = 4  # of one launch, for which memory on the host is made ready
 
 
 class BatchLaunch:
@@ -22,50 +27,56 @@ class BatchLaunch:
         block: points a program covers.
         numbers: "f" or "i" (float or integer by value) or "p" (address) for all but the length.
         device: where the table goes.
+        unit: lengths that are multiples of it keep what is aligned aligned.
+
+    Attributes:
+        recorded: whether the calls go into CUDA graphs, whose pool may keep nothing of ours: the
+            table then lives for one launch, and what a recorded copy reads stays for good.
     """
 
     def __init__(
-        self, launch: Callable[[], Launch], block: int, numbers: str, device: torch.device
+        self,
+        launch: Callable[[], Launch],
+        block: int,
+        numbers: str,
+        device: torch.device,
+        unit: int = 1,
     ):
+        self.recorded = False
+        self._unit = unit
         self._launch, self._block, self._numbers, self._device = launch, block, numbers, device
         self._pointers = [i for i, kind in enumerate(numbers) if kind == "p"]
         self._rows: list[Row] = []
         self._table = self._blocks = torch.empty(0)
         self._programs = self._aligned = 0
         self._host: list[torch.Tensor] = []
+        self._ready: list[Tables] = []
+        self._forever: list[Tables] = []
 
     def __call__(self, stream: int, rows: list[Row]) -> None:
+        if self._is_captured() or self.recorded:
+            self._run(stream, *self._passing(rows))
+            return
         if rows != self._rows:
             self._upload(rows)
+        self._run(stream, self._table, self._blocks)
+
+    def _run(self, stream: int, table: torch.Tensor, blocks: torch.Tensor) -> None:
         self._launch()(
-            stream,
-            self._programs,
-            1,
-            1,
-            self._table.data_ptr(),
-            self._blocks.data_ptr(),
-            self._aligned,
+            stream, self._programs, 1, 1, table.data_ptr(), blocks.data_ptr(), self._aligned
         )
+
+    def _is_captured(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    # --- tables that are kept
 
     def _upload(self, rows: list[Row]) -> None:
         lengths = [row[-1] for row in rows]
         if lengths != [row[-1] for row in self._rows]:
-            self._upload_blocks(lengths)
+            self._blocks = self._on_device(self._blocks_of(lengths), 1)
         self._rows = rows
-        bits = [
-            [self._bits(kind, value) for kind, value in zip(self._numbers + "i", row, strict=True)]
-            for row in rows
-        ]
-        self._table = self._on_device(torch.tensor(bits, dtype=torch.int64), 0)
-        self._aligned = int(not any(row[i] & 15 for row in rows for i in self._pointers))
-
-    def _upload_blocks(self, lengths: Sequence[int]) -> None:
-        counts = torch.tensor([-(-length // self._block) for length in lengths])
-        members = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        within = torch.arange(int(counts.sum())) - first
-        self._blocks = self._on_device(torch.stack([members, within], 1).to(torch.int32), 1)
-        self._programs = len(members)
+        self._table = self._on_device(self._table_of(rows), 0)
 
     def _on_device(self, tensor: torch.Tensor, slot: int) -> torch.Tensor:
         if self._device.type != "cuda":
@@ -74,6 +85,55 @@ class BatchLaunch:
         pinned = tensor.pin_memory()
         self._host[slot : slot + 1] = [pinned]
         return pinned.to(self._device, non_blocking=True)
+
+    # --- tables for one launch
+
+    def _passing(self, rows: list[Row]) -> Tables:
+        """Tables in memory that the caller's graph may have back after the launch."""
+        made = [self._table_of(rows), self._blocks_of([row[-1] for row in rows])]
+        self._rows = []  # what is kept is no longer what `_programs` and `_aligned` are of
+        if self._device.type != "cuda":
+            return made
+        host = self._host_memory(made)
+        for pinned, tensor in zip(host, made, strict=True):
+            pinned.copy_(tensor)
+        return [pinned.to(self._device, non_blocking=True) for pinned in host]
+
+    def _host_memory(self, like: Tables) -> Tables:
+        """Pinned memory for tables of these sizes. What is copied by a graph is read each time that
+        is replayed; memory for it is made before, since making it is not allowed meanwhile.
+        """
+        shapes = [tensor.shape for tensor in like]
+        ready = [tables for tables in self._ready if [t.shape for t in tables] == shapes]
+        if not self._is_captured():
+            while len(ready) < _RECORDINGS:
+                ready.append([tensor.pin_memory() for tensor in like])
+            self._ready = ready
+            return [tensor.pin_memory() for tensor in like]
+        if not ready:
+            ready = self._ready = [[tensor.pin_memory() for tensor in like]]
+        self._ready.remove(ready[0])
+        self._forever.append(ready[0])
+        return ready[0]
+
+    # --- their contents
+
+    def _table_of(self, rows: list[Row]) -> torch.Tensor:
+        bits = [
+            [self._bits(kind, value) for kind, value in zip(self._numbers + "i", row, strict=True)]
+            for row in rows
+        ]
+        odd = any(row[i] & 15 for row in rows for i in self._pointers)
+        self._aligned = int(not odd and not any(row[-1] % self._unit for row in rows))
+        return torch.tensor(bits, dtype=torch.int64)
+
+    def _blocks_of(self, lengths: Sequence[int]) -> torch.Tensor:
+        counts = torch.tensor([-(-length // self._block) for length in lengths])
+        members = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        within = torch.arange(int(counts.sum())) - first
+        self._programs = len(members)
+        return torch.stack([members, within], 1).to(torch.int32)
 
     @staticmethod
     def _bits(kind: str, value: Any) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.values import Values
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, references
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, references
 from iocompiler.runtime.reference import operator_named
 
 _CHECK = "aten._linalg_check_errors.default"
@@ -66,9 +66,11 @@ def mutated_inputs(plan: Plan) -> tuple[int, ...]:
     values = Values(plan)
     written: set[str] = set()
     for step in plan.steps:
-        if isinstance(step, KernelStep):
-            roles = zip(step.program.buffers, step.args, strict=True)
-            written |= {name for buffer, name in roles if buffer.role in ("out", "inout")}
+        if isinstance(step, (KernelStep, BatchStep)):
+            lists = [step.args] if isinstance(step, KernelStep) else [a for a, _ in step.members]
+            for args in lists:
+                roles = zip(step.program.buffers, args, strict=True)
+                written |= {name for buffer, name in roles if buffer.role in ("out", "inout")}
         elif isinstance(step, AtenStep):
             written |= _written_by(step)
     roots = {values.place(name).root for name in written}
@@ -106,6 +108,9 @@ def record(
     from torch._inductor import cudagraph_trees
     from torch._inductor.cudagraph_utils import PlaceholderInfo
 
+    module = getattr(call, "module", None)
+    if module is not None:
+        module.recorded()
     names = [PlaceholderInfo(name, None, [], None) for name, _ in plan.inputs]
     settings: dict[str, Any] = {
         "device_index": device_index,

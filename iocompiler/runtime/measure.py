@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from iocompiler.codegen.batch import numbers_of
 from iocompiler.errors import CompileError, LaunchError
 from iocompiler.plan.data import BatchStep, Schedule
 from iocompiler.runtime.batch import BatchLaunch
@@ -168,10 +169,7 @@ class GpuBench:
         ]
         if not isinstance(subject.step, BatchStep):
             return partial(launch, stream, *subject.grid(schedule), *rows[0], *subject.numbers)
-        numbers = "".join(
-            "p" if b.role != "scalar" else "f" if b.dtype.is_floating_point else "i"
-            for b in buffers
-        )
+        numbers = numbers_of(subject.program)
         batch = BatchLaunch(lambda: launch, schedule.x_block, numbers, self.device)
         table = [(*row, length) for row, length in zip(rows, subject.lengths, strict=True)]
         return partial(batch, stream, table)

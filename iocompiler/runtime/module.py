@@ -47,6 +47,7 @@ class Module:
         self.kernels: dict[str, KernelSpec] = {}
         self.images: dict[tuple[str, bool, bool], Image] = {}
         self.bound: dict[str, Launch] = {}
+        self.batches: list[BatchLaunch] = []
         self.namespace: dict[str, Any] = {}
         self._binder, self._allocate = binder, allocate
         self._override = bool(device)
@@ -110,6 +111,7 @@ class Module:
         num_warps: int,
         num_stages: int,
         where: str = "",
+        unit: int = 1,
     ) -> BatchLaunch:
         """Register a kernel over many sets of tensors; parameters as of `BatchLaunch`."""
         self.kernel(name, signature, num_warps=num_warps, num_stages=num_stages, where=where)
@@ -120,7 +122,13 @@ class Module:
                 self.bind()
             return self.bound[launcher]
 
-        return BatchLaunch(bound, block, numbers, self.device)
+        self.batches.append(BatchLaunch(bound, block, numbers, self.device, unit))
+        return self.batches[-1]
+
+    def recorded(self) -> None:
+        """The calls go into CUDA graphs from here on."""
+        for each in self.batches:
+            each.recorded = True
 
     def constant(
         self,

@@ -31,7 +31,6 @@ from iocompiler.runtime.values import (
     size_value,
     size_values,
 )
-from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.interpret import run
 from iocompiler.tile.program import Buffer, TileProgram
 
@@ -89,8 +88,8 @@ def _batch(step: BatchStep, values: dict[str, Any], sizes: dict[str, int]) -> No
 
     for name, spec in step.outputs:
         values[name] = fresh(spec, sizes, CPU)
-    for args, length in step.members:
-        here = {**sizes, LENGTH.name: size_value(length, sizes)}
+    for (args, _), extents in zip(step.members, step.extents(), strict=True):
+        here = {**sizes, **{name: size_value(size, sizes) for name, size in extents.items()}}
         run(step.program, _buffers(step.program, args, values, here), here, step.schedule)
 
 

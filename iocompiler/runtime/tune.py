@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from iocompiler.codegen.module import kernel_names
 from iocompiler.cost_model.candidates import candidates
@@ -125,7 +125,7 @@ def subjects_of(
     """The distinct kernels modeled to take ``shortest`` seconds or more, the one with most time in
     the plan first.
     """
-    steps = [step for step in plan.steps if isinstance(step, (KernelStep, BatchStep))]
+    steps = [step for step in plan.steps if _has_choice(step)]
     first: dict[_Key, KernelStep | BatchStep] = {}
     weight: dict[_Key, float] = {}
     for step in steps:
@@ -140,6 +140,13 @@ def subjects_of(
     names = kernel_names(plan)
     ordered = sorted(first, key=lambda key: -weight[key])
     return [Subject(first[key], *names[key], _sizes(first[key], hints)) for key in ordered]
+
+
+def _has_choice(step: Step) -> TypeGuard[KernelStep | BatchStep]:
+    """Whether the step's schedule may be another: folds that are launched together take what their
+    launches took, and little of it.
+    """
+    return isinstance(step, KernelStep) or (isinstance(step, BatchStep) and not step.parts)
 
 
 def _sizes(step: KernelStep | BatchStep, hints: Mapping[str, int]) -> dict[str, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from iocompiler.codegen.batch import emit_batch
 from iocompiler.codegen.triton import PRELUDE, emit, grid
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.program import TileProgram
@@ -21,9 +22,18 @@ _folder = tempfile.TemporaryDirectory(prefix="iocompiler-tests-")
 
 def kernel_of(program: TileProgram, schedule: Schedule) -> Any:
     """The ``@triton.jit`` function of a program, from a real file: Triton reads its source."""
+    return _loaded(lambda name: emit(program, schedule, name))
+
+
+def batch_kernel_of(program: TileProgram, schedule: Schedule) -> Any:
+    """The ``@triton.jit`` function of a program over many sets of tensors."""
+    return _loaded(lambda name: emit_batch(program, schedule, name))
+
+
+def _loaded(write: Callable[[str], str]) -> Any:
     name = f"kernel_{next(_count)}"
     path = Path(_folder.name) / f"{name}.py"
-    path.write_text(PRELUDE + "\n\n" + emit(program, schedule, name))
+    path.write_text(PRELUDE + "\n\n" + write(name))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -125,3 +125,37 @@ def test_a_square_norm_backward_reads_its_rows_once(
     y.backward(torch.randn_like(y))
     backward = [s for s in planned.plans[1].steps if isinstance(s, KernelStep)]
     assert [s.schedule.kind == "rows" for s in backward] == [True, False]
+
+
+def test_a_number_made_of_few_is_computed_by_its_readers() -> None:
+    """The scale of a loss's gradient: no kernel of its own for each."""
+
+    def fn(x, w, total, count):
+        scale = torch.where(count == 0, 0.0, total / count)
+        return (x * scale) @ w - scale
+
+    planned = Planned()
+    given = torch.randn(5, 5), torch.randn(5, 5), torch.tensor(3.0), torch.tensor(7)
+    torch.testing.assert_close(planned(fn)(*given), fn(*given))
+    assert [len(step.outputs) for step in planned.kernels] == [1, 1]
+    assert all(step.outputs[0][1].shape == (5, 5) for step in planned.kernels)
+
+
+def test_equal_reductions_of_one_calls_results_are_one_kernel() -> None:
+    def fn(x):
+        values, places = x.sort(1)
+        return values.sum(0), places.amax(0), (places + 1).sum(0)
+
+    x = torch.randn(6, 5)
+    planned = Planned()
+    for got, want in zip(planned(fn)(x), fn(x), strict=True):
+        torch.testing.assert_close(got, want)
+    assert [len(step.outputs) for step in planned.kernels] == [3]
+
+
+def test_reductions_of_other_sizes_or_other_calls_are_not() -> None:
+    def fn(x, y):
+        values, places = x.sort(1)
+        return values.sum(0), places.sum(1), y.sort(1)[0].sum(0)
+
+    assert len(kernels_of(fn, torch.randn(6, 5), torch.randn(6, 5))) == 3

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from iocompiler.backend import Compiler
+from iocompiler.compilation import Compilation
+from iocompiler.plan import folds as plan_folds
+from iocompiler.plan.data import BatchStep
 from iocompiler.runtime.batch import BatchLaunch
+from tests.plan.test_folds import Blocks
 
 
 class Recorder:
@@ -69,6 +73,89 @@ def test_the_table_is_kept_until_something_changes() -> None:
     assert launch._blocks is blocks
     launch(0, [(32, 500)])
     assert launch._blocks is not blocks
+
+
+def test_rows_of_another_length_turn_the_wide_accesses_of_folds_off() -> None:
+    recorder = Recorder()
+    launch = BatchLaunch(lambda: recorder, 128, "ppi", torch.device("cpu"), unit=16)
+    launch(0, [(16, 32, 264, 1024), (48, 64, 8, 256)])
+    launch(0, [(16, 32, 264, 1024), (48, 64, 8, 250)])
+    assert [call[-1] for call in recorder.calls] == [1, 0]
+    assert launch._table.tolist() == [[16, 32, 264, 1024], [48, 64, 8, 250]]
+
+
+def test_nothing_is_kept_of_a_launch_that_is_recorded() -> None:
+    """Graphs read the table of each launch where it was when they were recorded."""
+    launch, recorder = launch_of("p")
+    launch(0, [(16, 300)])
+    kept = launch._table
+    launch.recorded = True
+    launch(0, [(32, 5)])
+    assert launch._table is kept
+    assert recorder.calls[1][1:4] == (1, 1, 1)
+    assert recorder.calls[1][4] != recorder.calls[0][4]
+    launch.recorded = False
+    launch(0, [(16, 300)])  # what it was before is no longer what the kernel would be told
+    assert recorder.calls[2][1:4] == (3, 1, 1)
+    assert launch._table is not kept
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folds_on_a_gpu(mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward whose norms' and biases' gradients are folded in one launch, against eager."""
+    monkeypatch.setattr(plan_folds, "SHARE", 1)
+    records: list[Compilation] = []
+    torch.manual_seed(0)
+    ours, theirs = (Blocks(width=131).cuda().to(dtype) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    wide = Blocks(width=131).cuda().double()
+    wide.load_state_dict(ours.state_dict())
+    step = torch.compile(ours, backend=Compiler(mode=mode, on_compiled=records.append))
+    for _ in range(4):  # warm-up, recording, replays
+        x = torch.randn(700, 131, device="cuda", dtype=dtype)
+        for module, run, given in (
+            (ours, step, x),
+            (theirs, theirs, x),
+            (wide, wide, x.double()),
+        ):
+            module.zero_grad(set_to_none=True)
+            run(given).square().mean().backward()
+        for mine, eager, exact in zip(
+            ours.parameters(), theirs.parameters(), wide.parameters(), strict=True
+        ):
+            error, allowed = ((g.grad - exact.grad).norm() for g in (mine, eager))  # type: ignore[operator,union-attr]
+            assert error <= 3 * allowed + 1e-5 * exact.grad.norm()  # type: ignore[union-attr]
+    folded = [s for s in records[0].plans["backward"].steps if isinstance(s, BatchStep)]
+    assert [bool(s.parts) for s in folded] == [True]
+
+
+@pytest.mark.gpu
+def test_a_batch_inside_a_graph_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was captured computes with its own addresses, whatever ran since."""
+    monkeypatch.setattr(plan_folds, "SHARE", 1)
+    torch.manual_seed(0)
+    module = Blocks(width=64).cuda()
+    run = torch.compile(module, backend=Compiler(strict=True))
+    x = torch.randn(600, 64, device="cuda")
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(run(x).square().mean(), list(module.parameters())))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            gradients()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    gradients()  # with addresses of its own
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    for got, expected in zip(captured, gradients(), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.gpu

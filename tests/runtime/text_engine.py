@@ -59,7 +59,7 @@ class TextEngine:
         plan = _plans().get(text)
         if plan is not None and any(isinstance(step, BatchStep) for step in all_steps(plan)):
             return _planned(plan, text)
-        binder = interpreter(plan) if plan is not None else lambda spec: _bind(text, spec)
+        binder = interpreter(plan) if plan is not None else lambda spec: bind(text, spec)
         return load.load_text(text, name, device, binder)
 
 
@@ -79,7 +79,7 @@ def _plans() -> dict[str, Plan]:
     return {}
 
 
-def _bind(text: str, spec: KernelSpec) -> Callable[..., None]:
+def bind(text: str, spec: KernelSpec) -> Callable[..., None]:
     function = _function(text, spec.name)
     types = [p.type for p in spec.signature.parameters]
 

@@ -1,0 +1,79 @@
+"""Equal calls with equal arguments, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from iocompiler.graph import rewrite, view
+from iocompiler.graph.match import graph_pass
+
+aten = torch.ops.aten
+
+# an operator of the user's may count its calls
+_KNOWN = ("aten", "prims", "iocompiler")
+# what they return is not made of what they are given
+_UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+@graph_pass(respells=True)
+def repeated(gm: GraphModule) -> int:
+    """The same call of the same tensors is one, whose readers' gradients are summed first.
+
+    Before::
+
+        a = aten.embedding.default(table, buckets); y = f(x, a)
+        b = aten.embedding.default(table, buckets); z = f(y, b)
+
+    After::
+
+        a = aten.embedding.default(table, buckets); y = f(x, a); z = f(y, a)
+
+    The forward would be the same without (AOTAutograd sees equal calls of one graph); in the
+    backward each call would have a gradient of its own, and each gradient the kernels of its
+    operator: attention's tables of distances, one a layer. Left alone: what is random, written or
+    returned (two tensors stay two), operators of the user's, and calls under different modes.
+    """
+    roots, regions = view.roots(gm), view.regions(gm)
+    (output,) = gm.graph.find_nodes(op="output")
+    returned = _storages(output.all_input_nodes, roots)
+    written = _storages((each for node in gm.graph.nodes for each in view.mutates(node)), roots)
+    found: dict[Hashable, Node] = {}
+    sites = 0
+    for node in list(view.calls(gm)):
+        touched = _storages((node, *node.all_input_nodes), roots)
+        if not _is_function(node) or touched & written or roots[node] & returned:
+            continue
+        key = (regions[node], node.target, _frozen(node.args), _frozen(node.kwargs))
+        same = found.setdefault(key, node)
+        if same is not node:
+            rewrite.bypass(gm, node, same)
+            sites += 1
+    return sites
+
+
+def _storages(nodes: Iterable[Node], roots: dict[Node, frozenset[Node]]) -> frozenset[Node]:
+    return frozenset().union(*(roots[node] for node in nodes))
+
+
+def _is_function(node: Node) -> bool:
+    """Whether the call returns tensors, and the same for the same arguments."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not view.tensors(node):
+        return False
+    namespace, name = node.target._schema.name.split("::")
+    known = namespace in _KNOWN and name not in _UNWRITTEN
+    return known and not view.is_random(node) and not node.is_impure()
+
+
+def _frozen(argument: Any) -> Hashable:
+    """The argument as a key: numbers of different types differ, and so do the two zeros."""
+    if isinstance(argument, (list, tuple)):
+        return tuple(_frozen(each) for each in argument)
+    if isinstance(argument, dict):
+        return tuple((name, _frozen(argument[name])) for name in sorted(argument))
+    if isinstance(argument, (bool, int, float, complex)):
+        return type(argument).__name__, repr(argument)
+    return argument  # type: ignore[no-any-return]

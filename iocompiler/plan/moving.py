@@ -1,0 +1,80 @@
+"""What a step of a plan reads and overwrites, and how far behind its place it may run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from iocompiler.plan.data import (
+    AtenStep,
+    BatchStep,
+    ConstantStep,
+    KernelStep,
+    Step,
+    ViewStep,
+    made,
+    references,
+)
+
+
+class Moves:
+    """Of the steps of one plan, which may run later than where they stand."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        bases = {step.name: step.base for step in steps if isinstance(step, ViewStep)}
+        self._reads = [_storages(names_read(step), bases) for step in steps]
+        self._writes = [_storages(written(step), bases) for step in steps]
+        self._makes = [_storages(set(made(step)), bases) for step in steps]
+
+    def furthest(self, place: int, last: int) -> int:
+        """The last place up to ``last`` for the step at ``place``: no step up to and at it touches
+        what that writes or overwrites what it reads.
+        """
+        results = self._makes[place] | self._writes[place]
+        used = self._reads[place] | results
+        for after in range(place + 1, last + 1):
+            if results & self._reads[after] or used & self._writes[after]:
+                return after - 1
+        return last
+
+
+def _storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
+    """The values whose storage these show: a view stands for its base."""
+    found = set()
+    for name in names:
+        while name in bases:
+            name = bases[name]
+        found.add(name)
+    return found
+
+
+def names_read(step: Step) -> set[str]:
+    """The values a step reads (a view reads its base)."""
+    if isinstance(step, KernelStep):
+        return set(step.args) - {name for name, _ in step.outputs}
+    if isinstance(step, BatchStep):
+        return {a for args, _ in step.members for a in args} - {name for name, _ in step.outputs}
+    if isinstance(step, ViewStep):
+        return {step.base}
+    if isinstance(step, ConstantStep):
+        return set()
+    return {r.name for r in references((step.args, tuple(v for _, v in step.kwargs)))}
+
+
+def written(step: Step) -> set[str]:
+    """The values a step overwrites in place."""
+    if isinstance(step, KernelStep):
+        fresh = {name for name, _ in step.outputs}
+        pairs = zip(step.args, step.program.buffers, strict=True)
+        return {a for a, b in pairs if b.role in ("out", "inout") and a not in fresh}
+    if isinstance(step, BatchStep):
+        fresh = {name for name, _ in step.outputs}
+        roles = [b.role for b in step.program.buffers]
+        return {
+            name
+            for args, _ in step.members
+            for name, role in zip(args, roles, strict=True)
+            if role in ("out", "inout") and name not in fresh
+        }
+    if isinstance(step, AtenStep) and step.target == "aten.copy_.default":
+        return {r.name for r in references(step.args[:1])}
+    return set()
