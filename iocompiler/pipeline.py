@@ -23,6 +23,7 @@ from iocompiler.passes.known_indices import known_indices
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.patches import patches
 from iocompiler.passes.repeated import repeated
+from iocompiler.passes.slices import slices
 
 
 class Pass(Protocol):
@@ -176,6 +177,7 @@ def _complete(gm: GraphModule, name: str) -> None:
 
 DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
+    slices,  # what nobody reads is not there for the others to take
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
     dropout,  # what attention did not take: masks made again from seeds instead of being stored
