@@ -197,6 +197,7 @@ class Dataflow:
 
     def _choose_virtual(self) -> None:
         stored = self._must_be_stored()
+        overwritten = self._overwritten()
         weight: dict[Node, int] = {}
         reads: dict[Node, dict[Node, int]] = {}
         for node in sorted([*self.kernel, *self.virtual], key=lambda n: self.order[n]):
@@ -212,7 +213,8 @@ class Dataflow:
                 continue
             free = not reads[node]
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
-            scalars = len(reads[node]) <= _FEW_SCALARS and all(map(_is_scalar, reads[node]))
+            few = len(reads[node]) <= _FEW_SCALARS and not overwritten & reads[node].keys()
+            scalars = few and all(map(_is_scalar, reads[node]))
             less = sum(reads[node].values()) <= nbytes(node, self.hints)
             if free or (cheap and (less or scalars)):
                 self.virtual[node] = None
@@ -227,6 +229,11 @@ class Dataflow:
             if node.op == "output":
                 self.outputs = {storage_owner(a) for a in node.all_input_nodes}
         return stored
+
+    def _overwritten(self) -> set[Node]:
+        """What updates write into: their old elements are gone for later readers."""
+        updates = self.graph.find_nodes(op="call_function", target=aten.copy_.default)
+        return {storage_owner(node.args[0]) for node in updates}
 
     def _bytes_read(self, node: Node, reads: dict[Node, dict[Node, int]]) -> dict[Node, int]:
         """Bytes of each stored tensor read for ``node``, at most as many elements as it has."""

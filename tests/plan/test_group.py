@@ -141,6 +141,20 @@ def test_a_number_made_of_few_is_computed_by_its_readers() -> None:
     assert all(step.outputs[0][1].shape == (5, 5) for step in planned.kernels)
 
 
+def test_a_number_that_is_overwritten_is_read_before() -> None:
+    """A momentum of one element: both updates need its old value."""
+
+    def fn(p, buffer, grad):
+        buffer.mul_(0.9).add_(grad)
+        p.sub_(buffer * 0.1)
+
+    ours, theirs = ([torch.tensor(float(n)) for n in (1, 2, 3)] for _ in range(2))
+    planned = Planned()
+    planned(fn)(*ours)
+    fn(*theirs)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_equal_reductions_of_one_calls_results_are_one_kernel() -> None:
     def fn(x):
         values, places = x.sort(1)

@@ -12,8 +12,9 @@ from iocompiler.graph import rewrite, view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
 from iocompiler.passes.known_indices.affine import Affine, guarded, known
-from iocompiler.passes.known_indices.reader import Reader, shape
+from iocompiler.passes.known_indices.reader import Reader
 from iocompiler.passes.known_indices.rows import NoSlice, Rows, rows_of, spread
+from iocompiler.passes.known_indices.rules import shape
 from iocompiler.passes.known_indices.spelling import Sizes, Unspelled
 
 aten = torch.ops.aten
