@@ -8,6 +8,7 @@ kernel with the prelude and runs the call cell alone, so loading a file runs no 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,17 @@ import torch
 from iocompiler.codegen import triton as emitter
 from iocompiler.codegen.batch import SIGNATURE, emit_batch
 from iocompiler.codegen.body import Body, Launcher, Shared
+from iocompiler.codegen.matmul import emit_matmul, matmul_grid, template_prelude
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, tuple_text
 from iocompiler.codegen.values import symbols
-from iocompiler.plan.data import BatchStep, KernelStep, Plan, Schedule, TensorSpec, all_steps
-from iocompiler.tile.program import TileProgram
+from iocompiler.plan.data import (
+    BatchStep,
+    KernelStep,
+    MatmulStep,
+    Plan,
+    TensorSpec,
+    all_steps,
+)
 
 _ABOUT = '''\
 """{name}: {kernels} kernels, {launches} launches, {calls} aten calls on {device}.
@@ -64,7 +72,9 @@ def emit_module(plan: Plan, name: str) -> str:
     kernels = _Kernels(names)
     shared = Shared()
     body = Body(plan, names, kernels, shared)
-    launches = sum(isinstance(step, (KernelStep, BatchStep)) for step in all_steps(plan))
+    launches = sum(
+        isinstance(step, (KernelStep, MatmulStep, BatchStep)) for step in all_steps(plan)
+    )
     about = _ABOUT.format(
         name=name,
         kernels=len(kernels.found),
@@ -75,7 +85,7 @@ def emit_module(plan: Plan, name: str) -> str:
     texts = "".join(kernel.text for kernel in kernels.found.values())
     cells = [about]
     if kernels.found:
-        cells.append(f"# %% prelude\n{helpers_for(emitter.PRELUDE, texts)}")
+        cells.append(f"# %% prelude\n{helpers_for(template_prelude(), texts)}")
     cells += [_cell(kernel) for kernel in kernels.found.values()]
     functions = [*shared.functions, body.text]
     imports = "import math\n\n" if any("math." in text for text in functions) else ""
@@ -87,8 +97,18 @@ def emit_module(plan: Plan, name: str) -> str:
     return "\n\n".join(cell.strip("\n") + "\n" for cell in cells)
 
 
-def kernel_names(plan: Plan) -> dict[tuple[TileProgram, Schedule], tuple[str, str]]:
-    """Name and first launch signature of each distinct kernel, as `emit_module` writes them."""
+def emit_step(step: KernelStep | MatmulStep | BatchStep, name: str) -> str:
+    """The source of the kernel a step launches, by this name."""
+    if isinstance(step, MatmulStep):
+        return emit_matmul(step, name)
+    write = emit_batch if isinstance(step, BatchStep) else emitter.emit
+    return write(step.program, step.schedule, name)
+
+
+def kernel_names(plan: Plan) -> dict[Hashable, tuple[str, str]]:
+    """Name and first launch signature of each distinct kernel, as `emit_module` writes them, by
+    what its steps call `kernel`.
+    """
     names = Names(symbols(plan))
     kernels = _Kernels(names)
     Body(plan, names, kernels, Shared())
@@ -102,17 +122,16 @@ class _Kernels:
     """The distinct kernels of a module and their launchers: one a kernel and signature."""
 
     def __init__(self, names: Names) -> None:
-        self.found: dict[tuple[TileProgram, Schedule], _Kernel] = {}
+        self.found: dict[Hashable, _Kernel] = {}
         self.launchers: dict[tuple[str, str], Launcher] = {}
-        self.batches: dict[tuple[TileProgram, Schedule], Launcher] = {}
+        self.batches: dict[Hashable, Launcher] = {}
         self._claim = names.claim
 
-    def launcher(self, step: KernelStep, signature: str) -> Launcher:
-        key = (step.program, step.schedule)
+    def launcher(self, step: KernelStep | MatmulStep, signature: str) -> Launcher:
+        key = step.kernel
         if key not in self.found:
             name = self._claim(step.name)
-            text = emitter.emit(step.program, step.schedule, name)
-            self.found[key] = _Kernel(name, step.where, text)
+            self.found[key] = _Kernel(name, step.where, emit_step(step, name))
         kernel = self.found[key]
         found = self.launchers.get((kernel.name, signature))
         if found is None:
@@ -121,11 +140,10 @@ class _Kernels:
 
     def batch(self, step: BatchStep) -> str:
         """The name of the launch function of a batch."""
-        key = (step.program, step.schedule)
+        key = step.kernel
         if key not in self.batches:
             name = self._claim(step.name)
-            text = emit_batch(step.program, step.schedule, name)
-            self.found[key] = _Kernel(name, step.where, text)
+            self.found[key] = _Kernel(name, step.where, emit_step(step, name))
             self.batches[key] = self._register_batch(self.found[key], step)
         return self.batches[key].name
 
@@ -149,10 +167,11 @@ class _Kernels:
         self.launchers[kernel.name, SIGNATURE] = found
         return found
 
-    def _register(self, kernel: _Kernel, signature: str, step: KernelStep) -> Launcher:
+    def _register(self, kernel: _Kernel, signature: str, step: KernelStep | MatmulStep) -> Launcher:
         name = self._claim(f"run_{kernel.name}")
         where = f", where={quoted(kernel.where[0])}" if kernel.where else ""
-        warps, stages = step.schedule.num_warps, step.schedule.num_stages
+        chosen = step.tile if isinstance(step, MatmulStep) else step.schedule
+        warps, stages = chosen.num_warps, chosen.num_stages
         registration = (
             f"{name} = module.kernel(\n"
             f"    {quoted(kernel.name)},\n"
@@ -160,7 +179,10 @@ class _Kernels:
             f"    num_warps={warps}, num_stages={stages}{where},\n"
             ")"
         )
-        grid = emitter.grid(step.program, step.schedule)
+        if isinstance(step, MatmulStep):
+            grid = matmul_grid(step)
+        else:
+            grid = emitter.grid(step.program, step.schedule)
         found = Launcher(name, registration, grid)
         self.launchers[kernel.name, signature] = found
         return found

@@ -16,6 +16,7 @@ from iocompiler.plan.data import (
     BatchStep,
     ConstantStep,
     KernelStep,
+    MatmulStep,
     Step,
     ViewStep,
     references,
@@ -84,18 +85,18 @@ def _movable(steps: list[Step], members: list[tuple[int, Size]]) -> list[tuple[i
     for place, length in members:
         step = steps[place]
         assert isinstance(step, KernelStep)
-        made = _storages({name for name, _ in step.outputs} | written(step), bases)
-        used = _storages(set(step.args), bases)
+        made = storages({name for name, _ in step.outputs} | written(step), bases)
+        used = storages(set(step.args), bases)
         after = steps[place + 1 : last + 1]  # the last one too: it may need this one's result
         if not any(
-            made & _storages(names_read(s), bases) or used & _storages(written(s), bases)
+            made & storages(names_read(s), bases) or used & storages(written(s), bases)
             for s in after
         ):
             kept.append((place, length))
     return kept
 
 
-def _storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
+def storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
     """The values whose storage these show: a view stands for its base."""
     found = set()
     for name in names:
@@ -107,7 +108,7 @@ def _storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
 
 def names_read(step: Step) -> set[str]:
     """The values a step reads (a view reads its base)."""
-    if isinstance(step, KernelStep):
+    if isinstance(step, (KernelStep, MatmulStep)):
         return set(step.args) - {name for name, _ in step.outputs}
     if isinstance(step, BatchStep):
         return {a for args, _ in step.members for a in args} - {name for name, _ in step.outputs}
@@ -120,9 +121,9 @@ def names_read(step: Step) -> set[str]:
 
 def written(step: Step) -> set[str]:
     """The values a step overwrites in place."""
-    if isinstance(step, KernelStep):
+    if isinstance(step, (KernelStep, MatmulStep)):
         fresh = {name for name, _ in step.outputs}
-        pairs = zip(step.args, step.program.buffers, strict=True)
+        pairs = zip(step.args, step.buffers, strict=True)
         return {a for a, b in pairs if b.role in ("out", "inout") and a not in fresh}
     if isinstance(step, BatchStep):
         fresh = {name for name, _ in step.outputs}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.values import Values
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, references
+from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan, references
 from iocompiler.runtime.reference import operator_named
 
 _CHECK = "aten._linalg_check_errors.default"
@@ -66,8 +66,8 @@ def mutated_inputs(plan: Plan) -> tuple[int, ...]:
     values = Values(plan)
     written: set[str] = set()
     for step in plan.steps:
-        if isinstance(step, KernelStep):
-            roles = zip(step.program.buffers, step.args, strict=True)
+        if isinstance(step, (KernelStep, MatmulStep)):
+            roles = zip(step.buffers, step.args, strict=True)
             written |= {name for buffer, name in roles if buffer.role in ("out", "inout")}
         elif isinstance(step, AtenStep):
             written |= _written_by(step)

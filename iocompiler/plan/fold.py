@@ -1,0 +1,315 @@
+"""Products and the pointwise kernels that read them, folded into steps of the matmul template.
+
+Whether that is faster is not asked here: `sites` finds what can be folded, `folded` does it for the
+sites that somebody chose, by price or by the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+
+from iocompiler.cost_model.call import call_of_step, resolve
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.kernel import kernel_seconds
+from iocompiler.cost_model.matmul import matmul_seconds
+from iocompiler.cost_model.matmul_tiles import choose
+from iocompiler.cost_model.roofline import time
+from iocompiler.cost_model.rules import price
+from iocompiler.plan.batch import names_read, storages, written
+from iocompiler.plan.data import (
+    AtenStep,
+    KernelStep,
+    MatmulStep,
+    Plan,
+    Step,
+    TensorSpec,
+    ViewStep,
+    made,
+    references,
+)
+from iocompiler.plan.factors import Factors, factors_of
+from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
+from iocompiler.plan.product import MatmulTile, Product
+from iocompiler.plan.sizes import equal
+from iocompiler.tile.program import Buffer, TileProgram
+
+SiteKey: TypeAlias = tuple[Product, TileProgram]
+"""What is computed: equal sites get equal tiles."""
+
+# the tile of a step nobody has chosen one for
+UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A pointwise kernel that can be the epilogue of the products it reads.
+
+    Attributes:
+        name: one for all equal sites of the plan, in every process.
+        step: what would run instead; its tile is `UNCHOSEN`.
+        places: of the products' steps and, last, of the kernel's, in the plan.
+    """
+
+    name: str
+    step: MatmulStep
+    places: tuple[int, ...]
+
+    @property
+    def key(self) -> SiteKey:
+        return self.step.key
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A kernel that reads a product and cannot be its epilogue, and why."""
+
+    kernel: str
+    product: str
+    reason: str
+
+
+def sites(plan: Plan) -> tuple[Site, ...]:
+    """What of the plan can be folded, in its order; no step is part of two sites."""
+    return tuple(found for found in survey(plan) if isinstance(found, Site))
+
+
+def survey(plan: Plan) -> Iterator[Site | Declined]:
+    """Every pointwise kernel that reads a product: a site, or why it is none."""
+    look = _Look(plan)
+    names: dict[SiteKey, str] = {}
+    for place, step in enumerate(plan.steps):
+        if not isinstance(step, KernelStep) or step.schedule.kind != "pointwise":
+            continue
+        found = look.at(place, step)
+        if isinstance(found, Site):
+            name = names.setdefault(found.key, _unused(found.step.name, names))
+            found = replace(found, name=name)
+        if found is not None:
+            yield found
+
+
+def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
+    """The plan with the chosen sites folded. Where the kernel stood now stands the template, and
+    behind it the views of products that only later steps read.
+    """
+    steps: dict[int, list[Step]] = {n: [step] for n, step in enumerate(plan.steps)}
+    for site in sites(plan):
+        tile = chosen.get(site.key)
+        if tile is None:
+            continue
+        *products, kernel = site.places
+        steps[kernel] = [replace(site.step, tile=tile)]
+        for place in products:
+            steps[place] = []
+            for later in _views(plan.steps, place, kernel):
+                steps[kernel] += steps[later]
+                steps[later] = []
+    ordered = tuple(step for place in sorted(steps) for step in steps[place])
+    return replace(plan, steps=ordered)
+
+
+def cheaper(plan: Plan, device: Device, hints: Mapping[str, int]) -> dict[SiteKey, MatmulTile]:
+    """The sites that are modeled to be faster folded, and their tiles: none where it was not
+    measured what the template reaches on the device.
+    """
+    specs = {name: spec for name, spec in plan.inputs if spec is not None}
+    for step in plan.steps:
+        specs |= made(step)
+    found: dict[SiteKey, MatmulTile] = {}
+    for site in sites(plan):
+        step = site.step
+        seconds = matmul_seconds(step.product, step.program, device, hints)
+        before = [plan.steps[place] for place in site.places]
+        if seconds is not None and seconds < sum(_seconds(s, specs, device, hints) for s in before):
+            found[site.key] = choose(step.product, step.program, device, hints)
+    return found
+
+
+def _seconds(
+    step: Step, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
+) -> float:
+    if isinstance(step, KernelStep):
+        return kernel_seconds(step.program, device, hints)
+    assert isinstance(step, AtenStep)
+    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
+
+
+def _views(steps: Sequence[Step], product: int, kernel: int) -> list[int]:
+    """Views of what the product's step makes, before the kernel."""
+    roots = set(made(steps[product]))
+    found = []
+    for place in range(product + 1, kernel):
+        step = steps[place]
+        if isinstance(step, ViewStep) and step.base in roots:
+            roots.add(step.name)
+            found.append(place)
+    return found
+
+
+def _unused(wish: str, names: Mapping[SiteKey, str]) -> str:
+    taken, count, name = set(names.values()), 1, wish
+    while name in taken:
+        count += 1
+        name = f"{wish}_{count}"
+    return name
+
+
+class _Look:
+    """A plan seen from its pointwise kernels."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.steps = plan.steps
+        self.bases = {step.name: step.base for step in plan.steps if isinstance(step, ViewStep)}
+        self.views = {step.name: step for step in plan.steps if isinstance(step, ViewStep)}
+        self.specs = {name: spec for name, spec in plan.inputs if spec is not None}
+        self.maker: dict[str, int] = {}
+        for place, step in enumerate(plan.steps):
+            self.specs |= made(step)
+            self.maker |= dict.fromkeys(made(step), place)
+        self.last: dict[str, int] = {}
+        for place, step in enumerate(plan.steps):
+            if not isinstance(step, ViewStep):
+                self.last |= dict.fromkeys(self._roots(names_read(step)), place)
+        left = {r.name for r in references(plan.outputs)}
+        self.last |= dict.fromkeys(self._roots(left), len(plan.steps))
+        self.taken: set[int] = set()
+
+    def _roots(self, names: set[str]) -> set[str]:
+        return storages(names, self.bases)
+
+    def _root(self, name: str) -> str:
+        (root,) = self._roots({name})
+        return root
+
+    def at(self, place: int, step: KernelStep) -> Site | Declined | None:
+        """The site of the kernel; None where it reads no product."""
+        products = self._products(step)
+        if not products:
+            return None
+        tries = [pair for pair in [self._pair(products)] if pair] + [{each} for each in products]
+        reasons = []
+        for group in tries:
+            try:
+                site = self._site(place, step, {n: products[n] for n in products if n in group})
+            except NoEpilogue as error:
+                reasons.append(str(error))
+                continue
+            self.taken |= set(site.places)
+            return site
+        # the one that was tried last is by itself
+        return Declined(step.name, next(iter(tries[-1])), reasons[-1])
+
+    def _products(self, step: KernelStep) -> dict[str, Factors]:
+        """The products the kernel reads whole, by the values they make, the longest sums first."""
+        found: dict[str, Factors] = {}
+        for name, buffer in zip(step.args, step.buffers, strict=True):
+            root = self._root(name)
+            place = self.maker.get(root)
+            if buffer.role != "in" or place is None or place in self.taken or root in found:
+                continue
+            maker = self.steps[place]
+            factors = factors_of(maker, self.specs) if isinstance(maker, AtenStep) else None
+            if factors is not None:
+                found[root] = factors
+        return dict(sorted(found.items(), key=lambda each: -_length(each[1].k)))
+
+    def _pair(self, products: Mapping[str, Factors]) -> set[str]:
+        """Two products of one left operand, to be made at once."""
+        names = list(products)
+        for n, one in enumerate(names):
+            for other in names[n + 1 :]:
+                if products[one].pairs_with(products[other]):
+                    return {one, other}
+        return set()
+
+    def _site(self, place: int, step: KernelStep, products: Mapping[str, Factors]) -> Site:
+        rows: list[tuple[str, Factors, Made]] = []
+        for number, (name, factors) in enumerate(products.items()):
+            self._check_order(place, step, name, factors)
+            rows.append((name, factors, self._made(place, step, name, factors, number)))
+        program = epilogue(step.program, [row for _, _, row in rows])
+        names = dict(zip([b.name for b in step.buffers], step.args, strict=True))
+        for name, factors, row in rows:
+            if row.added is not None and factors.added is not None:
+                names[row.added.buffer.name] = factors.added[0]
+            if row.kept is not None:
+                names[row.kept.name] = name
+        first = rows[0][1]
+        product = Product(
+            first.batch, first.m, first.n, first.k, first.dtype,
+            first.left[1], tuple(f.right[1] for _, f, _ in rows), first.tf32,
+        )  # fmt: skip
+        makers = [self.steps[self.maker[name]] for name, _, _ in rows]
+        calls = [maker for maker in makers if isinstance(maker, AtenStep)]
+        title = "_and_".join(dict.fromkeys(f.title for _, f, _ in rows))
+        kept = [(name, self.specs[name]) for name, _, row in rows if row.kept is not None]
+        own = program.buffers[len(rows) :]
+        folded = MatmulStep(
+            f"{step.name}_of_{title}",
+            product,
+            program,
+            UNCHOSEN,
+            (first.left[0], *(f.right[0] for _, f, _ in rows), *(names[b.name] for b in own)),
+            (*step.outputs, *kept),
+            (*(call.node for call in calls), *step.nodes),
+            tuple(dict.fromkeys([*(c.where for c in calls if c.where), *step.where])),
+        )
+        return Site("", folded, (*(self.maker[name] for name, _, _ in rows), place))
+
+    def _made(self, place: int, step: KernelStep, name: str, factors: Factors, number: int) -> Made:
+        shows = [
+            (buffer, arg)
+            for buffer, arg in zip(step.buffers, step.args, strict=True)
+            if self._root(arg) == name
+        ]
+        if not all(equal(self._offset(arg), 0) for _, arg in shows):
+            raise NoEpilogue("it reads a part of the product")
+        spec = self.specs[name]
+        kept = self.last.get(name, 0) > place
+        return Made(
+            frozenset(buffer.name for buffer, _ in shows),
+            spec.dtype,
+            (factors.batch, factors.m, factors.n),
+            factors.result,
+            factors.added_to(f"bias{number}"),
+            Buffer(f"product{number}", spec.dtype, "out", factors.elements) if kept else None,
+        )
+
+    def _offset(self, name: str) -> object:
+        offset = 0
+        while name in self.views:
+            offset = offset + self.views[name].offset
+            name = self.views[name].base
+        return offset
+
+    def _check_order(self, place: int, step: KernelStep, name: str, factors: Factors) -> None:
+        """The product may wait until the kernel runs: nobody needs it before, nobody changes what
+        it is made of, not even the kernel.
+        """
+        read = self._roots(set(factors.reads))
+        for between in self.steps[self.maker[name] + 1 : place]:
+            if isinstance(between, ViewStep):
+                continue
+            if name in self._roots(names_read(between)):
+                raise NoEpilogue("another step reads the product before")
+            if read & self._roots(_changed(between, self.specs)):
+                raise NoEpilogue("what the product is made of is overwritten before")
+        if read & self._roots(written(step)):
+            raise NoEpilogue("it overwrites what the product is made of")
+
+
+def _length(size: object) -> float:
+    return float(size) if isinstance(size, int) else 0.0
+
+
+def _changed(step: Step, specs: Mapping[str, TensorSpec]) -> set[str]:
+    """The values a step may overwrite: of an operator without a schema, all it reads."""
+    if not isinstance(step, AtenStep):
+        return written(step)
+    if getattr(resolve(step.target), "_schema", None) is None:
+        return names_read(step)
+    return written(step) | {operand.name for operand in call_of_step(step, specs).mutated}

@@ -1,0 +1,72 @@
+"""What a matmul template computes, and how it walks it: part of a `MatmulStep`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from iocompiler.tile.index import Size
+from iocompiler.tile.program import Buffer
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """How the matmul template (`codegen/kernels/matmul.py`) walks its products.
+
+    A tile of ``m`` x ``n`` results is summed ``k`` of the inner extent at a time, with the loads of
+    ``num_stages - 1`` further steps in flight. Tiles are taken down ``group`` rows of tiles at a
+    time, so that neighbours read the same operands. The epilogue runs on the tile in ``parts``
+    pieces; ``programs`` programs walk all tiles, or each has one where that is 0.
+    """
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    parts: int = 1
+    programs: int = 0
+
+
+@dataclass(frozen=True)
+class Product:
+    """``batch`` products of a left [m, k] and one or two right [k, n] matrices of ``dtype``, summed
+    in float32.
+
+    ``left`` and ``rights`` are strides in elements: along rows, along columns, along the batch.
+    ``tf32``: float32 operands may be rounded to it.
+    """
+
+    batch: Size
+    m: Size
+    n: Size
+    k: Size
+    dtype: torch.dtype
+    left: tuple[Size, Size, Size]
+    rights: tuple[tuple[Size, Size, Size], ...]
+    tf32: bool = False
+
+    @property
+    def operands(self) -> tuple[Buffer, ...]:
+        """What the products read, as parameters of a kernel: "left", "right" and "second"."""
+        named = zip(("right", "second"), self.rights, strict=False)
+        sides = [("left", (self.m, self.k), self.left)]
+        sides += [(name, (self.k, self.n), strides) for name, strides in named]
+        return tuple(
+            Buffer(name, self.dtype, "in", _extent((*shape, self.batch), strides))
+            for name, shape, strides in sides
+        )
+
+    @property
+    def size_symbols(self) -> frozenset[str]:
+        sizes = (self.batch, self.m, self.n, self.k, *self.left, *sum(self.rights, ()))
+        return frozenset(s.name for n in sizes if not isinstance(n, int) for s in n.free_symbols)
+
+
+def _extent(shape: tuple[Size, ...], strides: tuple[Size, ...]) -> Size:
+    """Elements from a tensor's first to its last."""
+    if any(isinstance(size, int) and size == 0 for size in shape):
+        return 0
+    return sum(((n - 1) * stride for n, stride in zip(shape, strides, strict=True)), 1)
