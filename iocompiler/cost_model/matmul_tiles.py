@@ -17,7 +17,7 @@ import torch
 
 from iocompiler.cost_model.cost import value_of
 from iocompiler.cost_model.device import Device
-from iocompiler.cost_model.matmul import epilogue_traffic
+from iocompiler.cost_model.matmul import epilogue_traffic, is_aligned
 from iocompiler.cost_model.roofline import TRANSCENDENTAL_FLOPS
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.program import TileProgram
@@ -30,7 +30,7 @@ _WARPS = (4, 8)
 # what a load waits for when the memory is busy: as in `candidates.py`
 _LATENCY_S = 8e-7
 # 32-bit registers of a thread: those that hold sums at most, and those that hold all else
-_MOST_SUMS = 128
+_LEAST_SUMS, _MOST_SUMS = 4, 128
 _OTHER_REGISTERS = 56
 _MOST_REGISTERS = 255
 _WARPS_OF_AN_SM = 64
@@ -112,15 +112,22 @@ class Space:
 
     def _ways(self, tile: MatmulTile) -> Iterator[MatmulTile]:
         sums = self._sums(tile)
-        if not 4 <= sums <= _MOST_SUMS or self._shared(tile) > self._shared_there:
+        if not _LEAST_SUMS <= sums <= self._most_sums or self._shared(tile) > self._shared_there:
             return
         if self._is_vector and tile.m * tile.n > _LARGEST_FLOAT32:
             return
         # what the epilogue loads stands beside the sums
-        tile = replace(tile, parts=2 if sums > _MOST_SUMS // 2 else 1)
+        tile = replace(tile, parts=2 if sums > _MOST_SUMS // 2 and tile.n >= 32 else 1)
         yield tile
-        if self._tiles(tile) > self.device.sm_count * self._resident(tile):
+        walks = self._tiles(tile) > self.device.sm_count * self._resident(tile)
+        if walks and len(self.made.rights) == 1:  # two sums leave no register for the walk
             yield replace(tile, programs=self.device.sm_count * self._resident(tile))
+
+    @property
+    def _most_sums(self) -> int:
+        """Less where operands, or addresses that cannot be told from each other, take registers."""
+        pair = len(self.made.rights) > 1 and not self._is_hopper
+        return _MOST_SUMS // 2 if pair or not is_aligned(self.made) else _MOST_SUMS
 
     @property
     def _shared_there(self) -> int:

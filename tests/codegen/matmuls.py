@@ -9,17 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter
 
 from iocompiler.codegen.matmul import emit_matmul, matmul_grid, template_prelude
-from iocompiler.plan.data import MatmulStep
+from iocompiler.plan.build import build_plan
+from iocompiler.plan.data import MatmulStep, Plan
 from iocompiler.plan.fold import folded, sites
 from iocompiler.plan.product import MatmulTile
 from iocompiler.runtime.reference import run_plan
 from iocompiler.runtime.values import size_value
-from tests.plan.graphs import Planned
+from tests.plan.graphs import H200, Planned
 
 _count = itertools.count()
 _folder = tempfile.TemporaryDirectory(prefix="iocompiler-tests-")
@@ -78,3 +81,17 @@ def step_of(f: Callable[..., Any], *inputs: Tensor, tile: MatmulTile = SMALL) ->
     planned(f)(*inputs)
     (step,) = planned.steps
     return step
+
+
+def plan_on_fakes(f: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype) -> Plan:
+    """The plan of a function's forward for tensors of these shapes, without making them."""
+    found: list[Plan] = []
+
+    class OnFakes(Planned):
+        def _compile(self, gm: GraphModule, inputs: Any) -> Any:
+            found.append(build_plan(gm, H200, "forward"))
+            return make_boxed_func(lambda *args: Interpreter(gm).run(*args))
+
+    with FakeTensorMode():
+        OnFakes()(f)(*(torch.empty(shape, dtype=dtype) for shape in shapes))
+    return found[0]
