@@ -29,6 +29,8 @@ _STAGES = (2, 3, 4, 5)
 _WARPS = (4, 8)
 # what a load waits for when the memory is busy: as in `candidates.py`
 _LATENCY_S = 8e-7
+# elements that a thread may load one by one in a step: each has an address
+_MOST_LOADED = 32
 # 32-bit registers of a thread: those that hold sums at most, and those that hold all else
 _LEAST_SUMS, _MOST_SUMS = 4, 128
 _OTHER_REGISTERS = 56
@@ -116,6 +118,8 @@ class Space:
             return
         if self._is_vector and tile.m * tile.n > _LARGEST_FLOAT32:
             return
+        if not is_aligned(self.made) and self._loaded(tile) > _MOST_LOADED:
+            return
         # what the epilogue loads stands beside the sums
         tile = replace(tile, parts=2 if sums > _MOST_SUMS // 2 and tile.n >= 32 else 1)
         yield tile
@@ -147,10 +151,13 @@ class Space:
         """Registers of a thread that hold sums."""
         return tile.m * tile.n * len(self.made.rights) // (32 * tile.num_warps)
 
-    def _step_bytes(self, tile: MatmulTile) -> int:
-        """Bytes a step of the inner extent loads."""
+    def _loaded(self, tile: MatmulTile) -> int:
+        """Elements a thread loads in a step of the inner extent."""
         lines = tile.m + tile.n * len(self.made.rights)
-        return lines * tile.k * self.made.dtype.itemsize
+        return lines * tile.k // (32 * tile.num_warps)
+
+    def _step_bytes(self, tile: MatmulTile) -> int:
+        return self._loaded(tile) * 32 * tile.num_warps * self.made.dtype.itemsize
 
     def _shared(self, tile: MatmulTile) -> int:
         return max(tile.num_stages * self._step_bytes(tile), tile.m * tile.n * 4 // tile.parts)
