@@ -210,10 +210,11 @@ def _random(shape: tuple[int, ...], strides: tuple[int, ...], generator: torch.G
 
 
 def shown(tile: MatmulTile) -> str:
-    """ "128x256x64 w8 s4 p2"."""
+    """ "128x256x64 w8 s4 p2"; "tma" where operands come by descriptors."""
     parts = {"w": tile.num_warps, "s": tile.num_stages, "p": tile.parts, "P": tile.programs}
     words = [f"{letter}{count}" for letter, count in parts.items() if count]
-    return " ".join([f"{tile.m}x{tile.n}x{tile.k}", *words])
+    kind = ["tma"] if tile.loads == "descriptors" else []
+    return " ".join([f"{tile.m}x{tile.n}x{tile.k}", *words, *kind])
 
 
 def _line(row: Row) -> str:

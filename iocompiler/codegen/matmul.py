@@ -4,6 +4,7 @@ with it and with the sizes of its products.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.prelude import PRELUDE
 from iocompiler.plan.data import MatmulStep, Schedule
 from iocompiler.plan.matrix import along
+from iocompiler.plan.product import MatmulTile
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import Buffer, Op
 
 # what the template calls the sums of each product
 _SUMS = {"sums0": "sums", "sums1": "others"}
+_TEMPLATES = ("matmul.py", "matmul_descriptors.py")
+# loads one element at a time need a register each, and an address
+_ANY_POINTERS = MatmulTile(64, 64, 32, num_warps=4, num_stages=2)
 _POSITIONS = (("b", "b", "z"), ("m", "m", "y"), ("n", "n", "x"))
 
 
@@ -38,11 +43,21 @@ def matmul_grid(step: MatmulStep) -> tuple[Size, Size, Size]:
     return (min(tiles, tile.programs) if isinstance(tiles, int) else tile.programs), 1, 1
 
 
+def for_any_pointers(step: MatmulStep) -> MatmulStep | None:
+    """What is launched on the same grid where a pointer is not a multiple of 16 bytes, which
+    descriptors must be; None where the step itself takes any.
+    """
+    if step.tile.loads == "pointers":
+        return None
+    return replace(step, tile=replace(_ANY_POINTERS, programs=step.tile.programs))
+
+
 @lru_cache(maxsize=1)
 def template_prelude() -> str:
-    """The functions generated kernels call, and those of the template."""
-    text = Path(__file__).with_name("kernels").joinpath("matmul.py").read_text()
-    return f"{PRELUDE}\n\n{text[text.index('@triton.jit') :]}"
+    """The functions generated kernels call, and those of the templates."""
+    folder = Path(__file__).with_name("kernels")
+    texts = [folder.joinpath(name).read_text() for name in _TEMPLATES]
+    return "\n\n".join([PRELUDE, *(text[text.index("@triton.jit") :] for text in texts)])
 
 
 # --- the epilogue
@@ -99,23 +114,31 @@ def _kernel(step: MatmulStep, name: str) -> str:
     second = made.rights[1] if len(made.rights) > 1 else None
     sizes = ", ".join(expressions.size(size) for size in (made.batch, made.m, made.n, made.k))
     operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
-    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts, tile.programs)
-    even = (_divides(tile.m, made.m), _divides(tile.n, made.n), _divides(tile.k, made.k))
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
     precision = "tf32" if made.tf32 else "ieee"
+    if tile.loads == "descriptors":
+        template = "matmul_descriptors"
+        sizes = sizes.partition(", ")[2]  # there is no batch
+        flags = [made.left[1] == 1, *(strides[0] == 1 for strides in made.rights)]
+        flags += [False] * (3 - len(flags))
+    else:
+        template = "matmul"
+        even = ((tile.m, made.m), (tile.n, made.n), (tile.k, made.k))
+        flags = [tile.programs > 0, *(_divides(block, size) for block, size in even)]
     space = " x ".join(str(size) for size in (made.batch, made.m, made.n, made.k))
     return "\n".join(
         [
             "@triton.jit",
             f"def {name}({', '.join(parameters)}):",
             f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {space}"""',
-            "    matmul(",
+            f"    {template}(",
             f"        left_ptr, right_ptr, {'second_ptr' if second else None},",
             f"        {sizes},",
             f"        {_strides(made.left)}, {_strides(made.rights[0])},"
             f" {_strides(second or (0, 0, 0))},",
             f"        ({', '.join(operands)},), {name}_epilogue,",
             f"        {', '.join(map(str, walk))},",
-            f'        {", ".join(map(str, even))}, "{precision}",',
+            f'        {", ".join(map(str, flags))}, "{precision}",',
             "    )",
             "",
         ]

@@ -16,7 +16,12 @@ import torch
 from iocompiler.codegen import triton as emitter
 from iocompiler.codegen.batch import SIGNATURE, emit_batch
 from iocompiler.codegen.body import Body, Launcher, Shared
-from iocompiler.codegen.matmul import emit_matmul, matmul_grid, template_prelude
+from iocompiler.codegen.matmul import (
+    emit_matmul,
+    for_any_pointers,
+    matmul_grid,
+    template_prelude,
+)
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, tuple_text
 from iocompiler.codegen.values import symbols
 from iocompiler.plan.data import (
@@ -115,7 +120,8 @@ def kernel_names(plan: Plan) -> dict[Hashable, tuple[str, str]]:
     signatures: dict[str, str] = {}
     for name, signature in kernels.launchers:
         signatures.setdefault(name, signature)
-    return {key: (found.name, signatures[found.name]) for key, found in kernels.found.items()}
+    found = {key: kernel.name for key, kernel in kernels.found.items()}
+    return {key: (name, signatures[name]) for key, name in found.items() if name in signatures}
 
 
 class _Kernels:
@@ -172,11 +178,12 @@ class _Kernels:
         where = f", where={quoted(kernel.where[0])}" if kernel.where else ""
         chosen = step.tile if isinstance(step, MatmulStep) else step.schedule
         warps, stages = chosen.num_warps, chosen.num_stages
+        other = self._any_pointers(step, kernel)
         registration = (
             f"{name} = module.kernel(\n"
             f"    {quoted(kernel.name)},\n"
             f"    {_signature_text(signature)},\n"
-            f"    num_warps={warps}, num_stages={stages}{where},\n"
+            f"    num_warps={warps}, num_stages={stages}{where}{other},\n"
             ")"
         )
         if isinstance(step, MatmulStep):
@@ -186,6 +193,21 @@ class _Kernels:
         found = Launcher(name, registration, grid)
         self.launchers[kernel.name, signature] = found
         return found
+
+    def _any_pointers(self, step: KernelStep | MatmulStep, kernel: _Kernel) -> str:
+        """The argument that names the kernel for pointers without alignment, where that is one of
+        its own, which is written down here.
+        """
+        other = for_any_pointers(step) if isinstance(step, MatmulStep) else None
+        if other is None:
+            return ""
+        if (step.kernel, "any pointers") not in self.found:
+            name = self._claim(f"{kernel.name}_any_pointers")
+            text = emit_step(other, name)
+            self.found[step.kernel, "any pointers"] = _Kernel(name, step.where, text)
+        found = self.found[step.kernel, "any pointers"]
+        taken = (other.tile.num_warps, other.tile.num_stages)
+        return f",\n    any_pointers=({quoted(found.name)}, {taken[0]}, {taken[1]})"
 
 
 def _signature_text(signature: str) -> str:

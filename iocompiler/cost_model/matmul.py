@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from iocompiler.cost_model.contractions import VECTOR_BYTES
 from iocompiler.cost_model.cost import Contraction, Cost
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.roofline import time
-from iocompiler.plan.product import Product
+from iocompiler.plan.product import ALIGNED_BYTES, Product
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import Traffic, traffic
@@ -45,13 +44,15 @@ def epilogue_traffic(made: Product, program: TileProgram) -> Traffic:
 
 def is_aligned(made: Product) -> bool:
     """Whether rows of every operand start on boundaries that its loads need to be whole."""
+    if not made.aligned:
+        return False
     for strides in (made.left, *made.rights):
         row, column, batch = strides
         leading = row if column == 1 else column if row == 1 else None
         if leading is None:
             return False
         for stride in (leading, batch):
-            if not isinstance(stride, int) or stride * made.dtype.itemsize % VECTOR_BYTES:
+            if not isinstance(stride, int) or stride * made.dtype.itemsize % ALIGNED_BYTES:
                 return False
     return True
 

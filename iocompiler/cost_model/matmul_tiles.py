@@ -41,6 +41,10 @@ _SHARED_APART = 1024
 # a narrow tile reads shared memory faster than that gives: the share of the matrix units' rate, by
 # its narrower side
 _NARROW = {16: 0.3, 32: 0.55, 64: 0.85}
+# making descriptors, at the start of a program
+_DESCRIPTORS_S = 1e-6
+# of the matrix units' rate on Hopper, what is left where threads compute addresses beside them
+_BY_POINTERS = 0.9
 # of their rate, what the instructions of the generation before reach on Hopper
 _OLD_UNITS = 0.6
 # what one multiprocessor alone may take of the memory's bandwidth, over its part of it
@@ -75,19 +79,23 @@ def candidates(
     space = Space(made, program, device, hints or {})
     seconds = {tile: space.seconds(tile) for tile in space.legal()}
     left = sorted(seconds, key=lambda tile: (seconds[tile], _unusual(tile), str(tile)))
-    listed: Counter[tuple[int, int]] = Counter()
+    listed: Counter[tuple[int, int, str]] = Counter()
     found: list[MatmulTile] = []
     while left and len(found) < most:
-        best = min(left, key=lambda tile: seconds[tile] * _AGAIN ** listed[tile.m, tile.n])
-        listed[best.m, best.n] += 1
+        best = min(left, key=lambda tile: seconds[tile] * _AGAIN ** listed[_shape(tile)])
+        listed[_shape(best)] += 1
         found.append(best)
         left.remove(best)
     return found
 
 
+def _shape(tile: MatmulTile) -> tuple[int, int, str]:
+    return tile.m, tile.n, tile.loads
+
+
 def _unusual(tile: MatmulTile) -> tuple[bool, int]:
     """Of equal tiles, what most products like best comes first."""
-    return tile.programs > 0, abs(tile.num_stages - 4)
+    return tile.programs > 0 and tile.loads == "pointers", abs(tile.num_stages - 4)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,11 @@ class Space:
         # what the epilogue loads stands beside the sums
         tile = replace(tile, parts=2 if sums > _MOST_SUMS // 2 and tile.n >= 32 else 1)
         yield tile
+        moved = replace(
+            tile, loads="descriptors", programs=self.device.sm_count * self._resident(tile)
+        )
+        if self._takes_descriptors and self._shared(moved) <= self._shared_there:
+            yield moved
         walks = self._tiles(tile) > self.device.sm_count * self._resident(tile)
         if walks and len(self.made.rights) == 1:  # two sums leave no register for the walk
             yield replace(tile, programs=self.device.sm_count * self._resident(tile))
@@ -140,6 +153,11 @@ class Space:
     @property
     def _is_vector(self) -> bool:
         return self.made.dtype == torch.float32 and not self.made.tf32
+
+    @property
+    def _takes_descriptors(self) -> bool:
+        half = self.made.dtype in (torch.bfloat16, torch.float16)
+        return half and self._is_hopper and self.made.takes_descriptors
 
     @property
     def _is_hopper(self) -> bool:
@@ -160,7 +178,10 @@ class Space:
         return self._loaded(tile) * 32 * tile.num_warps * self.made.dtype.itemsize
 
     def _shared(self, tile: MatmulTile) -> int:
-        return max(tile.num_stages * self._step_bytes(tile), tile.m * tile.n * 4 // tile.parts)
+        loads, results = tile.num_stages * self._step_bytes(tile), tile.m * tile.n // tile.parts
+        if tile.loads == "descriptors":  # the next tile's loads are there while this one is stored
+            return loads + results * self.made.dtype.itemsize
+        return max(loads, results * 4)
 
     def _resident(self, tile: MatmulTile) -> int:
         """Tiles at once on a multiprocessor."""
@@ -195,10 +216,12 @@ class Space:
         each = -(-tiles // device.sm_count)  # of the busiest multiprocessor
         beside = min(resident, each)
         steps = -(-self._sizes[2] // tile.k)
-        around = self._filling(tile) + self._finishing(tile)
+        filling, once = self._filling(tile), 0.0
+        if tile.loads == "descriptors":  # only the first tile of a program waits for its loads
+            filling, once = 0.0, filling + _DESCRIPTORS_S
         # what stands around the steps of one tile is hidden behind those of another
-        hidden = 1 / beside
-        working = each * (steps * self._step(tile, beside) + around * hidden)
+        around = (filling + self._finishing(tile)) / beside
+        working = once + each * (steps * self._step(tile, beside) + around)
         return device.launch_s + max(working, self._moving(tile))
 
     def _step(self, tile: MatmulTile, resident: int) -> float:
@@ -206,6 +229,8 @@ class Space:
         device, rights = self.device, len(self.made.rights)
         flops = 2 * tile.m * tile.n * tile.k * rights
         rate = device.matmul_rate(self.made.dtype, self.made.tf32) / device.sm_count
+        if self._is_hopper and tile.loads == "pointers":
+            rate *= _BY_POINTERS
         if self._is_hopper and tile.m < 64:
             rate *= _OLD_UNITS  # the new instructions take 64 rows
         computing = flops / (rate * _NARROW.get(min(tile.m, tile.n), 1.0))

@@ -33,8 +33,9 @@ from iocompiler.plan.data import (
 )
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
-from iocompiler.plan.product import MatmulTile, Product
+from iocompiler.plan.product import ALIGNED_BYTES, MatmulTile, Product
 from iocompiler.plan.sizes import equal
+from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
 
 SiteKey: TypeAlias = tuple[Product, TileProgram]
@@ -97,19 +98,23 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
     behind it the views of products that only later steps read.
     """
     steps: dict[int, list[Step]] = {n: [step] for n, step in enumerate(plan.steps)}
+    gone: set[tuple[str, str]] = set()
     for site in sites(plan):
         tile = chosen.get(site.key)
         if tile is None:
             continue
         *products, kernel = site.places
         steps[kernel] = [replace(site.step, tile=tile)]
+        results = {name for place in products for name in made(plan.steps[place])}
+        gone |= {(name, node) for name in results for node in site.step.nodes}
         for place in products:
             steps[place] = []
             for later in _views(plan.steps, place, kernel):
                 steps[kernel] += steps[later]
                 steps[later] = []
     ordered = tuple(step for place in sorted(steps) for step in steps[place])
-    return replace(plan, steps=ordered)
+    kept = tuple(edge for edge in plan.unfused if (edge.producer, edge.consumer) not in gone)
+    return replace(plan, steps=ordered, unfused=kept)
 
 
 def cheaper(plan: Plan, device: Device, hints: Mapping[str, int]) -> dict[SiteKey, MatmulTile]:
@@ -242,6 +247,7 @@ class _Look:
         product = Product(
             first.batch, first.m, first.n, first.k, first.dtype,
             first.left[1], tuple(f.right[1] for _, f, _ in rows), first.tf32,
+            all(map(self._aligned, (first.left[0], *(f.right[0] for _, f, _ in rows)))),
         )  # fmt: skip
         makers = [self.steps[self.maker[name]] for name, _, _ in rows]
         calls = [maker for maker in makers if isinstance(maker, AtenStep)]
@@ -279,8 +285,12 @@ class _Look:
             Buffer(f"product{number}", spec.dtype, "out", factors.elements) if kept else None,
         )
 
-    def _offset(self, name: str) -> object:
-        offset = 0
+    def _aligned(self, name: str) -> bool:
+        offset, spec = self._offset(name), self.specs[name]
+        return isinstance(offset, int) and offset * spec.dtype.itemsize % ALIGNED_BYTES == 0
+
+    def _offset(self, name: str) -> Size:
+        offset: Size = 0
         while name in self.views:
             offset = offset + self.views[name].offset
             name = self.views[name].base

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
+
+# at multiples of as much, loads are whole and the copy engine takes an operand
+ALIGNED_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,10 @@ class MatmulTile:
     ``num_stages - 1`` further steps in flight. Tiles are taken down ``group`` rows of tiles at a
     time, so that neighbours read the same operands. The epilogue runs on the tile in ``parts``
     pieces; ``programs`` programs walk all tiles, or each has one where that is 0.
+
+    ``loads``: operands come by pointers, whatever their strides, or by the descriptors of Hopper's
+    copy engine (`codegen/kernels/matmul_descriptors.py`), where `Product.takes_descriptors`; then
+    ``programs`` is not 0.
     """
 
     m: int
@@ -28,6 +36,7 @@ class MatmulTile:
     group: int = 8
     parts: int = 1
     programs: int = 0
+    loads: Literal["pointers", "descriptors"] = "pointers"
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class Product:
     in float32.
 
     ``left`` and ``rights`` are strides in elements: along rows, along columns, along the batch.
-    ``tf32``: float32 operands may be rounded to it.
+    ``tf32``: float32 operands may be rounded to it. ``aligned``: each starts at a multiple of 16
+    bytes where the tensor does whose memory it shows.
     """
 
     batch: Size
@@ -47,6 +57,7 @@ class Product:
     left: tuple[Size, Size, Size]
     rights: tuple[tuple[Size, Size, Size], ...]
     tf32: bool = False
+    aligned: bool = True
 
     @property
     def operands(self) -> tuple[Buffer, ...]:
@@ -58,6 +69,23 @@ class Product:
             Buffer(name, self.dtype, "in", _extent((*shape, self.batch), strides))
             for name, shape, strides in sides
         )
+
+    @property
+    def takes_descriptors(self) -> bool:
+        """Whether every operand is one matrix, with rows or columns that run along memory and start
+        at multiples of 16 bytes wherever the matrix does.
+        """
+        if not (isinstance(self.k, int) and isinstance(self.n, int) and self.k and self.n):
+            return False
+        strides = (self.left, *self.rights)
+        return self.aligned and self.batch == 1 and all(map(self._strides_fit, strides))
+
+    def _strides_fit(self, strides: tuple[Size, Size, Size]) -> bool:
+        row, column, _ = strides
+        leading = row if column == 1 else column if row == 1 else None
+        if not isinstance(leading, int) or leading == 0:
+            return False
+        return leading * self.dtype.itemsize % ALIGNED_BYTES == 0
 
     @property
     def size_symbols(self) -> frozenset[str]:

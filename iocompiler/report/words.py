@@ -26,7 +26,8 @@ def show_tile(tile: MatmulTile) -> str:
     words = (
         f"matmul {tile.m} x {tile.n} x {tile.k}, {tile.num_warps} warps, {tile.num_stages} stages"
     )
-    return words + (f", {tile.programs} programs" if tile.programs else "")
+    words += f", {tile.programs} programs" if tile.programs else ""
+    return words + (", by descriptors" if tile.loads == "descriptors" else "")
 
 
 _SHORT = {

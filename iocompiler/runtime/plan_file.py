@@ -26,7 +26,7 @@ from iocompiler.codegen.module import kernel_names
 from iocompiler.errors import BadPlanFile
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
 from iocompiler.plan.fold import SiteKey, folded, sites
-from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.runtime.tune import rescheduled
 from iocompiler.tile.program import TileProgram
 
@@ -91,7 +91,7 @@ class PlanFile:
         tiles: dict[SiteKey, MatmulTile] = {}
         for name, row in rows.items():
             try:
-                tiles[there[name]] = _tile(row)
+                tiles[there[name]] = _tile(row, there[name][0])
             except ValueError as error:
                 place = f"matmul {name!r} of {entry}"
                 raise self._bad(f"{place}: {error}", place) from None
@@ -175,15 +175,19 @@ def _row(chosen: Schedule | MatmulTile) -> dict[str, Any]:
     return dataclasses.asdict(chosen)
 
 
-def _tile(row: Any) -> MatmulTile:
+def _tile(row: Any, product: Product) -> MatmulTile:
     """A tile as the file has it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or none for the product.
     """
     if not isinstance(row, dict) or set(row) != set(_TILE_FIELDS):
         raise ValueError(f"a tile has the fields {', '.join(_TILE_FIELDS)}")
+    if row["loads"] not in ("pointers", "descriptors"):
+        raise ValueError(f"there are no loads {row['loads']!r}: pointers or descriptors")
     for name, value in row.items():
+        if name == "loads":
+            continue
         if type(value) is not int or value < (0 if name == "programs" else 1):
             raise ValueError(f"{name} is {value!r}, not a number")
     for name in _TILE_BLOCKS:
@@ -194,6 +198,8 @@ def _tile(row: Any) -> MatmulTile:
             raise ValueError(f"{name} is {row[name]}, less than {_LEAST_BLOCK}")
     if row["num_warps"] > _MOST_WARPS or row["parts"] > _MOST_PARTS:
         raise ValueError(f"at most {_MOST_WARPS} warps and {_MOST_PARTS} parts")
+    if row["loads"] == "descriptors" and not (product.takes_descriptors and row["programs"]):
+        raise ValueError("descriptors need aligned operands, and programs that walk the tiles")
     return MatmulTile(**row)
 
 

@@ -88,11 +88,19 @@ def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> 
 
 
 def _matmul(step: MatmulStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    """The products by aten in float32, then the epilogue."""
     for name, spec in step.outputs:
         values[name] = fresh(spec, sizes, CPU)
+    given = zip(step.buffers, step.args, strict=True)
+    run_matmul(step, [_flat(buffer, values[name], sizes) for buffer, name in given], sizes)
+
+
+def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, int]) -> None:
+    """The products by aten in float32, then the epilogue by the tile interpreter.
+
+    Args:
+        flat: for each of the step's buffers, what lies behind its pointer.
+    """
     made = step.product
-    flat = [_flat(b, values[a], sizes) for b, a in zip(step.buffers, step.args, strict=True)]
     count = len(made.operands)
     batch, m, n, k = size_values((made.batch, made.m, made.n, made.k), sizes)
     left, *rights = (

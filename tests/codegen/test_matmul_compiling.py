@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,10 @@ from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.product import MatmulTile
 from iocompiler.runtime.compile import Compiled
 from iocompiler.runtime.load import prepare
+from iocompiler.runtime.module import Module
 from tests.codegen.compiling import instructions
 from tests.codegen.matmuls import plan_on_fakes
 
@@ -28,17 +29,23 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
 }
 
 
-def built(name: str, device: str, rank: int, dtype: torch.dtype) -> tuple[Any, Compiled]:
-    """Resources and cubin of the step with the tile of this rank."""
+def prepared(
+    name: str, device: str, rank: int, dtype: torch.dtype, loads: str = ""
+) -> tuple[Module, MatmulTile]:
+    """The module of the step with the tile of this rank, of those with these loads."""
     f, shapes = FUNCTIONS[name]
     plan = plan_on_fakes(f, *shapes, dtype=dtype)
     (site,) = sites(plan)
     row = DEVICES[device]
-    tile = candidates(site.step.product, site.step.program, row)[rank]
-    module = prepare(folded(plan, {site.key: tile}), row)
-    (taken,) = module.resources.values()
+    found = candidates(*site.key, row, most=24)
+    tile = [tile for tile in found if loads in ("", tile.loads)][rank]
+    return prepare(folded(plan, {site.key: tile}), row), tile
+
+
+def text_of(module: Module) -> str:
+    """The instructions of its one kernel."""
     image = next(iter(module.images.values()))
-    return taken, Compiled(image.cubin, dict(image.metadata))
+    return instructions(Compiled(image.cubin, dict(image.metadata)))
 
 
 @pytest.mark.parametrize(
@@ -46,14 +53,40 @@ def built(name: str, device: str, rank: int, dtype: torch.dtype) -> tuple[Any, C
     [*((name, "h200") for name in FUNCTIONS), ("gelu", "a100"), ("gated", "a100")],
 )
 def test_the_chosen_tile(name: str, device: str) -> None:
-    taken, kernel = built(name, device, 0, torch.bfloat16)
+    module, tile = prepared(name, device, 0, torch.bfloat16)
+    (taken,) = module.resources.values()
     assert taken["spills"] == 0
     assert 0 < taken["registers"] <= 255
     assert 0 < taken["shared"] <= DEVICES[device].shared_bytes_per_sm
-    text = instructions(kernel)
+    text = text_of(module)
     assert ("HGMMA" if device == "h200" else "HMMA") in text
-    if name != "odd":  # of rows without alignment no 16 bytes can be copied at once
+    assert ("UTMALDG" in text) == (tile.loads == "descriptors")
+    if name != "odd" and tile.loads == "pointers":  # without alignment no 16 bytes are copied
         assert "LDGSTS.E.BYPASS.128" in text
+
+
+def test_both_ways_to_load() -> None:
+    by_pointers, _ = prepared("residual", "h200", 0, torch.bfloat16, "pointers")
+    by_descriptors, _ = prepared("residual", "h200", 0, torch.bfloat16, "descriptors")
+    assert "LDGSTS.E.BYPASS.128" in text_of(by_pointers)
+    assert "UTMALDG" in text_of(by_descriptors)
+    for module in (by_pointers, by_descriptors):
+        (taken,) = module.resources.values()
+        assert taken["spills"] == 0
+
+
+def test_pointers_that_are_not_aligned_have_a_kernel_of_their_own() -> None:
+    module, _ = prepared("residual", "h200", 0, torch.bfloat16, "descriptors")
+    (spec,) = module.kernels.values()
+    assert spec.any_pointers is not None
+    other = spec.unhinted
+    assert other.name != spec.name
+    module._compile([(other, False, False)], 90)
+    image = module.images[other.launcher, False, False]
+    assert image.metadata["spills"] == 0
+    text = instructions(Compiled(image.cubin, dict(image.metadata)))
+    assert "UTMALDG" not in text
+    assert ".128" not in text, "nothing is known of where the operands lie"
 
 
 @pytest.mark.slow
@@ -62,7 +95,8 @@ def test_the_chosen_tile(name: str, device: str) -> None:
 @pytest.mark.parametrize("rank", range(1, 4))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_other_tiles(name: str, device: str, rank: int, dtype: torch.dtype) -> None:
-    taken, _ = built(name, device, rank, dtype)
+    module, _ = prepared(name, device, rank, dtype)
+    (taken,) = module.resources.values()
     assert taken["spills"] <= 32  # what spills is not taken by the clock
 
 
@@ -71,11 +105,12 @@ def test_float32(tf32: bool) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        taken, kernel = built("residual", "h200", 0, torch.float32)
+        module, _ = prepared("residual", "h200", 0, torch.float32)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+    (taken,) = module.resources.values()
     assert taken["spills"] == 0
-    assert ("MMA" in instructions(kernel)) == tf32
+    assert ("MMA" in text_of(module)) == tf32
 
 
 def test_the_file_reads_well() -> None:
@@ -86,5 +121,4 @@ def test_the_file_reads_well() -> None:
     text = emit_module(folded(plan, {site.key: tile}), "gelu")
     assert "aten.addmm" not in text
     assert "def matmul(" in text.split("# %% kernel")[0], "the template stands in the prelude"
-    assert "_second" not in text
     assert max(map(len, text.splitlines())) <= 100

@@ -16,11 +16,19 @@ from iocompiler.cost_model.device import current_device
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.data import Plan
 from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.product import MatmulTile
 from iocompiler.runtime.load import load
 from tests.accuracy import relative_error
 
 pytestmark = pytest.mark.gpu
 
+Pick = Callable[[list[MatmulTile]], MatmulTile]
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs the copy engine of Hopper",
+)
+# what its copy engine takes
+COPIED = ("gelu", "residual", "gated", "odd rows", "odd sums", "narrow", "rows as columns", "heads")
 HALF = (torch.bfloat16, torch.float16)
 Shapes = tuple[tuple[int, ...], ...]
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
@@ -45,17 +53,16 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
 
 
 def run_folded(
-    f: Callable[..., Tensor], rank: int, *given: Tensor, dynamic: bool = False
+    f: Callable[..., Tensor], pick: Pick, *given: Tensor, dynamic: bool | None = False
 ) -> tuple[Tensor, int]:
-    """The result with every site folded with the tile of this rank, and how many there are."""
+    """The result with every site folded, and how many there are."""
     count = 0
 
     def engine(plan: Plan, gm: GraphModule) -> Any:
         nonlocal count
         row = current_device(torch.device("cuda"))
-        ranked = {site.key: candidates(*site.key, row, most=12) for site in sites(plan)}
-        count += len(ranked)
-        chosen = {key: tiles[min(rank, len(tiles) - 1)] for key, tiles in ranked.items()}
+        chosen = {site.key: pick(candidates(*site.key, row, most=40)) for site in sites(plan)}
+        count += len(chosen)
         return load(folded(plan, chosen), torch.device(plan.device), "folded")
 
     torch._dynamo.reset()
@@ -64,8 +71,18 @@ def run_folded(
         return torch.compile(f, backend=backend, dynamic=dynamic)(*given), count
 
 
-def check(f: Callable[..., Tensor], rank: int, *given: Tensor, dynamic: bool = False) -> None:
-    got, count = run_folded(f, rank, *given, dynamic=dynamic)
+def ranked(rank: int) -> Pick:
+    return lambda tiles: tiles[min(rank, len(tiles) - 1)]
+
+
+def by_descriptors(tiles: list[MatmulTile]) -> MatmulTile:
+    return next(tile for tile in tiles if tile.loads == "descriptors")
+
+
+def check(
+    f: Callable[..., Tensor], pick: Pick, *given: Tensor, dynamic: bool | None = False
+) -> None:
+    got, count = run_folded(f, pick, *given, dynamic=dynamic)
     exact, eager = f(*(x.double() for x in given)), f(*given)
     assert count == 1
     assert got.dtype == eager.dtype
@@ -77,7 +94,28 @@ def check(f: Callable[..., Tensor], rank: int, *given: Tensor, dynamic: bool = F
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_half_precision(name: str, dtype: torch.dtype, rank: int) -> None:
     f, shapes = FUNCTIONS[name]
-    check(f, rank, *(torch.randn(shape, device="cuda").to(dtype) for shape in shapes))
+    check(f, ranked(rank), *(torch.randn(shape, device="cuda").to(dtype) for shape in shapes))
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", COPIED)
+def test_descriptors(name: str, dtype: torch.dtype) -> None:
+    f, shapes = FUNCTIONS[name]
+    check(f, by_descriptors, *(torch.randn(shape, device="cuda").to(dtype) for shape in shapes))
+
+
+@needs_hopper
+@pytest.mark.parametrize("pick", [ranked(0), by_descriptors])
+def test_pointers_that_are_not_aligned(pick: Pick) -> None:
+    f, shapes = FUNCTIONS["residual"]
+    given = []
+    for rows, columns in shapes:
+        flat = torch.randn(rows * columns + 1, device="cuda", dtype=torch.bfloat16)
+        given.append(flat[1:].view(rows, columns))
+    assert all(x.data_ptr() % 16 for x in given)
+    check(f, pick, *given)
+    check(f, pick, *(x.clone() for x in given))
 
 
 @pytest.mark.parametrize("tf32", [False, True])
@@ -87,7 +125,7 @@ def test_float32(name: str, tf32: bool) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        check(f, 0, *(torch.randn(shape, device="cuda") for shape in shapes))
+        check(f, ranked(0), *(torch.randn(shape, device="cuda") for shape in shapes))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -99,7 +137,19 @@ def test_sizes_that_are_symbols(rows: int) -> None:
 
     shapes = ((4, rows + 1, 264), (328, 264), (328,))
     given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    check(f, 0, *given, dynamic=True)
+    check(f, ranked(0), *given, dynamic=True)
+
+
+@needs_hopper
+@pytest.mark.parametrize("rows", [3, 1021])
+def test_rows_that_are_a_symbol(rows: int) -> None:
+    def f(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.silu(F.linear(x, w, b))
+
+    shapes = ((rows, 264), (328, 264), (328,))
+    x, w, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    torch._dynamo.mark_dynamic(x, 0)
+    check(f, by_descriptors, x, w, b, dynamic=None)
 
 
 def test_nan_and_infinity() -> None:
@@ -107,7 +157,7 @@ def test_nan_and_infinity() -> None:
         torch.randn(shape, device="cuda").bfloat16() for shape in ((100, 64), (64, 72), (100, 72))
     )
     x[3, 2], w[1, 4], r[5, 6], r[7, 8] = torch.nan, torch.inf, torch.nan, -torch.inf
-    got, _ = run_folded(lambda x, w, r: torch.relu(x @ w + r), 0, x, w, r)
+    got, _ = run_folded(lambda x, w, r: torch.relu(x @ w + r), ranked(0), x, w, r)
     expected = torch.relu(x @ w + r)
     torch.testing.assert_close(got, expected, equal_nan=True, rtol=2e-2, atol=2e-2)
 
@@ -116,7 +166,7 @@ def test_an_empty_sum_is_zero() -> None:
     x, w, r = (
         torch.randn(shape, device="cuda").bfloat16() for shape in ((100, 0), (0, 72), (100, 72))
     )
-    got, count = run_folded(lambda x, w, r: x @ w + r, 0, x, w, r)
+    got, count = run_folded(lambda x, w, r: x @ w + r, ranked(0), x, w, r)
     assert count == 1
     assert torch.equal(got, r)
 
@@ -130,7 +180,7 @@ def test_operands_beyond_31_bits() -> None:
         torch.randn(width, 64, device="cuda").bfloat16(),
         torch.randn(rows, 64, device="cuda").bfloat16(),
     )
-    got, _ = run_folded(lambda x, w, r: x @ w + r, 0, x, w, r)
+    got, _ = run_folded(lambda x, w, r: x @ w + r, ranked(0), x, w, r)
     part = slice(rows - 256, rows)
     exact = x[part].double() @ w.double() + r[part].double()
     assert relative_error(got[part], exact) <= 1e-2

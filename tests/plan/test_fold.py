@@ -270,6 +270,33 @@ def test_equal_sites_are_one_choice(deep: Plan) -> None:
     assert [type(step) for step in both.steps if not isinstance(step, ViewStep)] == [MatmulStep] * 6
 
 
+def test_what_is_folded_is_no_longer_unfused(deep: Plan) -> None:
+    plan = folded(deep, {site.key: TILE for site in sites(deep)})
+    products = {name for s in deep.steps if isinstance(s, AtenStep) for name in made(s)}
+    assert [e for e in deep.unfused if e.producer in products]
+    assert not [e for e in plan.unfused if e.producer in products]
+
+
+def test_rows_may_be_a_symbol_where_operands_are_copied() -> None:
+    compiled = Folded(TILE)
+    x, w, b = rand(24, 16), rand(32, 16), rand(32)
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled(lambda x, w, b: F.silu(F.linear(x, w, b)), dynamic=None)(x, w, b)
+    (step,) = compiled.steps
+    assert not isinstance(step.product.m, int)
+    assert step.product.takes_descriptors
+    assert not replace(step.product, aligned=False).takes_descriptors
+    assert not replace(step.product, batch=2).takes_descriptors
+
+
+@pytest.mark.parametrize("start", [0, 3, 8])
+def test_where_operands_start_is_known(start: int) -> None:
+    compiled = Folded(TILE)
+    compiled(lambda x, w: F.silu(x[:, start:] @ w))(rand(24, 16 + start), rand(16, 32))
+    (step,) = compiled.steps
+    assert step.product.aligned == (start * 4 % 16 == 0)
+
+
 def test_nothing_is_read_before_it_is_made(deep: Plan) -> None:
     plan = folded(deep, {site.key: TILE for site in sites(deep)})
     there = {name for name, _ in plan.inputs}

@@ -134,27 +134,27 @@ def matmul(
     Left, Right, Second, batch, M, N, K, left_strides, right_strides, second_strides,
     operands, epilogue: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr, WALK: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of Left [batch, M, K] and Right, Second [batch, K, N], any strides.
 
     Strides are (along rows, along columns, along the batch). The epilogue takes the sums of both
     products (of one, twice), the number in the batch, rows and columns of the tile, and
-    ``operands``. EVEN_M, EVEN_N, EVEN_K: extents are multiples of the blocks. PROGRAMS: so many
-    programs walk all tiles; 0: each has one tile.
+    ``operands``. EVEN_M, EVEN_N, EVEN_K: extents are multiples of the blocks. WALK: there
+    may be more tiles than programs.
     """
-    if PROGRAMS == 0:
-        one_tile(
-            tl.program_id(0), Left, Right, Second, M, N, K,
-            left_strides, right_strides, second_strides, operands, epilogue,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, EVEN_M, EVEN_N, EVEN_K, PRECISION,
-        )  # fmt: skip
-    else:
+    if WALK:
         tiles = batch * tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for number in range(tl.program_id(0), tiles, PROGRAMS):
+        for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             one_tile(
                 number, Left, Right, Second, M, N, K,
                 left_strides, right_strides, second_strides, operands, epilogue,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, EVEN_M, EVEN_N, EVEN_K, PRECISION,
             )  # fmt: skip
+    else:
+        one_tile(
+            tl.program_id(0), Left, Right, Second, M, N, K,
+            left_strides, right_strides, second_strides, operands, epilogue,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, EVEN_M, EVEN_N, EVEN_K, PRECISION,
+        )  # fmt: skip

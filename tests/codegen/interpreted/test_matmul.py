@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
-from iocompiler.plan.data import MatmulStep
 from iocompiler.plan.product import MatmulTile
 from iocompiler.runtime import reference
 from tests.codegen.matmuls import SMALL, Folded, run_step
@@ -30,13 +28,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(step: MatmulStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-        for name, spec in step.outputs:
-            values[name] = reference.fresh(spec, sizes, reference.CPU)
-        given = zip(step.buffers, step.args, strict=True)
-        run_step(step, [reference._flat(b, values[name], sizes) for b, name in given], sizes)
-
-    monkeypatch.setattr(reference, "_matmul", run)
+    monkeypatch.setattr(reference, "run_matmul", run_step)
 
 
 def check(
@@ -166,3 +158,17 @@ def test_an_argument_is_overwritten() -> None:
         return r * 1.0
 
     check(f, rand(20, 8), rand(8, 18), rand(20, 18))
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("right", [False, True])
+def test_descriptors(left: bool, right: bool) -> None:
+    tile = replace(SMALL, programs=3, parts=2, n=32, loads="descriptors")
+    x = rand(20, 36).t() if left else rand(36, 20)
+    w = rand(40, 20).t() if right else rand(20, 40)
+    check(residual, x, w, rand(36, 40), tile=tile)
+
+
+def test_descriptors_of_two_products() -> None:
+    tile = replace(SMALL, programs=2, loads="descriptors")
+    check(gated, rand(33, 24), rand(24, 36), rand(36, 24).t(), tile=tile)
