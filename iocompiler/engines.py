@@ -62,8 +62,8 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Me
         name = torch.cuda.get_device_name(device)
         bench, regions = GpuBench(device), GpuRegionBench(device)
         plan, kernels = tune(plan, row, hints, bench, default_cache(), name)
-        plan, foldings = tune_matmuls(plan, row, hints, regions, default_cache(), name)
         bench.release()
+        plan, foldings = tune_matmuls(plan, row, hints, regions, default_cache(), name)
         regions.release()
         return plan, (*kernels, *foldings)
 

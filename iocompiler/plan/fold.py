@@ -105,8 +105,7 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
             continue
         *products, kernel = site.places
         steps[kernel] = [replace(site.step, tile=tile)]
-        results = {name for place in products for name in made(plan.steps[place])}
-        gone |= {(name, node) for name in results for node in site.step.nodes}
+        gone |= _edges(plan, site)
         for place in products:
             steps[place] = []
             for later in _views(plan.steps, place, kernel):
@@ -141,6 +140,25 @@ def _seconds(
         return kernel_seconds(step.program, device, hints)
     assert isinstance(step, AtenStep)
     return time(price(call_of_step(step, specs)), device, torch.float32, hints)
+
+
+def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:
+    """The plan with other reasons why the products of some sites pass through memory."""
+    changed: dict[tuple[str, str], str] = {}
+    for site in sites(plan) if reasons else ():
+        if site.key in reasons:
+            changed |= dict.fromkeys(_edges(plan, site), reasons[site.key])
+    unfused = tuple(
+        replace(edge, reason=changed.get((edge.producer, edge.consumer), edge.reason))
+        for edge in plan.unfused
+    )
+    return replace(plan, unfused=unfused)
+
+
+def _edges(plan: Plan, site: Site) -> set[tuple[str, str]]:
+    """From the products of a site to the nodes of its kernel."""
+    names = {name for place in site.places[:-1] for name in made(plan.steps[place])}
+    return {(name, node) for name in names for node in site.step.nodes}
 
 
 def _views(steps: Sequence[Step], product: int, kernel: int) -> list[int]:

@@ -65,20 +65,30 @@ class GpuRegionBench:
             DoesNotFit: there is too little memory for the arguments.
         """
         self._used = True
-        with torch.no_grad(), torch.cuda.device(self.index):
-            sets = self._argument_sets(plan, sizes)
-            calls = [[partial(_call, run, given) for given in sets] for run in built]
-            samples: list[list[float]] = [[] for _ in built]
-            for _ in range(REPEATS + 1):
-                for found, batch in zip(samples, calls, strict=True):
-                    if batch:
-                        try:
-                            found.append(batch_seconds(batch, _LAUNCHES))
-                        except LaunchError:
-                            batch.clear()
-                            found.clear()
+        torch.cuda.empty_cache()  # what was timed before lies in other pieces
+        try:
+            with torch.no_grad(), torch.cuda.device(self.index):
+                samples = self._samples(plan, built, sizes)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(str(error)) from error
         # the first round loads code and maps memory
         return [statistics.median(found[1:]) if len(found) > 1 else None for found in samples]
+
+    def _samples(
+        self, plan: Plan, built: Sequence[Built], sizes: Mapping[str, int]
+    ) -> list[list[float]]:
+        """Seconds of each batch of calls; none of a way that cannot be launched."""
+        sets = self._argument_sets(plan, sizes)
+        calls = [[partial(_call, run, given) for given in sets] for run in built]
+        samples: list[list[float]] = [[] for _ in built]
+        for _ in range(REPEATS + 1):
+            for found, batch in zip(samples, calls, strict=True):
+                try:
+                    found += [batch_seconds(batch, _LAUNCHES)] if batch else []
+                except LaunchError:
+                    batch.clear()
+                    found.clear()
+        return samples
 
     def release(self) -> None:
         """Give the memory of the arguments back to the driver."""

@@ -19,13 +19,14 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import Plan
-from iocompiler.plan.fold import Site, SiteKey, folded, sites
+from iocompiler.plan.fold import Site, SiteKey, folded, sites, with_reasons
 from iocompiler.plan.product import MatmulTile
 from iocompiler.runtime.cache import Cache, key_of
 from iocompiler.runtime.compile import worker_count
 from iocompiler.runtime.measure import DoesNotFit
 from iocompiler.runtime.stimulus import has_safe_arguments
 from iocompiler.runtime.tune import SHORTEST_S, TIE
+from iocompiler.tile.index import Size
 
 # measuring may take this many times as long as compiling a tile for each site took, and so long at
 # least
@@ -60,6 +61,13 @@ class Folding:
         """How many times faster the region is than the library's call and the kernel."""
         return self.seconds[None] / self.seconds[self.chosen]
 
+    @property
+    def reason(self) -> str:
+        """Why the product passes through memory."""
+        found = [seconds for tile, seconds in self.seconds.items() if tile is not None]
+        best = f"{min(found) * 1e6:.1f} us" if found else "fails"
+        return f"library and kernel {self.seconds[None] * 1e6:.1f} us, in one {best}: measured"
+
 
 class RegionBench(Protocol):
     """What `tune_matmuls` measures with; a test has its own."""
@@ -89,62 +97,85 @@ def tune_matmuls(
         hints: an example value for every size symbol.
         machine: the name of the GPU, for the cache.
     """
-    found = {site.key: site for site in reversed(sites(plan)) if _worth_it(site, device, hints)}
-    subjects = list(reversed(found.values()))
-    keys = {s.name: _cache_key(plan, s, device, hints, machine) for s in subjects}
+    found = {site.key: _Subject.of(plan, site, hints) for site in reversed(sites(plan))}
+    subjects = [s for s in reversed(found.values()) if s.is_worth_it(device)]
+    keys = {s.name: s.cache_key(device, machine) for s in subjects}
     known = {s.name: _remembered(cache, keys[s.name], s.name) for s in subjects}
     missing = [s for s in subjects if known[s.name] is None]
-    for measured in _measured(plan, missing, device, hints, bench, clock):
+    for measured in _measured(missing, device, bench, clock):
         known[measured.kernel] = measured
         _remember(cache, keys[measured.kernel], measured)
     chosen: dict[SiteKey, MatmulTile] = {}
-    for site in subjects:
-        folding = known[site.name]
+    reasons: dict[SiteKey, str] = {}
+    for subject in subjects:
+        folding = known[subject.name]
         if folding is not None and folding.chosen is not None:
-            chosen[site.key] = folding.chosen
-    return folded(plan, chosen), tuple(f for f in known.values() if f is not None)
+            chosen[subject.site.key] = folding.chosen
+        elif folding is not None:
+            reasons[subject.site.key] = folding.reason
+    plan = folded(with_reasons(plan, reasons), chosen)
+    return plan, tuple(f for f in known.values() if f is not None)
 
 
-def _worth_it(site: Site, device: Device, hints: Mapping[str, int]) -> bool:
-    """What the kernel alone takes is what can be saved; and random arguments must be safe."""
-    program, sizes = site.step.program, _sizes(site, hints)
-    return kernel_seconds(program, device, sizes) >= SHORTEST_S and has_safe_arguments(
-        program, sizes
-    )
+@dataclass(frozen=True)
+class _Subject:
+    """A site to be timed: the plan it stands in, the region by itself, a value for every size."""
 
+    site: Site
+    plan: Plan
+    region: Plan
+    sizes: Mapping[str, int]
 
-def _sizes(site: Site, hints: Mapping[str, int]) -> dict[str, int]:
-    read = [b.elements for b in site.step.buffers]
-    symbols = {s.name for size in read if not isinstance(size, int) for s in size.free_symbols}
-    names = sorted(symbols | set(site.step.size_symbols))
-    return {name: int(hints.get(name, _DEFAULT_SIZE)) for name in names}
+    @staticmethod
+    def of(plan: Plan, site: Site, hints: Mapping[str, int]) -> _Subject:
+        region = apart(plan, site)
+        read: list[Size] = [buffer.elements for buffer in site.step.buffers]
+        for _, spec in region.inputs:
+            read += (*spec.shape, *spec.stride) if spec is not None else ()
+        symbols = {s.name for size in read if not isinstance(size, int) for s in size.free_symbols}
+        names = sorted(symbols | set(site.step.size_symbols))
+        sizes = {name: int(hints.get(name, _DEFAULT_SIZE)) for name in names}
+        return _Subject(site, plan, region, sizes)
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    def is_worth_it(self, device: Device) -> bool:
+        """What the kernel alone takes is what can be saved; and random arguments must be safe."""
+        program = self.site.step.program
+        seconds = kernel_seconds(program, device, self.sizes)
+        return seconds >= SHORTEST_S and has_safe_arguments(program, self.sizes)
+
+    def tiles(self, device: Device) -> list[MatmulTile]:
+        return candidates(*self.site.key, device, self.sizes)
+
+    def with_tile(self, tile: MatmulTile | None) -> Plan:
+        """The region folded, or as it stands."""
+        return self.region if tile is None else together(self.plan, self.site, tile)
+
+    def cache_key(self, device: Device, machine: str) -> str:
+        return key_of("folding", repr(self.region), dict(self.sizes), repr(device), machine)
 
 
 # --- measuring
 
 
 def _measured(
-    plan: Plan,
-    subjects: list[Site],
+    subjects: list[_Subject],
     device: Device,
-    hints: Mapping[str, int],
     bench: RegionBench,
     clock: Callable[[], float],
 ) -> list[Folding]:
     if not subjects:
         return []
     start = clock()
-    tiles = {
-        s.name: candidates(s.step.product, s.step.program, device, _sizes(s, hints))
-        for s in subjects
-    }
-    plans: dict[tuple[str, MatmulTile | None], Plan] = {}
-    for site in subjects:
-        plans[site.name, None] = apart(plan, site)
-        for tile in tiles[site.name]:
-            plans[site.name, tile] = together(plan, site, tile)
-    first = [(s.name, way) for s in subjects for way in (None, tiles[s.name][0])]
-    others = [
+    tiles = {s.name: s.tiles(device) for s in subjects}
+    plans = {(s.name, way): s.with_tile(way) for s in subjects for way in (None, *tiles[s.name])}
+    first: list[tuple[str, MatmulTile | None]] = [
+        (s.name, way) for s in subjects for way in (None, tiles[s.name][0])
+    ]
+    others: list[tuple[str, MatmulTile | None]] = [
         (s.name, tiles[s.name][rank])
         for rank in range(1, max(len(found) for found in tiles.values()))
         for s in subjects
@@ -159,28 +190,26 @@ def _measured(
         some = others[place : place + at_once]
         built |= zip(some, bench.load([plans[each] for each in some]), strict=True)
     found: list[Folding] = []
-    for site in subjects:
+    for subject in subjects:
         if clock() - start > allowed:
             break
-        ways = {way: run for (name, way), run in built.items() if name == site.name and run}
-        folding = _fastest(site, plans[site.name, None], ways, tiles[site.name][0], hints, bench)
+        ways = {way: run for (name, way), run in built.items() if name == subject.name and run}
+        folding = _fastest(subject, ways, tiles[subject.name][0], bench)
         found += [folding] if folding is not None else []
     return found
 
 
 def _fastest(
-    site: Site,
-    region: Plan,
+    subject: _Subject,
     ways: Mapping[MatmulTile | None, Built],
     model: MatmulTile,
-    hints: Mapping[str, int],
     bench: RegionBench,
 ) -> Folding | None:
     """The measurement of a site; None where there is nothing to choose from."""
     if None not in ways or len(ways) < 2:
         return None
     try:
-        times = bench.time(region, list(ways.values()), _sizes(site, hints))
+        times = bench.time(subject.region, list(ways.values()), subject.sizes)
     except DoesNotFit:
         return None
     seconds = {way: t for way, t in zip(ways, times, strict=True) if t is not None}
@@ -188,17 +217,10 @@ def _fastest(
         return None
     best = min(seconds, key=lambda way: seconds[way])
     tied = seconds[None] <= TIE * seconds[best]
-    return Folding(site.name, None if tied else best, model, seconds)
+    return Folding(subject.name, None if tied else best, model, seconds)
 
 
 # --- remembering
-
-
-def _cache_key(
-    plan: Plan, site: Site, device: Device, hints: Mapping[str, int], machine: str
-) -> str:
-    region = repr(apart(plan, site))
-    return key_of("folding", region, _sizes(site, hints), repr(device), machine)
 
 
 def _remembered(cache: Cache | None, key: str, name: str) -> Folding | None:
