@@ -41,6 +41,10 @@ from iocompiler.tile.program import Buffer, TileProgram
 SiteKey: TypeAlias = tuple[Product, TileProgram]
 """What is computed: equal sites get equal tiles."""
 
+# What stands beside the sums in registers: beyond this an epilogue spills.
+_MOST_OPERATIONS = 200
+_MOST_BUFFERS = 16
+
 # the tile of a step nobody has chosen one for
 UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
 
@@ -97,6 +101,8 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
     """The plan with the chosen sites folded. Where the kernel stood now stands the template, and
     behind it the views of products that only later steps read.
     """
+    if not chosen:
+        return plan
     steps: dict[int, list[Step]] = {n: [step] for n, step in enumerate(plan.steps)}
     gone: set[tuple[str, str]] = set()
     for site in sites(plan):
@@ -255,6 +261,8 @@ class _Look:
             self._check_order(place, step, name, factors)
             rows.append((name, factors, self._made(place, step, name, factors, number)))
         program = epilogue(step.program, [row for _, _, row in rows])
+        if len(program.ops) > _MOST_OPERATIONS or len(program.buffers) > _MOST_BUFFERS:
+            raise NoEpilogue(f"{len(program.ops)} operations on {len(program.buffers)} tensors")
         names = dict(zip([b.name for b in step.buffers], step.args, strict=True))
         for name, factors, row in rows:
             if row.added is not None and factors.added is not None:

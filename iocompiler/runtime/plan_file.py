@@ -113,7 +113,8 @@ class PlanFile:
             if isinstance(before, (KernelStep, BatchStep)):
                 assert isinstance(after, (KernelStep, BatchStep))
                 kernels[names[before.program, before.schedule]] = _row(after.schedule)
-        matmuls = {s.name: _row(tiles[s.key]) for s in sites(model) if s.key in tiles}
+        there = sites(model) if tiles else ()
+        matmuls = {s.name: _row(tiles[s.key]) for s in there if s.key in tiles}
         graphs = self._graphs()  # read again: another process may have added its own
         entry = {"graph": name, "device": device, "kernels": kernels}
         graphs[fingerprint(model, name)] = entry | ({"matmuls": matmuls} if matmuls else {})

@@ -193,6 +193,15 @@ def test_scaled_sums_are_left_to_the_library() -> None:
     assert not sites(planned.plans[0])
 
 
+def test_long_epilogues_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iocompiler.plan.fold._MOST_OPERATIONS", 5)
+    planned = Planned()
+    planned(gelu_by_hand)(rand(8, 8), rand(8, 8))
+    (found,) = survey(planned.plans[0])
+    assert isinstance(found, Declined)
+    assert "operations on 2 tensors" in found.reason
+
+
 def test_autocast_is_seen_as_it_is_spelled_out() -> None:
     def f(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
