@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -32,12 +33,13 @@ _LATENCY_S = 8e-7
 # elements that a thread may load one by one in a step: each has an address
 _MOST_LOADED = 32
 # 32-bit registers of a thread: those that hold sums at most, and those that hold all else
-_LEAST_SUMS, _MOST_SUMS = 4, 128
+_LEAST_SUMS, _MOST_SUMS = 2, 128
 _OTHER_REGISTERS = 56
 _MOST_REGISTERS = 255
 _WARPS_OF_AN_SM = 64
 # of a multiprocessor's shared memory, what is left for a block's barriers and for the epilogue
 _SHARED_APART = 1024
+# Estimates, until `benchmarks/matmul.py` has set them from a device's clock:
 # a narrow tile reads shared memory faster than that gives: the share of the matrix units' rate, by
 # its narrower side
 _NARROW = {16: 0.3, 32: 0.55, 64: 0.85}
@@ -52,7 +54,8 @@ _BURST = 2.0
 # what the threads of a tile wait for each other in a step
 _MEETING_S = 4e-8
 # each further tile of a shape must promise this much
-_AGAIN = 1.06
+_AGAIN = 1.08
+
 # float32 without TF32 is no work for the matrix units: operands are in registers
 _LARGEST_FLOAT32 = 64 * 64
 
@@ -126,7 +129,7 @@ class Space:
             return
         if self._is_vector and tile.m * tile.n > _LARGEST_FLOAT32:
             return
-        if not is_aligned(self.made) and self._loaded(tile) > _MOST_LOADED:
+        if not self._is_aligned and self._loaded(tile) > _MOST_LOADED:
             return
         # what the epilogue loads stands beside the sums
         tile = replace(tile, parts=2 if sums > _MOST_SUMS // 2 and tile.n >= 32 else 1)
@@ -140,11 +143,15 @@ class Space:
         if walks and len(self.made.rights) == 1:  # two sums leave no register for the walk
             yield replace(tile, programs=self.device.sm_count * self._resident(tile))
 
-    @property
+    @cached_property
     def _most_sums(self) -> int:
         """Less where operands, or addresses that cannot be told from each other, take registers."""
         pair = len(self.made.rights) > 1 and not self._is_hopper
-        return _MOST_SUMS // 2 if pair or not is_aligned(self.made) else _MOST_SUMS
+        return _MOST_SUMS // 2 if pair or not self._is_aligned else _MOST_SUMS
+
+    @cached_property
+    def _is_aligned(self) -> bool:
+        return is_aligned(self.made)
 
     @property
     def _shared_there(self) -> int:
@@ -154,7 +161,7 @@ class Space:
     def _is_vector(self) -> bool:
         return self.made.dtype == torch.float32 and not self.made.tf32
 
-    @property
+    @cached_property
     def _takes_descriptors(self) -> bool:
         half = self.made.dtype in (torch.bfloat16, torch.float16)
         return half and self._is_hopper and self.made.takes_descriptors
@@ -195,7 +202,7 @@ class Space:
             ),
         )
 
-    @property
+    @cached_property
     def _sizes(self) -> tuple[int, int, int, int]:
         made = self.made
         m, n, k, batch = (
@@ -251,13 +258,10 @@ class Space:
 
     def _finishing(self, tile: MatmulTile) -> float:
         """The epilogue of one tile by itself."""
-        moved = epilogue_traffic(self.made, self.program)
+        moved, work = self._epilogue
         m, n, _, batch = self._sizes
         share = tile.m * tile.n / (batch * m * n)
-        part = value_of(moved.bytes, self.hints) * share
-        work = value_of(moved.flops, self.hints) + TRANSCENDENTAL_FLOPS * value_of(
-            moved.transcendentals, self.hints
-        )
+        part = moved * share
         device = self.device
         computing = work * share * device.sm_count / device.vector_flops
         moving = part * device.sm_count / (device.memory_rate * _BURST)
@@ -276,8 +280,15 @@ class Space:
         once = batch * (m + n * rights) * k * size
         again = waves * (rows * tile.m + columns * tile.n * rights) * k * size
         operands = once if once <= self.device.l2_bytes else max(once, again)
-        others = value_of(epilogue_traffic(self.made, self.program).bytes, self.hints)
+        others, _ = self._epilogue
         return (operands + others) / self.device.memory_rate
+
+    @cached_property
+    def _epilogue(self) -> tuple[float, float]:
+        """Bytes and arithmetic of the epilogue of all tiles."""
+        moved = epilogue_traffic(self.made, self.program)
+        special = TRANSCENDENTAL_FLOPS * value_of(moved.transcendentals, self.hints)
+        return value_of(moved.bytes, self.hints), value_of(moved.flops, self.hints) + special
 
 
 def _around(blocks: tuple[int, ...], size: int) -> tuple[int, ...]:

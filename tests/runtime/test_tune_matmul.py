@@ -25,9 +25,10 @@ from iocompiler.plan.fold import folded, sites
 from iocompiler.plan.product import MatmulTile
 from iocompiler.runtime.cache import default_cache
 from iocompiler.runtime.measure import DoesNotFit
+from iocompiler.runtime.measure_region import GpuRegionBench
 from iocompiler.runtime.plan_file import PlanFile
 from iocompiler.runtime.reference import run_plan
-from iocompiler.runtime.tune_matmul import Built, Folding, tune_matmuls
+from iocompiler.runtime.tune_matmul import Built, Folding, _Subject, tune_matmuls
 from tests.codegen.matmuls import SMALL, plan_on_fakes
 from tests.plan.graphs import Planned
 
@@ -188,6 +189,36 @@ def test_equal_sites_are_equal_regions() -> None:
     assert [apart(plan, site) for site in found[:2]] == [apart(plan, site) for site in found[2:]]
 
 
+def looked_up(x: Tensor, w: Tensor, ids: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+    return torch.tanh(x @ w.t() + table[ids]) * scale
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_arguments_are_as_the_region_wants_them(
+    dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the GPU's bench makes up, tried on the CPU: layouts, sizes, indices that stay inside."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1 << 28, 1 << 30))
+    bench = object.__new__(GpuRegionBench)
+    bench.index, bench.device, bench._l2_bytes = 0, torch.device("cpu"), 1 << 16
+    planned = Planned()
+    ids, table = torch.tensor([3, 1, 2, 0, 3, 2, 1]), torch.randn(4, 12)
+    given = (torch.randn(7, 5), torch.randn(12, 5), ids, table, torch.tensor(2.0))
+    planned(looked_up, dynamic=dynamic)(*given)
+    (plan,) = planned.plans
+    (site,) = sites(plan)
+    subject = _Subject.of(plan, site, {})
+    sizes = dict.fromkeys(subject.sizes, 9) if dynamic else {}
+    sets = bench._argument_sets(subject.region, sizes)
+    assert len(sets) > 1
+    for args in sets:
+        results = run_plan(subject.with_tile(SMALL), list(args))
+        torch.testing.assert_close(results, run_plan(subject.region, list(args)))
+        assert all(torch.isfinite(result).all() for result in results)
+    (picked,) = (x for x in sets[0] if isinstance(x, Tensor) and x.dtype == torch.int64)
+    assert picked.max() > 1, "rows of the whole table are read"
+
+
 # --- the plan file
 
 
@@ -256,7 +287,6 @@ def test_by_price_on_a_device_that_was_measured(
 @pytest.mark.gpu
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import iocompiler as ioc
-    from iocompiler.runtime.measure_region import GpuRegionBench
 
     given = [
         torch.randn(*shape, device="cuda").mul(0.1).bfloat16().requires_grad_() for shape in SHAPES
