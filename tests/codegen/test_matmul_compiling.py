@@ -50,7 +50,7 @@ def text_of(module: Module) -> str:
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [*((name, "h200") for name in FUNCTIONS), ("gelu", "a100"), ("gated", "a100")],
+    [("gelu", "h200"), ("gated", "h200"), ("odd", "h200"), ("gelu", "a100")],
 )
 def test_the_chosen_tile(name: str, device: str) -> None:
     module, tile = prepared(name, device, 0, torch.bfloat16)
@@ -65,14 +65,11 @@ def test_the_chosen_tile(name: str, device: str) -> None:
         assert "LDGSTS.E.BYPASS.128" in text
 
 
-def test_both_ways_to_load() -> None:
-    by_pointers, _ = prepared("residual", "h200", 0, torch.bfloat16, "pointers")
-    by_descriptors, _ = prepared("residual", "h200", 0, torch.bfloat16, "descriptors")
-    assert "LDGSTS.E.BYPASS.128" in text_of(by_pointers)
-    assert "UTMALDG" in text_of(by_descriptors)
-    for module in (by_pointers, by_descriptors):
-        (taken,) = module.resources.values()
-        assert taken["spills"] == 0
+def test_by_pointers_on_hopper() -> None:
+    module, _ = prepared("residual", "h200", 0, torch.bfloat16, "pointers")
+    assert "LDGSTS.E.BYPASS.128" in text_of(module)
+    (taken,) = module.resources.values()
+    assert taken["spills"] == 0
 
 
 def test_pointers_that_are_not_aligned_have_a_kernel_of_their_own() -> None:
@@ -92,15 +89,15 @@ def test_pointers_that_are_not_aligned_have_a_kernel_of_their_own() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["h200", "a100"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("rank", range(1, 4))
+@pytest.mark.parametrize("rank", range(4))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_other_tiles(name: str, device: str, rank: int, dtype: torch.dtype) -> None:
+def test_all_tiles(name: str, device: str, rank: int, dtype: torch.dtype) -> None:
     module, _ = prepared(name, device, rank, dtype)
     (taken,) = module.resources.values()
     assert taken["spills"] <= 32  # what spills is not taken by the clock
 
 
-@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("tf32", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_float32(tf32: bool) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
