@@ -62,11 +62,10 @@ def folded_steps(records: list[Compilation], name: str) -> list[MatmulStep]:
     return [s for r in records for s in r.plans[name].steps if isinstance(s, MatmulStep)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_training_step(dtype: torch.dtype) -> None:
+def test_a_training_step() -> None:
     records: list[Compilation] = []
     draws = [{"x": torch.randn(2, 20, 32), "scale": torch.randn(2, 20, 1)} for _ in range(3)]
-    assert_as_accurate_as_eager(made, draws, compiler(records), dtype=dtype)
+    assert_as_accurate_as_eager(made, draws, compiler(records), dtype=torch.bfloat16)
     assert len(folded_steps(records, "forward")) >= 2
     assert any(len(s.product.rights) == 2 for s in folded_steps(records, "forward"))
     assert folded_steps(records, "backward")

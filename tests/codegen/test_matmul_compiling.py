@@ -50,7 +50,7 @@ def text_of(module: Module) -> str:
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [("gelu", "h200"), ("gated", "h200"), ("odd", "h200"), ("gelu", "a100")],
+    [("residual", "h200"), ("gated", "h200"), ("odd", "h200"), ("residual", "a100")],
 )
 def test_the_chosen_tile(name: str, device: str) -> None:
     module, tile = prepared(name, device, 0, torch.bfloat16)
@@ -97,7 +97,8 @@ def test_all_tiles(name: str, device: str, rank: int, dtype: torch.dtype) -> Non
     assert taken["spills"] <= 32  # what spills is not taken by the clock
 
 
-@pytest.mark.parametrize("tf32", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tf32", [False, True])
 def test_float32(tf32: bool) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
