@@ -13,25 +13,25 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.harness import first_line, note, wanted
+from benchmarks.harness import Skipped, device_error, first_line, note, wanted
 from benchmarks.matmul_zoo import PARTS, Product
 from benchmarks.schedules import plan_on_fakes
 from benchmarks.table import Cell, Row, Table, geometric_mean
 from iocompiler.cost_model.device import DEVICES, Device, current_device
 from iocompiler.cost_model.matmul_tiles import Space, candidates
 from iocompiler.plan.data import Plan
-from iocompiler.plan.fold import Site, folded, sites
+from iocompiler.plan.fold import folded, sites
 from iocompiler.plan.product import MatmulTile
 from iocompiler.runtime.measure_region import GpuRegionBench
-from iocompiler.runtime.tune_matmul import Built
+from iocompiler.runtime.tune_matmul import Built, RegionBench
 from tests.accuracy import FORWARD_FACTOR, SLACK, relative_error
 
 COLUMNS = (
@@ -42,22 +42,13 @@ COLUMNS = (
 
 def main() -> None:
     args = arguments()
-    started = time.perf_counter()
     gpu = timing.on_gpu()
     device = current_device(torch.device("cuda")) if gpu else DEVICES["h200"]
     bench = GpuRegionBench(torch.device("cuda")) if gpu else None
-    table = Table(f"matmul: {args.part}", COLUMNS)
-    with ThreadPoolExecutor(1) as compiler:
-        # a few rows ahead of the clock: compiling everything first would waste what the limit cuts
-        work: list[_Work] = []
-        for each in _planned(args, device, bench, compiler):
-            work.append(each)
-            if len(work) > args.ahead:
-                _row(table, work.pop(0), bench, args, started)
-        for each in work:
-            _row(table, each, bench, args, started)
-    _summary(table, started)
-    table.finish(args.json)
+    run = Run(args, device, bench, Table(f"matmul: {args.part}", COLUMNS))
+    run.all(each for part in args.part.split(",") for each in PARTS[part]())
+    summarize(run.table, run.started)
+    run.table.finish(args.json)
 
 
 def arguments() -> argparse.Namespace:
@@ -78,92 +69,95 @@ class _Work:
     """One product, its plan as it stands and with each tile, being compiled."""
 
     product: Product
-    site: Site | None
-    plan: Plan | None
+    plan: Plan
     tiles: list[MatmulTile]
     modeled: list[float]
     built: Future[list[Built | None]] | None
-    note: str = ""
 
 
-def _planned(
-    args: argparse.Namespace,
-    device: Device,
-    bench: GpuRegionBench | None,
-    compiler: ThreadPoolExecutor,
-) -> Iterator[_Work]:
-    for part in args.part.split(","):
-        for product in PARTS[part]():
-            if wanted(product.name, args.only):
+@dataclass
+class Run:
+    """The table being filled; ``bench`` is None where nothing can be timed."""
+
+    args: argparse.Namespace
+    device: Device
+    bench: RegionBench | None
+    table: Table
+    started: float = field(default_factory=time.perf_counter)
+    broken: str = ""
+
+    def all(self, products: Iterable[Product]) -> None:
+        """Plan each product, compile it while those before are timed, time it."""
+        waiting: list[tuple[Row, _Work]] = []
+        with ThreadPoolExecutor(1) as compiler:
+            for product in products:
+                if not wanted(product.name, self.args.only):
+                    continue
+                row: Row = {"name": product.name, "group": product.group}
+                self.table.rows.append(row)
                 try:
-                    yield _work(product, args.most, device, bench, compiler)
-                except Exception as error:
-                    text = f"{type(error).__name__}: {first_line(error)}"
-                    yield _Work(product, None, None, [], [], None, text)
+                    self._raise_if_over()
+                    waiting.append((row, self._planned(row, product, compiler)))
+                except Exception as error:  # whatever is wrong with it is its result
+                    self._failed(row, error)
+                # a few products are ahead of the clock: what the limit cuts is not compiled
+                if len(waiting) > self.args.ahead:
+                    self._timed(*waiting.pop(0))
+            for each in waiting:
+                self._timed(*each)
 
+    def _raise_if_over(self) -> None:
+        if self.broken:
+            raise Skipped(f"the device failed before: {self.broken}")
+        if time.perf_counter() - self.started > self.args.limit:
+            raise Skipped(f"past {self.args.limit:.0f} s")
 
-def _work(
-    product: Product,
-    most: int,
-    device: Device,
-    bench: GpuRegionBench | None,
-    compiler: ThreadPoolExecutor,
-) -> _Work:
-    names = tuple(product.function.__code__.co_varnames[: len(product.layouts)])
-    layouts = dict(zip(names, product.layouts, strict=True))
-    plan = plan_on_fakes(product.function, layouts, names)
-    found = sites(plan)
-    if len(found) != 1:
-        return _Work(product, None, None, [], [], None, f"{len(found)} sites")
-    (site,) = found
-    tiles = candidates(*site.key, device, most=most)
-    space = Space(*site.key, device, {})
-    modeled = [space.seconds(tile) for tile in tiles]
-    plans = [plan, *(folded(plan, {site.key: tile}) for tile in tiles)]
-    built = compiler.submit(bench.load, plans) if bench is not None else None
-    return _Work(product, site, plan, tiles, modeled, built)
+    def _failed(self, row: Row, error: Exception) -> None:
+        note(row, "failed", f"{type(error).__name__}: {first_line(error)}")
+        if not isinstance(error, Skipped):
+            self.broken = self.broken or device_error()
+        print(_line(row), flush=True)
 
+    def _planned(self, row: Row, product: Product, compiler: ThreadPoolExecutor) -> _Work:
+        names = product.function.__code__.co_varnames[: len(product.layouts)]
+        plan = plan_on_fakes(
+            product.function, dict(zip(names, product.layouts, strict=True)), names
+        )
+        (site,) = sites(plan)
+        tiles = candidates(*site.key, self.device, most=self.args.most)
+        space = Space(*site.key, self.device, {})
+        row["chosen"] = shown(tiles[0])
+        plans = [plan, *(folded(plan, {site.key: tile}) for tile in tiles)]
+        built = compiler.submit(self.bench.load, plans) if self.bench is not None else None
+        return _Work(product, plan, tiles, [space.seconds(tile) for tile in tiles], built)
 
-def _row(
-    table: Table,
-    work: _Work,
-    bench: GpuRegionBench | None,
-    args: argparse.Namespace,
-    started: float,
-) -> None:
-    row: Row = {"name": work.product.name, "group": work.product.group, "note": work.note or None}
-    if work.tiles:
-        row["chosen"] = shown(work.tiles[0])
-    if time.perf_counter() - started > args.limit:
-        row["note"] = f"past {args.limit:.0f} s"
-        if work.built is not None:
-            work.built.cancel()
-    elif bench is not None and work.built is not None:
+    def _timed(self, row: Row, work: _Work) -> None:
         try:
-            _measure(row, work, bench, args.check)
+            if work.built is not None and self.bench is not None:
+                self._raise_if_over()
+                _measure(row, work, work.built.result(), self.bench, self.args.check)
         except Exception as error:  # whatever a kernel raises is its result
-            note(row, "failed", f"{type(error).__name__}: {first_line(error)}")
-        torch.cuda.empty_cache()
-    table.rows.append(row)
-    table.write(args.json)
-    print(_line(row), flush=True)
+            if work.built is not None:
+                work.built.cancel()
+            self._failed(row, error)
+            return
+        self.table.write(self.args.json)
+        print(_line(row), flush=True)
 
 
-def _measure(row: Row, work: _Work, bench: GpuRegionBench, check: bool) -> None:
-    assert work.built is not None
-    assert work.plan is not None
-    apart, *built = work.built.result()
-    ways = {tile: run for tile, run in zip(work.tiles, built, strict=True) if run is not None}
+def _measure(
+    row: Row, work: _Work, built: Sequence[Built | None], bench: RegionBench, check: bool
+) -> None:
+    apart, *folds = built
+    ways = {tile: run for tile, run in zip(work.tiles, folds, strict=True) if run is not None}
     if apart is None:
         raise RuntimeError("the kernel behind the product does not compile")
     if work.tiles[0] not in ways:
         note(row, "chosen", "does not compile, or spills")
     if check:
-        for tile, run in list(ways.items()):
-            wrong = _wrong(work.product, work.plan, run)
-            if wrong:
-                note(row, shown(tile), wrong)
-                del ways[tile]
+        for tile, wrong in _wrong(work.product, ways).items():
+            note(row, shown(tile), wrong)
+            del ways[tile]
     runs = [_library(work.product), apart, *ways.values()]
     library, both, *times = bench.time(work.plan, runs, {})
     row["library us"], row["apart us"] = _us(library), _us(both)
@@ -191,22 +185,27 @@ def _library(product: Product) -> Built:
     return lambda args: [product.library(*args)]
 
 
-def _wrong(product: Product, plan: Plan, run: Built) -> str:
-    """By how much a kernel errs more than eager against float64; "" where it does not."""
-    generator = torch.Generator("cuda").manual_seed(1)
+def _wrong(product: Product, ways: Mapping[MatmulTile, Built]) -> dict[MatmulTile, str]:
+    """Of each kernel that errs more against float64 than eager may, by how much."""
+    generator = torch.Generator(_place()).manual_seed(1)
     given = [_random(shape, strides, generator) for shape, strides in product.layouts]
-    assert len(given) == len(plan.inputs)
-    (got,) = run(list(given))
     exact = product.function(*(x.double() for x in given))
-    eager = relative_error(product.function(*given), exact)
-    error = relative_error(got, exact)
-    allowed = FORWARD_FACTOR * eager + SLACK
-    return "" if error <= allowed else f"WRONG: errs by {error:.3g}, allowed {allowed:.3g}"
+    allowed = FORWARD_FACTOR * relative_error(product.function(*given), exact) + SLACK
+    errors = {tile: relative_error(run(list(given))[0], exact) for tile, run in ways.items()}
+    return {
+        tile: f"WRONG: errs by {error:.3g}, allowed {allowed:.3g}"
+        for tile, error in errors.items()
+        if not error <= allowed
+    }
 
 
 def _random(shape: tuple[int, ...], strides: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    tensor = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="cuda")
+    tensor = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device=_place())
     return tensor.normal_(generator=generator)
+
+
+def _place() -> str:
+    return "cuda" if timing.on_gpu() else "cpu"
 
 
 def shown(tile: MatmulTile) -> str:
@@ -223,7 +222,7 @@ def _line(row: Row) -> str:
     return f"{str(row['name'])[:26]:26} {cells}  {row.get('chosen') or ''}  {row.get('note') or ''}"
 
 
-def _summary(table: Table, started: float) -> None:
+def summarize(table: Table, started: float) -> None:
     """By group: the mean gain over the library and a kernel, the worst, and the choice's."""
     for group in dict.fromkeys(row["group"] for row in table.rows):
         rows = [row for row in table.rows if row["group"] == group]
