@@ -12,8 +12,7 @@ from iocompiler.codegen import expressions
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.prelude import PRELUDE
 from iocompiler.plan.data import MatmulStep, Schedule
-from iocompiler.plan.matrix import along
-from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.product import DIRECTIONS, MatmulTile, along
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import Buffer, Op
 
@@ -22,7 +21,8 @@ _SUMS = {"sums0": "sums", "sums1": "others"}
 _TEMPLATES = ("matmul.py", "matmul_descriptors.py")
 # loads one element at a time need a register each, and an address
 _ANY_POINTERS = MatmulTile(64, 64, 32, num_warps=4, num_stages=2)
-_POSITIONS = (("b", "b", "z"), ("m", "m", "y"), ("n", "n", "x"))
+# of a tile: along the batch it is one matrix, along rows y, along columns x
+_TILE_DIRECTIONS = dict(zip(DIRECTIONS, "zyx", strict=True))
 
 
 def emit_matmul(step: MatmulStep, name: str) -> str:
@@ -69,8 +69,8 @@ class _Epilogue(KernelWriter):
     def __init__(self, step: MatmulStep):
         super().__init__(step.program, Schedule("pointwise"))
         made, tile = step.product, step.tile
-        for direction, position, dim in _POSITIONS:
-            self.flat_axes(along(step.program, direction), position, dim)
+        for direction, dim in _TILE_DIRECTIONS.items():
+            self.flat_axes(along(step.program, direction), direction, dim)
         self.bounded("y", "m", made.m, tile.m)
         self.bounded("x", "n", made.n, tile.n)
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from iocompiler.plan.product import DIRECTIONS, along
 from iocompiler.plan.sizes import divide, equal, normal
 from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import Affine, Axis, Size, product, row_major
 from iocompiler.tile.program import Buffer, Builder, Op, TileProgram
-
-DIRECTIONS = ("b", "m", "n")
 
 
 class NoEpilogue(Exception):
@@ -153,11 +152,6 @@ def _reindexed(program: TileProgram, rename: Mapping[str, Affine]) -> TileProgra
         for op in program.ops
     )
     return replace(program, ops=ops)
-
-
-def along(program: TileProgram, direction: str) -> tuple[Axis, ...]:
-    """The axes of an epilogue that lie along b, m or n."""
-    return tuple(a for a in program.parallel if a.name.startswith(direction))
 
 
 def _check_stores(program: TileProgram) -> None:

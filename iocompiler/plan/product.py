@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 
-from iocompiler.tile.index import Size
-from iocompiler.tile.program import Buffer
+from iocompiler.tile.index import Axis, Size
+from iocompiler.tile.program import Buffer, TileProgram
 
+# the axes of an epilogue are named after the direction they lie in: batch, rows, columns
+DIRECTIONS = ("b", "m", "n")
 # at multiples of as much, loads are whole and the copy engine takes an operand
 ALIGNED_BYTES = 16
 
@@ -98,3 +100,8 @@ def _extent(shape: tuple[Size, ...], strides: tuple[Size, ...]) -> Size:
     if any(isinstance(size, int) and size == 0 for size in shape):
         return 0
     return sum(((n - 1) * stride for n, stride in zip(shape, strides, strict=True)), 1)
+
+
+def along(program: TileProgram, direction: str) -> tuple[Axis, ...]:
+    """The axes of an epilogue that lie along b, m or n."""
+    return tuple(a for a in program.parallel if a.name.startswith(direction))
