@@ -78,6 +78,15 @@ def gelu_gated(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return F.gelu(torch.mm(x, w)) * torch.mm(x, v)
 
 
+def gelu_halves(x: Tensor, w: Tensor) -> Tensor:
+    value, gate = F.linear(x, w).chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def whole(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w)
+
+
 def product(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     return torch.mm(x, w)
 
@@ -99,9 +108,15 @@ def epilogues() -> Iterator[Product]:
 
 
 def gates() -> Iterator[Product]:
-    """Both halves of a gated layer: of Llama's and of others' shapes."""
+    """Both halves of a gated layer: of Llama's and of others' shapes, of two weights or of one."""
+    shapes = ((8192, 2048, 8192), (8192, 4096, 14336), (2048, 1024, 4096))
+    for rows, width, hidden in shapes:
+        layouts = (dense(rows, width), dense(2 * hidden, width))
+        title = f"geglu halves {rows} {width} {hidden}"
+        sizes = (rows, hidden, width)
+        yield Product(title, "gated", gelu_halves, whole, layouts, sizes, products=2)
     for name, function in (("swiglu", gated), ("geglu", gelu_gated)):
-        for rows, width, hidden in ((8192, 2048, 8192), (8192, 4096, 14336), (2048, 1024, 4096)):
+        for rows, width, hidden in shapes:
             weight = transposed(width, hidden)
             layouts = (dense(rows, width), weight, weight)
             sizes = (rows, hidden, width)

@@ -12,7 +12,7 @@ from iocompiler.codegen import expressions
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.prelude import PRELUDE
 from iocompiler.plan.data import MatmulStep, Schedule
-from iocompiler.plan.product import DIRECTIONS, MatmulTile, along
+from iocompiler.plan.product import DIRECTIONS, MatmulTile, Product, along
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import Buffer, Op
 
@@ -132,7 +132,7 @@ def _kernel(step: MatmulStep, name: str) -> str:
             f"def {name}({', '.join(parameters)}):",
             f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {space}"""',
             f"    {template}(",
-            f"        left_ptr, right_ptr, {'second_ptr' if second else None},",
+            f"        left_ptr, {', '.join(_rights(made))},",
             f"        {sizes},",
             f"        {_strides(made.left)}, {_strides(made.rights[0])},"
             f" {_strides(second or (0, 0, 0))},",
@@ -143,6 +143,15 @@ def _kernel(step: MatmulStep, name: str) -> str:
             "",
         ]
     )
+
+
+def _rights(made: Product) -> list[str]:
+    """The right operands from where they begin; None for a second one that is not there."""
+    texts = [
+        f"{name}_ptr" + (f" + {expressions.extent(start)}" if start != 0 else "")
+        for name, start in zip(("right", "second"), made.starts, strict=False)
+    ]
+    return texts if len(texts) > 1 else [*texts, "None"]
 
 
 def _strides(strides: tuple[Size, Size, Size]) -> str:

@@ -12,8 +12,7 @@ import torch
 from iocompiler.cost_model.cost import Contraction, Cost
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.roofline import time
-from iocompiler.plan.product import ALIGNED_BYTES, Product
-from iocompiler.tile.index import Size
+from iocompiler.plan.product import Product
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import Traffic, traffic
 
@@ -22,9 +21,7 @@ def matmul_cost(made: Product, program: TileProgram) -> Cost:
     """Operands once, what the epilogue reads and writes once, the arithmetic of both."""
     rights = len(made.rights)
     moved = epilogue_traffic(made, program)
-    operands: Size = 0
-    for operand in made.operands:
-        operands = operands + operand.elements * made.dtype.itemsize
+    operands = sum(made.elements_read, 0) * made.dtype.itemsize
     inner = Contraction(made.batch, made.m, made.n, made.k, made.dtype, is_aligned(made))
     return Cost(
         moved.read_bytes + operands,
@@ -46,14 +43,10 @@ def is_aligned(made: Product) -> bool:
     """Whether rows of every operand start on boundaries that its loads need to be whole."""
     if not made.aligned:
         return False
-    for strides in (made.left, *made.rights):
-        row, column, batch = strides
+    for row, column, batch in (made.left, *made.rights):
         leading = row if column == 1 else column if row == 1 else None
-        if leading is None:
+        if leading is None or not (made.is_whole(leading) and made.is_whole(batch)):
             return False
-        for stride in (leading, batch):
-            if not isinstance(stride, int) or stride * made.dtype.itemsize % ALIGNED_BYTES:
-                return False
     return True
 
 

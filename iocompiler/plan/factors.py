@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from iocompiler.plan.data import AtenStep, Ref, TensorSpec
 from iocompiler.plan.matrix import Added
-from iocompiler.plan.sizes import equal
+from iocompiler.plan.sizes import divide, equal
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
 
@@ -29,6 +29,7 @@ class Factors:
         added: name, strides likewise and elements of what is added to the sums; or None.
         elements: from the result's first to its last.
         tf32: float32 operands may be rounded to it.
+        start: the first column of a whole product that is meant.
     """
 
     title: str
@@ -43,6 +44,14 @@ class Factors:
     added: tuple[str, Strides, Size] | None
     elements: Size
     tf32: bool
+    start: Size = 0
+
+    def halves(self) -> tuple[Factors, Factors] | None:
+        """Its left and its right columns as two products of one left operand."""
+        half = divide(self.n, 2)
+        if half is None:
+            return None
+        return replace(self, n=half), replace(self, n=half, start=half)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -63,7 +72,7 @@ class Factors:
         if self.added is None:
             return None
         _, strides, elements = self.added
-        return Added(Buffer(name, self.dtype, "in", elements), strides)
+        return Added(Buffer(name, self.dtype, "in", elements), strides, self.start * strides[2])
 
 
 def factors_of(step: AtenStep, specs: Mapping[str, TensorSpec]) -> Factors | None:

@@ -33,7 +33,7 @@ from iocompiler.plan.data import (
 )
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
-from iocompiler.plan.product import ALIGNED_BYTES, MatmulTile, Product
+from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
@@ -219,18 +219,29 @@ class _Look:
         products = self._products(step)
         if not products:
             return None
-        tries = [pair for pair in [self._pair(products)] if pair] + [{each} for each in products]
         reasons = []
-        for group in tries:
+        for group in self._groups(products):
             try:
-                site = self._site(place, step, {n: products[n] for n in products if n in group})
+                site = self._site(place, step, group)
             except NoEpilogue as error:
-                reasons.append(str(error))
+                reasons.append((len(group) > 1, group[0][0], str(error)))
                 continue
             self.taken |= set(site.places)
             return site
-        # the one that was tried last is by itself
-        return Declined(step.name, next(iter(tries[-1])), reasons[-1])
+        # what stands in the way of a product by itself
+        _, product, reason = min(reasons, key=lambda each: each[0])
+        return Declined(step.name, product, reason)
+
+    def _groups(self, products: Mapping[str, Factors]) -> Iterator[list[tuple[str, Factors]]]:
+        """What may be made in one step: two products of one left operand, one, its halves."""
+        pair = self._pair(products)
+        if pair:
+            yield [(name, products[name]) for name in products if name in pair]
+        for name, factors in products.items():
+            yield [(name, factors)]
+            halves = factors.halves()
+            if halves is not None:
+                yield [(name, half) for half in halves]
 
     def _products(self, step: KernelStep) -> dict[str, Factors]:
         """The products the kernel reads whole, by the values they make, the longest sums first."""
@@ -255,9 +266,9 @@ class _Look:
                     return {one, other}
         return set()
 
-    def _site(self, place: int, step: KernelStep, products: Mapping[str, Factors]) -> Site:
+    def _site(self, place: int, step: KernelStep, products: Sequence[tuple[str, Factors]]) -> Site:
         rows: list[tuple[str, Factors, Made]] = []
-        for number, (name, factors) in enumerate(products.items()):
+        for number, (name, factors) in enumerate(products):
             self._check_order(place, step, name, factors)
             rows.append((name, factors, self._made(place, step, name, factors, number)))
         program = epilogue(step.program, [row for _, _, row in rows])
@@ -269,28 +280,40 @@ class _Look:
                 names[row.added.buffer.name] = factors.added[0]
             if row.kept is not None:
                 names[row.kept.name] = name
-        first = rows[0][1]
-        product = Product(
-            first.batch, first.m, first.n, first.k, first.dtype,
-            first.left[1], tuple(f.right[1] for _, f, _ in rows), first.tf32,
-            all(map(self._aligned, (first.left[0], *(f.right[0] for _, f, _ in rows)))),
-        )  # fmt: skip
-        makers = [self.steps[self.maker[name]] for name, _, _ in rows]
+        product = self._product([factors for _, factors, _ in rows])
+        places = dict.fromkeys(self.maker[name] for name, _, _ in rows)
+        makers = [self.steps[at] for at in places]
         calls = [maker for maker in makers if isinstance(maker, AtenStep)]
         title = "_and_".join(dict.fromkeys(f.title for _, f, _ in rows))
-        kept = [(name, self.specs[name]) for name, _, row in rows if row.kept is not None]
+        stored = dict.fromkeys(name for name, _, row in rows if row.kept is not None)
+        kept = [(name, self.specs[name]) for name in stored]
         own = program.buffers[len(rows) :]
         folded = MatmulStep(
             f"{step.name}_of_{title}",
             product,
             program,
             UNCHOSEN,
-            (first.left[0], *(f.right[0] for _, f, _ in rows), *(names[b.name] for b in own)),
+            (
+                rows[0][1].left[0],
+                *(f.right[0] for _, f, _ in rows),
+                *(names[b.name] for b in own),
+            ),
             (*step.outputs, *kept),
             (*(call.node for call in calls), *step.nodes),
             tuple(dict.fromkeys([*(c.where for c in calls if c.where), *step.where])),
         )
-        return Site("", folded, (*(self.maker[name] for name, _, _ in rows), place))
+        return Site("", folded, (*places, place))
+
+    def _product(self, rows: Sequence[Factors]) -> Product:
+        first = rows[0]
+        starts = tuple(f.start * f.right[1][1] for f in rows)
+        found = Product(
+            first.batch, first.m, first.n, first.k, first.dtype,
+            first.left[1], tuple(f.right[1] for f in rows), starts, first.tf32,
+        )  # fmt: skip
+        begins = [self._offset(first.left[0])]
+        begins += [self._offset(f.right[0]) + start for f, start in zip(rows, starts, strict=True)]
+        return replace(found, aligned=all(map(found.is_whole, begins)))
 
     def _made(self, place: int, step: KernelStep, name: str, factors: Factors, number: int) -> Made:
         shows = [
@@ -300,7 +323,9 @@ class _Look:
         ]
         if not all(equal(self._offset(arg), 0) for _, arg in shows):
             raise NoEpilogue("it reads a part of the product")
-        spec = self.specs[name]
+        spec, start = self.specs[name], factors.start * factors.result[2]
+        # halves are stored into one tensor
+        number = number if factors.start == 0 else number - 1
         kept = self.last.get(name, 0) > place
         return Made(
             frozenset(buffer.name for buffer, _ in shows),
@@ -309,11 +334,8 @@ class _Look:
             factors.result,
             factors.added_to(f"bias{number}"),
             Buffer(f"product{number}", spec.dtype, "out", factors.elements) if kept else None,
+            start,
         )
-
-    def _aligned(self, name: str) -> bool:
-        offset, spec = self._offset(name), self.specs[name]
-        return isinstance(offset, int) and offset * spec.dtype.itemsize % ALIGNED_BYTES == 0
 
     def _offset(self, name: str) -> Size:
         offset: Size = 0

@@ -25,16 +25,20 @@ class NoEpilogue(Exception):
 
 @dataclass(frozen=True)
 class Added:
-    """A tensor that is added to the sums before they are rounded: strides along b, m and n."""
+    """A tensor that is added to the sums before they are rounded: strides along b, m and n, from
+    the element ``start`` on.
+    """
 
     buffer: Buffer
     strides: tuple[Size, Size, Size]
+    start: Size = 0
 
 
 @dataclass(frozen=True)
 class Made:
-    """A product as the program reads it: ``shape`` and ``strides`` along b, m and n, ``buffers``
-    that all stand for it, the ``kept`` one in which it is stored, too.
+    """A product as the program reads it: ``shape`` and ``strides`` along b, m and n, from the
+    element ``start`` on of ``buffers``, which all stand for it, and of the ``kept`` one in which it
+    is stored, too.
     """
 
     buffers: frozenset[str]
@@ -43,6 +47,13 @@ class Made:
     strides: tuple[Size, Size, Size]
     added: Added | None = None
     kept: Buffer | None = None
+    start: Size = 0
+
+    def is_read_by(self, op: Op) -> bool:
+        """Whether the operation loads an element of it."""
+        if op.kind != "load" or op.buffer not in self.buffers or op.index is None:
+            return False
+        return equal(op.index.const, self.start)
 
 
 def epilogue(program: TileProgram, products: Sequence[Made]) -> TileProgram:
@@ -58,6 +69,8 @@ def epilogue(program: TileProgram, products: Sequence[Made]) -> TileProgram:
     if program.reduced or any(op.kind in ("reduce", "scan") for op in program.ops):
         raise NoEpilogue("it reduces")
     program = merge_axes(program)
+    for op in program.ops:
+        _check_load(op, products)
     for made in products:
         program = _over_product(program, made)
     _check_stores(program)
@@ -84,23 +97,30 @@ def _over_product(program: TileProgram, made: Made) -> TileProgram:
             axes[direction].insert(0, axis)
             left, step = rest, normal(step * axis.size)
     ordered = [axis for name in DIRECTIONS for axis in axes[name]]
-    if len(ordered) != len(program.parallel) or not equal(index.const, 0):
+    if len(ordered) != len(program.parallel):
         raise NoEpilogue("it computes more, or less, than a value for each element of the product")
     return _named(replace(program, parallel=tuple(ordered)), axes)
 
 
 def _place(program: TileProgram, made: Made) -> Affine:
     """The one index at which the product is read."""
-    loads = [op for op in program.ops if op.kind == "load" and op.buffer in made.buffers]
-    found = {op.index for op in loads}
-    if any(op.inputs for op in loads):
-        raise NoEpilogue("it reads the product under a condition")
+    found = {op.index for op in program.ops if op.index is not None and made.is_read_by(op)}
     if len(found) != 1:
-        raise NoEpilogue("it reads the product at several places")
+        raise NoEpilogue("it reads the product at several places, or a part of it")
     (index,) = found
-    if index is None or index.values:
-        raise NoEpilogue("it reads the product at computed places")
     return index
+
+
+def _check_load(op: Op, products: Sequence[Made]) -> None:
+    """What is read of a product must be what becomes the sums."""
+    if op.kind != "load" or not any(op.buffer in made.buffers for made in products):
+        return
+    if op.inputs:
+        raise NoEpilogue("it reads the product under a condition")
+    if op.index is not None and op.index.values:
+        raise NoEpilogue("it reads the product at computed places")
+    if not any(made.is_read_by(op) for made in products):
+        raise NoEpilogue("it reads the product at several places, or a part of it")
 
 
 def _axis_with(program: TileProgram, index: Affine, step: Size, taken: set[Axis]) -> Axis:
@@ -169,7 +189,7 @@ def _check_stores(program: TileProgram) -> None:
 
 
 def _with_sums(program: TileProgram, products: Sequence[Made]) -> TileProgram:
-    build, moved, rounded = Builder(), list[int](), dict[str, int]()
+    build, moved, rounded = Builder(), list[int](), list[tuple[Made, int]]()
     sums = tuple(
         Buffer(f"sums{i}", torch.float32, "in", product(list(made.shape)))
         for i, made in enumerate(products)
@@ -177,21 +197,21 @@ def _with_sums(program: TileProgram, products: Sequence[Made]) -> TileProgram:
     for made, buffer in zip(products, sums, strict=True):
         value = build.load(buffer.name, row_major(program.parallel), torch.float32)
         if made.added is not None:
-            at = _address(program, made.added.strides)
+            at = _address(program, made.added.strides) + made.added.start
             added = build.load(made.added.buffer.name, at, made.dtype)
             value = build.map("add", value, build.cast(added, torch.float32))
-        value = build.cast(value, made.dtype)
-        rounded |= dict.fromkeys(made.buffers, value)
+        rounded.append((made, build.cast(value, made.dtype)))
     for op in program.ops:
-        stands = op.kind == "load" and op.buffer in rounded
-        moved.append(rounded[op.buffer] if stands else build.add(_moved(op, moved)))
-    for made in products:
+        stands = next((value for made, value in rounded if made.is_read_by(op)), None)
+        moved.append(build.add(_moved(op, moved)) if stands is None else stands)
+    for made, value in rounded:
         if made.kept is not None:
-            at = _address(program, made.strides)
-            build.store(made.kept.name, at, rounded[next(iter(made.buffers))])
-    first = tuple(m.added.buffer for m in products if m.added is not None)
-    kept = tuple(m.kept for m in products if m.kept is not None)
-    others = tuple(b for b in program.buffers if b.name not in rounded)
+            at = _address(program, made.strides) + made.start
+            build.store(made.kept.name, at, value)
+    first = dict.fromkeys(m.added.buffer for m in products if m.added is not None)
+    kept = dict.fromkeys(m.kept for m in products if m.kept is not None)
+    gone = {name for made in products for name in made.buffers}
+    others = tuple(b for b in program.buffers if b.name not in gone)
     return build.program(program.parallel, (), (*sums, *first, *others, *kept))
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from iocompiler.tile.index import Axis, Size
+from iocompiler.tile.index import Axis, Size, product
 from iocompiler.tile.program import Buffer, TileProgram
 
 # the axes of an epilogue are named after the direction they lie in: batch, rows, columns
@@ -46,7 +46,8 @@ class Product:
     """``batch`` products of a left [m, k] and one or two right [k, n] matrices of ``dtype``, summed
     in float32.
 
-    ``left`` and ``rights`` are strides in elements: along rows, along columns, along the batch.
+    ``left`` and ``rights`` are strides in elements: along rows, along columns, along the batch;
+    ``starts`` the elements at which the right ones begin in their tensors.
     ``tf32``: float32 operands may be rounded to it. ``aligned``: each starts at a multiple of 16
     bytes where the tensor does whose memory it shows.
     """
@@ -58,18 +59,28 @@ class Product:
     dtype: torch.dtype
     left: tuple[Size, Size, Size]
     rights: tuple[tuple[Size, Size, Size], ...]
+    starts: tuple[Size, ...]
     tf32: bool = False
     aligned: bool = True
 
     @property
     def operands(self) -> tuple[Buffer, ...]:
         """What the products read, as parameters of a kernel: "left", "right" and "second"."""
-        named = zip(("right", "second"), self.rights, strict=False)
-        sides = [("left", (self.m, self.k), self.left)]
-        sides += [(name, (self.k, self.n), strides) for name, strides in named]
+        named = zip(("right", "second"), self.rights, self.starts, strict=False)
+        sides = [("left", (self.m, self.k), self.left, 0)]
+        sides += [(name, (self.k, self.n), strides, start) for name, strides, start in named]
         return tuple(
-            Buffer(name, self.dtype, "in", _extent((*shape, self.batch), strides))
-            for name, shape, strides in sides
+            Buffer(name, self.dtype, "in", start + _extent((*shape, self.batch), strides))
+            for name, shape, strides, start in sides
+        )
+
+    @property
+    def elements_read(self) -> tuple[Size, ...]:
+        """Distinct elements of each operand: one that the batch shares is there once."""
+        shapes = [(self.m, self.k), *[(self.k, self.n)] * len(self.rights)]
+        return tuple(
+            product([n for n, stride in zip((*shape, self.batch), s, strict=True) if stride != 0])
+            for shape, s in zip(shapes, (self.left, *self.rights), strict=True)
         )
 
     @property
@@ -84,14 +95,16 @@ class Product:
 
     def _strides_fit(self, strides: tuple[Size, Size, Size]) -> bool:
         row, column, _ = strides
-        leading = row if column == 1 else column if row == 1 else None
-        if not isinstance(leading, int) or leading == 0:
-            return False
-        return leading * self.dtype.itemsize % ALIGNED_BYTES == 0
+        leading = row if column == 1 else column if row == 1 else 0
+        return leading != 0 and self.is_whole(leading)
+
+    def is_whole(self, elements: Size) -> bool:
+        """Whether so many elements are a multiple of 16 bytes."""
+        return isinstance(elements, int) and elements * self.dtype.itemsize % ALIGNED_BYTES == 0
 
     @property
     def size_symbols(self) -> frozenset[str]:
-        sizes = (self.batch, self.m, self.n, self.k, *self.left, *sum(self.rights, ()))
+        sizes = (self.batch, self.m, self.n, self.k, *self.left, *sum(self.rights, self.starts))
         return frozenset(s.name for n in sizes if not isinstance(n, int) for s in n.free_symbols)
 
 

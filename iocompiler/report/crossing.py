@@ -102,9 +102,10 @@ def _buffers(step: Step) -> Iterator[tuple[str, Traffic]]:
         for name, buffer in zip(step.args, step.program.buffers, strict=True):
             yield name, traffic(replace(step.program, buffers=(buffer,)))
     elif isinstance(step, MatmulStep):
-        count = len(step.product.operands)
-        for name, operand in zip(step.args, step.product.operands, strict=False):
-            yield name, Traffic(operand.elements * operand.dtype.itemsize, 0, 0, 0)
+        read, size = step.product.elements_read, step.product.dtype.itemsize
+        count = len(read)
+        for name, elements in zip(step.args, read, strict=False):
+            yield name, Traffic(elements * size, 0, 0, 0)
         for name, buffer in zip(step.args[count:], step.tensors, strict=True):
             yield name, traffic(replace(step.program, buffers=(buffer,)))
     elif isinstance(step, BatchStep):

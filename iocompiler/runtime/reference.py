@@ -104,11 +104,14 @@ def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, 
     count = len(made.operands)
     batch, m, n, k = size_values((made.batch, made.m, made.n, made.k), sizes)
     left, *rights = (
-        operand.as_strided((batch, *shape), (along_batch, *along)).float()
-        for operand, shape, (*along, along_batch) in zip(
+        operand.as_strided(
+            (batch, *shape), (along_batch, *along), operand.storage_offset() + start
+        ).float()
+        for operand, shape, (*along, along_batch), start in zip(
             flat[:count],
             [(m, k), *[(k, n)] * len(made.rights)],
             [size_values(strides, sizes) for strides in (made.left, *made.rights)],
+            size_values((0, *made.starts), sizes),
             strict=True,
         )
     )

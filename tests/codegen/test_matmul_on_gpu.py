@@ -22,19 +22,36 @@ from tests.accuracy import relative_error
 
 pytestmark = pytest.mark.gpu
 
+
+def halves(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    value, gate = F.linear(x, w, b).chunk(2, -1)
+    return value * F.gelu(gate)
+
+
 Pick = Callable[[list[MatmulTile]], MatmulTile]
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
     reason="needs the copy engine of Hopper",
 )
 # what its copy engine takes
-COPIED = ("gelu", "residual", "gated", "odd rows", "odd sums", "narrow", "rows as columns", "heads")
+COPIED = (
+    "gelu",
+    "residual",
+    "gated",
+    "halves",
+    "odd rows",
+    "odd sums",
+    "narrow",
+    "rows as columns",
+    "heads",
+)
 HALF = (torch.bfloat16, torch.float16)
 Shapes = tuple[tuple[int, ...], ...]
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), ((512, 256), (384, 256), (384,))),
     "residual": (lambda x, w, r: x @ w + r, ((1024, 512), (512, 768), (1024, 768))),
     "gated": (lambda x, w, v: F.silu(x @ w) * (x @ v), ((512, 256), (256, 384), (256, 384))),
+    "halves": (halves, ((512, 256), (768, 256), (768,))),
     "odd": (lambda x, w, r: x @ w + r, ((1021, 333), (333, 511), (1021, 511))),
     "odd rows": (lambda x, w, r: x @ w + r, ((1021, 328), (328, 504), (1021, 504))),
     "odd sums": (lambda x, w, r: x @ w + r, ((512, 200), (200, 512), (512, 512))),

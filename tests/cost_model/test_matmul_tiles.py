@@ -23,7 +23,7 @@ def product(
     m: Size, n: int, k: int, dtype: torch.dtype = torch.bfloat16, pair: bool = False
 ) -> Product:
     right = (1, k, 0)
-    return Product(1, m, n, k, dtype, (k, 1, 0), (right, right) if pair else (right,))
+    return Product(1, m, n, k, dtype, (k, 1, 0), (right,) * (1 + pair), (0,) * (1 + pair))
 
 
 def added(made: Product) -> TileProgram:

@@ -42,6 +42,11 @@ def by_position(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
     return (x @ w).view(2, 8, 3, 4).transpose(1, 2) * c
 
 
+def halves_gated(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    value, gate = F.linear(x, w.t(), b).chunk(2, -1)
+    return value * F.gelu(gate)
+
+
 X, W, B = (2, 8, 6), (6, 12), (12,)
 TAKEN: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "bias": (lambda x, w, b: x @ w + b, (X, W, B)),
@@ -59,11 +64,13 @@ TAKEN: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "addmm of a matrix": (lambda c, x, w: torch.addmm(c, x, w).relu(), ((8, 12), (8, 6), W)),
     "gated": (lambda x, w, v: F.silu(x @ w) * (x @ v), (X, W, W)),
     "gated, GELU": (lambda x, w, v: (x @ v) * F.gelu(x @ w, approximate="tanh"), (X, W, W)),
+    "halves": (halves_gated, (X, W)),
+    "halves of a linear layer": (lambda x, w, b: halves_gated(x, w, b), (X, W, B)),
     "two results": (lambda x, w: ((x @ w).sigmoid(), (x @ w).tanh()), (X, W)),
 }
 
 
-DIFFERENTIATED = ("linear and GELU", "residual", "heads", "scores", "gated", "two results")
+DIFFERENTIATED = ("linear and GELU", "residual", "heads", "gated", "halves of a linear layer")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +101,35 @@ def _run(f: Callable[..., Any], inputs: list[Tensor], wide: bool) -> list[Tensor
         for r, x in zip(results, given * 2, strict=False)
     )
     return [*results, *torch.autograd.grad(total, wanted, allow_unused=True)]
+
+
+def test_halves_of_one_product_are_two_of_one_operand() -> None:
+    compiled = Folded(TILE)
+    x, w, b = rand(16, 6), rand(12, 6), rand(12)
+    with torch.no_grad():
+        result = compiled(lambda x, w, b: halves_gated(x, w.t(), b))(x, w, b)
+    torch.testing.assert_close(result, halves_gated(x, w.t(), b))
+    (step,) = compiled.steps
+    assert step.product.n == 6
+    assert step.product.starts == (0, 6 * 6)
+    assert step.args[1] == step.args[2], "both are the one weight"
+    assert step.product.elements_read == (16 * 6, 6 * 6, 6 * 6)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, w: (y := x @ w)[:, :4] * y[:, 4:8],  # a part of it
+        lambda x, w: (y := x @ w)[:, :6] * y[:, 5:11],  # overlapping
+        lambda x, w: (y := x @ w)[:, :6] * y[:, 6:] + y.sum(),  # summed, too
+        lambda x, w: (y := x @ w)[:8] * y[8:],  # halves of its rows
+    ],
+)
+def test_what_are_no_halves(f: Callable[..., Tensor]) -> None:
+    planned = Planned()
+    with torch.no_grad():
+        planned(f)(rand(16, 6), rand(6, 12))
+    assert not sites(planned.plans[0])
 
 
 def test_the_gradient_of_an_activation() -> None:
@@ -157,7 +193,7 @@ DECLINED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "broadcast the other way": (_outer, (*SQUARE, (3,)), "computes more, or less"),
     "another call reads it before": (_read_before, SQUARE, "reads the product before"),
     "what it is made of is overwritten": (_overwrites, SQUARE, "overwrites what the product"),
-    "reversed": (_flipped, SQUARE, "rows and columns|computes more"),
+    "reversed": (_flipped, SQUARE, "a part of it"),
     "picked rows": (_gathered, (*SQUARE, torch.tensor([3, 1, 2])), "computed places"),
 }
 

@@ -160,6 +160,17 @@ def test_an_argument_is_overwritten() -> None:
     check(f, rand(20, 8), rand(8, 18), rand(20, 18))
 
 
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_halves_of_one_product(loads: str, transposed: bool) -> None:
+    def f(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        value, gate = F.linear(x, w, b).chunk(2, -1)
+        return value * torch.sigmoid(gate)
+
+    w = rand(24, 40).t() if transposed else rand(40, 24)
+    check(f, rand(2, 18, 24), w, rand(40), tile=replace(SMALL, programs=3, loads=loads))
+
+
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 def test_descriptors(left: bool, right: bool) -> None:
