@@ -28,8 +28,9 @@ from benchmarks.table import Cell, Row, Table, geometric_mean
 from iocompiler.cost_model.device import DEVICES, Device, current_device
 from iocompiler.cost_model.matmul_tiles import Space, candidates
 from iocompiler.plan.data import Plan
-from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import sites
 from iocompiler.runtime.measure_region import GpuRegionBench
 from iocompiler.runtime.tune_matmul import Built, RegionBench
 from tests.accuracy import FORWARD_FACTOR, SLACK, relative_error

@@ -22,8 +22,8 @@ from iocompiler.plan.data import (
     made,
     references,
 )
-from iocompiler.plan.fold import Site
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import Site
 
 
 def apart(plan: Plan, site: Site) -> Plan:

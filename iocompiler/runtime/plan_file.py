@@ -25,8 +25,9 @@ from typing import Any
 from iocompiler.codegen.module import kernel_names
 from iocompiler.errors import BadPlanFile
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
-from iocompiler.plan.fold import SiteKey, folded, sites
+from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile, Product
+from iocompiler.plan.sites import SiteKey, sites
 from iocompiler.runtime.tune import rescheduled
 from iocompiler.tile.program import TileProgram
 

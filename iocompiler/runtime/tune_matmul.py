@@ -19,8 +19,9 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import Plan
-from iocompiler.plan.fold import Site, SiteKey, folded, sites, with_reasons
+from iocompiler.plan.fold import folded, with_reasons
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import Site, SiteKey, sites
 from iocompiler.runtime.cache import Cache, key_of
 from iocompiler.runtime.compile import worker_count
 from iocompiler.runtime.measure import DoesNotFit

@@ -18,8 +18,9 @@ from torch.fx import GraphModule, Interpreter
 from iocompiler.codegen.matmul import emit_matmul, matmul_grid, template_prelude
 from iocompiler.plan.build import build_plan
 from iocompiler.plan.data import MatmulStep, Plan
-from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import sites
 from iocompiler.runtime.reference import run_plan
 from iocompiler.runtime.values import size_value
 from tests.plan.graphs import H200, Planned

@@ -12,8 +12,9 @@ from torch import Tensor
 from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.matmul_tiles import candidates
-from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import sites
 from iocompiler.runtime.compile import Compiled
 from iocompiler.runtime.load import prepare
 from iocompiler.runtime.module import Module

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import DEVICES
-from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.fold import folded
+from iocompiler.plan.sites import sites
 from iocompiler.report.build import Part, build_report
 from iocompiler.report.kernels import Kernels
 from iocompiler.runtime.graphs import mutated_inputs

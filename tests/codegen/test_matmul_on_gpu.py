@@ -15,8 +15,9 @@ import iocompiler as ioc
 from iocompiler.cost_model.device import current_device
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.data import Plan
-from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import sites
 from iocompiler.runtime.load import load
 from tests.accuracy import relative_error
 

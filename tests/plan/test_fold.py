@@ -15,9 +15,10 @@ from torch import Tensor
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.plan.batch import names_read, written
 from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan, ViewStep, made, references
-from iocompiler.plan.fold import Declined, cheaper, folded, sites, survey
+from iocompiler.plan.fold import cheaper, folded
 from iocompiler.plan.peak import scheduled_peak
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import Declined, sites, survey
 from tests.codegen.matmuls import Folded, plan_on_fakes
 from tests.plan.graphs import Planned, relative_error
 
@@ -230,7 +231,7 @@ def test_scaled_sums_are_left_to_the_library() -> None:
 
 
 def test_long_epilogues_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iocompiler.plan.fold._MOST_OPERATIONS", 5)
+    monkeypatch.setattr("iocompiler.plan.sites._MOST_OPERATIONS", 5)
     planned = Planned()
     planned(gelu_by_hand)(rand(8, 8), rand(8, 8))
     (found,) = survey(planned.plans[0])

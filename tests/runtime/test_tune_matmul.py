@@ -21,8 +21,9 @@ from iocompiler.errors import BadPlanFile
 from iocompiler.options import Options
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan
-from iocompiler.plan.fold import folded, sites
+from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import sites
 from iocompiler.runtime.cache import default_cache
 from iocompiler.runtime.measure import DoesNotFit
 from iocompiler.runtime.measure_region import GpuRegionBench
