@@ -1,7 +1,8 @@
 """A site of the matmul template as plans of its own: apart, as it stands, and folded.
 
-Both compute the same from the same inputs, so a clock can compare them. Names are those of places,
-so equal sites give equal plans.
+Both compute the same from the same inputs, so a clock can compare them. Values are named by their
+places, so equal sites give equal plans; kernels keep their names, so what is compiled for the clock
+is found again in the cache.
 """
 
 from __future__ import annotations
@@ -97,7 +98,6 @@ class _Cut:
         assert isinstance(step, (KernelStep, MatmulStep))
         return replace(
             step,
-            name="matmul" if isinstance(step, MatmulStep) else "kernel",
             args=tuple(self.names[self._own(name, self.results)] for name in step.args),
             outputs=tuple((self.names[name], spec) for name, spec in step.outputs),
             nodes=(),

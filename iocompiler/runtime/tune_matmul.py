@@ -18,7 +18,7 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.apart import apart, together
-from iocompiler.plan.data import Plan
+from iocompiler.plan.data import KernelStep, Plan
 from iocompiler.plan.fold import folded, with_reasons
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Site, SiteKey, sites
@@ -156,7 +156,11 @@ class _Subject:
         return self.region if tile is None else together(self.plan, self.site, tile)
 
     def cache_key(self, device: Device, machine: str) -> str:
-        return key_of("folding", repr(self.region), dict(self.sizes), repr(device), machine)
+        # whatever the kernels are called
+        steps = [dataclasses.replace(s, name="") if isinstance(s, KernelStep) else s
+                 for s in self.region.steps]  # fmt: skip
+        text = repr(dataclasses.replace(self.region, steps=tuple(steps)))
+        return key_of("folding", text, dict(self.sizes), repr(device), machine)
 
 
 # --- measuring

@@ -24,7 +24,11 @@ from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan
 from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import sites
+from iocompiler.runtime import module as module_file
 from iocompiler.runtime.cache import default_cache
+from iocompiler.runtime.compile import Job
+from iocompiler.runtime.launch import Image
+from iocompiler.runtime.load import prepare
 from iocompiler.runtime.measure import DoesNotFit
 from iocompiler.runtime.measure_region import GpuRegionBench
 from iocompiler.runtime.plan_file import PlanFile
@@ -218,6 +222,39 @@ def test_arguments_are_as_the_region_wants_them(
         assert all(torch.isfinite(result).all() for result in results)
     (picked,) = (x for x in sets[0] if isinstance(x, Tensor) and x.dtype == torch.int64)
     assert picked.max() > 1, "rows of the whole table are read"
+
+
+def test_what_is_measured_is_compiled_as_the_module_compiles_it(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the winner would be compiled a second time when the plan is loaded."""
+    asked: list[dict[str, Job]] = []
+
+    def keep(jobs: dict[str, Job], cache: Any) -> dict[str, Image]:
+        asked.append(dict(jobs))
+        return dict.fromkeys(jobs, Image(b"", {}))
+
+    monkeypatch.setattr(module_file, "compiled_images", keep)
+    found = sites(plan)
+    tile = candidates(*found[0].key, H200)[0]
+    prepare(together(plan, found[0], tile), H200)
+    prepare(folded(plan, {found[0].key: tile}), H200)
+    assert set(asked[0]) < set(asked[1])
+
+
+def test_what_kernels_are_called_does_not_matter(plan: Plan) -> None:
+    renamed = dataclasses.replace(
+        plan,
+        steps=tuple(
+            dataclasses.replace(s, name=f"another_{s.name}") if isinstance(s, KernelStep) else s
+            for s in plan.steps
+        ),
+    )
+    keys = [
+        [_Subject.of(p, site, {}).cache_key(H200, "") for site in sites(p)] for p in (plan, renamed)
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys[0])) == 2
 
 
 # --- the plan file
