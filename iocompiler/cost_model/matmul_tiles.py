@@ -224,8 +224,10 @@ class Space:
         beside = min(resident, each)
         steps = -(-self._sizes[2] // tile.k)
         filling, once = self._filling(tile), 0.0
-        if tile.loads == "descriptors":  # only the first tile of a program waits for its loads
-            filling, once = 0.0, filling + _DESCRIPTORS_S
+        if tile.loads == "descriptors":
+            once = _DESCRIPTORS_S
+            if len(self.made.rights) == 1:  # only the first tile of a program waits for its loads
+                filling, once = 0.0, filling + once
         # what stands around the steps of one tile is hidden behind those of another
         around = (filling + self._finishing(tile)) / beside
         working = once + each * (steps * self._step(tile, beside) + around)

@@ -57,6 +57,7 @@ def test_the_chosen_tile(name: str, device: str) -> None:
     module, tile = prepared(name, device, 0, torch.bfloat16)
     (taken,) = module.resources.values()
     assert taken["spills"] == 0
+    assert not any(image.metadata["serialized"] for image in module.images.values())
     assert 0 < taken["registers"] <= 255
     assert 0 < taken["shared"] <= DEVICES[device].shared_bytes_per_sm
     text = text_of(module)
@@ -96,6 +97,8 @@ def test_all_tiles(name: str, device: str, rank: int, dtype: torch.dtype) -> Non
     module, _ = prepared(name, device, rank, dtype)
     (taken,) = module.resources.values()
     assert taken["spills"] <= 32  # what spills is not taken by the clock
+    if (name, dtype) != ("gated", torch.float16):  # some are, with Triton 3.6: the clock finds it
+        assert not any(image.metadata["serialized"] for image in module.images.values())
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 What is computed is as in ``matmul.py``. Programs walk the tiles; the loop over tiles and that over
 the inner extent are one (``flatten``), so the first operands of a tile are on their way while the
-epilogue of the last one runs. ``warp_specialize`` changes nothing for sm_90 in Triton 3.6.
+epilogue of the last one runs. Of two products that would be slower: with two sums in such a loop
+the assembler does one matrix instruction at a time. ``warp_specialize`` changes nothing for sm_90
+in Triton 3.6.
 """
 
 import triton
@@ -58,7 +60,8 @@ def matmul_descriptors(
         second = operand_descriptor(
             Second, N, K, second_strides[1], second_strides[0], BLOCK_N, BLOCK_K, SECOND_IN_ROWS
         )
-    for number in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
+    ONE: tl.constexpr = Second is None
+    for number in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=ONE):
         m, n = tile_place(number, rows, columns, GROUP)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         others = sums
