@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from iocompiler.codegen.matmul import template_prelude
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul_tiles import candidates
@@ -156,11 +157,12 @@ class _Subject:
         return self.region if tile is None else together(self.plan, self.site, tile)
 
     def cache_key(self, device: Device, machine: str) -> str:
-        # whatever the kernels are called
+        # whatever the kernels are called; another template is another measurement
         steps = [dataclasses.replace(s, name="") if isinstance(s, KernelStep) else s
                  for s in self.region.steps]  # fmt: skip
         text = repr(dataclasses.replace(self.region, steps=tuple(steps)))
-        return key_of("folding", text, dict(self.sizes), repr(device), machine)
+        sizes, template = dict(self.sizes), template_prelude()
+        return key_of("folding", text, sizes, repr(device), machine, template)
 
 
 # --- measuring
