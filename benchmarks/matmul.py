@@ -175,6 +175,8 @@ def _measure(
     if chosen is not None:
         row["chosen us"], row["apart/chosen"] = _us(chosen), both / chosen
         row["chosen/best"] = chosen / measured[best]
+        # what the template reaches of the library's rate, its epilogue beside it
+        row["library/chosen"] = None if library is None else library / chosen
         row["chosen TFLOP/s"] = work.product.flops / chosen / 1e12
 
 
@@ -227,7 +229,7 @@ def summarize(table: Table, started: float) -> None:
     """By group: the mean gain over the library and a kernel, the worst, and the choice's."""
     for group in dict.fromkeys(row["group"] for row in table.rows):
         rows = [row for row in table.rows if row["group"] == group]
-        for name in ("apart/chosen", "apart/best", "chosen/best"):
+        for name in ("apart/chosen", "apart/best", "chosen/best", "library/chosen"):
             values = [v for row in rows if isinstance(v := row.get(name), float)]
             table.summary |= _facts(f"{group}: {name}", values)
     table.summary["seconds"] = round(time.perf_counter() - started)

@@ -319,6 +319,45 @@ def test_by_price_on_a_device_that_was_measured(
     assert not measured
 
 
+def test_schedules_first_then_products(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk of max-autotune, with benches that need no GPU."""
+    released: list[str] = []
+
+    class Schedules:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def compile(self, wanted: Sequence[Any]) -> list[Image | None]:
+            return [Image(b"", {"spills": 0}) for _ in wanted]
+
+        def time(self, subject: Any, built: Sequence[Any]) -> list[float | None]:
+            return [1.0 / (1 + place) for place in range(len(built))]
+
+        def release(self) -> None:
+            released.append("schedules")
+
+    class Regions(FakeBench):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(lambda tile: 2.0 if tile is None else 1.0)
+
+        def release(self) -> None:
+            released.append("regions")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr("iocompiler.runtime.measure.GpuBench", Schedules)
+    monkeypatch.setattr("iocompiler.runtime.measure_region.GpuRegionBench", Regions)
+    monkeypatch.setattr(engines, "device_row", lambda gm, options: H200)
+    on_gpu = dataclasses.replace(plan, device="cuda:0")
+    options = Options(mode="max-autotune")
+    after, measured = engines.tuned(on_gpu, GraphModule({}, Graph()), options)
+    assert released == ["schedules", "regions"]
+    assert len(steps(after)) == 2
+    kinds = [type(record).__name__ for record in measured]
+    assert kinds == ["Tuned", "Tuned", "Folding", "Folding"]
+
+
 # --- the real thing
 
 
