@@ -35,6 +35,8 @@ _MOST_LOADED = 32
 # 32-bit registers of a thread: those that hold sums at most, and those that hold all else
 _LEAST_SUMS, _MOST_SUMS = 2, 128
 _OTHER_REGISTERS = 56
+# columns of a part of an epilogue; and how many tensors beside the sums are many
+_LEAST_PART, _MANY_ACCESSES = 16, 3
 _MOST_REGISTERS = 255
 _WARPS_OF_AN_SM = 64
 # of a multiprocessor's shared memory, what is left for a block's barriers and for the epilogue
@@ -131,8 +133,7 @@ class Space:
             return
         if not self._is_aligned and self._loaded(tile) > _MOST_LOADED:
             return
-        # what the epilogue loads stands beside the sums
-        tile = replace(tile, parts=2 if sums > _MOST_SUMS // 2 and tile.n >= 32 else 1)
+        tile = replace(tile, parts=min(self._parts(sums), tile.n // _LEAST_PART))
         yield tile
         moved = replace(
             tile, loads="descriptors", programs=self.device.sm_count * self._resident(tile)
@@ -142,6 +143,22 @@ class Space:
         walks = self._tiles(tile) > self.device.sm_count * self._resident(tile)
         if walks and len(self.made.rights) == 1:  # two sums leave no register for the walk
             yield replace(tile, programs=self.device.sm_count * self._resident(tile))
+
+    def _parts(self, sums: int) -> int:
+        """What the epilogue loads and makes stands beside the sums: the more, the smaller parts."""
+        parts = 2 if sums > _MOST_SUMS // 2 else 1
+        return 2 * parts if self._wide_accesses >= _MANY_ACCESSES else parts
+
+    @cached_property
+    def _wide_accesses(self) -> int:
+        """Tensors as large as the product that the epilogue loads and stores."""
+        program = self.program
+        sums = {buffer.name for buffer in program.buffers[: len(self.made.rights)]}
+        axes = {axis.name for axis in program.parallel}
+        return sum(
+            op.kind in ("load", "store") and op.buffer not in sums and program.varies[place] == axes
+            for place, op in enumerate(program.ops)
+        )
 
     @cached_property
     def _most_sums(self) -> int:

@@ -39,7 +39,7 @@ _MOST_WARPS = 32
 _TILE_FIELDS = tuple(field.name for field in dataclasses.fields(MatmulTile))
 _TILE_BLOCKS = ("m", "n", "k", "num_warps", "parts")
 _LEAST_BLOCK = 16  # of the matrix units
-_MOST_PARTS = 2
+_MOST_PARTS = 4
 
 _Key = tuple[TileProgram, Schedule]
 

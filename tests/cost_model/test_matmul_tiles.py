@@ -72,6 +72,21 @@ def test_large_products_have_large_tiles() -> None:
     assert choose(made, added(made), H200).loads == "descriptors"
 
 
+def test_an_epilogue_of_many_tensors_has_small_parts() -> None:
+    made = product(8192, 8192, 2048)
+    few = added(made)
+    build, at = Builder(), Affine.of("m0") * 8192 + Affine.of("n0")
+    value = build.load("sums0", at, torch.float32)
+    for name in ("in0", "in1", "in2"):
+        value = build.map("add", value, build.load(name, at, torch.float32))
+    build.store("out0", at, value)
+    names = (("sums0", "in"), ("in0", "in"), ("in1", "in"), ("in2", "in"), ("out0", "out"))
+    buffers = tuple(Buffer(name, torch.float32, role, 8192 * 8192) for name, role in names)
+    many = build.program(few.parallel, (), buffers)
+    assert choose(made, few, H200).parts == 2
+    assert choose(made, many, H200).parts == 4
+
+
 def test_few_rows_have_low_tiles() -> None:
     made = product(16, 4096, 4096)
     assert choose(made, added(made), H200).m == 16

@@ -285,7 +285,7 @@ def test_without_one_the_file_is_as_it_was(plan: Plan, tmp_path: Path) -> None:
         ({"m": 48}, "power of two"),
         ({"k": 8}, "less than 16"),
         ({"n": "64"}, "not a number"),
-        ({"parts": 4}, "parts"),
+        ({"parts": 8}, "parts"),
         ({"lanes": 4}, "has the fields"),
         (None, "no products to fold"),
     ],

@@ -87,21 +87,23 @@ def finish(
     sums, others, b, m, n, operands, epilogue: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """Call the epilogue on a tile, in two halves where PARTS is 2: what it loads then takes half
-    the registers. ``n`` is the tile's first column.
+    """Call the epilogue on a tile, in PARTS (a power of two) side by side: what it loads then takes
+    as many times less registers. ``n`` is the tile's first column.
     """
-    row = (m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     if PARTS == 1:
+        row = (m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         epilogue(sums, others, b, row, (n + tl.arange(0, BLOCK_N))[None, :], operands)
     else:
         HALF: tl.constexpr = BLOCK_N // 2
-        column = (n + tl.arange(0, HALF))[None, :]
         sums_left, sums_right = halves(sums, BLOCK_M, BLOCK_N)
         others_left, others_right = sums_left, sums_right
         if PAIR:
             others_left, others_right = halves(others, BLOCK_M, BLOCK_N)
-        epilogue(sums_left, others_left, b, row, column, operands)
-        epilogue(sums_right, others_right, b, row, column + HALF, operands)
+        finish(sums_left, others_left, b, m, n, operands, epilogue, BLOCK_M, HALF, PARTS // 2, PAIR)
+        finish(
+            sums_right, others_right, b, m, n + HALF, operands, epilogue,
+            BLOCK_M, HALF, PARTS // 2, PAIR,
+        )  # fmt: skip
 
 
 @triton.jit

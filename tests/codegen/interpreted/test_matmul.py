@@ -120,7 +120,7 @@ def test_what_is_added_to_a_batch() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"programs": 3, "parts": 2, "group": 8}, {"m": 32, "k": 32}],
+    [{"programs": 3, "parts": 2, "group": 8}, {"m": 32, "k": 32}, {"n": 64, "parts": 4}],
     ids=str,
 )
 def test_ways_to_walk(change: dict[str, int]) -> None:
