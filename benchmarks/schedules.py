@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,6 +120,24 @@ def plan_of(zoo: Kernel, rows: int, width: int) -> Plan:
     """Our plan of a zoo function (of its backward, where that is what is timed) in bfloat16, made
     on fake tensors.
     """
+    shapes = zoo.shapes(rows, width)
+    fixed = tuple(shapes) if not zoo.backward else zoo.fixed
+    layouts = {name: (shape, None) for name, shape in shapes.items()}
+    return plan_on_fakes(zoo.function, layouts, fixed)
+
+
+def plan_on_fakes(
+    function: Callable[..., Any],
+    layouts: Mapping[str, tuple[tuple[int, ...], tuple[int, ...] | None]],
+    fixed: Collection[str],
+) -> Plan:
+    """Our plan of a function of bfloat16 tensors on a GPU, made on fake tensors.
+
+    Args:
+        layouts: shape and strides (None: dense) of each argument.
+        fixed: arguments without a gradient; unless all are, the plan is that of the backward.
+    """
+    backward = any(name not in fixed for name in layouts)
     records: list[Compilation] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     torch._dynamo.reset()
@@ -131,20 +149,24 @@ def plan_of(zoo: Kernel, rows: int, width: int) -> Plan:
         mode,
         warnings.catch_warnings(),
         planned_for(capability),
-        torch.set_grad_enabled(zoo.backward),
+        torch.set_grad_enabled(backward),
     ):
         warnings.simplefilter("ignore")
         given = {
-            name: torch.empty(shape, dtype=torch.bfloat16, device="cpu").requires_grad_(
-                zoo.backward and name not in zoo.fixed
-            )
-            for name, shape in zoo.shapes(rows, width).items()
+            name: _empty(shape, strides).requires_grad_(name not in fixed)
+            for name, (shape, strides) in layouts.items()
         }
-        result: Any = torch.compile(zoo.function, backend=backend, dynamic=False)(**given)
-        if zoo.backward:
+        result: Any = torch.compile(function, backend=backend, dynamic=False)(**given)
+        if backward:
             result.backward(torch.empty_like(result))
     plans = records[0].plans
-    return plans["backward"] if zoo.backward else plans[next(iter(plans))]
+    return plans["backward"] if backward else plans[next(iter(plans))]
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> torch.Tensor:
+    if strides is None:
+        return torch.empty(shape, dtype=torch.bfloat16, device="cpu")
+    return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="cpu")
 
 
 def _on_fakes(plan: Plan, gm: torch.fx.GraphModule) -> Any:

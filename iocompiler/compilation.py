@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch.fx import GraphModule
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from iocompiler.plan.data import Plan
     from iocompiler.recompute.trade import Trade
     from iocompiler.runtime.tune import Tuned
+    from iocompiler.runtime.tune_matmul import Folding
+
+    Measured: TypeAlias = Tuned | Folding
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Compilation:
         flat: the flat graphs themselves, under the same names.
         fallbacks: what runs on aten, or unrecorded, and why.
         recorded: names of the flat graphs that are replayed as CUDA graphs.
-        tuned: what was measured of the kernels of each flat graph, under mode="max-autotune".
+        tuned: what was measured of the kernels of each flat graph, and of its products with the
+            kernels behind them, under mode="max-autotune".
         trade: memory for time, where the option memory_budget bounds the step.
         changed: sites changed by passes that do more than respell.
         passes: the table of passes, with sites and milliseconds.
@@ -62,7 +66,7 @@ class Compilation:
     flat: dict[str, GraphModule] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     recorded: set[str] = field(default_factory=set)
-    tuned: dict[str, tuple[Tuned, ...]] = field(default_factory=dict)
+    tuned: dict[str, tuple[Measured, ...]] = field(default_factory=dict)
     trade: Trade | None = None
     changed: int = 0
     passes: Summary | None = None

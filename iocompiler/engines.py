@@ -20,7 +20,7 @@ from iocompiler.runtime.graph_cache import LoadText
 from iocompiler.runtime.tangents import Boxed
 
 if TYPE_CHECKING:
-    from iocompiler.runtime.tune import Tuned
+    from iocompiler.compilation import Measured
 
 
 def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
@@ -38,56 +38,79 @@ def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
     return load_plan(plan, torch.device(plan.device), name)
 
 
-def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Tuned, ...]]:
-    """The plan with its kernels' schedules measured, and the measurements; as it is where the
-    options do not ask for it, or nothing can be measured: without a GPU, or inside a CUDA graph.
+def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Measured, ...]]:
+    """The plan with its kernels' schedules measured, products and the kernels behind them folded
+    where that was faster, and the measurements; as the model has it where the options do not ask
+    for it, or nothing can be measured: without a GPU, or inside a CUDA graph.
     """
     device = torch.device(plan.device)
     if options.mode != "max-autotune" or options.engine != "auto" or device.type != "cuda":
-        return plan, ()
+        return by_price(plan, gm, options), ()
     if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
-        return plan, ()
+        return by_price(plan, gm, options), ()
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from iocompiler.plan.build import size_hints
     from iocompiler.runtime.cache import default_cache
     from iocompiler.runtime.measure import GpuBench
+    from iocompiler.runtime.measure_region import GpuRegionBench
     from iocompiler.runtime.tune import tune
+    from iocompiler.runtime.tune_matmul import tune_matmuls
 
     hints, row = size_hints(gm), device_row(gm, options)
     with unset_fake_temporarily():
         name = torch.cuda.get_device_name(device)
-        bench = GpuBench(device)
-        found = tune(plan, row, hints, bench, default_cache(), name)
+        bench, regions = GpuBench(device), GpuRegionBench(device)
+        plan, kernels = tune(plan, row, hints, bench, default_cache(), name)
         bench.release()
-        return found
+        plan, foldings = tune_matmuls(plan, row, hints, regions, default_cache(), name)
+        regions.release()
+        return plan, (*kernels, *foldings)
+
+
+def by_price(plan: Plan, gm: GraphModule, options: Options) -> Plan:
+    """The plan with products and the kernels behind them folded where the cost model expects that
+    to be faster: it has to have been measured of the device what the template reaches there.
+    """
+    row = device_row(gm, options)
+    if row.matmul_template is None:
+        return plan
+    from iocompiler.plan.build import size_hints
+    from iocompiler.plan.fold import cheaper, folded
+
+    return folded(plan, cheaper(plan, row, size_hints(gm)))
 
 
 def scheduled(
     plan: Plan, gm: GraphModule, options: Options, name: str
-) -> tuple[Plan, tuple[Tuned, ...], Boxed]:
+) -> tuple[Plan, tuple[Measured, ...], Boxed]:
     """The plan as it runs, what was measured, and what runs it: with the schedules of the plan
     file where that has the graph, else as `tuned` chooses, which then goes into the file.
 
     Raises:
         BadPlanFile: the file cannot be replayed.
     """
-    if not options.plan:
-        chosen, measured = tuned(plan, gm, options)
-        return chosen, measured, load(chosen, gm, options, name)
+    # a CPU graph never needs the planner
+    from iocompiler.plan.inplace import in_place
     from iocompiler.runtime.plan_file import PlanFile
 
+    if not options.plan:
+        chosen, measured = tuned(plan, gm, options)
+        chosen = in_place(chosen)
+        return chosen, measured, load(chosen, gm, options, name)
     file, device = PlanFile(Path(options.plan)), device_row(gm, options).name
     replayed_plan = file.replayed(plan, name, device)
     if replayed_plan is not None:
         try:
+            replayed_plan = in_place(replayed_plan)
             return replayed_plan, (), load(replayed_plan, gm, options, name)
         except Exception as error:
             raise file.refused(name, error) from error
     chosen, measured = tuned(plan, gm, options)
-    run = load(chosen, gm, options, name)
+    settled = in_place(chosen)
+    run = load(settled, gm, options, name)
     file.add(chosen, plan, name, device)
-    return chosen, measured, run
+    return settled, measured, run
 
 
 def text_loader(options: Options) -> LoadText | None:

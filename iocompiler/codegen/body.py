@@ -15,7 +15,7 @@ from iocompiler.codegen.pytext import (
     tuple_text,
     wrapped,
 )
-from iocompiler.codegen.signature import signature
+from iocompiler.codegen.signature import parameters
 from iocompiler.codegen.values import Values
 from iocompiler.plan.data import (
     Argument,
@@ -23,6 +23,7 @@ from iocompiler.plan.data import (
     BatchStep,
     ConstantStep,
     KernelStep,
+    MatmulStep,
     Plan,
     Region,
     TensorSpec,
@@ -56,7 +57,7 @@ class Launcher:
 class Launchers(Protocol):
     """Where the body gets the launch functions of its kernels."""
 
-    def launcher(self, step: KernelStep, signature: str) -> Launcher: ...
+    def launcher(self, step: KernelStep | MatmulStep, signature: str) -> Launcher: ...
 
     def batch(self, step: BatchStep) -> str: ...
 
@@ -109,7 +110,7 @@ class Body:
         self._unpack()
         for step in plan.steps:
             match step:
-                case KernelStep():
+                case KernelStep() | MatmulStep():
                     self._kernel(step)
                 case BatchStep():
                     self._batch(step)
@@ -145,7 +146,7 @@ class Body:
                 lines.append(self._laid_out(variable, spec))
         if self._region is None:
             lines.append("args.clear()")
-        if any(isinstance(step, (KernelStep, BatchStep)) for step in plan.steps):
+        if any(isinstance(step, (KernelStep, MatmulStep, BatchStep)) for step in plan.steps):
             lines.append("stream = current_stream()")
         self._emit(lines, set(variables))
 
@@ -158,18 +159,18 @@ class Body:
                 lines.append(f"{size.name} = {variable}.shape[{dim}]")
         return lines
 
-    def _kernel(self, step: KernelStep) -> None:
+    def _kernel(self, step: KernelStep | MatmulStep) -> None:
         lines = [f"# {', '.join(step.where)}"] if step.where else []
         variables: set[str] = set()
         for name, spec in step.outputs:
             lines.append(f"{self._names.add(name)} = {self._empty(spec)}")
         launcher = self._launchers.launcher(step, self._signature(step))
         arguments = ["stream", *map(size_text, launcher.grid)]
-        for buffer, name in zip(step.program.buffers, step.args, strict=True):
+        for buffer, name in zip(step.buffers, step.args, strict=True):
             text, variable = self._kernel_argument(buffer, name)
             arguments.append(text)
             variables.add(variable)
-        arguments += step.program.size_symbols
+        arguments += step.size_symbols
         if 0 not in launcher.grid:
             lines.append(f"{launcher.name}({', '.join(arguments)})")
         self._emit(lines, variables | {self._names.of[name] for name, _ in step.outputs})
@@ -190,10 +191,10 @@ class Body:
         lines.append("])")
         self._emit(lines, variables)
 
-    def _signature(self, step: KernelStep) -> str:
-        pairs = zip(step.program.buffers, step.args, strict=True)
+    def _signature(self, step: KernelStep | MatmulStep) -> str:
+        pairs = zip(step.buffers, step.args, strict=True)
         aligned = {b.name for b, name in pairs if b.role != "scalar" and self._values.aligned(name)}
-        return signature(step.program, aligned, self._values.extents)
+        return parameters(step.buffers, step.size_symbols, aligned, self._values.extents)
 
     def _kernel_argument(self, buffer: Buffer, name: str) -> tuple[str, str]:
         """The text of a kernel's argument and the variable it reads."""

@@ -8,6 +8,7 @@ kernel with the prelude and runs the call cell alone, so loading a file runs no 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,22 @@ import torch
 from iocompiler.codegen import triton as emitter
 from iocompiler.codegen.batch import SIGNATURE, UNIT, emit_batch, numbers_of
 from iocompiler.codegen.body import Body, Launcher, Shared
+from iocompiler.codegen.matmul import (
+    emit_matmul,
+    for_any_pointers,
+    matmul_grid,
+    template_prelude,
+)
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, tuple_text
 from iocompiler.codegen.values import symbols
-from iocompiler.plan.data import BatchStep, KernelStep, Plan, Schedule, TensorSpec, all_steps
-from iocompiler.tile.program import TileProgram
+from iocompiler.plan.data import (
+    BatchStep,
+    KernelStep,
+    MatmulStep,
+    Plan,
+    TensorSpec,
+    all_steps,
+)
 
 _ABOUT = '''\
 """{name}: {kernels} kernels, {launches} launches, {calls} aten calls on {device}.
@@ -64,7 +77,9 @@ def emit_module(plan: Plan, name: str) -> str:
     kernels = _Kernels(names)
     shared = Shared()
     body = Body(plan, names, kernels, shared)
-    launches = sum(isinstance(step, (KernelStep, BatchStep)) for step in all_steps(plan))
+    launches = sum(
+        isinstance(step, (KernelStep, MatmulStep, BatchStep)) for step in all_steps(plan)
+    )
     about = _ABOUT.format(
         name=name,
         kernels=len(kernels.found),
@@ -75,7 +90,7 @@ def emit_module(plan: Plan, name: str) -> str:
     texts = "".join(kernel.text for kernel in kernels.found.values())
     cells = [about]
     if kernels.found:
-        cells.append(f"# %% prelude\n{helpers_for(emitter.PRELUDE, texts)}")
+        cells.append(f"# %% prelude\n{helpers_for(template_prelude(), texts)}")
     cells += [_cell(kernel) for kernel in kernels.found.values()]
     functions = [*shared.functions, body.text]
     imports = "import math\n\n" if any("math." in text for text in functions) else ""
@@ -87,32 +102,42 @@ def emit_module(plan: Plan, name: str) -> str:
     return "\n\n".join(cell.strip("\n") + "\n" for cell in cells)
 
 
-def kernel_names(plan: Plan) -> dict[tuple[TileProgram, Schedule], tuple[str, str]]:
-    """Name and first launch signature of each distinct kernel, as `emit_module` writes them."""
+def emit_step(step: KernelStep | MatmulStep | BatchStep, name: str) -> str:
+    """The source of the kernel a step launches, by this name."""
+    if isinstance(step, MatmulStep):
+        return emit_matmul(step, name)
+    write = emit_batch if isinstance(step, BatchStep) else emitter.emit
+    return write(step.program, step.schedule, name)
+
+
+def kernel_names(plan: Plan) -> dict[Hashable, tuple[str, str]]:
+    """Name and first launch signature of each distinct kernel, as `emit_module` writes them, by
+    what its steps call `kernel`.
+    """
     names = Names(symbols(plan))
     kernels = _Kernels(names)
     Body(plan, names, kernels, Shared())
     signatures: dict[str, str] = {}
     for name, signature in kernels.launchers:
         signatures.setdefault(name, signature)
-    return {key: (found.name, signatures[found.name]) for key, found in kernels.found.items()}
+    found = {key: kernel.name for key, kernel in kernels.found.items()}
+    return {key: (name, signatures[name]) for key, name in found.items() if name in signatures}
 
 
 class _Kernels:
     """The distinct kernels of a module and their launchers: one a kernel and signature."""
 
     def __init__(self, names: Names) -> None:
-        self.found: dict[tuple[TileProgram, Schedule], _Kernel] = {}
+        self.found: dict[Hashable, _Kernel] = {}
         self.launchers: dict[tuple[str, str], Launcher] = {}
-        self.batches: dict[tuple[TileProgram, Schedule], Launcher] = {}
+        self.batches: dict[Hashable, Launcher] = {}
         self._claim = names.claim
 
-    def launcher(self, step: KernelStep, signature: str) -> Launcher:
-        key = (step.program, step.schedule)
+    def launcher(self, step: KernelStep | MatmulStep, signature: str) -> Launcher:
+        key = step.kernel
         if key not in self.found:
             name = self._claim(step.name)
-            text = emitter.emit(step.program, step.schedule, name)
-            self.found[key] = _Kernel(name, step.where, text)
+            self.found[key] = _Kernel(name, step.where, emit_step(step, name))
         kernel = self.found[key]
         found = self.launchers.get((kernel.name, signature))
         if found is None:
@@ -121,11 +146,10 @@ class _Kernels:
 
     def batch(self, step: BatchStep) -> str:
         """The name of the launch function of a batch."""
-        key = (step.program, step.schedule)
+        key = step.kernel
         if key not in self.batches:
             name = self._claim(step.name)
-            text = emit_batch(step.program, step.schedule, name)
-            self.found[key] = _Kernel(name, step.where, text)
+            self.found[key] = _Kernel(name, step.where, emit_step(step, name))
             self.batches[key] = self._register_batch(self.found[key], step)
         return self.batches[key].name
 
@@ -146,21 +170,41 @@ class _Kernels:
         self.launchers[kernel.name, SIGNATURE] = found
         return found
 
-    def _register(self, kernel: _Kernel, signature: str, step: KernelStep) -> Launcher:
+    def _register(self, kernel: _Kernel, signature: str, step: KernelStep | MatmulStep) -> Launcher:
         name = self._claim(f"run_{kernel.name}")
         where = f", where={quoted(kernel.where[0])}" if kernel.where else ""
-        warps, stages = step.schedule.num_warps, step.schedule.num_stages
+        chosen = step.tile if isinstance(step, MatmulStep) else step.schedule
+        warps, stages = chosen.num_warps, chosen.num_stages
+        other = self._any_pointers(step, kernel)
         registration = (
             f"{name} = module.kernel(\n"
             f"    {quoted(kernel.name)},\n"
             f"    {_signature_text(signature)},\n"
-            f"    num_warps={warps}, num_stages={stages}{where},\n"
+            f"    num_warps={warps}, num_stages={stages}{where}{other},\n"
             ")"
         )
-        grid = emitter.grid(step.program, step.schedule)
+        if isinstance(step, MatmulStep):
+            grid = matmul_grid(step)
+        else:
+            grid = emitter.grid(step.program, step.schedule)
         found = Launcher(name, registration, grid)
         self.launchers[kernel.name, signature] = found
         return found
+
+    def _any_pointers(self, step: KernelStep | MatmulStep, kernel: _Kernel) -> str:
+        """The argument that names the kernel for pointers without alignment, where that is one of
+        its own, which is written down here.
+        """
+        other = for_any_pointers(step) if isinstance(step, MatmulStep) else None
+        if other is None:
+            return ""
+        if (step.kernel, "any pointers") not in self.found:
+            name = self._claim(f"{kernel.name}_any_pointers")
+            text = emit_step(other, name)
+            self.found[step.kernel, "any pointers"] = _Kernel(name, step.where, text)
+        found = self.found[step.kernel, "any pointers"]
+        taken = (other.tile.num_warps, other.tile.num_stages)
+        return f",\n    any_pointers=({quoted(found.name)}, {taken[0]}, {taken[1]})"
 
 
 def _signature_text(signature: str) -> str:

@@ -29,11 +29,12 @@ class _SizePrinter(PythonPrinter):
 
     def _print_floor(self, expr: sympy.Expr) -> str:
         numerator, denominator = expr.args[0].as_numer_denom()
-        return f"({self._print(numerator)}) // ({self._print(denominator)})"
+        # whole in parentheses: sympy takes a function for an atom, in a product of several too
+        return f"(({self._print(numerator)}) // ({self._print(denominator)}))"
 
     def _print_ceiling(self, expr: sympy.Expr) -> str:
         numerator, denominator = expr.args[0].as_numer_denom()
-        return f"-(-({self._print(numerator)}) // ({self._print(denominator)}))"
+        return f"(-(-({self._print(numerator)}) // ({self._print(denominator)})))"
 
     def _print_Mul(self, expr: sympy.Expr) -> str:  # noqa: N802  # sympy's name
         numerator, denominator = expr.as_numer_denom()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 
-from iocompiler.tile.program import TileProgram
+from iocompiler.tile.program import Buffer, TileProgram
 
 _POINTER = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -24,12 +24,22 @@ def signature(program: TileProgram, aligned: Container[str], extents: Container[
     ``aligned`` are the buffers that start at a multiple of 16 bytes, ``extents`` the size symbols
     that are an extent of some tensor; any other number may need 64 bits.
     """
+    return parameters(program.buffers, program.size_symbols, aligned, extents)
+
+
+def parameters(
+    buffers: Iterable[Buffer],
+    symbols: Iterable[str],
+    aligned: Container[str],
+    extents: Container[str],
+) -> str:
+    """As `signature`, of a kernel that takes these buffers, then these sizes."""
     parts = []
-    for buffer in program.buffers:
+    for buffer in buffers:
         if buffer.role == "scalar":
             parts.append(f"{buffer.name}:{_SCALAR[buffer.dtype]}")
         else:
             hint = ":16" if buffer.name in aligned else ""
             parts.append(f"{buffer.name}_ptr:*{_POINTER[buffer.dtype]}{hint}")
-    parts += [f"{s}:{'i32' if s in extents else 'i64'}:16" for s in program.size_symbols]
+    parts += [f"{s}:{'i32' if s in extents else 'i64'}:16" for s in symbols]
     return " ".join(parts)

@@ -17,6 +17,7 @@ from iocompiler.plan.data import (
     BatchStep,
     ConstantStep,
     KernelStep,
+    MatmulStep,
     Plan,
     Step,
     TensorSpec,
@@ -56,9 +57,9 @@ class Values:
 
     def _add(self, step: Step) -> None:
         match step:
-            case KernelStep():
+            case KernelStep() | MatmulStep():
                 self.specs.update(step.outputs)
-                for buffer, name in zip(step.program.buffers, step.args, strict=True):
+                for buffer, name in zip(step.buffers, step.args, strict=True):
                     if buffer.role in ("out", "inout"):
                         self.written.add(name)
             case BatchStep():

@@ -53,6 +53,9 @@ class Device:
         False  # whether the memory and matmul rates are measured; else they are datasheet peaks
     )
     pattern: str = ""  # regular expression found in the name the CUDA driver gives
+    # the share of the library's rate that the matmul template reaches; None: not measured here, so
+    # that a measurement alone (max-autotune) decides for it
+    matmul_template: float | None = None
 
     @property
     def memory_rate(self) -> float:

@@ -18,7 +18,6 @@ from iocompiler.plan.early import early
 from iocompiler.plan.finish import finish
 from iocompiler.plan.folds import most_held
 from iocompiler.plan.group import Group, Grouper
-from iocompiler.plan.inplace import in_place
 from iocompiler.plan.order import in_order
 from iocompiler.plan.region import CALLS_ONLY, listed, plain_region, returns, sizes_are_given
 from iocompiler.plan.seen import as_seen
@@ -82,7 +81,7 @@ class _Builder(Steps):
         steps = early(steps, inputs, outputs, self.hints)
         return Plan(
             tuple(inputs),
-            tuple(in_place(steps, outputs)),
+            tuple(steps),
             outputs,
             str(self.flow.device),
             unfused_edges(self.flow, self.grouper),

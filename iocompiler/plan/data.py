@@ -7,15 +7,16 @@ reads names that stand before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 
+from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.flat import LENGTH, PARTS
 from iocompiler.tile.index import Size
-from iocompiler.tile.program import TileProgram
+from iocompiler.tile.program import Buffer, TileProgram
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,71 @@ class KernelStep:
     nodes: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
 
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """What stands behind each of ``args``."""
+        return self.program.buffers
+
+    @property
+    def size_symbols(self) -> tuple[str, ...]:
+        """The sizes that are passed after the buffers."""
+        return self.program.size_symbols
+
+    @property
+    def kernel(self) -> Hashable:
+        """Equal where one emitted kernel serves both steps."""
+        return self.program, self.schedule
+
+
+@dataclass(frozen=True)
+class MatmulStep:
+    """Launch the matmul template with an epilogue.
+
+    ``program`` is the epilogue: pointwise over the results' axes, named b.., m.. and n.. by the
+    direction they lie in. Its first buffers, one a product, are the float32 sums [batch, m, n],
+    which never are in memory. ``args`` are value names in the order of `buffers`; the rest is as in
+    a `KernelStep`.
+    """
+
+    name: str
+    product: Product
+    program: TileProgram
+    tile: MatmulTile
+    args: tuple[str, ...]
+    outputs: tuple[tuple[str, TensorSpec], ...]
+    nodes: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Product, TileProgram]:
+        """What is computed, whatever the tile."""
+        return self.product, self.program
+
+    @property
+    def sums(self) -> tuple[Buffer, ...]:
+        """The buffers of the program that stand for the products."""
+        return self.program.buffers[: len(self.product.rights)]
+
+    @property
+    def tensors(self) -> tuple[Buffer, ...]:
+        """The buffers of the program that are tensors in memory, or numbers."""
+        return self.program.buffers[len(self.product.rights) :]
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """What stands behind each of ``args``: the products' operands, then `tensors`."""
+        return self.product.operands + self.tensors
+
+    @property
+    def size_symbols(self) -> tuple[str, ...]:
+        """The sizes that are passed after the buffers."""
+        return tuple(sorted({*self.program.size_symbols, *self.product.size_symbols}))
+
+    @property
+    def kernel(self) -> Hashable:
+        """Equal where one emitted kernel serves both steps."""
+        return self.product, self.program, self.tile
+
 
 @dataclass(frozen=True)
 class BatchStep:
@@ -110,6 +176,11 @@ class BatchStep:
             return tuple(lengths)
         pairs = zip(lengths, self.parts, strict=True)
         return tuple({**length, PARTS.name: parts} for length, parts in pairs)
+
+    @property
+    def kernel(self) -> Hashable:
+        """Equal where one emitted kernel serves both steps."""
+        return self.program, self.schedule
 
 
 @dataclass(frozen=True)
@@ -159,7 +230,7 @@ class ConstantStep:
     values: tuple[float | int | bool, ...]
 
 
-Step: TypeAlias = KernelStep | BatchStep | AtenStep | ViewStep | ConstantStep
+Step: TypeAlias = KernelStep | MatmulStep | BatchStep | AtenStep | ViewStep | ConstantStep
 
 
 @dataclass(frozen=True)
@@ -224,7 +295,7 @@ def all_steps(plan: Plan) -> Iterator[Step]:
 
 def made(step: Step) -> dict[str, TensorSpec]:
     """The specs of the values a step makes."""
-    if isinstance(step, (KernelStep, BatchStep)):
+    if isinstance(step, (KernelStep, MatmulStep, BatchStep)):
         return dict(step.outputs)
     if isinstance(step, AtenStep):
         return {name: spec for name, spec in step.outputs if name is not None and spec is not None}

@@ -12,9 +12,12 @@ from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
     KernelStep,
+    MatmulStep,
+    Plan,
     Step,
     TensorSpec,
     ViewStep,
+    made,
     references,
 )
 from iocompiler.plan.moving import names_read
@@ -29,9 +32,9 @@ FRESH = frozenset(
 """Calls whose result is memory of its own, in whole."""
 
 
-def in_place(steps: Sequence[Step], outputs: tuple[Argument, ...]) -> list[Step]:
-    """The steps with such results as views of what they are written over."""
-    return _Rewriter(steps, outputs).run()
+def in_place(plan: Plan) -> Plan:
+    """The plan, its schedules settled, with such results as views of what they are written over."""
+    return replace(plan, steps=tuple(_Rewriter(plan.steps, plan.outputs).run()))
 
 
 class _Rewriter:
@@ -61,23 +64,13 @@ class _Rewriter:
 
     def _enter(self, at: int, step: Step) -> None:
         match step:
-            case KernelStep() | BatchStep():
+            case KernelStep() | MatmulStep() | BatchStep():
                 self.owned |= dict(step.outputs)
-                lists = (
-                    [step.args] if isinstance(step, KernelStep) else [a for a, _ in step.members]
-                )
-                names = [name for args in lists for name in args]
             case ViewStep():
                 self.roots[step.name] = self._root(step.base)
-                names = [step.base]
-            case AtenStep():
-                name, spec = step.outputs[0] if step.outputs else (None, None)
-                if step.target in FRESH and name is not None and spec is not None:
-                    self.owned[name] = spec
-                names = [*names_read(step)]
-            case _:
-                names = []
-        for name in names:
+            case AtenStep() if step.target in FRESH:
+                self.owned |= made(step)
+        for name in names_read(step) | set(made(step)):
             self.last[self._root(name)] = at
 
     def _root(self, name: str) -> str:
@@ -90,7 +83,7 @@ class _Rewriter:
         for name, spec in step.outputs:
             out = step.args.index(name)
             for place, given in enumerate(step.args):
-                if self._dies(at, step, given, spec) and _in_step(step.program, place, out):
+                if self._dies(at, step, given, spec) and _in_step(step, place, out):
                     root = self._root(given)
                     views.append(ViewStep(name, root, spec))
                     outputs.remove((name, spec))
@@ -127,13 +120,17 @@ def _reach(spec: TensorSpec) -> Size:
     return reach
 
 
-def _in_step(program: TileProgram, source: int, target: int) -> bool:
-    """Whether a kernel, however scheduled, loads each element of one argument once, before it
-    stores one of the other there.
+def _in_step(step: KernelStep, source: int, target: int) -> bool:
+    """Whether a kernel loads each element of one argument once, before it stores one of the other
+    there.
 
-    An element that is the same for a whole row or column is loaded by several threads, some of them
-    after another has stored; that of a whole tile by one (tiles have an element for each thread).
+    An element that is the same for a whole row or column, or of a tile of fewer elements than
+    threads, is loaded by several threads, some of them after another has stored.
     """
+    program, schedule = step.program, step.schedule
+    tile, threads = schedule.x_block * schedule.y_block * schedule.r_block, 32 * schedule.num_warps
+    if schedule.num_warps > 1 and tile < threads:
+        return False
     read, written = program.buffers[source], program.buffers[target]
     if read.role != "in" or written.role != "out":
         return False
@@ -146,7 +143,9 @@ def _in_step(program: TileProgram, source: int, target: int) -> bool:
     if load.index is None or load.reads or load.index != ops[stores[0]].index:
         return False
     axes = {axis.name for axis in program.axes if not equal(axis.size, 1)}
-    return axes <= set(load.index.names) and _in_one_pass(program, loads[0])
+    if not axes <= set(load.index.names):
+        return False
+    return schedule.kind == "persistent" or _in_one_pass(program, loads[0])
 
 
 def _in_one_pass(program: TileProgram, load: int) -> bool:

@@ -9,6 +9,7 @@ from iocompiler.plan.data import (
     BatchStep,
     ConstantStep,
     KernelStep,
+    MatmulStep,
     Step,
     ViewStep,
     made,
@@ -21,9 +22,9 @@ class Moves:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         bases = {step.name: step.base for step in steps if isinstance(step, ViewStep)}
-        self._reads = [_storages(names_read(step), bases) for step in steps]
-        self._writes = [_storages(written(step), bases) for step in steps]
-        self._makes = [_storages(set(made(step)), bases) for step in steps]
+        self._reads = [storages(names_read(step), bases) for step in steps]
+        self._writes = [storages(written(step), bases) for step in steps]
+        self._makes = [storages(set(made(step)), bases) for step in steps]
 
     def furthest(self, place: int, last: int) -> int:
         """The last place up to ``last`` for the step at ``place``: no step up to and at it touches
@@ -37,7 +38,7 @@ class Moves:
         return last
 
 
-def _storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
+def storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
     """The values whose storage these show: a view stands for its base."""
     found = set()
     for name in names:
@@ -49,7 +50,7 @@ def _storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
 
 def names_read(step: Step) -> set[str]:
     """The values a step reads (a view reads its base)."""
-    if isinstance(step, KernelStep):
+    if isinstance(step, (KernelStep, MatmulStep)):
         return set(step.args) - {name for name, _ in step.outputs}
     if isinstance(step, BatchStep):
         return {a for args, _ in step.members for a in args} - {name for name, _ in step.outputs}
@@ -62,9 +63,9 @@ def names_read(step: Step) -> set[str]:
 
 def written(step: Step) -> set[str]:
     """The values a step overwrites in place."""
-    if isinstance(step, KernelStep):
+    if isinstance(step, (KernelStep, MatmulStep)):
         fresh = {name for name, _ in step.outputs}
-        pairs = zip(step.args, step.program.buffers, strict=True)
+        pairs = zip(step.args, step.buffers, strict=True)
         return {a for a, b in pairs if b.role in ("out", "inout") and a not in fresh}
     if isinstance(step, BatchStep):
         fresh = {name for name, _ in step.outputs}

@@ -19,6 +19,7 @@ from iocompiler.plan.data import (
     BatchStep,
     ConstantStep,
     KernelStep,
+    MatmulStep,
     Plan,
     Ref,
     Step,
@@ -122,12 +123,10 @@ class _Memory:
         """The storages a step reads or writes; those it makes are entered."""
         self._specs |= made(step)
         match step:
-            case KernelStep() | BatchStep():
+            case KernelStep() | MatmulStep() | BatchStep():
                 self._made(step.outputs)
-                lists = (
-                    [step.args] if isinstance(step, KernelStep) else [a for a, _ in step.members]
-                )
-                names = [name for args in lists for name in args]
+                members = step.members if isinstance(step, BatchStep) else ((step.args, 0),)
+                names = [name for args, _ in members for name in args]
                 return {self._root(n) for n in (*names, *(n for n, _ in step.outputs))}
             case AtenStep():
                 read = [r.name for r in references((step.args, dict(step.kwargs)))]

@@ -15,6 +15,7 @@ from iocompiler.errors import BudgetWarning
 from iocompiler.graph.view import copied, where
 from iocompiler.ops.partition import Saved, partition, partition_again, saved
 from iocompiler.plan.build import build_plan, size_hints
+from iocompiler.plan.inplace import in_place
 from iocompiler.plan.padding import adopt_strides, pad_rows
 from iocompiler.plan.peak import kept, scheduled_peak
 from iocompiler.recompute.candidates import candidates
@@ -89,7 +90,10 @@ class Budgeted:
         self.prepare(backward, "backward")
         adopt_strides(backward, given)
         pad_rows(backward, None, device)
-        plans = build_plan(forward, device, "forward"), build_plan(backward, device, "backward")
+        plans = (
+            in_place(build_plan(forward, device, "forward")),
+            in_place(build_plan(backward, device, "backward")),
+        )
         hints = {**size_hints(forward), **size_hints(backward)}
         named = zip(("forward", "backward"), plans, strict=True)
         report = build_report([Part(name, plan, hints) for name, plan in named], device)

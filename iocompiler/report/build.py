@@ -10,17 +10,18 @@ from iocompiler.cost_model.call import call_of_step
 from iocompiler.cost_model.cost import Cost, value_of
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
+from iocompiler.cost_model.matmul import matmul_cost, matmul_seconds
 from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import price
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, TensorSpec, made
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, TensorSpec, made
 from iocompiler.report.crossing import at_extents, crossing
 from iocompiler.report.ledger import Edge, Kernel, Report, Resources
-from iocompiler.report.words import show_schedule, show_spec
+from iocompiler.report.words import show_schedule, show_spec, show_tile
 from iocompiler.tile.index import Size
-from iocompiler.tile.program import TileProgram
+from iocompiler.tile.program import Buffer, TileProgram
 from iocompiler.tile.traffic import traffic
 
-Describe = Callable[[KernelStep | BatchStep], tuple[str, Resources | None]]
+Describe = Callable[[KernelStep | MatmulStep | BatchStep], tuple[str, Resources | None]]
 """The Triton text of a generated kernel and what it takes when compiled."""
 
 
@@ -63,7 +64,7 @@ def build_report(parts: Iterable[Part], device: Device, describe: Describe | Non
     )
 
 
-def _undescribed(step: KernelStep | BatchStep) -> tuple[str, Resources | None]:
+def _undescribed(step: KernelStep | MatmulStep | BatchStep) -> tuple[str, Resources | None]:
     return "", None
 
 
@@ -75,6 +76,9 @@ def _kernels(part: Part, device: Device, describe: Describe) -> tuple[tuple[Kern
     for step in part.plan.steps:
         if isinstance(step, (KernelStep, BatchStep)):
             cost, launch = _generated(step, part, device, describe)
+            found.append(launch)
+        elif isinstance(step, MatmulStep):
+            cost, launch = _template(step, part, device, describe)
             found.append(launch)
         elif isinstance(step, AtenStep):
             cost, called = _called(step, part, device, specs)
@@ -116,6 +120,33 @@ def _generated(
     )
 
 
+def _template(
+    step: MatmulStep, part: Part, device: Device, describe: Describe
+) -> tuple[Cost, Kernel]:
+    cost = matmul_cost(step.product, step.program)
+    seconds = matmul_seconds(step.product, step.program, device, part.hints)
+    if seconds is None:  # the library's rate, where nothing is known of the template's
+        seconds = time(cost, device, step.product.dtype, part.hints)
+    source, resources = describe(step)
+    total = round(value_of(cost.bytes, part.hints))
+    return cost, Kernel(
+        name=step.name,
+        graph=part.name,
+        ops=step.nodes,
+        where=step.where,
+        bytes=total,
+        bound=min(total, _once(step.buffers, part.hints)),
+        flops=round(value_of(cost.flops, part.hints)),
+        time_us=seconds * 1e6,
+        tile=show_tile(step.tile),
+        layout=", ".join(show_spec(spec) for _, spec in step.outputs[:4]),
+        source=source,
+        resources=resources,
+        formula=_formula(cost),
+        generated=True,
+    )
+
+
 def _traffic_cost(program: TileProgram, extents: Mapping[str, Size]) -> Cost:
     """The traffic of one run; of a batch's member, at its own extents."""
     moved = at_extents(traffic(program), extents)
@@ -124,8 +155,12 @@ def _traffic_cost(program: TileProgram, extents: Mapping[str, Size]) -> Cost:
 
 def buffers_once(program: TileProgram, hints: Mapping[str, int]) -> int:
     """Bytes of every buffer of a kernel read or written once, both for one updated in place."""
+    return _once(program.buffers, hints)
+
+
+def _once(buffers: Iterable[Buffer], hints: Mapping[str, int]) -> int:
     total = 0.0
-    for buffer in program.buffers:
+    for buffer in buffers:
         if buffer.role != "scalar":
             times = 2 if buffer.role == "inout" else 1
             total += times * value_of(buffer.elements, hints) * buffer.dtype.itemsize

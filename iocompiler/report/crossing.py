@@ -13,6 +13,7 @@ from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
     KernelStep,
+    MatmulStep,
     Plan,
     Ref,
     Step,
@@ -99,6 +100,13 @@ def _buffers(step: Step) -> Iterator[tuple[str, Traffic]]:
     """The value behind each buffer of a generated kernel, and what the kernel moves of it."""
     if isinstance(step, KernelStep):
         for name, buffer in zip(step.args, step.program.buffers, strict=True):
+            yield name, traffic(replace(step.program, buffers=(buffer,)))
+    elif isinstance(step, MatmulStep):
+        read, size = step.product.elements_read, step.product.dtype.itemsize
+        count = len(read)
+        for name, elements in zip(step.args, read, strict=False):
+            yield name, Traffic(elements * size, 0, 0, 0)
+        for name, buffer in zip(step.args[count:], step.tensors, strict=True):
             yield name, traffic(replace(step.program, buffers=(buffer,)))
     elif isinstance(step, BatchStep):
         for (args, _), extents in zip(step.members, step.extents(), strict=True):

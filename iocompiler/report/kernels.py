@@ -3,15 +3,11 @@ memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Hashable, Mapping
 
 from iocompiler.cost_model.device import Device
-from iocompiler.plan.data import BatchStep, KernelStep, Plan, Schedule
+from iocompiler.plan.data import BatchStep, KernelStep, MatmulStep, Plan
 from iocompiler.report.ledger import Lost, Resources
-from iocompiler.tile.program import TileProgram
-
-Key: TypeAlias = tuple[TileProgram, Schedule]
 
 
 class Kernels:
@@ -28,8 +24,8 @@ class Kernels:
 
     def __init__(self, plans: Mapping[str, Plan], device: Device, compile_kernels: bool) -> None:
         self.lost: list[Lost] = []
-        self._texts: dict[Key, str] = {}
-        self._taken: dict[Key, Resources] = {}
+        self._texts: dict[Hashable, str] = {}
+        self._taken: dict[Hashable, Resources] = {}
         for name, plan in plans.items():
             if compile_kernels and device.capability is not None and plan.device.startswith("cuda"):
                 self._compile(name, plan, device)
@@ -40,18 +36,18 @@ class Kernels:
         except Exception as error:  # whatever the backend would fall back for
             self.lost.append(Lost(name, _cause(error), getattr(error, "where", "")))
 
-    def describe(self, step: KernelStep | BatchStep) -> tuple[str, Resources | None]:
+    def describe(self, step: KernelStep | MatmulStep | BatchStep) -> tuple[str, Resources | None]:
         """The Triton text of a step's kernel, and what it takes if it was compiled."""
-        key = (step.program, step.schedule)
+        key = step.kernel
         if key not in self._texts:
             self._texts[key] = self._emit(step)
         return self._texts[key], self._taken.get(key)
 
-    def _emit(self, step: KernelStep | BatchStep) -> str:
-        from iocompiler.codegen.triton import emit
+    def _emit(self, step: KernelStep | MatmulStep | BatchStep) -> str:
+        from iocompiler.codegen.module import emit_step
 
         try:
-            return emit(step.program, step.schedule, step.name)
+            return emit_step(step, step.name)
         except Exception as error:
             self.lost.append(Lost(step.name, _cause(error), step.where[0] if step.where else ""))
             return ""
@@ -62,7 +58,7 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def compiled_resources(plan: Plan, device: Device) -> dict[Key, Resources]:
+def compiled_resources(plan: Plan, device: Device) -> dict[Hashable, Resources]:
     """What each distinct kernel of a plan takes, compiled for ``device``.
 
     Raises:
@@ -70,12 +66,12 @@ def compiled_resources(plan: Plan, device: Device) -> dict[Key, Resources]:
     """
     from iocompiler.runtime.load import prepare
 
-    steps = [s for s in plan.steps if isinstance(s, (KernelStep, BatchStep))]
+    steps = [s for s in plan.steps if isinstance(s, (KernelStep, MatmulStep, BatchStep))]
     if not steps:
         return {}
     module = prepare(plan, device)
-    # a module has one kernel for equal programs with equal schedules, in the order of the plan
-    keys = list(dict.fromkeys((s.program, s.schedule) for s in steps))
+    # a module has one kernel for steps that are equal but for their tensors, in the plan's order
+    keys = list(dict.fromkeys(step.kernel for step in steps))
     names = list(dict.fromkeys(spec.name for spec in module.kernels.values()))
     found = module.resources
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from iocompiler.plan.data import Schedule, TensorSpec
+from iocompiler.plan.product import MatmulTile
 from iocompiler.tile.index import product
 
 
@@ -18,6 +19,15 @@ def show_schedule(schedule: Schedule) -> str:
     }[schedule.kind]
     words = f"{schedule.kind} {' x '.join(map(str, blocks))}, {schedule.num_warps} warps"
     return words + (f", {schedule.programs} programs" if schedule.programs else "")
+
+
+def show_tile(tile: MatmulTile) -> str:
+    """As "matmul 128 x 256 x 64, 8 warps, 4 stages"."""
+    words = (
+        f"matmul {tile.m} x {tile.n} x {tile.k}, {tile.num_warps} warps, {tile.num_stages} stages"
+    )
+    words += f", {tile.programs} programs" if tile.programs else ""
+    return words + (", by descriptors" if tile.loads == "descriptors" else "")
 
 
 _SHORT = {

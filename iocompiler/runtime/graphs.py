@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.values import Values
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, references
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, references
 from iocompiler.runtime.reference import operator_named
 
 _CHECK = "aten._linalg_check_errors.default"
@@ -66,9 +66,11 @@ def mutated_inputs(plan: Plan) -> tuple[int, ...]:
     values = Values(plan)
     written: set[str] = set()
     for step in plan.steps:
-        if isinstance(step, (KernelStep, BatchStep)):
-            lists = [step.args] if isinstance(step, KernelStep) else [a for a, _ in step.members]
-            for args in lists:
+        if isinstance(step, (KernelStep, MatmulStep)):
+            roles = zip(step.buffers, step.args, strict=True)
+            written |= {name for buffer, name in roles if buffer.role in ("out", "inout")}
+        elif isinstance(step, BatchStep):
+            for args, _ in step.members:
                 roles = zip(step.program.buffers, args, strict=True)
                 written |= {name for buffer, name in roles if buffer.role in ("out", "inout")}
         elif isinstance(step, AtenStep):

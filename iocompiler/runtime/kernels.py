@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iocompiler.runtime.cache import Cache, default_cache
@@ -18,7 +18,11 @@ _CELL = re.compile(r"^# %% (prelude|kernel|call) ?(.*)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A kernel of the module under one signature; ``launcher`` names the pair of the two."""
+    """A kernel of the module under one signature; ``launcher`` names the pair of the two.
+
+    ``any_pointers``: name, warps and stages of the kernel that is launched in its place where a
+    pointer has not the alignment hinted at; None where the same text is compiled for that.
+    """
 
     name: str
     launcher: str
@@ -26,6 +30,23 @@ class KernelSpec:
     num_warps: int
     num_stages: int
     where: str
+    any_pointers: tuple[str, int, int] | None = None
+
+    @property
+    def unhinted(self) -> KernelSpec:
+        """What is compiled for pointers without alignment."""
+        if self.any_pointers is None:
+            return self
+        name, warps, stages = self.any_pointers
+        launcher = f"{name}({self.signature})"
+        return replace(
+            self,
+            name=name,
+            launcher=launcher,
+            num_warps=warps,
+            num_stages=stages,
+            any_pointers=None,
+        )
 
     def variants(self) -> tuple[tuple[bool, bool], ...]:
         """(pointers aligned, sizes divisible) of the versions made in advance: the first is the

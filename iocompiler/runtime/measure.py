@@ -21,12 +21,12 @@ from iocompiler.runtime.launch import Image, Launch, Signature, make_launch
 from iocompiler.runtime.stimulus import index_limits, number_for, tensor_for
 from iocompiler.runtime.subject import Subject
 
-_REPEATS = 7
-_MOST_SETS = 24
+REPEATS = 7
+MOST_SETS = 24
 # how often the sets of arguments together cover the L2 cache
-_COVER_L2 = 3
+COVER_L2 = 3
 # share of the free memory that arguments may take
-_SHARE_OF_MEMORY = 0.4
+SHARE_OF_MEMORY = 0.4
 # host time of one launch, from above, and clock rate, from above: the device sleeps that long
 _LAUNCH_S = 2e-5
 _CYCLES_PER_S = 2e9
@@ -88,10 +88,10 @@ class GpuBench:
             sets = self._argument_sets(subject)
             calls = [self._calls(subject, schedule, image, sets) for schedule, image in built]
             samples: list[list[float]] = [[] for _ in built]
-            for _ in range(_REPEATS + 1):
+            for _ in range(REPEATS + 1):
                 for found, batch in zip(samples, calls, strict=True):
                     if batch:
-                        found.append(_batch(batch))
+                        found.append(batch_seconds(batch))
             del sets, calls
         # the first round loads code and maps memory
         return [statistics.median(found[1:]) if found else None for found in samples]
@@ -112,10 +112,10 @@ class GpuBench:
             for elements, b in zip(sizes, subject.program.buffers, strict=True)
         )
         free = torch.cuda.mem_get_info(self.index)[0]
-        most = int(_SHARE_OF_MEMORY * free) // max(one, 1)
+        most = int(SHARE_OF_MEMORY * free) // max(one, 1)
         if most < 1:
             raise DoesNotFit(f"{one} bytes of arguments, {free} are free")
-        count = min(_MOST_SETS, most, max(2, -(-_COVER_L2 * self._l2_bytes // max(one, 1))))
+        count = min(MOST_SETS, most, max(2, -(-COVER_L2 * self._l2_bytes // max(one, 1))))
         limits = index_limits(subject.program, subject.sizes)
         return [
             [
@@ -175,12 +175,12 @@ class GpuBench:
         return partial(batch, stream, table)
 
 
-def _batch(calls: Sequence[Call]) -> float:
-    """Seconds of one of the calls, run back to back."""
+def batch_seconds(calls: Sequence[Call], launches: int = 1) -> float:
+    """Seconds of one of the calls, run back to back; each takes the host so many launches."""
     cuda: Any = torch.cuda
     start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    cuda._sleep(int(_CYCLES_PER_S * _LAUNCH_S * (len(calls) + 5)))
+    cuda._sleep(int(_CYCLES_PER_S * _LAUNCH_S * launches * (len(calls) + 5)))
     start.record()
     for call in calls:
         call()

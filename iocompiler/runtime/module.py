@@ -85,13 +85,22 @@ class Module:
         return empty, guards._reinterpret_tensor, laid_out, stream
 
     def kernel(
-        self, name: str, signature: str, *, num_warps: int, num_stages: int, where: str = ""
+        self,
+        name: str,
+        signature: str,
+        *,
+        num_warps: int,
+        num_stages: int,
+        where: str = "",
+        any_pointers: tuple[str, int, int] | None = None,
     ) -> Launch:
         """Register a kernel; the launch function returned compiles and binds the whole module when
-        first called.
+        first called. ``any_pointers`` is that of `KernelSpec`.
         """
         launcher = f"{name}({signature})"
-        spec = KernelSpec(name, launcher, Signature.parse(signature), num_warps, num_stages, where)
+        spec = KernelSpec(
+            name, launcher, Signature.parse(signature), num_warps, num_stages, where, any_pointers
+        )
         self.kernels[launcher] = spec
 
         def first(*arguments: Any) -> None:
@@ -252,9 +261,10 @@ class Module:
             if not made:
                 from iocompiler.runtime.driver import driver
 
-                self._compile([(spec, False, False)], self._capability)
-                image = self.images[spec.launcher, False, False]
-                made.append(make_launch(spec.signature, image, driver(), self.device_index))
+                other = spec.unhinted
+                self._compile([(other, False, False)], self._capability)
+                image = self.images[other.launcher, False, False]
+                made.append(make_launch(other.signature, image, driver(), self.device_index))
             made[0](*arguments)
 
         return launch

@@ -3,6 +3,9 @@
     {"format": 1, "graphs": {"<fingerprint>": {"graph": "forward", "device": "h200",
         "kernels": {"forward_gelu": {"kind": "pointwise", "x_block": 1024, ...}}}}}
 
+Beside "kernels", "matmuls" has the tiles of the products that are folded with a kernel behind them
+(`plan/fold.py`), by site; there is none where none is.
+
 A graph is known by its plan but for the schedules. One that the file does not have is added to it
 once it is compiled; one that it has is neither measured nor chosen for anew. What cannot be
 replayed is an error: a file that is wrong is never passed over.
@@ -21,7 +24,10 @@ from typing import Any
 
 from iocompiler.codegen.module import kernel_names
 from iocompiler.errors import BadPlanFile
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, Plan, Schedule
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
+from iocompiler.plan.fold import folded
+from iocompiler.plan.product import MatmulTile, Product
+from iocompiler.plan.sites import SiteKey, sites
 from iocompiler.runtime.tune import rescheduled
 from iocompiler.tile.program import TileProgram
 
@@ -30,6 +36,10 @@ _KINDS = ("pointwise", "persistent", "looped", "rows")
 _FIELDS = tuple(field.name for field in dataclasses.fields(Schedule))
 _BLOCKS = ("x_block", "y_block", "r_block", "num_warps")
 _MOST_WARPS = 32
+_TILE_FIELDS = tuple(field.name for field in dataclasses.fields(MatmulTile))
+_TILE_BLOCKS = ("m", "n", "k", "num_warps", "parts")
+_LEAST_BLOCK = 16  # of the matrix units
+_MOST_PARTS = 4
 
 _Key = tuple[TileProgram, Schedule]
 
@@ -41,7 +51,8 @@ class PlanFile:
     path: Path
 
     def replayed(self, plan: Plan, name: str, device: str) -> Plan | None:
-        """``plan`` with the schedules of the file; None where the file does not have its graph.
+        """``plan`` with the schedules and tiles of the file; None where the file does not have its
+        graph.
 
         Args:
             name: of the flat graph. device: the row it is planned for.
@@ -71,23 +82,43 @@ class PlanFile:
             except ValueError as error:
                 place = f"kernel {kernel!r} of {entry}"
                 raise self._bad(f"{place}: {error}", place) from None
-        return rescheduled(plan, chosen)
+        return self._folded(rescheduled(plan, chosen), found.get("matmuls", {}), entry)
+
+    def _folded(self, plan: Plan, rows: Any, entry: str) -> Plan:
+        there = {site.name: site.key for site in sites(plan)} if rows else {}
+        unknown = sorted(set(rows) - set(there)) if isinstance(rows, dict) else ["matmuls"]
+        if unknown:
+            raise self._bad(f"{entry} has no products to fold for {', '.join(unknown)}", entry)
+        tiles: dict[SiteKey, MatmulTile] = {}
+        for name, row in rows.items():
+            try:
+                tiles[there[name]] = _tile(row, there[name][0])
+            except ValueError as error:
+                place = f"matmul {name!r} of {entry}"
+                raise self._bad(f"{place}: {error}", place) from None
+        return folded(plan, tiles)
 
     def add(self, plan: Plan, model: Plan, name: str, device: str) -> None:
-        """Write the schedules of ``plan`` down, beside those of other graphs.
+        """Write the schedules and tiles of ``plan`` down, beside those of other graphs.
 
         Args:
-            model: the plan as the model made it, after whose kernels the file names them.
+            model: the plan as the planner made it, nothing folded, after whose kernels the file
+                names them.
         """
-        names = {key: kernel for kernel, key in _kernels(model).items()}
-        kernels = {
-            names[before.program, before.schedule]: _row(after.schedule)
-            for before, after in zip(model.steps, plan.steps, strict=True)
-            if isinstance(before, (KernelStep, BatchStep))
-            and isinstance(after, (KernelStep, BatchStep))
-        }
+        named = _kernels(model)
+        kernels = {kernel: _row(schedule) for kernel, (_, schedule) in named.items()}
+        names = {key: kernel for kernel, key in named.items()}
+        tiles = {step.key: step.tile for step in plan.steps if isinstance(step, MatmulStep)}
+        # where nothing is folded, the steps of both are those that are not folded in either
+        for before, after in zip(folded(model, tiles).steps, plan.steps, strict=True):
+            if isinstance(before, (KernelStep, BatchStep)):
+                assert isinstance(after, (KernelStep, BatchStep))
+                kernels[names[before.program, before.schedule]] = _row(after.schedule)
+        there = sites(model) if tiles else ()
+        matmuls = {s.name: _row(tiles[s.key]) for s in there if s.key in tiles}
         graphs = self._graphs()  # read again: another process may have added its own
-        graphs[fingerprint(model, name)] = {"graph": name, "device": device, "kernels": kernels}
+        entry = {"graph": name, "device": device, "kernels": kernels}
+        graphs[fingerprint(model, name)] = entry | ({"matmuls": matmuls} if matmuls else {})
         text = json.dumps({"format": FORMAT, "graphs": graphs}, indent=1) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +169,40 @@ def _kernels(plan: Plan) -> dict[str, _Key]:
     steps = [step for step in plan.steps if isinstance(step, (KernelStep, BatchStep))]
     if not steps:
         return {}
-    own = {(step.program, step.schedule) for step in steps}
-    return {kernel: key for key, (kernel, _) in kernel_names(plan).items() if key in own}
+    own = {step.kernel: (step.program, step.schedule) for step in steps}
+    return {kernel: own[key] for key, (kernel, _) in kernel_names(plan).items() if key in own}
 
 
-def _row(schedule: Schedule) -> dict[str, Any]:
-    return dataclasses.asdict(schedule)
+def _row(chosen: Schedule | MatmulTile) -> dict[str, Any]:
+    return dataclasses.asdict(chosen)
+
+
+def _tile(row: Any, product: Product) -> MatmulTile:
+    """A tile as the file has it.
+
+    Raises:
+        ValueError: it is none, or none for the product.
+    """
+    if not isinstance(row, dict) or set(row) != set(_TILE_FIELDS):
+        raise ValueError(f"a tile has the fields {', '.join(_TILE_FIELDS)}")
+    if row["loads"] not in ("pointers", "descriptors"):
+        raise ValueError(f"there are no loads {row['loads']!r}: pointers or descriptors")
+    for name, value in row.items():
+        if name == "loads":
+            continue
+        if type(value) is not int or value < (0 if name == "programs" else 1):
+            raise ValueError(f"{name} is {value!r}, not a number")
+    for name in _TILE_BLOCKS:
+        if row[name] & (row[name] - 1):
+            raise ValueError(f"{name} is {row[name]}, not a power of two")
+    for name in ("m", "n", "k"):
+        if row[name] < _LEAST_BLOCK:
+            raise ValueError(f"{name} is {row[name]}, less than {_LEAST_BLOCK}")
+    if row["num_warps"] > _MOST_WARPS or row["parts"] > _MOST_PARTS:
+        raise ValueError(f"at most {_MOST_WARPS} warps and {_MOST_PARTS} parts")
+    if row["loads"] == "descriptors" and not (product.takes_descriptors and row["programs"]):
+        raise ValueError("descriptors need aligned operands, and programs that walk the tiles")
+    return MatmulTile(**row)
 
 
 def _schedule(row: Any, model: Schedule) -> Schedule:
@@ -165,9 +224,6 @@ def _schedule(row: Any, model: Schedule) -> Schedule:
     if row["num_warps"] > _MOST_WARPS:
         raise ValueError(f"num_warps is {row['num_warps']}, more than {_MOST_WARPS}")
     chosen = Schedule(**row)
-    tile, threads = chosen.x_block * chosen.y_block * chosen.r_block, 32 * chosen.num_warps
-    if chosen.num_warps > 1 and tile < threads:  # results may be written over arguments
-        raise ValueError(f"a tile of {tile} elements leaves some of {threads} threads without one")
     reduces = ("persistent", "looped")
     fits = chosen.kind == model.kind or (chosen.kind in reduces and model.kind in reduces)
     if not fits or chosen.programs != model.programs:

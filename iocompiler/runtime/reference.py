@@ -18,6 +18,7 @@ from iocompiler.plan.data import (
     BatchStep,
     ConstantStep,
     KernelStep,
+    MatmulStep,
     Plan,
     Region,
     ViewStep,
@@ -57,6 +58,8 @@ def run_plan(plan: Plan, args: list[Any]) -> list[Any]:
         match step:
             case KernelStep():
                 _kernel(step, values, sizes)
+            case MatmulStep():
+                _matmul(step, values, sizes)
             case BatchStep():
                 _batch(step, values, sizes)
             case AtenStep():
@@ -81,6 +84,40 @@ def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> 
     for name, spec in step.outputs:
         values[name] = fresh(spec, sizes, CPU)
     run(step.program, _buffers(step.program, step.args, values, sizes), sizes, step.schedule)
+
+
+def _matmul(step: MatmulStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
+    for name, spec in step.outputs:
+        values[name] = fresh(spec, sizes, CPU)
+    given = zip(step.buffers, step.args, strict=True)
+    run_matmul(step, [_flat(buffer, values[name], sizes) for buffer, name in given], sizes)
+
+
+def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, int]) -> None:
+    """The products by aten in float32, then the epilogue by the tile interpreter.
+
+    Args:
+        flat: for each of the step's buffers, what lies behind its pointer.
+    """
+    made = step.product
+    count = len(made.operands)
+    batch, m, n, k = size_values((made.batch, made.m, made.n, made.k), sizes)
+    left, *rights = (
+        operand.as_strided(
+            (batch, *shape), (along_batch, *along), operand.storage_offset() + start
+        ).float()
+        for operand, shape, (*along, along_batch), start in zip(
+            flat[:count],
+            [(m, k), *[(k, n)] * len(made.rights)],
+            [size_values(strides, sizes) for strides in (made.left, *made.rights)],
+            size_values((0, *made.starts), sizes),
+            strict=True,
+        )
+    )
+    buffers = {b.name: tensor for b, tensor in zip(step.tensors, flat[count:], strict=True)}
+    for sums, right in zip(step.sums, rights, strict=True):
+        buffers[sums.name] = torch.bmm(left, right).flatten()
+    run(step.program, buffers, sizes)
 
 
 def _batch(step: BatchStep, values: dict[str, Any], sizes: dict[str, int]) -> None:

@@ -26,6 +26,8 @@ IDLE_SECONDS = 300.0
 OPTIONS = {"enable_fp_fusion": True}
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
+# what the assembler says where matrix instructions cannot overlap
+_SERIALIZED = "wgmma.mma_async instructions are serialized"
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -40,7 +42,7 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes,
-        scratch sizes).
+        scratch sizes, whether matrix instructions are serialized).
     """
     import triton
     from triton import knobs
@@ -85,6 +87,7 @@ def _metadata(metadata: Any, log: str) -> dict[str, Any]:
     found: dict[str, Any] = {field: getattr(metadata, field) for field in fields}
     found["cooperative"] = bool(metadata.launch_cooperative_grid or metadata.launch_pdl)
     found["registers"] = int(registers[1]) if registers else -1
+    found["serialized"] = _SERIALIZED in log
     found["spills"] = int(spills[1]) + int(spills[2]) if spills else -1
     return found
 

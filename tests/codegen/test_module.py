@@ -412,6 +412,8 @@ def test_boxed_and_attributes() -> None:
         (FloorDiv(S0, 3) * 5, None),
         (sympy.ceiling(S0 / 128), None),
         (sympy.ceiling((S0 + 3) / 7) * S0, None),
+        (sympy.floor((S0 + 63) / 64) * sympy.floor((S0 + 15) / 16), None),
+        (5 * sympy.ceiling(S0 / 64) * sympy.ceiling(S0 / 3) - sympy.floor(S0 / 7), None),
         (sympy.floor(S0 / 3) + 1, None),
         (S0 * (S0 + 1) / 2, None),
         (sympy.Max(S0, 4), None),

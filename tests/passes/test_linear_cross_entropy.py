@@ -441,8 +441,9 @@ def test_is_taken_and_as_accurate_as_eager(f: Model, dynamic: bool, dtype: torch
         allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(mine, exact) <= allowed, place
     (record,) = records
-    assert [r.pattern for r in record.rewrites] == ["linear_cross_entropy"]
-    assert record.rewrites[0].where.startswith("test_linear_cross_entropy.py:")
+    (found,) = (r for r in record.rewrites if r.pattern != "slices")
+    assert found.pattern == "linear_cross_entropy"
+    assert found.where.startswith("test_linear_cross_entropy.py:")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,8 +11,9 @@ from typing import Any
 import sympy
 import torch
 
-from iocompiler.plan.data import KernelStep, Plan, Schedule, Step, TensorSpec, all_steps
+from iocompiler.plan.data import KernelStep, MatmulStep, Plan, Schedule, Step, TensorSpec, all_steps
 from iocompiler.runtime.kernels import KernelSpec
+from iocompiler.runtime.reference import run_matmul
 from iocompiler.runtime.values import size_value
 from iocompiler.tile.index import Affine, Axis, Size, product
 from iocompiler.tile.interpret import run
@@ -73,25 +74,26 @@ def interpreter(plan: Plan) -> Callable[[KernelSpec], Callable[..., None]]:
     """A binder for `load_text`: kernels of ``plan`` run by the tile interpreter on what the
     pointers point to.
     """
-    steps = [step for step in all_steps(plan) if isinstance(step, KernelStep)]
+    steps = [step for step in all_steps(plan) if isinstance(step, (KernelStep, MatmulStep))]
     # a module's kernels are its distinct programs, in order; equal step names get a number there
-    distinct = iter(dict.fromkeys((step.program, step.schedule) for step in steps))
-    programs: dict[str, TileProgram] = {}
+    distinct = iter({step.kernel: step for step in steps}.values())
+    first: dict[str, KernelStep | MatmulStep] = {}
 
     def bind(kernel: KernelSpec) -> Callable[..., None]:
-        if kernel.name not in programs:
-            programs[kernel.name] = next(distinct)[0]
-        program = programs[kernel.name]
+        if kernel.name not in first:
+            first[kernel.name] = next(distinct)
+        step = first[kernel.name]
 
         def launch(stream: int, gx: int, gy: int, gz: int, *arguments: Any) -> None:
             assert all(isinstance(g, int) for g in (gx, gy, gz))
-            values, numbers = arguments[: len(program.buffers)], arguments[len(program.buffers) :]
-            sizes = dict(zip(program.size_symbols, numbers, strict=True))
-            buffers = {
-                b.name: _behind(b, value, sizes)
-                for b, value in zip(program.buffers, values, strict=True)
-            }
-            run(program, buffers, sizes, None)
+            values, numbers = arguments[: len(step.buffers)], arguments[len(step.buffers) :]
+            sizes = dict(zip(step.size_symbols, numbers, strict=True))
+            flat = [_behind(b, value, sizes) for b, value in zip(step.buffers, values, strict=True)]
+            if isinstance(step, MatmulStep):
+                run_matmul(step, flat, sizes)
+            else:
+                names = [b.name for b in step.buffers]
+                run(step.program, dict(zip(names, flat, strict=True)), sizes, None)
 
         return launch
 

@@ -161,7 +161,6 @@ def test_another_device_is_an_error(path: Path) -> None:
         ({"x_block": "4"}, ("x_block is '4'",)),
         ({"kind": "spiral"}, ("'spiral'", "persistent")),
         ({"kind": "rows"}, ("rows", "does not fit")),
-        ({"x_block": 1, "r_block": 16, "num_warps": 4}, ("16 elements", "128 threads")),
         ({"programs": 7}, ("7 programs",)),
         ({"clusters": 2}, ("fields", "num_stages")),
     ],

@@ -1,0 +1,163 @@
+"""Steps of the matmul template as Triton source: the epilogue, and a kernel that calls the template
+with it and with the sizes of its products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from iocompiler.codegen import expressions
+from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.codegen.prelude import PRELUDE
+from iocompiler.plan.data import MatmulStep, Schedule
+from iocompiler.plan.product import DIRECTIONS, MatmulTile, Product, along
+from iocompiler.tile.index import Size, ceil_div, product
+from iocompiler.tile.program import Buffer, Op
+
+# what the template calls the sums of each product
+_SUMS = {"sums0": "sums", "sums1": "others"}
+_TEMPLATES = ("matmul.py", "matmul_descriptors.py")
+# loads one element at a time need a register each, and an address
+_ANY_POINTERS = MatmulTile(64, 64, 32, num_warps=4, num_stages=2)
+# of a tile: along the batch it is one matrix, along rows y, along columns x
+_TILE_DIRECTIONS = dict(zip(DIRECTIONS, "zyx", strict=True))
+
+
+def emit_matmul(step: MatmulStep, name: str) -> str:
+    """The source of the kernel ``name``: its parameters are the step's buffers in order (pointers
+    named ``<buffer>_ptr``, plain numbers for role "scalar"), then its size symbols. It refers to
+    the names `template_prelude` defines.
+    """
+    return f"{_epilogue(step, name)}\n\n{_kernel(step, name)}"
+
+
+def matmul_grid(step: MatmulStep) -> tuple[Size, Size, Size]:
+    """The launch grid, as sizes."""
+    made, tile = step.product, step.tile
+    tiles = product([made.batch, ceil_div(made.m, tile.m), ceil_div(made.n, tile.n)])
+    if tile.programs == 0:
+        return tiles, 1, 1
+    # a program that has no tile does nothing: with sizes that are symbols all are launched
+    return (min(tiles, tile.programs) if isinstance(tiles, int) else tile.programs), 1, 1
+
+
+def for_any_pointers(step: MatmulStep) -> MatmulStep | None:
+    """What is launched on the same grid where a pointer is not a multiple of 16 bytes, which
+    descriptors must be; None where the step itself takes any.
+    """
+    if step.tile.loads == "pointers":
+        return None
+    return replace(step, tile=replace(_ANY_POINTERS, programs=step.tile.programs))
+
+
+@lru_cache(maxsize=1)
+def template_prelude() -> str:
+    """The functions generated kernels call, and those of the templates."""
+    folder = Path(__file__).with_name("kernels")
+    texts = [folder.joinpath(name).read_text() for name in _TEMPLATES]
+    return "\n\n".join([PRELUDE, *(text[text.index("@triton.jit") :] for text in texts)])
+
+
+# --- the epilogue
+
+
+class _Epilogue(KernelWriter):
+    """The body of an epilogue: a tile of rows by columns, the sums of which are there."""
+
+    def __init__(self, step: MatmulStep):
+        super().__init__(step.program, Schedule("pointwise"))
+        made, tile = step.product, step.tile
+        for direction, dim in _TILE_DIRECTIONS.items():
+            self.flat_axes(along(step.program, direction), direction, dim)
+        self.bounded("y", "m", made.m, tile.m)
+        self.bounded("x", "n", made.n, tile.n)
+
+    def _load(self, op: Op) -> str:
+        return _SUMS[op.buffer] if op.buffer in _SUMS else super()._load(op)
+
+    def _store(self, op: Op) -> str:
+        """Every element of the tile, also where the product is a row or a column."""
+        assert op.index is not None
+        address = self._address(op)
+        if not {"x", "y"} <= self.address_spans(op.index):
+            address += " + (m + n) * 0"
+        mask = self._mask({"x", "y"}, None)
+        tail = f", {mask}" if mask else ""
+        return f"tl.store({op.buffer}_ptr + {address}, {self.value(op.inputs[0])}{tail})"
+
+
+def _epilogue(step: MatmulStep, name: str) -> str:
+    writer = _Epilogue(step)
+    for position in range(len(step.program.ops)):
+        writer.write(position)
+    operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
+    head = [
+        "@triton.jit",
+        f"def {name}_epilogue(sums, others, b, m, n, operands):",
+        *(f"    {operand} = operands[{place}]" for place, operand in enumerate(operands)),
+    ]
+    return "\n".join(head + writer.lines) + "\n"
+
+
+def _parameter(buffer: Buffer) -> str:
+    return buffer.name if buffer.role == "scalar" else f"{buffer.name}_ptr"
+
+
+# --- the kernel
+
+
+def _kernel(step: MatmulStep, name: str) -> str:
+    made, tile = step.product, step.tile
+    parameters = [*map(_parameter, step.buffers), *step.size_symbols]
+    second = made.rights[1] if len(made.rights) > 1 else None
+    sizes = ", ".join(expressions.size(size) for size in (made.batch, made.m, made.n, made.k))
+    operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
+    precision = "tf32" if made.tf32 else "ieee"
+    if tile.loads == "descriptors":
+        template = "matmul_descriptors"
+        sizes = sizes.partition(", ")[2]  # there is no batch
+        flags = [made.left[1] == 1, *(strides[0] == 1 for strides in made.rights)]
+        flags += [False] * (3 - len(flags))
+    else:
+        template = "matmul"
+        even = ((tile.m, made.m), (tile.n, made.n), (tile.k, made.k))
+        flags = [tile.programs > 0, *(_divides(block, size) for block, size in even)]
+    space = " x ".join(str(size) for size in (made.batch, made.m, made.n, made.k))
+    return "\n".join(
+        [
+            "@triton.jit",
+            f"def {name}({', '.join(parameters)}):",
+            f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {space}"""',
+            f"    {template}(",
+            f"        left_ptr, {', '.join(_rights(made))},",
+            f"        {sizes},",
+            f"        {_strides(made.left)}, {_strides(made.rights[0])},"
+            f" {_strides(second or (0, 0, 0))},",
+            f"        ({', '.join(operands)},), {name}_epilogue,",
+            f"        {', '.join(map(str, walk))},",
+            f'        {", ".join(map(str, flags))}, "{precision}",',
+            "    )",
+            "",
+        ]
+    )
+
+
+def _rights(made: Product) -> list[str]:
+    """The right operands from where they begin; None for a second one that is not there."""
+    texts = [
+        f"{name}_ptr" + (f" + {expressions.extent(start)}" if start != 0 else "")
+        for name, start in zip(("right", "second"), made.starts, strict=False)
+    ]
+    return texts if len(texts) > 1 else [*texts, "None"]
+
+
+def _strides(strides: tuple[Size, Size, Size]) -> str:
+    return f"({', '.join(expressions.extent(stride) for stride in strides)})"
+
+
+def _divides(block: int, size: Size) -> bool:
+    """Whether blocks cover a size exactly; unknown of a symbol."""
+    return isinstance(size, int) and size % block == 0 and size > 0

@@ -1,0 +1,102 @@
+"""The benchmark of products: a row measured without a GPU, by a bench that makes up the times."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.matmul import COLUMNS, Run, summarize
+from benchmarks.matmul_zoo import PARTS, Product, bias_gelu, dense, gated, linear
+from benchmarks.table import Table
+from iocompiler.cost_model.device import DEVICES
+from iocompiler.plan.data import MatmulStep, Plan
+from iocompiler.runtime.reference import run_plan
+from iocompiler.runtime.tune_matmul import Built
+
+LAYERS = (dense(64, 32), dense(48, 32), dense(48))
+SMALL = Product("small", "bias + GELU", bias_gelu, linear, LAYERS, (64, 48, 32))
+
+
+class Made:
+    """Loads plans for the reference; times 2 seconds apart and less for each later tile."""
+
+    def __init__(self, wrong: int = -1) -> None:
+        self.wrong = wrong
+
+    def load(self, plans: Sequence[Plan]) -> list[Built | None]:
+        return [self._loaded(number, plan) for number, plan in enumerate(plans)]
+
+    def _loaded(self, number: int, plan: Plan) -> Built:
+        def run(args: list[Any]) -> list[Any]:
+            results = run_plan(plan, args)
+            return [x + 1 for x in results] if number == self.wrong else results
+
+        return run
+
+    def time(
+        self, plan: Plan, built: Sequence[Built], sizes: Mapping[str, int]
+    ) -> list[float | None]:
+        assert not any(isinstance(step, MatmulStep) for step in plan.steps)
+        return [1.0, 2.0, *(1.0 / n for n in range(1, len(built) - 1))]
+
+
+def run(products: Sequence[Product], bench: Made | None = None, **more: Any) -> Run:
+    settings = {"only": "", "most": 3, "ahead": 2, "limit": 100.0, "check": True, "json": None}
+    args = argparse.Namespace(**{**settings, **more})
+    found = Run(args, DEVICES["h200"], bench, Table("t", COLUMNS))
+    found.all(products)
+    return found
+
+
+def test_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    found = run([SMALL], Made(), json=str(path))
+    (row,) = found.table.rows
+    assert (row["library us"], row["apart us"], row["chosen us"]) == (1e6, 2e6, 1e6)
+    assert row["best us"] == pytest.approx(1e6 / 3)
+    assert (row["apart/chosen"], row["apart/best"]) == (2.0, pytest.approx(6.0))
+    assert row["tiles"] == 3
+    assert "note" not in row
+    summarize(found.table, found.started)
+    assert found.table.summary["bias + GELU: apart/chosen, median"] == 2.0
+    assert json.loads(path.read_text())["rows"][0]["name"] == "small"
+
+
+def test_a_kernel_that_is_wrong_is_not_timed() -> None:
+    (row,) = run([SMALL], Made(wrong=1)).table.rows
+    assert "WRONG" in str(row["note"])
+    assert row["tiles"] == 2
+    assert "chosen us" not in row
+
+
+def test_past_the_limit_nothing_is_compiled() -> None:
+    (row,) = run([SMALL], Made(), limit=-1.0).table.rows
+    assert "past" in str(row["note"])
+
+
+def test_what_has_no_site_is_a_note() -> None:
+    bare = Product("bare", "none", linear, linear, LAYERS, (64, 48, 32))
+    rows = run([bare, SMALL]).table.rows
+    assert "failed" in str(rows[0]["note"])
+    assert rows[1]["chosen"]
+
+
+def test_every_part_has_products_of_different_names() -> None:
+    for part in PARTS.values():
+        names = [product.name for product in part()]
+        assert len(set(names)) == len(names)
+    assert len(list(PARTS["shapes"]())) >= 60
+    assert len(list(PARTS["epilogues"]())) == 50
+
+
+def test_two_products_count_twice() -> None:
+    layouts = (dense(64, 32), dense(32, 48), dense(32, 48))
+    pair = Product("pair", "gated", gated, gated, layouts, (64, 48, 32), products=2)
+    assert pair.flops == 2 * SMALL.flops
+    (row,) = run([pair], Made()).table.rows
+    assert row["tiles"] == 3

@@ -1,0 +1,126 @@
+"""Steps of the matmul template compile with no GPU, and take what their tiles were chosen for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iocompiler.codegen.module import emit_module
+from iocompiler.cost_model.device import DEVICES
+from iocompiler.cost_model.matmul_tiles import candidates
+from iocompiler.plan.fold import folded
+from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import sites
+from iocompiler.runtime.compile import Compiled
+from iocompiler.runtime.load import prepare
+from iocompiler.runtime.module import Module
+from tests.codegen.compiling import instructions
+from tests.codegen.matmuls import plan_on_fakes
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), ((4096, 512), (2048, 512), (2048,))),
+    "residual": (lambda x, w, r: x @ w + r, ((4096, 512), (512, 2048), (4096, 2048))),
+    "gated": (lambda x, w, v: F.silu(x @ w) * (x @ v), ((4096, 512), (512, 2048), (512, 2048))),
+    "odd": (lambda x, w, r: x @ w + r, ((1021, 333), (333, 510), (1021, 510))),
+    "batch": (lambda x, w, r: torch.bmm(x, w) + r, ((8, 2048, 512), (8, 512, 1024), (1024,))),
+}
+
+
+def prepared(
+    name: str, device: str, rank: int, dtype: torch.dtype, loads: str = ""
+) -> tuple[Module, MatmulTile]:
+    """The module of the step with the tile of this rank, of those with these loads."""
+    f, shapes = FUNCTIONS[name]
+    plan = plan_on_fakes(f, *shapes, dtype=dtype)
+    (site,) = sites(plan)
+    row = DEVICES[device]
+    found = candidates(*site.key, row, most=24)
+    tile = [tile for tile in found if loads in ("", tile.loads)][rank]
+    return prepare(folded(plan, {site.key: tile}), row), tile
+
+
+def text_of(module: Module) -> str:
+    """The instructions of its one kernel."""
+    image = next(iter(module.images.values()))
+    return instructions(Compiled(image.cubin, dict(image.metadata)))
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("residual", "h200"), ("gated", "h200"), ("odd", "h200"), ("residual", "a100")],
+)
+def test_the_chosen_tile(name: str, device: str) -> None:
+    module, tile = prepared(name, device, 0, torch.bfloat16)
+    (taken,) = module.resources.values()
+    assert taken["spills"] == 0
+    assert not any(image.metadata["serialized"] for image in module.images.values())
+    assert 0 < taken["registers"] <= 255
+    assert 0 < taken["shared"] <= DEVICES[device].shared_bytes_per_sm
+    text = text_of(module)
+    assert ("HGMMA" if device == "h200" else "HMMA") in text
+    assert ("UTMALDG" in text) == (tile.loads == "descriptors")
+    if name != "odd" and tile.loads == "pointers":  # without alignment no 16 bytes are copied
+        assert "LDGSTS.E.BYPASS.128" in text
+
+
+def test_by_pointers_on_hopper() -> None:
+    module, _ = prepared("residual", "h200", 0, torch.bfloat16, "pointers")
+    assert "LDGSTS.E.BYPASS.128" in text_of(module)
+    (taken,) = module.resources.values()
+    assert taken["spills"] == 0
+
+
+def test_pointers_that_are_not_aligned_have_a_kernel_of_their_own() -> None:
+    module, _ = prepared("residual", "h200", 0, torch.bfloat16, "descriptors")
+    (spec,) = module.kernels.values()
+    assert spec.any_pointers is not None
+    other = spec.unhinted
+    assert other.name != spec.name
+    module._compile([(other, False, False)], 90)
+    image = module.images[other.launcher, False, False]
+    assert image.metadata["spills"] == 0
+    text = instructions(Compiled(image.cubin, dict(image.metadata)))
+    assert "UTMALDG" not in text
+    assert ".128" not in text, "nothing is known of where the operands lie"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["h200", "a100"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("rank", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_tiles(name: str, device: str, rank: int, dtype: torch.dtype) -> None:
+    module, _ = prepared(name, device, rank, dtype)
+    (taken,) = module.resources.values()
+    assert taken["spills"] <= 32  # what spills is not taken by the clock
+    if (name, dtype) != ("gated", torch.float16):  # some are, with Triton 3.6: the clock finds it
+        assert not any(image.metadata["serialized"] for image in module.images.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32(tf32: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        module, _ = prepared("residual", "h200", 0, torch.float32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    (taken,) = module.resources.values()
+    assert taken["spills"] == 0
+    assert ("MMA" in text_of(module)) == tf32
+
+
+def test_the_file_reads_well() -> None:
+    f, shapes = FUNCTIONS["gelu"]
+    plan = plan_on_fakes(f, *shapes, dtype=torch.bfloat16)
+    (site,) = sites(plan)
+    tile = candidates(site.step.product, site.step.program, DEVICES["h200"])[0]
+    text = emit_module(folded(plan, {site.key: tile}), "gelu")
+    assert "aten.addmm" not in text
+    assert "def matmul(" in text.split("# %% kernel")[0], "the template stands in the prelude"
+    assert max(map(len, text.splitlines())) <= 100
