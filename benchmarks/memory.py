@@ -48,8 +48,8 @@ class Sizes:
         return model.to(device, torch.bfloat16), (first, second)
 
 
-FULL = Sizes(vocabulary=50257, width=768, heads=12, layers=12, length=1024, batch=8)
-QUICK = Sizes(vocabulary=256, width=64, heads=4, layers=3, length=64, batch=2)
+FULL = Sizes(vocabulary=50257, width=768, heads=12, layers=6, length=1024, batch=8)
+QUICK = Sizes(vocabulary=256, width=64, heads=4, layers=2, length=64, batch=2)
 
 
 def main() -> None:
