@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
@@ -12,16 +11,21 @@ from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
 from iocompiler.ops import target
-from iocompiler.passes.attention import contraction, execute, library, scored, seeds, strides
+from iocompiler.passes.attention import (
+    contraction,
+    execute,
+    inductor,
+    library,
+    scored,
+    seeds,
+    strides,
+)
 from iocompiler.passes.attention.description import Attention, Declined
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
 from iocompiler.passes.attention.scored import ScoredCall
 
 _PATTERN = "attention"
-# keys from which on torch's 16-bit backward on a CPU is no slower than Inductor's plain operators:
-# 2.2 times as slow at 128, even at 512, half of it at 1024 (torch 2.13, B2 H4 D64)
-_LONG_ON_CPU = 512
 
 
 @graph_pass
@@ -57,9 +61,9 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
             return 0
         where = view.where(node)
         _check_alone(gm, found)
-        if target.is_inductor():
-            _check_cpu(gm, found)
         call = _planned(found, Evaluator(gm))
+        if target.is_inductor():
+            inductor.check(gm, call)
     except Declined as reason:
         record(gm, Miss(_PATTERN, view.where(node), str(reason)))
         return 0
@@ -92,17 +96,6 @@ def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCal
         assert declined is not None
         raise declined
     return call
-
-
-def _check_cpu(gm: GraphModule, found: Attention) -> None:
-    """Raise `Declined` where the plain operators are faster by Inductor's C++."""
-    if found.dropout_p > 0.0:
-        raise Declined("no library kernel of a CPU drops out: Inductor fuses the plain operators")
-    wanted = any(x.meta.get("requires_grad") for x in gm.graph.find_nodes(op="placeholder"))
-    differentiated = wanted and view.regions(gm)[found.anchor].grad
-    short = isinstance(found.column.size, int) and found.column.size < _LONG_ON_CPU
-    if differentiated and short and found.dtype in (torch.bfloat16, torch.float16):
-        raise Declined(f"the CPU library's 16-bit backward is slow below {_LONG_ON_CPU} keys")
 
 
 def _check_alone(gm: GraphModule, found: Attention) -> None:
