@@ -211,7 +211,8 @@ def _load(step: Step, plans: Plans, runs: dict[str, Callable[[], object]], line:
         torch.manual_seed(0)
         return {name: function(list(step.given[name])) for name, function in functions.items()}
 
-    worst = max(error(run()[name], step.results[name]) for name in functions)
+    results = run()
+    worst = max(error(results[name], step.results[name]) for name in functions)
     line["check"] = f"{'ok' if worst <= 1 else 'FAIL'} {worst:.2f}"
     if worst <= 1:
         runs[str(line["name"])] = run
@@ -239,8 +240,9 @@ def _size(value: Tensor) -> float:
 
 def _error(least: float, value: Any, expected: Any) -> float:
     if not _is_real(value):
-        same = torch.equal(value, expected) if isinstance(value, Tensor) else value == expected
-        return 0.0 if same else math.inf
+        if isinstance(value, Tensor):
+            return 0.0 if torch.equal(value.cpu(), expected.cpu()) else math.inf
+        return 0.0 if value == expected else math.inf
     scale = max(_size(expected), least, 1e-12)
     relative = _size(value.double() - expected.double()) / scale
     return relative / _ALLOWED.get(value.dtype, 1e-8) if math.isfinite(relative) else math.inf
