@@ -164,7 +164,7 @@ def inductor(
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.decomposition import select_decomp_table
 
-    from iocompiler.ops.attention_inductor import DECOMPOSITIONS
+    from iocompiler.ops.attention_inductor import decompositions
 
     get_cpp_compiler()
     patches: dict[str, Any] = {}
@@ -174,8 +174,8 @@ def inductor(
             "custom_partitioner_fn": _for_inductor(partition),
             "force_disable_caches": True,
         }
-    ours = any(node.target in DECOMPOSITIONS for node in gm.graph.nodes)
-    table = {**select_decomp_table(), **DECOMPOSITIONS} if ours else None
+    ours = decompositions(gm)
+    table = {**select_decomp_table(), **ours} if ours else None
     with _tagged() if ours else nullcontext():
         run = compile_fx(gm, example_inputs, config_patches=patches, decompositions=table)
     return cast("Callable[..., Any]", run)

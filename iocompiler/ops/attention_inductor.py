@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from iocompiler.ops import attention_kernels as kernels
 from iocompiler.ops.attention import BACKWARD, FORWARD, arranged, lse_dtype
@@ -26,8 +27,6 @@ def _forward(
     kernel: str,
     layout: str,
 ) -> Any:
-    if kernel != "cpu" or not query.numel() or not key.numel():
-        return NotImplemented
     setting = kernels.Setting(scale, causal, dropout_p)
     out, lse, rows = kernels.cpu_library(query, key, value, bias, setting)
     out = kernels.with_nan(out, rows, query)
@@ -36,13 +35,18 @@ def _forward(
     return arranged(out, out.shape, layout[3]), lse, *none
 
 
-def _backward(grad: Tensor, query: Tensor, key: Tensor, *rest: Any) -> Any:
-    kernel, bias_grad = rest[-3], rest[-1]
-    # the library has no gradient of its mask
-    if kernel != "cpu" or bias_grad or not query.numel() or not key.numel():
-        return NotImplemented
-    return function("attention_backward")(grad, query, key, *rest)
+def decompositions(gm: GraphModule) -> dict[Any, Callable[..., Any]]:
+    """For Inductor's table: it takes no operator that is decomposed here and called there, so all
+    attentions of the graph run by the library's kernel, or nothing is decomposed.
+    """
+    graphs = [each.graph for each in gm.modules() if isinstance(each, GraphModule)]
+    calls = [n for graph in graphs for n in graph.find_nodes(op="call_function", target=FORWARD)]
+    if not calls or not all(map(_by_library, calls)):
+        return {}
+    return {FORWARD: _forward, BACKWARD: function("attention_backward")}
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {FORWARD: _forward, BACKWARD: _backward}
-"""For Inductor's table; where a call is none of the library's kernel, it stays as it is."""
+def _by_library(call: Node) -> bool:
+    query, key, kernel = call.args[0], call.args[1], call.args[7]
+    empty = any(0 in x.meta["val"].shape for x in (query, key) if isinstance(x, Node))
+    return kernel == "cpu" and not empty

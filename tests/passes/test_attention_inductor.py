@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from iocompiler.backend import Compiler
 from iocompiler.ops import target
-from iocompiler.ops.attention import BACKWARD
-from iocompiler.ops.attention_inductor import DECOMPOSITIONS
+from iocompiler.ops.attention import BACKWARD, FORWARD
+from iocompiler.ops.attention_inductor import decompositions
 from tests.passes.attention_cases import Compiled, heads
 
 aten = torch.ops.aten
@@ -43,6 +44,10 @@ def _compiled(function: Callable[..., Any], inputs: dict[str, Any]) -> Compiled:
     with target.inductor():
         compiled(**inputs)
     return compiled
+
+
+def _wide() -> dict[str, Any]:
+    return {**heads(), "v": torch.randn(2, 4, 7, 16)}
 
 
 def _halves(**sizes: int) -> dict[str, Any]:
@@ -72,9 +77,10 @@ def test_taken(function: Callable[..., Any], inputs: dict[str, Any], variant: st
         (dropped, heads(), "drops out"),
         (capped, heads(), "block by block"),
         (biased, _table(learned=True), "no gradient of a bias"),
+        (plain, _wide(), "differ in width"),
         (plain, _halves(), "16-bit backward is slow below 512 keys"),
     ],
-    ids=["dropout", "a score program", "a learned bias", "16 bits, short"],
+    ids=["dropout", "a score program", "a learned bias", "widths", "16 bits, short"],
 )
 def test_left_to_inductor(
     function: Callable[..., Any], inputs: dict[str, Any], reason: str
@@ -95,18 +101,28 @@ def test_short_in_16_bits_is_taken_where_nothing_is_differentiated() -> None:
         assert _compiled(plain, _halves()).variants == ["full"]
 
 
-@pytest.mark.parametrize(("kernel", "bias_grad"), [("blockwise", False), ("cpu", True)])
-def test_what_is_no_kernel_of_the_library_stays_an_operator(kernel: str, bias_grad: bool) -> None:
+def _graph(*kernels: str, keys: int = 7) -> GraphModule:
+    def function(q, k):
+        setting = (None, 0.3, False, 0.0)
+        return [FORWARD(q, k, k, *setting, kernel, "hhhh")[0] for kernel in kernels]
+
     with FakeTensorMode():
-        q = torch.empty(2, 3, 5, 8)
-        bias, lse, state = torch.empty(5, 5), torch.empty(2, 3, 5), torch.empty(0)
+        return make_fx(function)(torch.empty(2, 4, 7, 8), torch.empty(2, 4, keys, 8))
 
-        def backward(q):
-            saved = (q, q, q, bias, q, lse, state, state)
-            return BACKWARD(q, *saved, 0.3, False, 0.0, kernel, "hhhh", bias_grad)[0]
 
-        graph = make_fx(backward, decomposition_table=DECOMPOSITIONS)(q)
-    assert BACKWARD in {node.target for node in graph.graph.nodes}
+@pytest.mark.parametrize(
+    ("graph", "taken"),
+    [
+        (_graph("cpu", "cpu"), True),
+        (_graph("cpu", "blockwise"), False),
+        (_graph("cpu", keys=0), False),
+        (_graph(), False),
+    ],
+    ids=["the library's", "another one too", "no keys", "none"],
+)
+def test_all_attentions_of_a_graph_are_decomposed_or_none(graph: GraphModule, taken: bool) -> None:
+    """Inductor refuses a graph that calls what its table decomposes."""
+    assert decompositions(graph).keys() == ({FORWARD, BACKWARD} if taken else set())
 
 
 def test_inductor_gets_the_library_operator() -> None:

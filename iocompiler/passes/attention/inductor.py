@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
+from iocompiler.passes.attention.axes import known
 from iocompiler.passes.attention.description import Attention, Declined
 from iocompiler.passes.attention.execute import Call
 from iocompiler.passes.attention.scored import ScoredCall
@@ -29,6 +30,8 @@ def check(gm: GraphModule, call: Call | ScoredCall) -> None:
         raise Declined("a score program runs block by block on a CPU: Inductor is faster")
     if found.dropout_p > 0.0:
         raise Declined("no library kernel of a CPU drops out: Inductor is faster")
+    if not known(found.width.size == found.value_width.size):
+        raise Declined("heads that differ in width run block by block: Inductor is faster")
     if not _is_differentiated(gm, found):
         return
     if found.dtype in (torch.bfloat16, torch.float16) and _is_short(found.column.size):
