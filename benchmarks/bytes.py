@@ -1,5 +1,5 @@
 """Modeled bytes against measured DRAM bytes (ncu), kernel by kernel, over one training step
-compiled by us.
+compiled by us; with ``--peers inductor,ours`` also those of the whole step by Inductor.
 
 What is measured, and how L2 is dealt with: ncu empties the caches before every kernel
 (``--cache-control all``), so all a kernel reads comes from DRAM once and ``dram__bytes_read`` is
@@ -7,7 +7,8 @@ what it would read with nothing left over from the kernel before. What it writes
 in L2 when it ends, where ``dram__bytes_write`` has not seen it; these bytes are taken from what the
 SMs sent to L2, at most the L2's size ("pending"). "measured" is read + written + pending; "dram" is
 the strict sum without pending. In a real step a kernel may find inputs in L2: the model prices HBM
-for a cold cache, and so do we.
+for a cold cache, and so do we. A whole step is the sum over all its launches, library calls
+included; for Inductor, "counted" is its own count of what its kernels and calls read and write.
 """
 
 from __future__ import annotations
@@ -18,67 +19,77 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import ncu, timing
+from benchmarks.bytes_step import STEPS
 from benchmarks.caches import variables
 from benchmarks.harness import Session, parser, wanted
-from benchmarks.model_zoo import MODELS
-from benchmarks.models import training_step
 from benchmarks.ncu import Launch
-from benchmarks.table import Row, Table
+from benchmarks.table import Row, Table, ratio
 
 WITHIN = 0.15
 _SMALL = 2**20
 _LIMIT_S = 230.0
+SAID = {"ours": "modeled", "inductor": "counted"}
+
+Said = dict[str, Any]
 
 
 def main() -> None:
     args = arguments()
-    if args.child:
-        return _child(args)
     shown = ["model", "graph", "name", "launches", "modeled MB", "measured MB", "dram MB", "off %"]
     session = Session(args, Table(f"bytes, attention {args.attention}, bf16, train step", shown))
-    for model in MODELS:
-        if wanted(model, args.only):
-            row: Row = {"name": model, "model": model}
-            session.attempt(row, "ncu", partial(_measure, session, model))
+    for name in STEPS:
+        if wanted(name, args.only):
+            row: Row = {"name": name, "model": name}
+            for peer in session.peers:
+                session.attempt(row, peer.name, partial(_measure, session, name, peer.name))
+            _add_whole(session.table, name)
             if row.get("note"):
                 session.table.rows.append(row)
     session.table.finish(args.json)
-    return None
 
 
 def arguments() -> argparse.Namespace:
-    found = parser(__doc__)
+    found = parser(__doc__, default_peers="ours")
     found.add_argument("--attention", default="eager", choices=["eager", "sdpa"])
     found.add_argument("--ncu", default="", help="path of ncu, where it is not on PATH")
     found.add_argument("--ncu-csv", default="", help="a folder that keeps plans and measurements")
-    found.add_argument("--child", default="", help=argparse.SUPPRESS)
-    found.add_argument("--plan", default="", help=argparse.SUPPRESS)
-    found.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
-    found.set_defaults(only="bert,llama")
+    found.set_defaults(only="bert,llama,encoder")
     return found.parse_args()
 
 
-def _measure(session: Session, model: str) -> None:
-    planned, launches = _profiled(session.args, model)
+def _measure(session: Session, name: str, peer: str) -> None:
+    said, launches = _profiled(session.args, name, peer)
     if session.args.ncu_csv:
-        _keep(session.args.ncu_csv, model, planned, launches)
-    _fill(session.table, model, planned, launches)
+        _keep(session.args.ncu_csv, f"{name}_{peer}".replace(" ", "_"), said["kernels"], launches)
+    if peer == "ours":
+        _fill(session.table, name, said["kernels"], launches)
+    whole = session.table.summary
+    whole[f"{name}: whole step, {peer}, {SAID[peer]} MB"] = said["bytes"] / 1e6
+    if launches:
+        whole[f"{name}: whole step, {peer}, measured MB"] = sum(x.measured for x in launches) / 1e6
 
 
-def _profiled(args: argparse.Namespace, model: str) -> tuple[list[dict[str, Any]], list[Launch]]:
-    """The planned kernels of one step, and what ncu measured (nothing without a GPU)."""
+def _add_whole(table: Table, name: str) -> None:
+    """Ours over Inductor's: by what the two compilers say, and by ncu."""
+    for label, theirs in (("measured", "measured"), (SAID["ours"], SAID["inductor"])):
+        mine = table.summary.get(f"{name}: whole step, ours, {label} MB")
+        other = table.summary.get(f"{name}: whole step, inductor, {theirs} MB")
+        if (share := ratio(mine, other)) is not None:
+            labels = label if label == theirs else f"{label} / {theirs}"
+            table.summary[f"{name}: whole step, ours / inductor, {labels}"] = share
+
+
+def _profiled(args: argparse.Namespace, name: str, peer: str) -> tuple[Said, list[Launch]]:
+    """What the compiler says of one step, and what ncu measured (nothing without a GPU)."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         plan, log = Path(folder, "plan.json"), Path(folder, "ncu.csv")
-        child = [sys.executable, "-m", "benchmarks.bytes", "--child", model, "--plan", str(plan)]
+        child = [sys.executable, "-m", "benchmarks.bytes_step", name, peer, "--plan", str(plan)]
         child += ["--attention", args.attention, *(["--quick"] if args.quick else [])]
         environment = {**os.environ, **variables(Path(folder))}
         command = child
@@ -163,46 +174,6 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
 def _number(row: Row, key: str) -> float:
     value = row.get(key)
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _child(args: argparse.Namespace) -> None:
-    """Compile, warm up, write the plan, and run one step between the profiler's start and stop."""
-    from iocompiler import Compiler
-    from iocompiler.cost_model.device import DEVICES, current_device
-    from iocompiler.report.explain import explain, report_of
-
-    model, on_gpu = MODELS[args.child], timing.on_gpu()
-    device = "cuda" if on_gpu else "cpu"
-    module = model.module(args.attention, args.quick, device).to(torch.bfloat16).train()
-    inputs = model.inputs(args.quick, device, torch.bfloat16, seed=1)
-    if on_gpu:
-        records: list[Any] = []
-        compiled = torch.compile(module, backend=Compiler(on_compiled=records.append, cache=False))
-        step = training_step(module, compiled, inputs)
-        for _ in range(2):
-            step()
-        if args.warm:
-            return
-        report = report_of(records, current_device(torch.device("cuda")), False, Counter())
-    else:
-        report = explain(
-            module, device=DEVICES["h200"].name, training=True, compile_kernels=False, **inputs
-        )
-    kernels = [k for k in report.kernels if k.generated]
-    Path(args.plan).write_text(
-        json.dumps(
-            [
-                {"name": k.name, "graph": k.graph, "bytes": k.bytes, "bound": k.bound}
-                for k in kernels
-            ]
-        )
-    )
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
 
 
 if __name__ == "__main__":

@@ -96,10 +96,15 @@ class Session:
         self.table.write(self.args.json)  # a group that is stopped keeps what it measured
         print(f"  {row['name']} {label}: {time.perf_counter() - started:.1f} s", flush=True)
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the group's limit; negative past it."""
+        return float(self.args.limit - (time.perf_counter() - self.started))
+
     def _raise_if_over(self) -> None:
         if self.broken:
             raise Skipped(f"the device failed before: {self.broken}")
-        if time.perf_counter() - self.started > self.args.limit:
+        if self.seconds_left < 0:
             raise Skipped(f"past the group's {self.args.limit:.0f} s")
 
 

@@ -1,8 +1,9 @@
 """Whole models: a training step and a forward of BERT, GPT-2, Llama and ViT, peers side by side.
 
-A step sets gradients to None, runs forward with labels, and backward; a forward is ``.eval()``
-under no_grad, the same call. Weights are random bf16, dropout as the config has it (off in the
-comparison with float64, which comes first).
+"train" sets gradients to None, runs forward with labels, and backward; "forward" is ``.eval()``
+under no_grad, the same call; "step" is "train" and AdamW's update, once with ``fused=True``, once
+compiled by each peer. Weights are random bf16, dropout as the config has it (off in the comparison
+with float64, which comes first; updates are compared in `benchmarks.kernels`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.harness import (
 )
 from benchmarks.model_zoo import MODELS, Model, without_dropout
 from benchmarks.peers import Peer, chosen
+from benchmarks.step import UPDATES, beside_best, update, whole_step
 from benchmarks.table import Row, Table
 from tests.accuracy import compare_with_eager
 
@@ -45,6 +47,7 @@ def main() -> None:
         for phase in phases(args):
             if wanted(f"{model.name} {phase}", args.only):
                 _row(session, model, phase)
+        _beside_best(session.table, model)
     add_geometric_mean(session.table)
     session.table.finish(args.json)
 
@@ -54,25 +57,44 @@ def arguments() -> argparse.Namespace:
     found.add_argument(
         "--attention", default="eager", choices=["eager", "sdpa"], help="eager: written plainly"
     )
-    found.add_argument("--phase", default="", help="train, forward or both")
+    found.add_argument("--phase", default="", help="of train, forward (both by default), step")
     return found.parse_args()
 
 
 def phases(args: argparse.Namespace) -> tuple[str, ...]:
-    """Both, unless told; small sizes only the one with gradients."""
-    return tuple(args.phase.split(",")) if args.phase else ("train",) if args.quick else PHASES
+    """Both, unless told; small sizes only the one with gradients. A "step" is one a kind of
+    update."""
+    if not args.phase:
+        return ("train",) if args.quick else PHASES
+    steps = [f"step, {kind}" for kind in UPDATES]
+    return tuple(p for name in args.phase.split(",") for p in (steps if name == "step" else [name]))
+
+
+def _beside_best(table: Table, model: Model) -> None:
+    start = f"{model.name} step, "
+    rows = [
+        {**row, "name": str(row["name"]).removeprefix(start)}
+        for row in table.rows
+        if str(row["name"]).startswith(start)
+    ]
+    table.summary |= {
+        f"{model.name} step: {key}": value for key, value in beside_best(rows).items()
+    }
 
 
 def _row(session: Session, model: Model, phase: str) -> None:
     row: Row = {"name": f"{model.name} {phase}"}
     session.table.rows.append(row)
     ours = next((p for p in session.peers if p.name == "ours"), None)
-    if session.args.check and ours is not None:
+    kind = phase.partition(", ")[2]
+    if session.args.check and ours is not None and not kind:
         session.attempt(
             row, "check", partial(_check, session.args, model, phase == "train", ours, row)
         )
     for peer in session.peers:
-        measure = partial(_measure, session.args, model, phase == "train", peer, row)
+        if peer.backend is None and kind == "compiled AdamW":
+            continue
+        measure = partial(_measure, session.args, model, phase, peer, row)
         session.attempt(row, peer.name, measure)
     losses = [row.get("ours loss"), row.get("eager loss")]
     if None not in losses and not abs(losses[0] / losses[1] - 1) < LOSS_DRIFT:  # type: ignore[operator]
@@ -80,8 +102,9 @@ def _row(session: Session, model: Model, phase: str) -> None:
     add_ratio(row)
 
 
-def _measure(args: argparse.Namespace, model: Model, train: bool, peer: Peer, row: Row) -> None:
+def _measure(args: argparse.Namespace, model: Model, phase: str, peer: Peer, row: Row) -> None:
     device = "cuda" if timing.on_gpu() else "cpu"
+    train = phase != "forward"
     module = model.module(args.attention, args.quick, device).to(torch.bfloat16).train(train)
     inputs = model.inputs(args.quick, device, torch.bfloat16, seed=1)
     step = (
@@ -89,6 +112,8 @@ def _measure(args: argparse.Namespace, model: Model, train: bool, peer: Peer, ro
         if train
         else forward(peer.compile(module), inputs)
     )
+    if kind := phase.partition(", ")[2]:
+        step = whole_step(step, update(module, peer, kind))
     loss, row[f"{peer.name} first s"] = timing.first_call(step)
     row[f"{peer.name} loss"] = float(loss)
     del loss

@@ -75,7 +75,7 @@ def _measure(
     module = case.module(args.quick, device).to(case.dtype)
     inputs = case.inputs(args.quick, device, seed=1)
     function = peer.compile(module)
-    call = _step(module, function, inputs) if train else _forward(function, inputs)
+    call = training_step(module, function, inputs) if train else _forward(function, inputs)
     _, row[f"{peer.name} first s"] = timing.first_call(call)
     _clear(module, inputs)
     with timing.PeakMemory() as peak:
@@ -93,7 +93,7 @@ def _clear(module: nn.Module, inputs: dict[str, Tensor]) -> None:
         leaf.grad = None
 
 
-def _step(
+def training_step(
     module: nn.Module, function: Callable[..., Any], inputs: dict[str, Tensor]
 ) -> Callable[[], None]:
     """Forward and backward from a fixed random cotangent (a scalar output: from one)."""

@@ -30,6 +30,7 @@ from iocompiler.graph.copies import copies
 from iocompiler.graph.findings import findings
 from iocompiler.graph.printer import show
 from iocompiler.observe import Dump, Summary, Verify, dump_folder, dump_text
+from iocompiler.ops import target
 from iocompiler.ops.decompositions import table
 from iocompiler.ops.partition import partition
 from iocompiler.options import Options
@@ -152,7 +153,10 @@ class _Walk:
         if self.options.engine == "auto" and engines.on_cuda(gm, inputs):
             with suppress(Exception):  # where they are needed, a failure is told
                 warm_workers()  # they start while the graph is traced
-        graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten") or gm
+        on_cpu = self.options.engine == "auto" and not engines.on_cuda(gm, inputs)
+        with target.inductor() if on_cpu else nullcontext():
+            graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten")
+        graph = graph or gm
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us
             chosen = graph if self.compilation.changed else gm

@@ -5,6 +5,7 @@ tests, aten last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -184,6 +185,9 @@ def inductor(
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.decomposition import select_decomp_table
+
+    from iocompiler.ops.attention_inductor import decompositions
 
     get_cpp_compiler()
     patches: dict[str, Any] = {}
@@ -193,7 +197,22 @@ def inductor(
             "custom_partitioner_fn": _for_inductor(partition),
             "force_disable_caches": True,
         }
-    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=patches))
+    ours = decompositions(gm)
+    table = {**select_decomp_table(), **ours} if ours else None
+    with _tagged() if ours else nullcontext():
+        run = compile_fx(gm, example_inputs, config_patches=patches, decompositions=table)
+    return cast("Callable[..., Any]", run)
+
+
+def _tagged() -> AbstractContextManager[object]:
+    """Inductor's caches do not look at decompositions: their keys name those of ours."""
+    from iocompiler.runtime.cache import key_of
+
+    config: Any = torch.compiler.config
+    patched: AbstractContextManager[object] = config.patch(
+        cache_key_tag=f"{config.cache_key_tag} iocompiler {key_of('inductor')}"
+    )
+    return patched
 
 
 def _for_inductor(partition: Callable[..., Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The versions of torch and Triton the compiler works with."""
+"""The versions of torch and Triton the compiler works with, and where they differ."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def require_supported() -> None:
             continue  # a CPU needs no Triton
         if version_tuple(found) < oldest:
             raise UnsupportedVersion(name=name, found=found, oldest=".".join(map(str, oldest)))
+
+
+@functools.cache
+def group_norm_keeps_channels_last() -> bool:
+    """Whether aten's group norm on a GPU returns channels last for channels last: from torch 2.15
+    on. On a CPU it always did.
+    """
+    return version_tuple(importlib.metadata.version("torch")) >= (2, 15)
 
 
 def version_tuple(version: str) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ def _forward(
     out, lse, seed, offset = run(query, key, value, bias, setting)
     if lse.shape[2] != _rows(query, kernel):  # empty inputs
         lse = lse.new_zeros((*lse.shape[:2], _rows(query, kernel)))
-    return _arranged(out, shape, layout[3]), lse.to(_lse_dtype(query)).contiguous(), seed, offset
+    return arranged(out, shape, layout[3]), lse.to(lse_dtype(query)).contiguous(), seed, offset
 
 
 def _forward_fake(
@@ -99,7 +99,7 @@ def _forward_fake(
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = _empty(query, (*query.shape[:3], value.shape[3]), layout[3])
-    lse = query.new_empty((*query.shape[:2], _rows(query, kernel)), dtype=_lse_dtype(query))
+    lse = query.new_empty((*query.shape[:2], _rows(query, kernel)), dtype=lse_dtype(query))
     return out, lse, *_fake_state(query, dropout_p, kernel)
 
 
@@ -127,14 +127,14 @@ def _backward(
     run = kernels.BACKWARD["blockwise" if empty else kernel]
     saved = (out, logsumexp, seed, offset)
     dq, dk, dv, db = run(grad, query, key, value, bias, saved, setting, bias_grad)
-    arranged = [
-        _arranged(d, x.shape, o)
+    laid_out = [
+        arranged(d, x.shape, o)
         for d, x, o in zip((dq, dk, dv), (query, key, value), layout, strict=False)
     ]
     return (
-        arranged[0],
-        arranged[1],
-        arranged[2],
+        laid_out[0],
+        laid_out[1],
+        laid_out[2],
         query.new_empty((0,)) if db is None else db.contiguous(),
     )
 
@@ -195,7 +195,7 @@ def _rows(query: Tensor, kernel: str) -> int:
     return (rows + aligned - 1) // aligned * aligned
 
 
-def _lse_dtype(query: Tensor) -> torch.dtype:
+def lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
@@ -218,7 +218,7 @@ def _empty(like: Tensor, shape: Any, order: str) -> Tensor:
     return like.new_empty([shape[d] for d in dims]).permute(_inverse(dims))
 
 
-def _arranged(x: Tensor, shape: Any, order: str) -> Tensor:
+def arranged(x: Tensor, shape: Any, order: str) -> Tensor:
     """``x`` in the promised memory order, copied only where it lies otherwise."""
     if x.shape != shape:
         x = x.reshape(shape)

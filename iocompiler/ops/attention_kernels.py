@@ -164,15 +164,27 @@ def efficient_backward(
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
+    out, lse, rows = cpu_library(q, k, v, bias, s)
+    if rows.any():
+        out = with_nan(out, rows, q)
+    return out, lse, *_no_state(q)
+
+
+def cpu_library(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the library's kernel makes of it, and the rows that it takes for masked altogether."""
     q, k, v = (_rows(x) for x in _grouped(q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, s.causal, attn_mask=bias, scale=s.scale
     )
-    rows = lse == 0.0
-    if rows.any():  # it takes a row of NaN scores for one that is masked altogether
-        broken = rows & q.isnan().any(-1)
-        out = out.masked_fill(broken.unsqueeze(-1), float("nan"))
-    return out, lse, *_no_state(q)
+    return out, lse, lse == 0.0
+
+
+def with_nan(out: Tensor, rows: Tensor, q: Tensor) -> Tensor:
+    """``out`` with those of the ``rows`` that are no masked ones: their scores are NaN."""
+    broken = rows & q.isnan().any(-1)
+    return out.masked_fill(broken.unsqueeze(-1), float("nan"))
 
 
 def cpu_backward(

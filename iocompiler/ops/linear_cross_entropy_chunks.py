@@ -171,10 +171,10 @@ class _Room:
         self.chunk, held = _chunk(
             x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
         )
-        self._scratch = x.new_empty((held, _stride(vocabulary)))
-        if not x.is_cuda:
-            # oneDNN reads an odd inner extent in pairs (AMX, torch 2.13): a NaN there is a NaN
-            self._scratch[:, columns:] = 0.0
+        # beside an odd row lies padding, which a 16-bit product on a CPU multiplies by zero (oneDNN
+        # with AMX, torch 2.13): it must be numbers
+        make = x.new_empty if x.device.type in ALIGNED_DEVICES else x.new_zeros
+        self._scratch = make((held, _stride(vocabulary)))
 
     def logits(self, some: slice) -> Tensor:
         """[rows, columns], where the products of ``some`` rows go."""

@@ -1,4 +1,5 @@
-"""The device a graph is compiled for: that of its tensors, or one that is only planned for.
+"""The device a graph is compiled for: that of its tensors, or one that is only planned for; and
+whether Inductor compiles it.
 
 `explain` walks a double of the model on the CPU; what is chosen by device (kernels of attention,
 dropout by seeds) has to be chosen as on the device that was asked for.
@@ -19,6 +20,7 @@ Capability = tuple[int, int]
 
 _NO_GPU: Capability = (9, 0)  # what is compiled for where no GPU is present
 _planned: ContextVar[Capability | None] = ContextVar("planned", default=None)
+_inductor: ContextVar[bool] = ContextVar("inductor", default=False)
 
 
 @contextmanager
@@ -29,6 +31,21 @@ def planned_for(capability: Capability | None) -> Iterator[None]:
         yield
     finally:
         _planned.reset(token)
+
+
+@contextmanager
+def inductor() -> Iterator[None]:
+    """What is chosen inside is for a graph that Inductor compiles for the CPU."""
+    token = _inductor.set(True)
+    try:
+        yield
+    finally:
+        _inductor.reset(token)
+
+
+def is_inductor() -> bool:
+    """Whether Inductor compiles the graph, for the CPU: what it fuses itself is left to it."""
+    return _inductor.get()
 
 
 def device_type(x: Tensor) -> str:

@@ -17,7 +17,7 @@ from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.early import early
 from iocompiler.plan.finish import finish
 from iocompiler.plan.folds import most_held
-from iocompiler.plan.group import Group, Grouper
+from iocompiler.plan.group import Accept, Group, Grouper, faster
 from iocompiler.plan.order import in_order
 from iocompiler.plan.region import CALLS_ONLY, listed, plain_region, returns, sizes_are_given
 from iocompiler.plan.seen import as_seen
@@ -28,13 +28,14 @@ from iocompiler.plan.unfused import unfused_edges
 from iocompiler.plan.views import is_view, storage_owner
 
 
-def build_plan(gm: GraphModule, device: Device, name: str) -> Plan:
+def build_plan(gm: GraphModule, device: Device, name: str, accept: Accept = faster) -> Plan:
     """Plan a flat, functional ATen graph whose nodes carry fake tensors in ``meta["val"]``.
 
-    ``device`` prices the kernels; ``name`` prefixes kernel names ("forward"). Graph inputs that are
-    overwritten have ``copy_`` nodes at the end, as AOTAutograd leaves them.
+    ``device`` prices the kernels; ``name`` prefixes kernel names ("forward"); ``accept`` decides
+    what is grouped of what can be. Graph inputs that are overwritten have ``copy_`` nodes at the
+    end, as AOTAutograd leaves them.
     """
-    return _Builder(gm, device, name, graph_device(gm)).plan()
+    return _Builder(gm, device, name, graph_device(gm), accept).plan()
 
 
 def graph_device(gm: GraphModule) -> torch.device:
@@ -59,12 +60,14 @@ def size_hints(gm: GraphModule) -> dict[str, int]:
 
 
 class _Builder(Steps):
-    def __init__(self, gm: GraphModule, device: Device, name: str, place: torch.device):
+    def __init__(
+        self, gm: GraphModule, device: Device, name: str, place: torch.device, accept: Accept
+    ):
         super().__init__(gm)
-        self.device, self.name = device, name
+        self.device, self.name, self.accept = device, name, accept
         self.hints = size_hints(gm)
         self.flow = Dataflow(gm.graph, place, self.hints)
-        self.grouper = Grouper(self.flow, lambda p: kernel_seconds(p, device, self.hints))
+        self.grouper = Grouper(self.flow, lambda p: kernel_seconds(p, device, self.hints), accept)
 
     def plan(self) -> Plan:
         groups = self.grouper.run()
@@ -106,7 +109,8 @@ class _Builder(Steps):
         name = str(node.target)
         if higher_order(caller) in CALLS_ONLY and sizes_are_given(inner):
             try:
-                builder = _Builder(inner, self.device, f"{self.name}_{name}", self.flow.device)
+                prefix = f"{self.name}_{name}"
+                builder = _Builder(inner, self.device, prefix, self.flow.device, self.accept)
                 return Region(name, builder.plan(), returns(inner))
             except Exception as error:  # whatever stands in the way of kernels, calls remain
                 self.notes.append(f"{name} without kernels: {error}")

@@ -2,7 +2,8 @@
 
 Every kernel node starts as a kernel of its own. Pairs that share a tensor are tried in the order of
 the bytes they share; a pair is merged when the union has no cycle through other kernels, lowers to
-one program and is modeled faster than the two. What is not merged keeps the reason.
+one program and is modeled faster than the two (`faster`; another `Accept` gives other legal plans).
+What is not merged keeps the reason.
 """
 
 from __future__ import annotations
@@ -46,12 +47,22 @@ class Group:
     seconds: float
 
 
+Accept = Callable[[Group, Group, Group], bool]
+"""Whether two groups become the third, which can be lowered and makes no cycle."""
+
+
+def faster(a: Group, b: Group, together: Group) -> bool:
+    """The one kernel is modeled no slower than the two."""
+    return together.seconds <= a.seconds + b.seconds
+
+
 @dataclass
 class Grouper:
     """Merges the kernel nodes of a graph; ``rejected`` keeps why two groups' nodes stayed apart."""
 
     flow: Dataflow
     price: Price
+    accept: Accept = faster
     groups: dict[int, Group] = field(default_factory=dict)
     home: dict[Node, int] = field(default_factory=dict)
     rejected: dict[tuple[Node, Node], str] = field(default_factory=dict)
@@ -180,8 +191,9 @@ class Grouper:
                 reason = lowered
             else:
                 seconds = self.price(lowered.program)
-                if seconds <= a.seconds + b.seconds:
-                    self._merge(a, b, Group(max(a.number, b.number), nodes, lowered, seconds))
+                together = Group(max(a.number, b.number), nodes, lowered, seconds)
+                if self.accept(a, b, together):
+                    self._merge(a, b, together)
                     return
                 apart = f"{a.seconds * 1e6:.1f} + {b.seconds * 1e6:.1f}"
                 reason = f"together {seconds * 1e6:.1f} us, apart {apart} us"

@@ -121,6 +121,19 @@ def test_layouts_as_in_eager(name: str) -> None:
         assert mine.stride() == theirs.stride()
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 5, 3), (2, 6, 4, 3, 2)], ids=["2d", "3d"])
+def test_group_norm_keeps_channels_last(shape: tuple[int, ...]) -> None:
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x = torch.randn(shape).to(memory_format=last).requires_grad_()
+    eager, ours = (
+        outcome(lambda x: F.group_norm(x, 3), [x], decomposed=flag) for flag in (False, True)
+    )
+    for kind in ("values", "gradients"):
+        for mine, theirs in zip(getattr(ours, kind), getattr(eager, kind), strict=True):
+            assert mine.stride() == theirs.stride() == x.stride()
+            torch.testing.assert_close(mine, theirs)
+
+
 def test_every_label_ignored_gives_nan_as_in_eager() -> None:
     def f(x):
         return F.cross_entropy(x, torch.full((4,), -100))

@@ -398,3 +398,21 @@ def test_shares_of_the_rows_on_the_gpu(dtype: torch.dtype, vocabulary: int, redu
         least = torch.finfo(dtype).eps
         allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
         assert relative_error(ours_, exact) <= allowed, place
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_beside_an_odd_row_comes_in(dtype: torch.dtype) -> None:
+    """Memory that nobody wrote is NaN here: a CPU's product may read on past the row's end."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 8).to(dtype).requires_grad_()
+    weight = torch.randn(37, 8).to(dtype).requires_grad_()
+    given = x, weight, None, torch.randint(0, 37, (128,))
+    torch.use_deterministic_algorithms(True)
+    try:
+        ours(given, "mean", 0.0, False).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert x.grad.isfinite().all()
+    assert weight.grad.isfinite().all()

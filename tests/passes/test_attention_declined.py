@@ -153,6 +153,21 @@ def test_written_in_between_stays_right() -> None:
         torch.testing.assert_close(compiled(**inputs), written_in_between(**inputs))
 
 
+@pytest.mark.parametrize("last", ["write", "copy"])
+def test_a_mask_that_is_written_to_is_not_taken_apart(last: str) -> None:
+    def function(q, k, v, table):
+        keep = torch.ones(7, 7, dtype=torch.bool).tril()
+        mask = torch.where(keep, table, torch.finfo(q.dtype).min)
+        copy = mask.clone()
+        (copy if last == "write" else mask)[:, 5].fill_(0.5)
+        return F.scaled_dot_product_attention(q, k, v, copy if last == "write" else mask.clone())
+
+    inputs = {name: x.detach() for name, x in heads().items()} | {"table": torch.randn(7, 7)}
+    compiled = Compiled(function)
+    torch.testing.assert_close(compiled(**inputs), function(**inputs))
+    assert "mask+bias" not in compiled.variants
+
+
 def test_integer_query_is_declined() -> None:
     q, k = (torch.randint(-3, 3, (2, 4, 7, 8)) for _ in range(2))
 

@@ -253,6 +253,24 @@ def masked_bias(q, k, v, table):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(keep, table, low))
 
 
+def masked_bias_copied(q, k, v, table):
+    keep = ~above(q @ k.mT)
+    low = torch.finfo(q.dtype).min
+    mask = torch.where(keep, table, low).clone().contiguous()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def alibi_repeated(q, k, v):
+    """The slopes' product for one batch, repeated for all, as in Bloom."""
+    b, h, rows, _ = q.shape
+    slopes = torch.pow(0.25, torch.arange(1, h + 1))[:, None, None]
+    bias = (slopes * torch.arange(k.shape[2])).repeat(b, 1, 1).to(q.dtype)
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    s = torch.baddbmm(bias, q, k.mT, alpha=0.3).view(b, h, rows, -1)
+    mask = torch.where(above(s), torch.finfo(s.dtype).min, torch.zeros((), dtype=s.dtype))
+    return (s + mask).softmax(-1) @ v
+
+
 def windows(q, k, v, table):
     """Batches of windows, each with a mask of its own, as in Swin."""
     s = scores(q, k)
@@ -356,6 +374,8 @@ def cases() -> list[Any]:
         (alibi, "causal+bias", square),
         (scaled_after_bias, "mask+bias", {**square, "table": _table()}),
         (masked_bias, "mask+bias", {**square, "table": _table()}),
+        (masked_bias_copied, "mask+bias", {**square, "table": _table()}),
+        (alibi_repeated, "causal+bias", square),
         (library_bias, "bias", {**square, "table": _table()}),
         (window, "causal+mask", square),
         *(

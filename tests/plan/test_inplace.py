@@ -62,6 +62,10 @@ def summed(x: Tensor, w: Tensor) -> Tensor:
     return (x @ w).cumsum(1)
 
 
+def softmax(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w).softmax(-1)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "function", [bias_and_gelu, twice, other_shape, column_sums, summed, softmax]
@@ -70,10 +74,6 @@ def test_taken(function: Callable[..., Any], dynamic: bool) -> None:
     record, found = compiled(function, X, W, dynamic=dynamic)
     assert over(record.plans["inference"])
     torch.testing.assert_close(found, function(X, W))
-
-
-def softmax(x: Tensor, w: Tensor) -> Tensor:
-    return (x @ w).softmax(-1)
 
 
 def an_input(x: Tensor, w: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def test_a_budget_that_nothing_keeps_is_told_once() -> None:
     run = torch.compile(Blocks(2), backend=Compiler(engine="aten", memory_budget=7))
     with pytest.warns(BudgetWarning, match=r"allows 7 bytes, .* are \d+ bytes") as told:
         run(torch.randn(5, 16)).backward()
-    assert len(told) == 1
+    assert [each.category for each in told].count(BudgetWarning) == 1  # Dynamo may add its own
     run(torch.randn(5, 16)).backward()  # and not again: a warning is an error here
 
 

@@ -34,9 +34,9 @@ def classify_blocks(
     for n in range(first, last + 1):
         j = tl.minimum(n * BLOCK_N + column, columns - 1)
         kept = tl.broadcast_to(keep(b, h, i, j, operands, strides, numbers), (BLOCK_M, BLOCK_N))
-        # one sum says both; in this order threads add up what they have before they meet
-        ones = tl.reshape(kept.to(tl.int32), (BLOCK_M * BLOCK_N,), can_reorder=True)
-        count = tl.sum(ones, 0)
+        # one sum says both; over no axis in particular, threads add up what they have before they
+        # meet
+        count = tl.sum(kept.to(tl.int32))
         kind = (count > 0).to(tl.int32) + (count == BLOCK_M * BLOCK_N).to(tl.int32)
         kinds = tl.where(place == n, kind, kinds)
     line = (z.to(tl.int64) * down + m) * across

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from iocompiler.ops.decomposed.arithmetic import cast, count, wide
 from iocompiler.ops.decomposed.moments import moments
+from iocompiler.versions import group_norm_keeps_channels_last
 
 aten = torch.ops.aten
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -93,7 +95,7 @@ def native_group_norm(
     if bias is not None:
         out = out + _by_group(bias, groups)
     mean, rstd = (cast(s.reshape(n, groups), x.dtype) for s in (mean, rstd))
-    return cast(out.reshape(x.shape), x.dtype), mean, rstd
+    return _laid_out(cast(out.reshape(x.shape), x.dtype), x), mean, rstd
 
 
 def native_group_norm_backward(
@@ -117,11 +119,20 @@ def native_group_norm_backward(
     if mask[0]:
         scaled = wide_grad if weight is None else wide_grad * _by_group(weight, groups)
         dx = cast(_normal_backward(scaled, normal, scale, [2, 3]).reshape(x.shape), x.dtype)
+        dx = _laid_out(dx, x)
     if mask[1]:
         dweight = cast(_summed(wide_grad * normal, [0, 3]).reshape(channels), kept)
     if mask[2]:
         dbias = cast(_summed(wide_grad, [0, 3]).reshape(channels), kept)
     return dx, dweight, dbias
+
+
+def _laid_out(result: Tensor, x: Tensor) -> Tensor:
+    """As aten's group norm lays out what it makes of ``x``."""
+    keeps = x.device.type == "cpu" or group_norm_keeps_channels_last()
+    return (
+        result.contiguous(memory_format=suggest_memory_format(x)) if keeps else result.contiguous()
+    )
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:

@@ -82,7 +82,7 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
     masks: list[Mask] = []
     terms: list[Bias] = []
     size = 0.0
-    for step in _parted(found.steps):
+    for step in _parted(found.steps, evaluator):
         if isinstance(step, Causal):
             masks.append(Mask(_lower(found), -math.inf, step))
         elif isinstance(step, Fill):
@@ -98,21 +98,27 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
     return _combined(found, masks, terms, size)
 
 
-def _parted(steps: Iterable[Step]) -> Iterator[Step]:
+def _parted(steps: Iterable[Step], evaluator: Evaluator) -> Iterator[Step]:
     """The steps, a sum or a masked tensor that is added as the parts it is made of: each may be
     structure.
     """
     for step in steps:
-        parts = _parts(step) if isinstance(step, Bias) else None
+        parts = _parts(step, evaluator) if isinstance(step, Bias) else None
         if parts is None:
             yield step
         else:
-            yield from _parted(parts)
+            yield from _parted(parts, evaluator)
 
 
-def _parts(step: Bias) -> list[Step] | None:
-    """``a + b`` as two biases, ``where(keep, a, -1e9)`` as a bias and a mask."""
+def _parts(step: Bias, evaluator: Evaluator) -> list[Step] | None:
+    """``a + b`` as two biases, ``where(keep, a, -1e9)`` as a bias and a mask; copies are seen
+    through, unless they are written to.
+    """
     node = step.node
+    while node.target in views.COPIES and not evaluator.is_written(node):
+        (node,) = node.all_input_nodes
+    if evaluator.is_written(node):
+        return None
     if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
         tensors = [each for each in node.args if isinstance(each, Node)]
         dims = [broadcast(step.dims, views.shape(each)) for each in tensors if _is_float(each)]

@@ -35,13 +35,15 @@ def moved(node: Node, at: At, bounds: Bounds) -> At | None:
     if node.target is aten.expand.default:
         shape = views.shape(node.args[0])
         return tuple(zero(n, x) for n, x in zip(shape, at[len(at) - len(shape) :], strict=True))
-    if node.target in views.VIEWS:
+    if node.target in (*views.VIEWS, *views.REPEATS):
         return _through_groups(node, at, bounds)
     return None
 
 
 def _through_groups(node: Node, at: At, bounds: Bounds) -> At | None:
-    """Views that permute, insert, drop, merge or part dims, seen through an axis for each dim."""
+    """Views that permute, insert, drop, merge, part or repeat dims, seen through an axis for each
+    dim.
+    """
     dims = fresh(views.shape(node))
     source = views.before(node, dims)
     if source is None:

@@ -10,7 +10,16 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
-from iocompiler.passes.attention import contraction, execute, library, scored, seeds, strides
+from iocompiler.ops import target
+from iocompiler.passes.attention import (
+    contraction,
+    execute,
+    inductor,
+    library,
+    scored,
+    seeds,
+    strides,
+)
 from iocompiler.passes.attention.description import Attention, Declined
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
@@ -53,6 +62,8 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
         where = view.where(node)
         _check_alone(gm, found)
         call = _planned(found, Evaluator(gm))
+        if target.is_inductor():
+            inductor.check(gm, call)
     except Declined as reason:
         record(gm, Miss(_PATTERN, view.where(node), str(reason)))
         return 0

@@ -52,6 +52,8 @@ VIEWS = (
     aten.expand.default,
     aten.slice.Tensor,
 )
+REPEATS = (aten.repeat.default, aten.repeat_interleave.self_int)
+"""What has elements of the input several times."""
 
 
 def shape(node: Any) -> torch.Size:

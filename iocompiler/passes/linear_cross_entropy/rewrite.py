@@ -12,6 +12,7 @@ from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
 from iocompiler.ops import target
+from iocompiler.ops.linear_cross_entropy_chunks import SCRATCH_BYTES
 from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import Declined
 from iocompiler.passes.linear_cross_entropy.emit import Emitter
@@ -43,7 +44,8 @@ def linear_cross_entropy(gm: GraphModule) -> int:
     as one number or row by row. On a GPU also where the program returns the logits: the pass over
     their rows that finds the loss, and its gradient, brings them to their place.
     """
-    return replace_losses(gm, LEAST_BYTES)
+    # Inductor's C++ fuses what a chunk is made of: there only memory is gained, from two chunks on
+    return replace_losses(gm, SCRATCH_BYTES if target.is_inductor() else LEAST_BYTES)
 
 
 def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = ("cuda",)) -> int:
@@ -126,7 +128,7 @@ def _check_price(found: Found, least_bytes: int) -> None:
         return
     size = value.numel() * value.element_size()
     if size < least_bytes:
-        raise Declined(f"the logits take {size} bytes < {least_bytes}: they stay in the cache")
+        raise Declined(f"the logits take {size} bytes < {least_bytes}: chunks gain nothing")
 
 
 def _replace(gm: GraphModule, found: Found) -> None:
