@@ -121,8 +121,6 @@ def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, 
 
 
 def _batch(step: BatchStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    from iocompiler.tile.interpret import run
-
     for name, spec in step.outputs:
         values[name] = fresh(spec, sizes, CPU)
     for (args, _), extents in zip(step.members, step.extents(), strict=True):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
-from iocompiler.tile import interpret
+from iocompiler.runtime import reference
 from tests.codegen.kernels import run_kernel
 from tests.plan.graphs import Planned, relative_error
 from tests.plan.test_lower import FUNCTIONS, rand
@@ -24,12 +24,25 @@ from tests.plan.test_lower import FUNCTIONS, rand
 NOT_INTERPRETED = {"powers", "remainder", "gelu"}
 
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of NaN that is meant
+    # Triton's interpreter in loops
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+
 @pytest.fixture(autouse=True)
 def through_triton(monkeypatch: pytest.MonkeyPatch):
+    """Every kernel of a plan, so that a test without one fails."""
+    ran = []
+
     def run(program, buffers, sizes, schedule):
+        ran.append(program)
         run_kernel(program, buffers, sizes, schedule)
 
-    monkeypatch.setattr(interpret, "run", run)
+    monkeypatch.setattr(reference, "run", run)
+    yield ran
+    assert ran
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in NOT_INTERPRETED])
@@ -75,15 +88,18 @@ def test_gradients(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("block", [4, 8])
-def test_rows_in_pieces(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_pieces(
+    name: str, block: int, through_triton: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same programs as loops over the row, with a block that does not divide it."""
 
     def run(program, buffers, sizes, schedule):
+        through_triton.append(program)
         if program.reduced:
             schedule = replace(schedule, kind="looped", r_block=block, x_block=2)
         run_kernel(program, buffers, sizes, schedule)
 
-    monkeypatch.setattr(interpret, "run", run)
+    monkeypatch.setattr(reference, "run", run)
     fn, shapes = FUNCTIONS[name]
     inputs = [rand(*s) for s in shapes]
     torch.testing.assert_close(Planned()(fn)(*inputs), fn(*inputs), rtol=1e-4, atol=1e-5)
