@@ -56,6 +56,8 @@ def lower(
             seeds = {n: tuple(i.substitute(rename) for i in index) for n, index in seeds.items()}
         except NotAffine as error:
             raise Unsupported(f"no affine index: {error}") from error
+        except RecursionError:
+            raise Unsupported("too many operators one behind another") from None
     raise Unsupported("the axes would have to be split too often")
 
 

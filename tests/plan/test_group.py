@@ -173,3 +173,15 @@ def test_reductions_of_other_sizes_or_other_calls_are_not() -> None:
         return values.sum(0), places.sum(1), y.sort(1)[0].sum(0)
 
     assert len(kernels_of(fn, torch.randn(6, 5), torch.randn(6, 5))) == 3
+
+
+def test_a_long_chain_is_several_kernels() -> None:
+    def fn(x):
+        for _ in range(120):
+            x = (x + 0.5).sin()
+        return x
+
+    planned = Planned()
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(planned(fn)(x), fn(x))
+    assert 1 < len(planned.kernels) < 20
