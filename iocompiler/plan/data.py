@@ -28,6 +28,14 @@ class TensorSpec:
     dtype: torch.dtype
     device: str
 
+    @property
+    def reach(self) -> Size:
+        """Elements from the first to the last in memory, both counted, of one that is not empty."""
+        reach: Size = 1
+        for size, stride in zip(self.shape, self.stride, strict=True):
+            reach = reach + (size - 1) * stride
+        return reach
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -22,7 +22,7 @@ from iocompiler.plan.data import (
 )
 from iocompiler.plan.moving import names_read
 from iocompiler.plan.sizes import equal
-from iocompiler.tile.index import Size, product
+from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
 
 FRESH = frozenset(
@@ -110,14 +110,7 @@ class _Rewriter:
 def _is_dense_like(a: TensorSpec, b: TensorSpec) -> bool:
     """Whether both fill memory of one size without gaps."""
     count = product(a.shape)
-    return all(equal(size, count) for size in (product(b.shape), _reach(a), _reach(b)))
-
-
-def _reach(spec: TensorSpec) -> Size:
-    reach: Size = 1
-    for size, stride in zip(spec.shape, spec.stride, strict=True):
-        reach = reach + (size - 1) * stride
-    return reach
+    return all(equal(size, count) for size in (product(b.shape), a.reach, b.reach))
 
 
 def _in_step(step: KernelStep, source: int, target: int) -> bool:

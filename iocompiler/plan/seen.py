@@ -25,7 +25,7 @@ from iocompiler.plan.data import (
     references,
 )
 from iocompiler.plan.sizes import equal
-from iocompiler.tile.index import Size, product
+from iocompiler.tile.index import product
 
 
 def as_seen(
@@ -65,14 +65,7 @@ def _is_whole(view: ViewStep, spec: TensorSpec) -> bool:
         return False
     if not equal(product(view.spec.shape), product(spec.shape)):
         return False
-    return equal(_reach(view.spec), _reach(spec))
-
-
-def _reach(spec: TensorSpec) -> Size:
-    reach: Size = 1
-    for size, stride in zip(spec.shape, spec.stride, strict=True):
-        reach = reach + (size - 1) * stride
-    return reach
+    return equal(view.spec.reach, spec.reach)
 
 
 def _renamed(step: Step, names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> Step:
