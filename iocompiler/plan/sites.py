@@ -73,11 +73,15 @@ def sites(plan: Plan) -> tuple[Site, ...]:
 
 
 def survey(plan: Plan) -> Iterator[Site | Declined]:
-    """Every pointwise kernel that reads a product: a site, or why it is none."""
+    """Every pointwise kernel that reads a product: a site, or why it is none. Of a plan whose results
+    are written over what dies (`in_place`), none that does so.
+    """
     look = _Look(plan)
     names: dict[SiteKey, str] = {}
     for place, step in enumerate(plan.steps):
         if not isinstance(step, KernelStep) or step.schedule.kind != "pointwise":
+            continue
+        if not _new(step):
             continue
         found = look.at(place, step)
         if isinstance(found, Site):
@@ -85,6 +89,13 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
             found = replace(found, name=name)
         if found is not None:
             yield found
+
+
+def _new(step: KernelStep) -> bool:
+    """Whether all results have memory of their own."""
+    made = dict(step.outputs)
+    pairs = zip(step.args, step.buffers, strict=True)
+    return all(name in made for name, buffer in pairs if buffer.role == "out")
 
 
 def _unused(wish: str, names: Mapping[SiteKey, str]) -> str:

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
+from iocompiler.cost_model.device import DEVICES
+from iocompiler.plan.build import build_plan
 from iocompiler.plan.data import KernelStep, Plan, ViewStep
+from iocompiler.plan.sites import sites
 from tests.accuracy import relative_error
 
 
@@ -131,6 +134,13 @@ def test_a_long_row_is_read_in_passes(width: int, taken: int) -> None:
     record, found = compiled(softmax, x, w)
     assert len(over(record.plans["inference"])) == taken
     torch.testing.assert_close(found, softmax(x, w))
+
+
+def test_a_fold_comes_first() -> None:
+    record, _ = compiled(bias_and_gelu, X, W)
+    assert over(record.plans["inference"])
+    assert not sites(record.plans["inference"])
+    assert sites(build_plan(record.flat["inference"], DEVICES["h200"], "inference"))
 
 
 def test_a_training_step() -> None:

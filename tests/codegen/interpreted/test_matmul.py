@@ -86,7 +86,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(33, 17, 20), (1, 40, 16), (40, 1, 7), (1, 1, 1), (16, 48, 3), (50, 16, 33), (9, 9, 0)],
+    [(33, 17, 20), (1, 40, 16), (40, 1, 7), (1, 1, 2), (16, 48, 3), (50, 16, 33), (9, 9, 0)],
 )
 def test_odd_sizes(m: int, n: int, k: int) -> None:
     check(residual, rand(m, k), rand(k, n), rand(m, n))
