@@ -73,15 +73,17 @@ def sites(plan: Plan) -> tuple[Site, ...]:
 
 
 def survey(plan: Plan) -> Iterator[Site | Declined]:
-    """Every pointwise kernel that reads a product: a site, or why it is none. Of a plan whose results
-    are written over what dies (`in_place`), none that does so.
+    """Every pointwise kernel that reads a product: a site, or why it is none. A result written over
+    what dies (`in_place`) comes too late for one.
     """
     look = _Look(plan)
+    views = {step.name for step in plan.steps if isinstance(step, ViewStep)}
     names: dict[SiteKey, str] = {}
     for place, step in enumerate(plan.steps):
         if not isinstance(step, KernelStep) or step.schedule.kind != "pointwise":
             continue
-        if not _new(step):
+        pairs = zip(step.args, step.buffers, strict=True)
+        if any(buffer.role == "out" and name in views for name, buffer in pairs):
             continue
         found = look.at(place, step)
         if isinstance(found, Site):
@@ -89,13 +91,6 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
             found = replace(found, name=name)
         if found is not None:
             yield found
-
-
-def _new(step: KernelStep) -> bool:
-    """Whether all results have memory of their own."""
-    made = dict(step.outputs)
-    pairs = zip(step.args, step.buffers, strict=True)
-    return all(name in made for name, buffer in pairs if buffer.role == "out")
 
 
 def _unused(wish: str, names: Mapping[SiteKey, str]) -> str:
