@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -61,6 +62,11 @@ def problems(
         if not errors[1] <= (3 if place else 2) * errors[0] + 1e-5:
             found.append(f"result {place}: error {errors[1]:.3g}, eager's {errors[0]:.3g}")
     return found
+
+
+def some_slow(names: Iterable[str], fast: set[str]) -> list[Any]:
+    """The names as parameters, all but the ``fast`` ones marked slow."""
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", CASES)
 def test_programs(name: str, parts: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(parts, monkeypatch)
