@@ -72,6 +72,10 @@ _BANS = (
 )
 
 
+_EXTREMA = (aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
+_CASTS = (aten._to_copy.default, prims.convert_element_type.default, aten.squeeze.dims)
+
+
 class _OurOps(partitioners.OpTypes):
     """The default classes of operators, and ours by overload."""
 
@@ -111,6 +115,7 @@ def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphMo
         keywords: ``num_fwd_outputs`` and what else AOTAutograd passes.
     """
     _keep_copies(joint)
+    _keep_compared(joint)
     ours = _op_types()
     with mock.patch.object(partitioners, "get_default_op_list", return_value=ours):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
@@ -158,6 +163,30 @@ def _keep_copies(joint: GraphModule) -> None:
         for user in node.users:
             if user.target is aten.clone.default and not user.meta.get("stack_trace"):
                 user.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _keep_compared(joint: GraphModule) -> None:
+    """Have what an extremum is taken of saved, where its gradient looks for the places that are
+    equal to it (or these places, found in the forward).
+
+    Made again in another kernel it may have other last digits where sums are taken in another
+    order: no element is equal to the extremum then, and the gradient, divided by how many are, is
+    NaN.
+    """
+    for node in joint.graph.find_nodes(op="call_function", target=aten.eq.Tensor):
+        for extremum in (_behind(side, _CASTS) for side in node.args):
+            if extremum.target in _EXTREMA:
+                source = _behind(extremum.args[0])
+                if source.op == "call_function":
+                    source.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _behind(node: Any, others: tuple[Any, ...] = ()) -> Node:
+    """The tensor that a view shows, or that one of the other operators was given."""
+    while view.is_view(node) or node.target in others:
+        node = node.args[0]
+    found: Node = node
+    return found
 
 
 @dataclass(frozen=True)

@@ -147,3 +147,33 @@ def test_the_default_partition_is_left_as_it_was() -> None:
     x = torch.randn(4, requires_grad=True)
     parts_of(lambda x: x.sin().exp(), x)
     assert partitioners.get_default_op_list is before
+
+
+@pytest.mark.parametrize(
+    "extremum",
+    [
+        lambda x: x.amax(1),
+        lambda x: x.amin(1, keepdim=True),
+        lambda x: x.max(),
+        lambda x: torch.linalg.vector_norm(x, float("inf"), 1),
+    ],
+)
+def test_the_places_of_an_extremum_are_saved(extremum: Callable[[Tensor], Tensor]) -> None:
+    """What it was taken of may have other last digits when another kernel makes it again."""
+
+    def function(x: Tensor) -> Tensor:
+        return extremum(F.layer_norm(x, (8,)).to(torch.bfloat16)) * x.sum()
+
+    _, backward = parts_of(function, torch.randn(4, 8, requires_grad=True))
+    for equal in backward.graph.find_nodes(op="call_function", target=torch.ops.aten.eq.Tensor):
+        waiting = list(equal.args)
+        while waiting:  # nothing that sums
+            node = waiting.pop()
+            assert node.op == "placeholder" or node.target in MOVES, backward.code
+            waiting += node.all_input_nodes
+
+
+MOVES = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("unsqueeze", "expand", "view", "alias", "squeeze")
+)
