@@ -20,7 +20,7 @@ from iocompiler.plan.data import (
     references,
 )
 from iocompiler.plan.inplace import FRESH
-from iocompiler.plan.moving import names_read, written
+from iocompiler.plan.moving import names_read, storage, storages, written
 from iocompiler.plan.peak import storage_bytes
 
 _WINDOW = 16
@@ -60,11 +60,9 @@ class _Order:
         for step in steps:
             if not isinstance(step, ViewStep):
                 specs |= made(step)
-        held |= {self._root(ref.name) for ref in references(outputs)}
-        self._bytes = {
-            name: 0 if name in held else storage_bytes(spec, hints) for name, spec in specs.items()
-        }
+        held |= {storage(ref.name, self._bases) for ref in references(outputs)}
         self._made = {name: storage_bytes(spec, hints) for name, spec in specs.items()}
+        self._bytes = {name: 0 if name in held else size for name, size in self._made.items()}
         self._last: dict[str, int] = {}
         for place, step in enumerate(steps):
             for root in self._touched(step):
@@ -97,9 +95,4 @@ class _Order:
         return self._roots(names_read(step) | written(step) | set(made(step)))
 
     def _roots(self, names: set[str]) -> set[str]:
-        return {self._root(name) for name in names}
-
-    def _root(self, name: str) -> str:
-        while name in self._bases:
-            name = self._bases[name]
-        return name
+        return storages(names, self._bases)

@@ -40,12 +40,14 @@ class Moves:
 
 def storages(names: set[str], bases: Mapping[str, str]) -> set[str]:
     """The values whose storage these show: a view stands for its base."""
-    found = set()
-    for name in names:
-        while name in bases:
-            name = bases[name]
-        found.add(name)
-    return found
+    return {storage(name, bases) for name in names}
+
+
+def storage(name: str, bases: Mapping[str, str]) -> str:
+    """The value whose storage one shows."""
+    while name in bases:
+        name = bases[name]
+    return name
 
 
 def names_read(step: Step) -> set[str]:

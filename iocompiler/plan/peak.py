@@ -168,9 +168,6 @@ class _Memory:
 
 def storage_bytes(spec: TensorSpec, hints: Hints) -> int:
     """From the tensor's first element to its last."""
-    shape = [value_at(size, hints) for size in spec.shape]
-    stride = [value_at(size, hints) for size in spec.stride]
-    if 0 in shape:
+    if any(value_at(size, hints) == 0 for size in spec.shape):
         return 0
-    reach = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    return (1 + reach) * spec.dtype.itemsize
+    return value_at(spec.reach, hints) * spec.dtype.itemsize

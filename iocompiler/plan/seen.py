@@ -32,12 +32,12 @@ def as_seen(
     steps: Sequence[Step], outputs: tuple[Argument, ...]
 ) -> tuple[list[Step], tuple[Argument, ...]]:
     """The steps and the outputs of a plan with one view less of each buffer that allows it."""
-    seen = _seen(steps, outputs)
+    seen, showing = _seen(steps, outputs), _views(steps)
     chosen: dict[str, ViewStep] = {}
     for step in steps:
         if isinstance(step, (KernelStep, BatchStep)):
             for name, spec in step.outputs:
-                views = [v for v in _views(steps, name) if seen[v.name] and _is_whole(v, spec)]
+                views = [v for v in showing.get(name, ()) if seen[v.name] and _is_whole(v, spec)]
                 if views and not seen[name]:
                     chosen[name] = max(views, key=lambda view: seen[view.name])
     names = {view.name: name for name, view in chosen.items()}
@@ -55,8 +55,13 @@ def _seen(steps: Sequence[Step], outputs: tuple[Argument, ...]) -> Counter[str]:
     return found
 
 
-def _views(steps: Sequence[Step], name: str) -> list[ViewStep]:
-    return [step for step in steps if isinstance(step, ViewStep) and step.base == name]
+def _views(steps: Sequence[Step]) -> dict[str, list[ViewStep]]:
+    """The views of each value."""
+    found: dict[str, list[ViewStep]] = {}
+    for step in steps:
+        if isinstance(step, ViewStep):
+            found.setdefault(step.base, []).append(step)
+    return found
 
 
 def _is_whole(view: ViewStep, spec: TensorSpec) -> bool:

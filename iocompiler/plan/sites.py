@@ -22,7 +22,7 @@ from iocompiler.plan.data import (
 )
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
-from iocompiler.plan.moving import names_read, storages, written
+from iocompiler.plan.moving import names_read, storage, storages, written
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import Size
@@ -77,13 +77,12 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
     what dies (`in_place`) comes too late for one.
     """
     look = _Look(plan)
-    views = {step.name for step in plan.steps if isinstance(step, ViewStep)}
     names: dict[SiteKey, str] = {}
     for place, step in enumerate(plan.steps):
         if not isinstance(step, KernelStep) or step.schedule.kind != "pointwise":
             continue
         pairs = zip(step.args, step.buffers, strict=True)
-        if any(buffer.role == "out" and name in views for name, buffer in pairs):
+        if any(buffer.role == "out" and name in look.views for name, buffer in pairs):
             continue
         found = look.at(place, step)
         if isinstance(found, Site):
@@ -125,8 +124,7 @@ class _Look:
         return storages(names, self.bases)
 
     def _root(self, name: str) -> str:
-        (root,) = self._roots({name})
-        return root
+        return storage(name, self.bases)
 
     def at(self, place: int, step: KernelStep) -> Site | Declined | None:
         """The site of the kernel; None where it reads no product."""

@@ -9,8 +9,7 @@ import torch
 
 from iocompiler.cost_model.attention_decode import MOST_QUERIES, Decode, parts, tile
 from iocompiler.cost_model.attention_tiles import Tile
-from iocompiler.cost_model.device import DEVICES, current_device
-from iocompiler.runtime.attention_form import Form
+from iocompiler.runtime.attention_form import Form, device_row
 from iocompiler.runtime.template_launch import Launch, tile_arguments
 
 _COLUMNS = 128
@@ -23,7 +22,6 @@ _SHARED = (
     *("GROUP", "E", "BLOCK_E", "KEPT", "EMPTY", "SINKS"),
 )
 """Its other arguments that the second takes too."""
-_NO_GPU = "h200"  # the interpreter: any row will do
 
 
 def few_queries(form: Form) -> bool:
@@ -95,9 +93,4 @@ def split(form: Form) -> tuple[Tile, int]:
 @functools.lru_cache(maxsize=4096)
 def _split(sizes: tuple[int, ...], device: torch.device) -> tuple[Tile, int]:
     task = Decode(*sizes)
-    return tile(task), parts(task, _row(device))
-
-
-@functools.lru_cache(maxsize=64)
-def _row(device: torch.device) -> Any:
-    return current_device(device) if device.type == "cuda" else DEVICES[_NO_GPU]
+    return tile(task), parts(task, device_row(device))

@@ -148,11 +148,7 @@ class Form:
             heads, read = batch * groups, self.group * self.query.shape[2] * each
         else:
             heads, read = batch * groups * self.group, columns * each // self.group
-        return {"together": heads_together(heads, read, self.device_row)}
-
-    @functools.cached_property
-    def device_row(self) -> Device:
-        return current_device(self.device) if self.device.type == "cuda" else DEVICES[_ANY]
+        return {"together": heads_together(heads, read, device_row(self.device))}
 
     @property
     def slopes(self) -> dict[str, Any]:
@@ -189,6 +185,12 @@ def form(
             dropout_p, device, precision,
         )  # fmt: skip
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def device_row(device: torch.device) -> Device:
+    """What the device is priced by."""
+    return current_device(device) if device.type == "cuda" else DEVICES[_ANY]
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -153,10 +153,11 @@ def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[
 
     def call(*args: Any) -> Any:
         results = run(*args)
-        for at in optional if optional and may_be_none() else ():
-            node = results[at].grad_fn
-            if isinstance(node, BackwardCFunction):
-                node.set_materialize_grads(False)
+        if optional and may_be_none():
+            for at in optional:
+                node = results[at].grad_fn
+                if isinstance(node, BackwardCFunction):
+                    node.set_materialize_grads(False)
         return results
 
     return call

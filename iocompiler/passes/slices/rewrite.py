@@ -102,13 +102,15 @@ class _Demands:
     def __init__(self, last: Node, source: Node, dim: int) -> None:
         self._last = last
         self._asked: dict[Node, dict[Node, int | None]] = {source: {last: dim}}
+        self._waiting = {source}
         self.cut: dict[Node, tuple[int, dict[Node, int]]] = {}
         self.gain = 0
 
     def walk(self, allowed: Any) -> None:
         node = self._last.prev
-        while self._asked.keys() - self.cut.keys() and node.op != "root":
-            if node in self._asked:
+        while self._waiting:
+            if node in self._waiting:
+                self._waiting.remove(node)
                 self._take(node, allowed)
             node = node.prev
 
@@ -124,6 +126,7 @@ class _Demands:
         self.gain += not moves_only(node)
         for each in node.all_input_nodes:
             self._asked.setdefault(each, {})[node] = arguments.get(each)
+            self._waiting.add(each)
 
 
 def _rebuild(gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: Cut) -> None:
