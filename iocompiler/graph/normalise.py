@@ -227,8 +227,7 @@ def _kept_part(node: Node) -> Any:
 def _written(gm: GraphModule, node: Node) -> bool:
     roots = view.roots(gm)
     storages = roots[node].union(*(roots[read] for read in node.all_input_nodes))
-    writes = [target for each in gm.graph.nodes for target in view.mutates(each)]
-    return any(roots[target] & storages for target in writes) or any(
+    return bool(view.written(gm, roots) & storages) or any(
         user.op == "output" for user in node.users
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -241,6 +241,12 @@ def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
         else:
             found[node] = frozenset({node})
     return found
+
+
+def written(gm: GraphModule, roots: Mapping[Node, frozenset[Node]]) -> frozenset[Node]:
+    """The storages that the graph writes into somewhere, as `roots` gives them."""
+    targets = (target for node in gm.graph.nodes for target in mutates(node))
+    return frozenset().union(*(roots[target] for target in targets))
 
 
 def _arguments(node: Node) -> tuple[torch.Argument, ...]:

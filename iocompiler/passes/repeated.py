@@ -40,7 +40,7 @@ def repeated(gm: GraphModule) -> int:
     roots, regions = view.roots(gm), view.regions(gm)
     (output,) = gm.graph.find_nodes(op="output")
     returned = _storages(output.all_input_nodes, roots)
-    written = _storages((each for node in gm.graph.nodes for each in view.mutates(node)), roots)
+    written = view.written(gm, roots)
     found: dict[Hashable, Node] = {}
     sites = 0
     for node in list(view.calls(gm)):

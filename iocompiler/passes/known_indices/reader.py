@@ -20,8 +20,7 @@ class Reader:
     def __init__(self, gm: GraphModule) -> None:
         self._gm = gm
         self._roots = view.roots(gm)
-        writes = [target for node in gm.graph.nodes for target in view.mutates(node)]
-        self._written = frozenset().union(*(self._roots[target] for target in writes))
+        self._written = view.written(gm, self._roots)
         self._found: dict[Node, Affine | None] = {}
 
     def read(self, node: Any) -> Affine | None:

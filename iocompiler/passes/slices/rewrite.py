@@ -50,7 +50,7 @@ def slices(gm: GraphModule) -> int:
     not computed are zeros, as before.
     """
     roots = view.roots(gm)
-    written = {root for node in gm.graph.nodes for w in view.mutates(node) for root in roots[w]}
+    written = view.written(gm, roots)
     sites = 0
     for node in list(view.calls(gm, aten.select.int, aten.slice.Tensor)):
         cut = None if node._erased else _cut(node)
