@@ -16,6 +16,7 @@ Row = tuple[Any, ...]
 Tables: TypeAlias = "list[torch.Tensor]"
 """The rows, and for each program its member and which block of it."""
 
+_HOST = torch.device("cpu")  # said wherever tables are made: a default device may be in force
 _RECORDINGS = 4  # of one launch, for which memory on the host is made ready
 
 
@@ -47,7 +48,7 @@ class BatchLaunch:
         self._launch, self._block, self._numbers, self._device = launch, block, numbers, device
         self._pointers = [i for i, kind in enumerate(numbers) if kind == "p"]
         self._rows: list[Row] = []
-        self._table = self._blocks = torch.empty(0)
+        self._table = self._blocks = torch.empty(0, device=_HOST)
         self._programs = self._aligned = 0
         self._host: list[torch.Tensor] = []
         self._ready: list[Tables] = []
@@ -77,6 +78,8 @@ class BatchLaunch:
             self._blocks = self._on_device(self._blocks_of(lengths), 1)
         self._rows = rows
         self._table = self._on_device(self._table_of(rows), 0)
+        if self._device.type == "cuda":  # a graph of the user's may be next
+            self._make_ready([self._table, self._blocks])
 
     def _on_device(self, tensor: torch.Tensor, slot: int) -> torch.Tensor:
         if self._device.type != "cuda":
@@ -103,18 +106,22 @@ class BatchLaunch:
         """Pinned memory for tables of these sizes. What is copied by a graph is read each time that
         is replayed; memory for it is made before, since making it is not allowed meanwhile.
         """
-        shapes = [tensor.shape for tensor in like]
-        ready = [tables for tables in self._ready if [t.shape for t in tables] == shapes]
         if not self._is_captured():
-            while len(ready) < _RECORDINGS:
-                ready.append([tensor.pin_memory() for tensor in like])
-            self._ready = ready
-            return [tensor.pin_memory() for tensor in like]
-        if not ready:
-            ready = self._ready = [[tensor.pin_memory() for tensor in like]]
-        self._ready.remove(ready[0])
-        self._forever.append(ready[0])
-        return ready[0]
+            self._make_ready(like)
+            return _pinned(like)
+        kept = self._ready.pop() if self._is_ready(like) else _pinned(like)
+        self._forever.append(kept)
+        return kept
+
+    def _make_ready(self, like: Tables) -> None:
+        if not self._is_ready(like):
+            self._ready = []
+        while len(self._ready) < _RECORDINGS:
+            self._ready.append(_pinned(like))
+
+    def _is_ready(self, like: Tables) -> bool:
+        """Whether memory for tables of these sizes is left."""
+        return bool(self._ready) and _shapes(self._ready[-1]) == _shapes(like)
 
     # --- their contents
 
@@ -125,13 +132,13 @@ class BatchLaunch:
         ]
         odd = any(row[i] & 15 for row in rows for i in self._pointers)
         self._aligned = int(not odd and not any(row[-1] % self._unit for row in rows))
-        return torch.tensor(bits, dtype=torch.int64)
+        return torch.tensor(bits, dtype=torch.int64, device=_HOST)
 
     def _blocks_of(self, lengths: Sequence[int]) -> torch.Tensor:
-        counts = torch.tensor([-(-length // self._block) for length in lengths])
-        members = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+        counts = torch.tensor([-(-length // self._block) for length in lengths], device=_HOST)
+        members = torch.repeat_interleave(torch.arange(len(lengths), device=_HOST), counts)
         first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        within = torch.arange(int(counts.sum())) - first
+        within = torch.arange(int(counts.sum()), device=_HOST) - first
         self._programs = len(members)
         return torch.stack([members, within], 1).to(torch.int32)
 
@@ -140,3 +147,11 @@ class BatchLaunch:
         if kind == "f":
             return int(struct.unpack("q", struct.pack("d", value))[0])
         return int(value)
+
+
+def _pinned(like: Tables) -> Tables:
+    return [torch.empty(t.shape, dtype=t.dtype, device=_HOST, pin_memory=True) for t in like]
+
+
+def _shapes(tables: Tables) -> list[torch.Size]:
+    return [tensor.shape for tensor in tables]

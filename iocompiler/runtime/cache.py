@@ -33,6 +33,7 @@ DEFAULT_LIMIT = 2 * 2**30
 _META = "meta.json"
 _EVICTION_PERIOD = 64
 _MOVES = 20
+_READS = 3
 _ASIDE = ".new-"
 _STALE_SECONDS = 3600.0
 
@@ -82,23 +83,18 @@ class Cache:
         """The entry, or None where there is none. A damaged one is removed, with one warning per
         cache.
         """
-        folder = self.folder(kind, key)
-        try:
-            meta = json.loads((folder / _META).read_bytes())
-            files = {
-                name: _read_checked(folder / name, digest) for name, digest in meta["files"].items()
-            }
-            if meta["check"] != _check(meta):
-                raise ValueError(f"{_META} does not match its hash")
-            with contextlib.suppress(OSError):  # as where it can only be read
-                os.utime(folder)  # used now: last to be evicted
-            return Entry(folder, files, meta["data"])
-        except FileNotFoundError:
-            if not folder.exists():
-                return None
-            self._drop_damaged(folder, "a file is missing")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._drop_damaged(folder, str(error))
+        folder, reason = self.folder(kind, key), ""
+        for attempt in range(_READS):
+            time.sleep(0.001 * attempt)  # it may be being replaced
+            try:
+                return _read(folder)
+            except FileNotFoundError:
+                if not folder.exists():
+                    return None
+                reason = "a file is missing"
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = str(error)
+        self._drop_damaged(folder, reason)
         return None
 
     def put(self, kind: str, key: str, files: Mapping[str, bytes], data: Mapping[str, Any]) -> Path:
@@ -307,6 +303,17 @@ def _digest(content: bytes) -> str:
 def _check(meta: Mapping[str, Any]) -> str:
     """The hash of what `_META` holds besides."""
     return _digest(json.dumps([meta["files"], meta["data"]], sort_keys=True).encode())
+
+
+def _read(folder: Path) -> Entry:
+    """The entry in the folder, which counts as used now; raises where something does not fit."""
+    meta = json.loads((folder / _META).read_bytes())
+    files = {name: _read_checked(folder / name, digest) for name, digest in meta["files"].items()}
+    if meta["check"] != _check(meta):
+        raise ValueError(f"{_META} does not match its hash")
+    with contextlib.suppress(OSError):  # as where it can only be read
+        os.utime(folder)  # used now: last to be evicted
+    return Entry(folder, files, meta["data"])
 
 
 def _read_checked(path: Path, digest: str) -> bytes:

@@ -37,7 +37,10 @@ def rebuild(row: Mapping[str, Any], gm: GraphModule) -> torch.Tensor:
         return dict(_tensors(gm))[row["attribute"]]
     dtype = getattr(torch, row["dtype"])
     content = bytearray(base64.b64decode(row["elements"]))
-    flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    if content:
+        flat = torch.frombuffer(content, dtype=dtype)
+    else:
+        flat = torch.empty(0, dtype=dtype, device="cpu")
     made = torch.empty_strided(row["shape"], row["stride"], dtype=dtype, device=row["device"])
     return made.copy_(flat.reshape(row["shape"]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import iocompiler as ioc
-from iocompiler.cost_model.device import current_device
+from iocompiler import engines
 from iocompiler.cost_model.matmul_tiles import candidates
+from iocompiler.options import Options
 from iocompiler.plan.data import Plan
 from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import sites
-from iocompiler.runtime.load import load
 from tests.accuracy import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -73,19 +73,19 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
 def run_folded(
     f: Callable[..., Tensor], pick: Pick, *given: Tensor, dynamic: bool | None = False
 ) -> tuple[Tensor, int]:
-    """The result with every site folded, and how many there are."""
+    """The result with every site folded, where measurements choose otherwise, and their number."""
     count = 0
 
-    def engine(plan: Plan, gm: GraphModule) -> Any:
+    def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[()]]:
         nonlocal count
-        row = current_device(torch.device("cuda"))
+        row = engines.device_row(gm, options)
         chosen = {site.key: pick(candidates(*site.key, row, most=40)) for site in sites(plan)}
         count += len(chosen)
-        return load(folded(plan, chosen), torch.device(plan.device), "folded")
+        return folded(plan, chosen), ()
 
     torch._dynamo.reset()
-    backend = ioc.Compiler(engine=engine, strict=True, cache=False)
-    with torch.no_grad():
+    backend = ioc.Compiler(strict=True, cache=False)
+    with torch.no_grad(), patch.object(engines, "tuned", tuned):
         return torch.compile(f, backend=backend, dynamic=dynamic)(*given), count
 
 

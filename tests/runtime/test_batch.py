@@ -84,6 +84,15 @@ def test_rows_of_another_length_turn_the_wide_accesses_of_folds_off() -> None:
     assert launch._table.tolist() == [[16, 32, 264, 1024], [48, 64, 8, 250]]
 
 
+def test_a_default_device_is_not_where_tables_are_made() -> None:
+    launch, _ = launch_of("p")
+    with torch.device("meta"):
+        launch(0, [(16, 300)])
+        launch.recorded = True
+        launch(0, [(32, 5)])
+    assert launch._table.tolist() == [[16, 300]]
+
+
 def test_nothing_is_kept_of_a_launch_that_is_recorded() -> None:
     """Graphs read the table of each launch where it was when they were recorded."""
     launch, recorder = launch_of("p")

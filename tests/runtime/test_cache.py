@@ -71,6 +71,24 @@ def test_damage_is_rebuilt_with_one_warning(cache: Cache, damage: str) -> None:
     assert cache.get("kernels", "a") is not None
 
 
+def test_an_entry_replaced_while_it_is_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put("graphs", "k", {"first.py": b"1"}, {"v": 1})
+    read, replaced = module._read_checked, False
+
+    def slow(path: Path, digest: str) -> bytes:
+        nonlocal replaced
+        if not replaced:
+            replaced = True
+            cache.forget("graphs", "k")
+            cache.put("graphs", "k", {"second.py": b"2"}, {"v": 2})
+        return read(path, digest)
+
+    monkeypatch.setattr(module, "_read_checked", slow)
+    entry = cache.get("graphs", "k")  # a warning would be an error
+    assert entry is not None
+    assert (entry.files, entry.meta) == ({"second.py": b"2"}, {"v": 2})
+
+
 def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "own", limit=5000)
     for age, key in enumerate("abcd"):
