@@ -1,9 +1,11 @@
-"""Launching one kernel over many sets of tensors: the table of addresses, kept while it is true."""
+"""Launching one kernel over many sets of tensors: tables of addresses, kept for the next step."""
 
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +19,7 @@ Tables: TypeAlias = "list[torch.Tensor]"
 """The rows, and for each program its member and which block of it."""
 
 _HOST = torch.device("cpu")  # said wherever tables are made: a default device may be in force
+_SETS = 16  # of one launch whose tables are kept
 _RECORDINGS = 4  # of one launch, for which memory on the host is made ready
 
 
@@ -45,62 +48,64 @@ class BatchLaunch:
     ):
         self.recorded = False
         self._unit = unit
-        self._launch, self._block, self._numbers, self._device = launch, block, numbers, device
+        self._launch, self._block, self._device = launch, block, device
         self._pointers = [i for i, kind in enumerate(numbers) if kind == "p"]
-        self._rows: list[Row] = []
-        self._table = self._blocks = torch.empty(0, device=_HOST)
-        self._programs = self._aligned = 0
-        self._host: list[torch.Tensor] = []
+        self._row = struct.Struct("<" + "".join("d" if n == "f" else "q" for n in numbers + "i"))
+        self._kept: OrderedDict[tuple[Row, ...], _Kept] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, ...], Tables] = OrderedDict()
         self._ready: list[Tables] = []
         self._forever: list[Tables] = []
 
     def __call__(self, stream: int, rows: list[Row]) -> None:
         if self._is_captured() or self.recorded:
-            self._run(stream, *self._passing(rows))
+            self._run(stream, self._passing(rows))
             return
-        if rows != self._rows:
-            self._upload(rows)
-        self._run(stream, self._table, self._blocks)
+        key = tuple(rows)
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._kept[key] = self._uploaded(rows)
+            _bound(self._kept)
+        self._run(stream, kept)
 
-    def _run(self, stream: int, table: torch.Tensor, blocks: torch.Tensor) -> None:
-        self._launch()(
-            stream, self._programs, 1, 1, table.data_ptr(), blocks.data_ptr(), self._aligned
-        )
+    def _run(self, stream: int, kept: _Kept) -> None:
+        table, blocks = kept.table.data_ptr(), kept.blocks.data_ptr()
+        self._launch()(stream, len(kept.blocks), 1, 1, table, blocks, kept.aligned)
 
     def _is_captured(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     # --- tables that are kept
 
-    def _upload(self, rows: list[Row]) -> None:
-        lengths = [row[-1] for row in rows]
-        if lengths != [row[-1] for row in self._rows]:
-            self._blocks = self._on_device(self._blocks_of(lengths), 1)
-        self._rows = rows
-        self._table = self._on_device(self._table_of(rows), 0)
+    def _uploaded(self, rows: list[Row]) -> _Kept:
+        lengths = tuple(row[-1] for row in rows)
+        blocks = self._blocks.get(lengths)
+        if blocks is None:
+            blocks = self._blocks[lengths] = self._on_device(self._blocks_of(lengths))
+            _bound(self._blocks)
+        table = self._on_device(self._table_of(rows))
         if self._device.type == "cuda":  # a graph of the user's may be next
-            self._make_ready([self._table, self._blocks])
+            self._make_ready([table[0], blocks[0]])
+        return _Kept(table[0], blocks[0], self._is_aligned(rows), (*table, *blocks))
 
-    def _on_device(self, tensor: torch.Tensor, slot: int) -> torch.Tensor:
+    def _on_device(self, tensor: torch.Tensor) -> Tables:
+        """The tensor there, and what has to live as long: the copy is asynchronous."""
         if self._device.type != "cuda":
-            return tensor
-        # the copy is asynchronous: the pinned source stays until it is replaced
+            return [tensor]
         pinned = tensor.pin_memory()
-        self._host[slot : slot + 1] = [pinned]
-        return pinned.to(self._device, non_blocking=True)
+        return [pinned.to(self._device, non_blocking=True), pinned]
 
     # --- tables for one launch
 
-    def _passing(self, rows: list[Row]) -> Tables:
+    def _passing(self, rows: list[Row]) -> _Kept:
         """Tables in memory that the caller's graph may have back after the launch."""
         made = [self._table_of(rows), self._blocks_of([row[-1] for row in rows])]
-        self._rows = []  # what is kept is no longer what `_programs` and `_aligned` are of
-        if self._device.type != "cuda":
-            return made
-        host = self._host_memory(made)
-        for pinned, tensor in zip(host, made, strict=True):
-            pinned.copy_(tensor)
-        return [pinned.to(self._device, non_blocking=True) for pinned in host]
+        if self._device.type == "cuda":
+            host = self._host_memory(made)
+            for pinned, tensor in zip(host, made, strict=True):
+                pinned.copy_(tensor)
+            made = [pinned.to(self._device, non_blocking=True) for pinned in host]
+        table, blocks = made
+        return _Kept(table, blocks, self._is_aligned(rows))
 
     def _host_memory(self, like: Tables) -> Tables:
         """Pinned memory for tables of these sizes. What is copied by a graph is read each time that
@@ -126,27 +131,42 @@ class BatchLaunch:
     # --- their contents
 
     def _table_of(self, rows: list[Row]) -> torch.Tensor:
-        bits = [
-            [self._bits(kind, value) for kind, value in zip(self._numbers + "i", row, strict=True)]
-            for row in rows
-        ]
-        odd = any(row[i] & 15 for row in rows for i in self._pointers)
-        self._aligned = int(not odd and not any(row[-1] % self._unit for row in rows))
-        return torch.tensor(bits, dtype=torch.int64, device=_HOST)
+        bits = bytearray(self._row.size * len(rows))
+        for place, row in enumerate(rows):
+            self._row.pack_into(bits, self._row.size * place, *row)
+        return torch.frombuffer(bits, dtype=torch.int64).view(len(rows), -1)
 
     def _blocks_of(self, lengths: Sequence[int]) -> torch.Tensor:
-        counts = torch.tensor([-(-length // self._block) for length in lengths], device=_HOST)
-        members = torch.repeat_interleave(torch.arange(len(lengths), device=_HOST), counts)
-        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        within = torch.arange(int(counts.sum()), device=_HOST) - first
-        self._programs = len(members)
-        return torch.stack([members, within], 1).to(torch.int32)
+        # no operator here may run in several threads: they would spin beside the next launches
+        counts = [-(-length // self._block) for length in lengths]
+        made = torch.empty(sum(counts), 2, dtype=torch.int32, device=_HOST)
+        first = 0
+        for member, count in enumerate(counts):
+            part = made[first : first + count]
+            part[:, 0] = member
+            part[:, 1] = torch.arange(count, dtype=torch.int32, device=_HOST)
+            first += count
+        return made
 
-    @staticmethod
-    def _bits(kind: str, value: Any) -> int:
-        if kind == "f":
-            return int(struct.unpack("q", struct.pack("d", value))[0])
-        return int(value)
+    def _is_aligned(self, rows: list[Row]) -> int:
+        odd = any(row[i] & 15 for row in rows for i in self._pointers)
+        return int(not odd and not any(row[-1] % self._unit for row in rows))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The tables of a launch, whether wide accesses are right, and what lives as long."""
+
+    table: torch.Tensor
+    blocks: torch.Tensor
+    aligned: int
+    sources: tuple[torch.Tensor, ...] = ()
+
+
+def _bound(kept: OrderedDict[Any, Any]) -> None:
+    """The same kernel has other members at other places of a step, and a few sets of addresses."""
+    while len(kept) > _SETS:
+        kept.popitem(last=False)
 
 
 def _pinned(like: Tables) -> Tables:

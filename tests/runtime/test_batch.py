@@ -30,21 +30,28 @@ def launch_of(numbers: str, block: int = 128) -> tuple[BatchLaunch, Recorder]:
     return BatchLaunch(lambda: recorder, block, numbers, torch.device("cpu")), recorder
 
 
+def tables(launch: BatchLaunch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the last launch that was not seen before read."""
+    kept = next(reversed(launch._kept.values()))
+    return kept.table, kept.blocks
+
+
 def test_every_block_of_every_member_has_a_program() -> None:
     launch, recorder = launch_of("pp")
     launch(7, [(16, 32, 300), (48, 64, 1), (80, 96, 128)])
     (call,) = recorder.calls
     assert call[0] == 7
     assert call[1:4] == (3 + 1 + 1, 1, 1)
-    assert launch._blocks.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0]]
-    assert launch._table.tolist() == [[16, 32, 300], [48, 64, 1], [80, 96, 128]]
+    table, blocks = tables(launch)
+    assert blocks.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0]]
+    assert table.tolist() == [[16, 32, 300], [48, 64, 1], [80, 96, 128]]
 
 
 def test_a_member_without_elements_has_no_program() -> None:
     launch, recorder = launch_of("p")
     launch(0, [(16, 0), (32, 5)])
     assert recorder.calls[0][1] == 1
-    assert launch._blocks.tolist() == [[1, 0]]
+    assert tables(launch)[1].tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize(("address", "aligned"), [(32, 1), (40, 0)])
@@ -57,22 +64,28 @@ def test_one_unaligned_address_turns_the_wide_accesses_off(address: int, aligned
 def test_numbers_are_passed_by_their_bits() -> None:
     launch, _ = launch_of("fip")
     launch(0, [(0.25, -3, 16, 10)])
-    (row,) = launch._table.tolist()
+    (row,) = tables(launch)[0].tolist()
     assert row[0] == struct.unpack("q", struct.pack("d", 0.25))[0]
     assert row[1] == -3
 
 
-def test_the_table_is_kept_until_something_changes() -> None:
+def test_tables_are_kept_while_they_are_true() -> None:
+    launch, recorder = launch_of("p")
+    for rows in ([(16, 10)], [(32, 10)], [(16, 10)], [(32, 500)], [(16, 10)]):
+        launch(0, rows)
+    made = [(call[4], call[5]) for call in recorder.calls]
+    assert made[0] == made[2] == made[4]
+    assert made[1][0] != made[0][0]
+    assert made[1][1] == made[0][1], "the same lengths, the same blocks"
+    assert made[3][1] != made[0][1]
+
+
+def test_only_the_last_tables_are_kept() -> None:
     launch, _ = launch_of("p")
-    launch(0, [(16, 10)])
-    table, blocks = launch._table, launch._blocks
-    launch(0, [(16, 10)])
-    assert launch._table is table
-    launch(0, [(32, 10)])
-    assert launch._table is not table
-    assert launch._blocks is blocks
-    launch(0, [(32, 500)])
-    assert launch._blocks is not blocks
+    for address in range(16, 16 * 100, 16):
+        launch(0, [(address, 10), (32, address)])
+    assert len(launch._kept) < 20
+    assert len(launch._blocks) < 20
 
 
 def test_rows_of_another_length_turn_the_wide_accesses_of_folds_off() -> None:
@@ -81,7 +94,7 @@ def test_rows_of_another_length_turn_the_wide_accesses_of_folds_off() -> None:
     launch(0, [(16, 32, 264, 1024), (48, 64, 8, 256)])
     launch(0, [(16, 32, 264, 1024), (48, 64, 8, 250)])
     assert [call[-1] for call in recorder.calls] == [1, 0]
-    assert launch._table.tolist() == [[16, 32, 264, 1024], [48, 64, 8, 250]]
+    assert tables(launch)[0].tolist() == [[16, 32, 264, 1024], [48, 64, 8, 250]]
 
 
 def test_a_default_device_is_not_where_tables_are_made() -> None:
@@ -90,23 +103,21 @@ def test_a_default_device_is_not_where_tables_are_made() -> None:
         launch(0, [(16, 300)])
         launch.recorded = True
         launch(0, [(32, 5)])
-    assert launch._table.tolist() == [[16, 300]]
+    assert tables(launch)[0].tolist() == [[16, 300]]
 
 
 def test_nothing_is_kept_of_a_launch_that_is_recorded() -> None:
     """Graphs read the table of each launch where it was when they were recorded."""
     launch, recorder = launch_of("p")
     launch(0, [(16, 300)])
-    kept = launch._table
     launch.recorded = True
     launch(0, [(32, 5)])
-    assert launch._table is kept
+    assert list(launch._kept) == [((16, 300),)]
     assert recorder.calls[1][1:4] == (1, 1, 1)
     assert recorder.calls[1][4] != recorder.calls[0][4]
     launch.recorded = False
-    launch(0, [(16, 300)])  # what it was before is no longer what the kernel would be told
-    assert recorder.calls[2][1:4] == (3, 1, 1)
-    assert launch._table is not kept
+    launch(0, [(16, 300)])
+    assert recorder.calls[2] == recorder.calls[0]
 
 
 @pytest.mark.gpu
