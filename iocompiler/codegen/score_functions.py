@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from iocompiler.codegen.prelude import PRELUDE
-from iocompiler.tile.dropout import threshold
+from iocompiler.tile import dropout
 from iocompiler.tile.ops import MAPS
 from iocompiler.tile.score import ScoreOp, ScoreProgram
 from iocompiler.tile.score_algebra import LOG2E, derivative, peeled, scaled
@@ -28,15 +28,21 @@ def _soft_tanh(x):
     return 1.0 - 2.0 * tl.rsqrt(above * above)  # one step where a division takes several
 '''
 # the bits of `tile/dropout.py`
-_DROP = '''
+_DROP = f'''
 
 @triton.jit
-def drop(seed, b, h, i, j):
-    """Whether dropout leaves each probability, from a seed and its place."""
+def drop(seed, b, h, i, start, column):
+    """Whether dropout leaves each probability, from a seed and its place, of which j is the start
+    of a block of at least 16 plus the column: two columns share the bits in a way to be seen.
+    """
     high = (seed >> 32).to(tl.uint32) ^ b.to(tl.uint32)
     low, high = _philox(seed.to(tl.uint32), h.to(tl.uint32), high)
-    low, high = _philox(low, (j >> 1).to(tl.uint32), i.to(tl.uint32) ^ high)
-    return tl.where((j & 1) != 0, high, low) >= {threshold}
+    row = i.to(tl.uint32) * {dropout.ROW} + (start.to(tl.uint32) * {dropout.PAIR} + low)
+    word = (column & ~8).to(tl.uint32) * {dropout.PAIR} + row
+    word = (word ^ (word >> 16)) * {dropout.FIRST}
+    word = (word ^ (word >> 15) ^ high) * {dropout.SECOND}
+    word = word ^ (word >> 16)
+    return tl.where((column & 8) != 0, word << 16, word) >= {{threshold}}
 '''
 _CASTS = {"float": "tl.float32", "int": "tl.int32", "bool": "tl.int1"}
 
@@ -88,7 +94,7 @@ def module_text(
         text += "\nslope = None\n"
     else:
         text += _function("slope", f"s, {_PLACES}", widened, ranks, (slope,))
-    text += _DROP.format(threshold=threshold(dropout_p)) if dropout_p else "\n\ndrop = None\n"
+    text += _DROP.format(threshold=dropout.threshold(dropout_p)) if dropout_p else "\n\ndrop = None\n"
     text += f"KEPT = {1.0 / (1.0 - dropout_p)!r}\n"
     for load in gradients:
         text += _gradient(program, ranks, load)

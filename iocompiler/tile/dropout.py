@@ -1,18 +1,27 @@
 """Which probabilities of an attention its dropout leaves: a pure function of a seed and of the
 place (b, h, i, j), whatever the lengths.
 
-Each head has a seed of its own, the two words of block (b, h) under the given one; score (i, j) is
-word j % 2 of block (i, j // 2) under that (Philox2x32-7, ``philox.py``). The generated kernels draw
-the same bits (``codegen/score_functions.py``).
+Each head has two words of its own, those of block (b, h) under the seed (Philox2x32-7,
+``philox.py``). A word of random bits serves two scores of a row, j and j + 8 where j // 8 is even,
+which a thread holds both of in the tiles of the tensor cores and in their transposes. It is a hash
+of the row, the pair and the head's words: xors with shifts and multiplications (the constants are
+Wellons' "lowbias32", 2018), the second word put in between so that no head's mask is another's
+moved. A block of Philox for every pair would take three times the instructions, and more time than
+the products of the tile. The generated kernels draw the same bits (``codegen/score_functions.py``).
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from iocompiler.tile.philox import random_bits
+
+ROW, PAIR = 0x9E3779B1, 0x85EBCA77
+FIRST, SECOND = 0x7FEB352D, 0x846CA68B
+_WORD = 0xFFFFFFFF
 
 
 def kept(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, dropout_p: float) -> Tensor:
@@ -23,12 +32,14 @@ def kept(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, dropout_p: fl
         b, h, i, j: int64 from 0, below 2 ** 31, that broadcast.
     """
     block = (b << 33) + (h << 1)
-    own = random_bits(seed, block) | (random_bits(seed, block + 1) << 32)
-    return random_bits(own, (i << 33) + j) >= threshold(dropout_p)
+    low, high = random_bits(seed, block), random_bits(seed, block + 1)
+    word = (i * ROW + (j & ~8) * PAIR + low) & _WORD
+    word = ((word ^ (word >> 16)) * FIRST) & _WORD
+    word = ((word ^ (word >> 15) ^ high) * SECOND) & _WORD
+    word = word ^ (word >> 16)
+    return torch.where((j & 8) != 0, (word << 16) & _WORD, word) >= threshold(dropout_p)
 
 
 def threshold(dropout_p: float) -> int:
-    """What 32 random bits must reach to be kept: as a float32 of 24 of them would reach
-    ``dropout_p``.
-    """
-    return math.ceil(dropout_p * 2**24) << 8
+    """What the 32 bits of a place must reach to be kept; a rate has 16 bits."""
+    return math.ceil(dropout_p * 2**16) << 16

@@ -90,7 +90,8 @@ def _into_queries(
                    score, lift, FACTOR, SINKS)  # fmt: skip
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if drop is not None:
-            dp = tl.where(drop(seed, b, h, i, j), dp * KEPT, 0.0)
+            spared = drop(seed, b, h, i, start, column[None, :])
+            dp = tl.where(spared, dp * KEPT, 0.0)
         ds = p * (dp - delta)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
@@ -161,7 +162,7 @@ def attention_dq(
 
 @triton.jit
 def _into_keys(
-    dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j,
+    dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j, first, column,
     operands, strides, numbers, seed, visited, count, room, rows,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
@@ -169,7 +170,9 @@ def _into_keys(
     BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles are transposed, [keys, queries], so that p and ds are left operands as they are."""
+    """Tiles are transposed, [keys, queries], so that p and ds are left operands as they are; j is
+    ``first`` plus ``column``, no more than there are.
+    """
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     row = tl.arange(0, BLOCK_M)
@@ -194,7 +197,7 @@ def _into_keys(
             p = tl.where(kept, p, 0.0)
         left = p
         if drop is not None:
-            spared = drop(seed, b, h, i, j)
+            spared = drop(seed, b, h, i, first, column)
             left = tl.where(spared, p, 0.0)
         dv = tl.dot(left.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
@@ -252,14 +255,16 @@ def attention_dkv(
         visited, partial, full = table_row(table, table_strides, b, h, n, RANGES)
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
-            q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
+            q_strides, grad_strides, b, h, j, start, column[:, None],
+            operands, strides, numbers, seed,
             visited, full, room, rows,
             score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
-            q_strides, grad_strides, b, h, j, operands, strides, numbers, seed,
+            q_strides, grad_strides, b, h, j, start, column[:, None],
+            operands, strides, numbers, seed,
             visited, partial, room, rows,
             score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,

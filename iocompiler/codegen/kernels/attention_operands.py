@@ -51,7 +51,8 @@ def _gradients(
                score, lift, FACTOR, SINKS)  # fmt: skip
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if drop is not None:
-        dp = tl.where(drop(tl.load(Seed), b, h, i, j), dp * KEPT, 0.0)
+        spared = drop(tl.load(Seed), b, h, i, column_start, column[None, :])
+        dp = tl.where(spared, dp * KEPT, 0.0)
     ds = p * (dp - delta)
     if gradient is not None:
         ds = ds * gradient(s, b, h, i, j, operands, strides, numbers)
