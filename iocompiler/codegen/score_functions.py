@@ -37,12 +37,14 @@ def drop(seed, b, h, i, start, column):
     """
     high = (seed >> 32).to(tl.uint32) ^ b.to(tl.uint32)
     low, high = _philox(seed.to(tl.uint32), h.to(tl.uint32), high)
-    row = i.to(tl.uint32) * {dropout.ROW} + (start.to(tl.uint32) * {dropout.PAIR} + low)
-    word = (column & ~8).to(tl.uint32) * {dropout.PAIR} + row
-    word = (word ^ (word >> 16)) * {dropout.FIRST}
-    word = (word ^ (word >> 15) ^ high) * {dropout.SECOND}
-    word = word ^ (word >> 16)
-    return tl.where((column & 8) != 0, word << 16, word) >= {{threshold}}
+    row = i.to(tl.uint32) * {dropout.ROW} + ((start >> 1).to(tl.uint32) * {dropout.PAIR} + low)
+    pair = (column & 7) + ((column >> 4) << 3)
+    word = pair.to(tl.uint32) * {dropout.PAIR} + row
+    product = word.to(tl.uint64) * {dropout.FIRST}  # one wide multiplication gives both halves
+    word = (product >> 32).to(tl.uint32) ^ product.to(tl.uint32) ^ high
+    product = word.to(tl.uint64) * {dropout.SECOND}
+    word = (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
+    return tl.where(tl.where((column & 8) != 0, word << 16, word) >= {{threshold}}, 1.0, 0.0)
 '''
 _CASTS = {"float": "tl.float32", "int": "tl.int32", "bool": "tl.int1"}
 
@@ -94,7 +96,9 @@ def module_text(
         text += "\nslope = None\n"
     else:
         text += _function("slope", f"s, {_PLACES}", widened, ranks, (slope,))
-    text += _DROP.format(threshold=dropout.threshold(dropout_p)) if dropout_p else "\n\ndrop = None\n"
+    text += (
+        _DROP.format(threshold=dropout.threshold(dropout_p)) if dropout_p else "\n\ndrop = None\n"
+    )
     text += f"KEPT = {1.0 / (1.0 - dropout_p)!r}\n"
     for load in gradients:
         text += _gradient(program, ranks, load)

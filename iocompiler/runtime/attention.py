@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +118,7 @@ def _whole_forward(problem: Problem, tensors: dict[str, Any]) -> None:
         return Launch(
             attention_forward, out_strides=strides, mean_strides=mean.stride(), heads=heads,
             rows=rows, columns=form.key.shape[2], EMPTY=form.program.empty,
+            KEPT=form.functions.KEPT,
             **form.order(over_queries=False), **visited(found), **form.strides, **form.common,
             **tile_arguments(tile),
         )  # fmt: skip
@@ -193,12 +195,13 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
 
 def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
-    sums over the output's width of gradient times output, then the planes of ``lse``.
+    sums over the output's width of gradient times output, then the planes of ``lse``, both as
+    `attention_delta` changes them for a dropout.
     """
     batch, heads, rows, width = out.shape
     room = -(-rows // _ROWS) * _ROWS
     sums = lse.new_empty((1 + lse.shape[0], batch, heads, room))
-    strides = out.stride(), grad.stride()
+    strides, kept = (out.stride(), grad.stride()), form.functions.KEPT
 
     def prepared() -> Launch:
         from iocompiler.codegen.kernels.attention_backward import attention_delta
@@ -206,6 +209,7 @@ def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         return Launch(
             attention_delta, out_strides=strides[0], grad_strides=strides[1], heads=heads,
             rows=rows, E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, SINKS=form.program.sinks,
+            KEPT=kept, LOG_KEPT=math.log2(kept),
         )  # fmt: skip
 
     form.once(("sums", strides), prepared).run(

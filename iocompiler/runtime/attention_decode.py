@@ -69,7 +69,7 @@ def _launches(
 
     given = {
         "out_strides": out, "rows": form.query.shape[2], "columns": form.key.shape[2],
-        "EMPTY": form.program.empty, **form.strides, **form.common,
+        "EMPTY": form.program.empty, "KEPT": form.functions.KEPT, **form.strides, **form.common,
     }  # fmt: skip
     partial = {"parts": count, "lines": lines}
     first = Launch(

@@ -119,7 +119,6 @@ class Form:
             "FACTOR": functions.FACTOR,
             "keep": functions.keep,
             "drop": functions.drop,
-            "KEPT": functions.KEPT,
             "GROUP": self.group,
             "D": width,
             "E": wide,

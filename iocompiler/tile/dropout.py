@@ -4,10 +4,11 @@ place (b, h, i, j), whatever the lengths.
 Each head has two words of its own, those of block (b, h) under the seed (Philox2x32-7,
 ``philox.py``). A word of random bits serves two scores of a row, j and j + 8 where j // 8 is even,
 which a thread holds both of in the tiles of the tensor cores and in their transposes. It is a hash
-of the row, the pair and the head's words: xors with shifts and multiplications (the constants are
-Wellons' "lowbias32", 2018), the second word put in between so that no head's mask is another's
-moved. A block of Philox for every pair would take three times the instructions, and more time than
-the products of the tile. The generated kernels draw the same bits (``codegen/score_functions.py``).
+of the row, the pair and the head's words: two wide multiplications, of which both halves are
+exclusive-ored (as in Yi's "wyhash"), with the second word in between, so that no head's mask is
+another's moved. A block of Philox for every pair takes three times the instructions, which is
+more than the products of the tile take. The generated kernels draw the same bits
+(``codegen/score_functions.py``).
 """
 
 from __future__ import annotations
@@ -33,11 +34,16 @@ def kept(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, dropout_p: fl
     """
     block = (b << 33) + (h << 1)
     low, high = random_bits(seed, block), random_bits(seed, block + 1)
-    word = (i * ROW + (j & ~8) * PAIR + low) & _WORD
-    word = ((word ^ (word >> 16)) * FIRST) & _WORD
-    word = ((word ^ (word >> 15) ^ high) * SECOND) & _WORD
-    word = word ^ (word >> 16)
+    pair = (j & 7) + ((j >> 4) << 3)
+    word = (i * ROW + pair * PAIR + low) & _WORD
+    word = _folded(word * FIRST) ^ high
+    word = _folded(word * SECOND)
     return torch.where((j & 8) != 0, (word << 16) & _WORD, word) >= threshold(dropout_p)
+
+
+def _folded(product: Tensor) -> Tensor:
+    """The halves of 64 bits, exclusive or."""
+    return ((product >> 32) ^ product) & _WORD
 
 
 def threshold(dropout_p: float) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iocompiler.tile.dropout import kept
+from iocompiler.tile.dropout import kept, threshold
 
 
 def mask(seed: int, shape: tuple[int, int, int, int], dropout_p: float) -> Tensor:
@@ -38,3 +38,29 @@ def test_batches_heads_rows_columns_and_seeds_are_independent() -> None:
     assert abs((found * other).mean() * 4) < 5 / found.numel() ** 0.5
 
 
+def test_no_place_follows_another() -> None:
+    """Correlations at every distance in a head, and of a head with every other one moved."""
+    heads = (mask(7, (2, 2, 256, 256), 0.5).double() * 2 - 1).flatten(0, 1)
+    spectra = torch.fft.rfft2(heads)
+    for a in range(4):
+        for b in range(a, 4):
+            found = torch.fft.irfft2(spectra[a] * spectra[b].conj()) / 256
+            if a == b:
+                found[0, 0] = 0
+            assert found.abs().max() < 6, "the largest of 65536 normal numbers is about 4.5"
+
+
+def test_corners_of_rectangles_are_independent() -> None:
+    """A sum of a row's and a column's word, not hashed, would fail."""
+    found = mask(3, (2, 2, 256, 256), 0.5).double() * 2 - 1
+    for down in (1, 2, 8, 100):
+        sides = found * found.roll(down, 2)
+        for across in (1, 2, 7, 8, 16, 100):
+            corners = (sides * sides.roll(across, 3)).mean() * found.numel() ** 0.5
+            assert abs(corners) < 5
+
+
+@pytest.mark.parametrize("dropout_p", [2**-16, 0.1, 1 / 3, 0.5])
+def test_a_rate_has_16_bits(dropout_p: float) -> None:
+    assert 0 <= threshold(dropout_p) / 2**32 - dropout_p < 2**-16
+    assert threshold(dropout_p) % 2**16 == 0

@@ -5,8 +5,13 @@ With p_ij = exp2(s_ij - lse_i) of the forward and delta_i = sum_e dout_ie out_ie
     dv_j = sum_i p_ij dout_i              ds_ij = p_ij (dout_i . v_j - delta_i)
     dk_j = scale sum_i ds_ij slope_ij q_i   dq_i = scale sum_j ds_ij slope_ij k_j
 
-where slope is the derivative of the score program by scale * q_i . k_j. With dropout, p_ij of dv
-and dout_i . v_j are what it makes of them; delta is the same. Tri Dao,
+where slope is the derivative of the score program by scale * q_i . k_j. With dropout, m_ij is 1
+where it leaves a probability, else 0, and what is left is multiplied by KEPT: p_ij has that factor
+through its lse and delta_i is divided by it, so that
+
+    dv_j = sum_i m_ij p_ij dout_i         ds_ij = p_ij (m_ij dout_i . v_j - delta_i)
+
+Tri Dao,
 "FlashAttention-2", arXiv 2307.08691, algorithm 2, with a kernel of its own for dq: no atomic
 additions, so that results repeat bit for bit.
 """
@@ -33,10 +38,12 @@ from iocompiler.codegen.kernels.attention_table import (
 @triton.jit(do_not_specialize=["heads", "rows"])
 def attention_delta(
     Out, Grad, Lse, Rest, PaddedLse, PaddedRest, Delta, out_strides, grad_strides, heads, rows,
+    KEPT: tl.constexpr, LOG_KEPT: tl.constexpr,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = sum_e dout_ie out_ie; Delta and the copies of Lse and Rest are float32, with lines
-    as `padded_line` says: beyond the last row an lse of +inf makes probabilities 0.
+    """delta_i = sum_e dout_ie out_ie / KEPT; Delta and the copies of Lse and Rest, whose sum is
+    less LOG_KEPT, are float32, with lines as `padded_line` says: beyond the last row an lse of +inf
+    makes probabilities 0. With SINKS an lse may be too large for LOG_KEPT to count beside it.
     """
     blocks = tl.cdiv(rows, 128) * (128 // BLOCK_M)
     start = (tl.program_id(0) % blocks) * BLOCK_M
@@ -56,10 +63,16 @@ def attention_delta(
     product = tl.where(grad == 0.0, 0.0, product)
     given = z.to(tl.int64) * rows + start + row
     line = padded_line(z, rows) + start + row
-    tl.store(Delta + line, tl.where(there, tl.sum(product, 1), 0.0))
-    tl.store(PaddedLse + line, tl.load(Lse + given, mask=there, other=float("inf")))
+    delta = tl.where(there, tl.sum(product, 1), 0.0)
+    lse = tl.load(Lse + given, mask=there, other=float("inf"))
+    if KEPT != 1.0:
+        delta = delta * (1.0 / KEPT)
+        if not SINKS:
+            lse = lse - LOG_KEPT
+    tl.store(Delta + line, delta)
+    tl.store(PaddedLse + line, lse)
     if SINKS:
-        tl.store(PaddedRest + line, tl.load(Rest + given, mask=there, other=0.0))
+        tl.store(PaddedRest + line, tl.load(Rest + given, mask=there, other=0.0) - LOG_KEPT)
 
 
 @triton.jit
@@ -67,7 +80,7 @@ def _into_queries(
     dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
     operands, strides, numbers, seed, visited, count, room, columns,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,8 +103,7 @@ def _into_queries(
                    score, lift, FACTOR, SINKS)  # fmt: skip
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if drop is not None:
-            spared = drop(seed, b, h, i, start, column[None, :])
-            dp = tl.where(spared, dp * KEPT, 0.0)
+            dp = dp * drop(seed, b, h, i, start, column[None, :])
         ds = p * (dp - delta)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
@@ -113,7 +125,7 @@ def attention_dq(
     q_strides, k_strides, v_strides, grad_strides, dq_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room, together,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,13 +159,13 @@ def attention_dq(
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
         operands, strides, numbers, seed, visited, full, room, columns,
-        score, lift, FACTOR, keep, slope, SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
+        score, lift, FACTOR, keep, slope, SCALE, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
         RANGES, False, SINKS, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
         operands, strides, numbers, seed, visited, partial, room, columns,
-        score, lift, FACTOR, keep, slope, SCALE, drop, KEPT, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
+        score, lift, FACTOR, keep, slope, SCALE, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
         RANGES, True, SINKS, PRECISION,
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
@@ -165,7 +177,7 @@ def _into_keys(
     dk, dv, k, v, Q, Grad, Lse, Rest, Delta, q_strides, grad_strides, b, h, j, first, column,
     operands, strides, numbers, seed, visited, count, room, rows,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -198,11 +210,11 @@ def _into_keys(
         left = p
         if drop is not None:
             spared = drop(seed, b, h, i, first, column)
-            left = tl.where(spared, p, 0.0)
+            left = p * spared
         dv = tl.dot(left.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         if drop is not None:
-            dp = tl.where(spared, dp * KEPT, 0.0)
+            dp = dp * spared
         ds = p * (dp - delta)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
@@ -221,7 +233,7 @@ def attention_dkv(
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     operands, strides, numbers, table, table_strides, groups, rows, columns, room,
     together, score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -258,7 +270,7 @@ def attention_dkv(
             q_strides, grad_strides, b, h, j, start, column[:, None],
             operands, strides, numbers, seed,
             visited, full, room, rows,
-            score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
+            score, lift, FACTOR, keep, slope, SCALE, drop,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
@@ -266,13 +278,11 @@ def attention_dkv(
             q_strides, grad_strides, b, h, j, start, column[:, None],
             operands, strides, numbers, seed,
             visited, partial, room, rows,
-            score, lift, FACTOR, keep, slope, SCALE, drop, KEPT,
+            score, lift, FACTOR, keep, slope, SCALE, drop,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
         )  # fmt: skip
     DK = row_of(DK, dk_strides, b, g, start)
     DV = row_of(DV, dv_strides, b, g, start)
     store_tile(DK, column, dk_strides[2], d, dk_strides[3], dk * SCALE, columns - start,
                D, BLOCK_D)  # fmt: skip
-    if KEPT != 1.0:
-        dv = dv * KEPT
     store_tile(DV, column, dv_strides[2], e, dv_strides[3], dv, columns - start, E, BLOCK_E)

@@ -20,7 +20,7 @@ def _gradients(
     q_strides, k_strides, v_strides, grad_strides,
     operands, strides, numbers, b, h, row_start, column_start, heads, rows, columns,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -51,8 +51,7 @@ def _gradients(
                score, lift, FACTOR, SINKS)  # fmt: skip
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if drop is not None:
-        spared = drop(tl.load(Seed), b, h, i, column_start, column[None, :])
-        dp = tl.where(spared, dp * KEPT, 0.0)
+        dp = dp * drop(tl.load(Seed), b, h, i, column_start, column[None, :])
     ds = p * (dp - delta)
     if gradient is not None:
         ds = ds * gradient(s, b, h, i, j, operands, strides, numbers)
@@ -71,7 +70,7 @@ def operand_tiles(
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, batch, heads, rows, columns, own_batch, own_heads,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +95,7 @@ def operand_tiles(
                     Q, K, V, Grad, Lse, Rest, Delta, Seed,
                     q_strides, k_strides, v_strides, grad_strides,
                     operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                    heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
+                    heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
                 )  # fmt: skip
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -112,7 +111,7 @@ def operand_lines(
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr,
@@ -139,7 +138,7 @@ def operand_lines(
                 Q, K, V, Grad, Lse, Rest, Delta, Seed,
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
+                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             total += tl.sum(tile, 1 if ROWS else 0)
@@ -154,7 +153,7 @@ def operand_diagonals(
     q_strides, k_strides, v_strides, grad_strides, class_strides,
     operands, strides, numbers, heads, rows, columns,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr, KEPT: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +187,7 @@ def operand_diagonals(
                 Q, K, V, Grad, Lse, Rest, Delta, Seed,
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
-                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop, KEPT,
+                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
             )  # fmt: skip
             tile = tl.gather(tile, turned % BLOCK_N, 1)

@@ -121,7 +121,7 @@ def attend(
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     if drop is not None:  # what the softmax is divided by is the sum of all
-        p = tl.where(drop(seed, b, h, i, start, column[None, :]), p, 0.0)
+        p = p * drop(seed, b, h, i, start, column[None, :])
     v_row = V + start.to(tl.int64) * v_strides[2]
     v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
