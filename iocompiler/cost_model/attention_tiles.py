@@ -47,7 +47,7 @@ class Row:
         return replace(self, forward=forward, dq=dq, dkv=dkv)
 
     def unlimited(self) -> Row:
-        """For dropout or masked loads of a narrow head: a limit of registers would spill."""
+        """For masked loads of a narrow head: a limit of registers would spill."""
         tiles = (self.forward, self.dq, self.dkv)
         forward, dq, dkv = (replace(each, registers=0) for each in tiles)
         return replace(self, forward=forward, dq=dq, dkv=dkv)

@@ -82,7 +82,7 @@ class Form:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
         found = row(capability, self.query.dtype.itemsize, width)
         loads, masked = _loads(self.program), width < padded(width)
-        if self.dropout_p or masked:
+        if masked:
             found = found.unlimited()
         if not loads and not masked:
             return found

@@ -13,6 +13,7 @@ from torch import Tensor
 import iocompiler as ioc
 from iocompiler.ops.random import SEEDS
 from iocompiler.ops.scored_attention import FORWARD
+from iocompiler.ops.target import planned_for
 from iocompiler.passes.attention import scored
 from iocompiler.tile.dropout import kept
 from iocompiler.tile.score import parsed
@@ -178,3 +179,36 @@ def test_a_mask_with_dropout_stays_structure() -> None:
     program: Any = parsed(call.args[5])
     assert program.keep is not None
     assert not program.sinks
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    return F.dropout((q @ k.mT * 0.125).softmax(-1), p) @ v
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "p", "capability", "variant"),
+    [
+        (64, torch.bfloat16, 0.1, (9, 0), "program+dropout"),
+        (64, torch.float16, 0.5, (9, 0), "program+dropout"),
+        (64, torch.bfloat16, 0.0, (9, 0), "full"),
+        (128, torch.bfloat16, 0.1, (9, 0), "dropout"),
+        (32, torch.bfloat16, 0.1, (9, 0), "dropout"),
+        (64, torch.float32, 0.1, (9, 0), "dropout"),
+        (64, torch.bfloat16, 0.1, (8, 0), "dropout"),
+        (64, torch.bfloat16, 0.1, None, "dropout"),
+    ],
+)
+def test_where_our_dropout_is_faster_than_the_libraries(
+    width: int, dtype: torch.dtype, p: float, capability: Any, variant: str
+) -> None:
+    class Planned(Compiled):
+        """What is decided for a device, and nothing run."""
+
+        def _backend(self, gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+            with planned_for(capability):
+                super()._backend(gm, inputs)
+            return gm.forward
+
+    compiled = Planned(plain)
+    compiled(*(torch.randn(1, 2, 64, width, dtype=dtype) for _ in range(3)), p)
+    assert compiled.variants == [variant]

@@ -1,5 +1,5 @@
 """The execution of a recognised attention by `iocompiler::scored_attention`: of what the library's
-kernels do not express, or only by a matrix of biases.
+kernels do not express, or only by a matrix of biases, or more slowly.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -34,6 +35,8 @@ from iocompiler.passes.attention.program import Scored, extract
 from iocompiler.tile.dropout import threshold
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOPPER = (9, 0)
+_DROPPED_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,31 @@ class ScoredCall:
 
 def wanted(call: execute.Call | None, found: Attention) -> bool:
     """Whether a program is better than ``call``, the libraries' way: where that is none, and on a
-    GPU where it needs a matrix of biases, or few queries meet many keys.
+    GPU where it needs a matrix of biases, where few queries meet many keys, or with dropout.
     """
     if call is None:
         return True
+    if target.device_type(view.value(found.query.node)) != "cuda":
+        return False
     if not (call.masking.masks or call.masking.terms):
-        return decode.is_better(call)
-    widths = (found.width.size, found.value_width.size)
-    narrow = all(isinstance(each, int) and each <= WIDEST for each in widths)
-    on_gpu = target.device_type(view.value(found.query.node)) == "cuda"
-    return on_gpu and narrow and found.dtype != torch.float64
+        return decode.is_better(call) or _drops_faster(found)
+    narrow = all(isinstance(each, int) and each <= WIDEST for each in _widths(found))
+    return narrow and found.dtype != torch.float64
+
+
+def _drops_faster(found: Attention) -> bool:
+    """Whether our dropout, of fewer random words than the libraries draw, makes up for slower
+    products: of heads 64 wide, forward and backward, whatever the length (measured on Hopper,
+    benchmarks/RESULTS.md); heads of 128 lose up to 26 % of a training step.
+    """
+    if not 0.0 < found.dropout_p < 1.0 or found.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    like = view.value(found.query.node)
+    return target.capability(like) >= _HOPPER and set(_widths(found)) == {_DROPPED_WIDTH}
+
+
+def _widths(found: Attention) -> tuple[Any, Any]:
+    return found.width.size, found.value_width.size
 
 
 def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
