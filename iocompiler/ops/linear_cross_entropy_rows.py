@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iocompiler.ops.linear_cross_entropy_walk import walk
+from iocompiler.ops import linear_cross_entropy_walk as walk
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,13 @@ class Piece:
     """Some rows of logits, and where what is computed of them goes.
 
     Attributes:
-        logits: [rows, V], in rows that begin at multiples of `ALIGNED` bytes (of the file
-            `linear_cross_entropy_walk.py`).
+        logits: [rows, V], in rows that begin at multiples of `walk.ALIGNED` bytes.
         target: [rows] int64.
         losses: [rows], written.
         gradient: [rows, V or more], written, with zeros behind V: the logits' own memory, or rows
             like theirs; None: none.
         copy: [rows, V], any rows; the logits are written there; None: nowhere.
-        bias: [V], contiguous, with room for `ALIGNED` bytes more: added to the logits first.
+        bias: [V], contiguous, with room for `walk.ALIGNED` bytes more: added to the logits first.
     """
 
     logits: Tensor
@@ -97,7 +96,7 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         BIAS=piece.bias is not None,
         SCALED=rows.coefficient is not None,
         SQUARED=rows.squared is not None,
-        **walk(vocabulary, logits.element_size(), plain=plain),
+        **walk.walk(vocabulary, logits.element_size(), plain=plain),
     )
     launch.run(
         count,

@@ -3,91 +3,18 @@
 import triton
 import triton.language as tl
 
+from iocompiler.codegen.kernels.cross_entropy_parts import (
+    LOWEST,
+    add_block,
+    again,
+    bounded,
+    read,
+    read_blocks,
+    slopes,
+)
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOG_2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
-_ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _read(logits, bias, at, some, BIAS: tl.constexpr, POLICY: tl.constexpr):
-    """Logits of a row in their own precision, where ``some`` (None: everywhere)."""
-    if some is None:
-        stored = tl.load(logits + at, eviction_policy=POLICY)
-    else:
-        stored = tl.load(logits + at, mask=some, other=0.0, eviction_policy=POLICY)
-    if BIAS:
-        if some is None:
-            added = tl.load(bias + at)
-        else:
-            added = tl.load(bias + at, mask=some, other=0.0)
-        stored = (stored.to(tl.float32) + added.to(tl.float32)).to(stored.dtype)
-    return stored
-
-
-@triton.jit
-def _read_blocks(
-    logits, bias, columns, COUNT: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
-    POLICY: tl.constexpr,
-):  # fmt: skip
-    """So many whole blocks that follow each other: all of their loads are on their way at once."""
-    blocks = ()
-    for index in tl.static_range(COUNT):
-        block = _read(logits, bias, index * BLOCK + columns, None, BIAS, POLICY)
-        blocks = blocks + (block,)  # noqa: RUF005  # Triton knows no unpacking here
-    return blocks
-
-
-@triton.jit
-def _again(stored):
-    """The same. Unless this is hidden from the compiler, it converts what both passes read once, and
-    keeps that: in twice the registers.
-    """
-    if _ASSEMBLES:
-        packed: tl.constexpr = 32 // stored.dtype.primitive_bitwidth
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [stored], stored.dtype, is_pure=False, pack=packed
-        )
-    return stored
-
-
-@triton.jit
-def _bounded(stored, rate, CAPPED: tl.constexpr, NEGATED: tl.constexpr):
-    """t of `cross_entropy_rows`, where tanh(inner * y) = 2 / (1 + exp2(rate * y)) - 1."""
-    t = stored.to(tl.float32)
-    if CAPPED:
-        t = 2 / (1 + tl.exp2(rate * t)) - 1
-    return -t if NEGATED else t
-
-
-@triton.jit
-def _sums(
-    sums, stored, live, rate, scale, CAPPED: tl.constexpr, NEGATED: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-):  # fmt: skip
-    """(greatest t, sum of exp2(scale * (t - greatest)), sum of t) with a block more; its elements
-    count where ``live`` (None: everywhere).
-    """
-    greatest, total, summed = sums
-    t = _bounded(stored, rate, CAPPED, NEGATED)
-    if SMOOTHED:
-        summed += tl.sum(t if live is None else tl.where(live, t, 0.0), 1)
-    new = tl.maximum(greatest, tl.max(t if live is None else tl.where(live, t, _LOWEST), 1))
-    terms = tl.exp2((t - new[:, None]) * scale)
-    if live is not None:
-        terms = tl.where(live, terms, 0.0)
-    total = total * tl.exp2((greatest - new) * scale) + tl.sum(terms, 1)
-    return new, total, summed
-
-
-@triton.jit
-def _slopes(
-    stored, top, scale, factor, taken, rate, CAPPED: tl.constexpr, NEGATED: tl.constexpr
-):  # fmt: skip
-    """d loss / d y, where ``taken`` is subtracted from ``factor`` times the exponentials."""
-    t = _bounded(stored, rate, CAPPED, NEGATED)
-    d = tl.exp2((t - top) * scale) * factor - taken
-    return d * (1 - t * t) if CAPPED else d
 
 
 @triton.jit
@@ -99,7 +26,7 @@ def _leave_out(
     if COPY:
         for first in range(0, vocabulary, BLOCK):
             at = first + columns
-            stored = _read(start, bias, at, first + piece < vocabulary, BIAS, "evict_first")
+            stored = read(start, bias, at, first + piece < vocabulary, BIAS, "evict_first")
             tl.store(kept + at, stored, mask=at < vocabulary, eviction_policy="evict_first")
         tl.debug_barrier()
     if GRADIENT:
@@ -187,30 +114,30 @@ def cross_entropy_rows(
             )  # fmt: skip
             return
     inside = (label >= 0) & (label < vocabulary)
-    chosen = _read(start, bias, label, inside, BIAS, "")
+    chosen = read(start, bias, label, inside, BIAS, "")
     scale, rate = tl.abs(outer) * _LOG2_E, inner * (-2 * _LOG2_E)
     # of each thread's own, merged once at the end: no reduction across threads inside the loop
     none = tl.zeros([BLOCK // WIDE], tl.float32)
-    sums = (none + _LOWEST, none, none)
+    sums = (none + LOWEST, none, none)
     whole = vocabulary // BLOCK * BLOCK
     end = whole + columns
     live = end < vocabulary
-    rest = _read(start, bias, end, whole + piece < vocabulary, BIAS, "evict_first")
-    held = _read_blocks(start, bias, columns, HELD, BLOCK, BIAS, "evict_first")
-    sums = _sums(sums, rest, live, rate, scale, CAPPED, NEGATED, SMOOTHED)
+    rest = read(start, bias, end, whole + piece < vocabulary, BIAS, "evict_first")
+    held = read_blocks(start, bias, columns, HELD, BLOCK, BIAS, "evict_first")
+    sums = add_block(sums, rest, live, rate, scale, CAPPED, NEGATED, SMOOTHED)
     if COPY:
         tl.store(kept + end, rest, mask=live, eviction_policy="evict_first")
     for index in tl.static_range(HELD):
-        sums = _sums(sums, held[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
+        sums = add_block(sums, held[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
         if COPY:
             at = index * BLOCK + columns
             tl.store(kept + at, held[index], eviction_policy="evict_first")
     if DEPTH:
         for first in range(HELD * BLOCK, whole, DEPTH * BLOCK):
             policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
-            blocks = _read_blocks(start + first, bias + first, columns, DEPTH, BLOCK, BIAS, policy)
+            blocks = read_blocks(start + first, bias + first, columns, DEPTH, BLOCK, BIAS, policy)
             for index in tl.static_range(DEPTH):
-                sums = _sums(sums, blocks[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
+                sums = add_block(sums, blocks[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
                 if COPY:
                     at = first + index * BLOCK + columns
                     tl.store(kept + at, blocks[index], eviction_policy="evict_first")
@@ -218,7 +145,7 @@ def cross_entropy_rows(
     top = tl.max(greatest, 0)
     total = tl.sum(total * tl.exp2((greatest - top) * scale), 0)
     lse = tl.abs(outer) * top + tl.log2(total) * _LOG_2
-    z = tl.abs(outer) * _bounded(chosen, rate, CAPPED, NEGATED)
+    z = tl.abs(outer) * bounded(chosen, rate, CAPPED, NEGATED)
     result = lse - (1 - smoothing) * tl.where(inside, z, float("nan"))
     if SMOOTHED:
         result -= smoothing * (tl.abs(outer) * tl.sum(summed, 0) / vocabulary)
@@ -241,23 +168,23 @@ def cross_entropy_rows(
         if DEPTH:
             for back in range(HELD * BLOCK, whole, DEPTH * BLOCK):
                 first = whole - DEPTH * BLOCK - (back - HELD * BLOCK)
-                blocks = _read_blocks(
+                blocks = read_blocks(
                     start + first, bias + first, columns, DEPTH, BLOCK, BIAS, "evict_first"
                 )
                 for index in tl.static_range(DEPTH):
-                    d = _slopes(blocks[index], top, scale, factor, each, rate, CAPPED, NEGATED)
+                    d = slopes(blocks[index], top, scale, factor, each, rate, CAPPED, NEGATED)
                     at = first + index * BLOCK + columns
                     tl.store(into + at, d.to(dtype), eviction_policy="evict_first")
         for index in tl.static_range(HELD):
-            d = _slopes(_again(held[index]), top, scale, factor, each, rate, CAPPED, NEGATED)
+            d = slopes(again(held[index]), top, scale, factor, each, rate, CAPPED, NEGATED)
             at = index * BLOCK + columns
             tl.store(into + at, d.to(dtype), eviction_policy="evict_first")
-        d = _slopes(_again(rest), top, scale, factor, each, rate, CAPPED, NEGATED)
+        d = slopes(again(rest), top, scale, factor, each, rate, CAPPED, NEGATED)
         d = tl.where(live, d, 0.0).to(dtype)
         tl.store(into + end, d, mask=whole + piece < width, eviction_policy="evict_first")
         for first in range(whole + BLOCK, width, BLOCK):
             tl.store(into + first + columns, tl.zeros_like(d), mask=first + piece < width)
         tl.debug_barrier()  # the target's element is overwritten
         taken = each + (1 - smoothing) * hit * slope
-        d = _slopes(chosen, top, scale, factor, taken, rate, CAPPED, NEGATED)
+        d = slopes(chosen, top, scale, factor, taken, rate, CAPPED, NEGATED)
         tl.store(into + label, d.to(dtype), mask=inside)
