@@ -96,7 +96,7 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         BIAS=piece.bias is not None,
         SCALED=rows.coefficient is not None,
         SQUARED=rows.squared is not None,
-        **walk.walk(vocabulary, logits.element_size(), plain=plain),
+        **walk.of_row(vocabulary, logits.element_size(), plain=plain),
     )
     launch.run(
         count,

@@ -39,7 +39,7 @@ _WAYS = (
 )
 
 
-def walk(vocabulary: int, itemsize: int, *, plain: bool) -> dict[str, int]:
+def of_row(vocabulary: int, itemsize: int, *, plain: bool) -> dict[str, int]:
     """BLOCK, WIDE, HELD, DEPTH and the options of a launch.
 
     Args:

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, launch_rows
-from iocompiler.ops.linear_cross_entropy_walk import walk
+from iocompiler.ops.linear_cross_entropy_rows import (
+    Piece,
+    Rows,
+    Setting,
+    launch_rows,
+    reference_rows,
+)
+from iocompiler.ops.linear_cross_entropy_walk import of_row
 from iocompiler.runtime.template_launch import Launch
 from tests.codegen.attention_compiling import resources_of
 
@@ -71,9 +77,30 @@ def test_every_walk_compiles(
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_element_is_walked_over(itemsize: int, plain: bool) -> None:
     for vocabulary in [*range(1, 300), *range(301, 300_000, 977)]:
-        given = walk(vocabulary, itemsize, plain=plain)
+        given = of_row(vocabulary, itemsize, plain=plain)
         block, held, depth = given["BLOCK"], given["HELD"], given["DEPTH"]
         assert block % given["WIDE"] == 0
         again = vocabulary // block - held
         assert again == 0 if depth == 0 else (again > 0 and again % depth == 0), vocabulary
         assert held >= 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [7, 1000, 8191, 30522, 32768, 50257, 70000, 128256])
+@pytest.mark.parametrize("outer", [1.0, -0.5])
+def test_every_element_on_the_gpu(dtype: torch.dtype, vocabulary: int, outer: float) -> None:
+    """Each is within half a unit in its last place, and a little, of float64's; targets too."""
+    torch.manual_seed(0)
+    logits = torch.randn(300, -(-vocabulary // 64) * 64, device="cuda").to(dtype)
+    target = torch.randint(0, vocabulary, (300,), device="cuda")
+    target[::7] = -100
+    wide = logits.double()
+    losses = torch.empty(300, device="cuda")
+    exact, theirs = torch.empty_like(wide), losses.double()
+    given = wide[:, :vocabulary], target, theirs, exact
+    reference_rows(Piece(*given), Rows(), Setting(outer=outer))
+    launch_rows(Piece(logits[:, :vocabulary], target, losses, logits), Rows(), Setting(outer=outer))
+    half = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(losses.double(), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), exact, rtol=half + 4e-6, atol=half * 1e-4)
