@@ -52,7 +52,7 @@ def test_two_rows_share_a_multiprocessor(vocabulary: int, monkeypatch: pytest.Mo
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("vocabulary", [100, 8191, 32768, 65600])
+@pytest.mark.parametrize("vocabulary", [1, 8191, 32768, 65600])
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 def test_every_walk_compiles(
@@ -102,5 +102,6 @@ def test_every_element_on_the_gpu(dtype: torch.dtype, vocabulary: int, outer: fl
     reference_rows(Piece(*given), Rows(), Setting(outer=outer))
     launch_rows(Piece(logits[:, :vocabulary], target, losses, logits), Rows(), Setting(outer=outer))
     half = torch.finfo(dtype).eps / 2
+    subnormal = 4e-8 if dtype == torch.float16 else 0.0
     torch.testing.assert_close(losses.double(), theirs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(logits.double(), exact, rtol=half + 4e-6, atol=half * 1e-4)
+    torch.testing.assert_close(logits.double(), exact, rtol=half + 4e-6, atol=subnormal)
