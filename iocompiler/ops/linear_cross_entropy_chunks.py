@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iocompiler.ops.linear_cross_entropy_rows import ALIGNED, Piece, Rows, Setting, evaluate
+from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
+from iocompiler.ops.linear_cross_entropy_walk import ALIGNED
 
 # What the logits of one chunk may take, in bytes: at a vocabulary of 128256 in bfloat16 these are
 # 2048 rows: on an H200 1.13 x the three products alone, where 1024 rows took 1.21 and 4096 1.13.

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows of logits the kernel reads begin at multiples of this many bytes.
-ALIGNED = 16
-# Elements of a row that a program works on at a time.
-_BLOCK = 4096
+from iocompiler.ops import linear_cross_entropy_walk as walk
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,13 @@ class Piece:
     """Some rows of logits, and where what is computed of them goes.
 
     Attributes:
-        logits: [rows, V], in rows that begin at multiples of `ALIGNED` bytes.
+        logits: [rows, V], in rows that begin at multiples of `walk.ALIGNED` bytes.
         target: [rows] int64.
         losses: [rows], written.
         gradient: [rows, V or more], written, with zeros behind V: the logits' own memory, or rows
             like theirs; None: none.
         copy: [rows, V], any rows; the logits are written there; None: nowhere.
-        bias: [V], contiguous, with room for `ALIGNED` bytes more: added to the logits first.
+        bias: [V], contiguous, with room for `walk.ALIGNED` bytes more: added to the logits first.
     """
 
     logits: Tensor
@@ -79,8 +76,7 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     count, vocabulary = logits.shape
     gradient = logits if piece.gradient is None else piece.gradient
     copy = logits if piece.copy is None else piece.copy
-    wide = ALIGNED // logits.element_size()
-    block = max(min(_BLOCK, 1 << max(vocabulary - 1, 1).bit_length()), wide)
+    plain = piece.bias is None and piece.copy is None and not setting.capped
     launch = Launch(
         cross_entropy_rows,
         vocabulary=vocabulary,
@@ -93,15 +89,14 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         outer=setting.outer,
         inner=setting.inner,
         CAPPED=setting.capped,
+        NEGATED=setting.outer < 0,
         SMOOTHED=setting.smoothing != 0.0,
         GRADIENT=piece.gradient is not None,
         COPY=piece.copy is not None,
         BIAS=piece.bias is not None,
         SCALED=rows.coefficient is not None,
         SQUARED=rows.squared is not None,
-        BLOCK=block,
-        WIDE=wide,
-        num_warps=4 if block < _BLOCK else 8 if piece.gradient is None else 16,
+        **walk.of_row(vocabulary, logits.element_size(), plain=plain),
     )
     launch.run(
         count,

@@ -36,7 +36,7 @@ def resources(
 
     def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
         arguments = {**launch.fixed, **tensors}
-        found[launch.kernel.__name__] = _compiled(launch.kernel, capability, arguments)
+        found[launch.kernel.__name__] = resources_of(launch.kernel, capability, arguments)
 
     monkeypatch.setattr(Launch, "run", compile_)
     query, value = problem.query, problem.value
@@ -52,7 +52,8 @@ def resources(
     return found
 
 
-def _compiled(kernel: Any, capability: int, arguments: Any) -> dict[str, int]:
+def resources_of(kernel: Any, capability: int, arguments: Any) -> dict[str, int]:
+    """Those of one template, compiled as a launch with these arguments would compile it."""
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)

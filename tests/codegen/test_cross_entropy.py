@@ -1,43 +1,107 @@
-"""The row kernel of linear + cross-entropy compiles with no GPU."""
+"""The row kernel of linear + cross-entropy compiles with no GPU, in registers that are there."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from iocompiler.codegen import kernels
-from iocompiler.runtime.compile import Job, compile_kernels
+from iocompiler.ops.linear_cross_entropy_rows import (
+    Piece,
+    Rows,
+    Setting,
+    launch_rows,
+    reference_rows,
+)
+from iocompiler.ops.linear_cross_entropy_walk import of_row
+from iocompiler.runtime.template_launch import Launch
+from tests.codegen.attention_compiling import resources_of
 
-_TEXT = (Path(kernels.__path__[0]) / "cross_entropy.py").read_text()
-_CONSTANTS = {
-    "CAPPED": True, "SMOOTHED": True, "GRADIENT": True, "SCALED": True, "SQUARED": True,
-    "BLOCK": 4096,
-}  # fmt: skip
+
+def _resources(
+    vocabulary: int,
+    dtype: torch.dtype,
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: Setting,
+    rows_of: Rows,
+    **more: torch.Tensor,
+) -> dict[str, int]:
+    """Of the kernel with a gradient in place."""
+    found: dict[str, int] = {}
+
+    def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
+        found.update(resources_of(launch.kernel, capability, {**launch.fixed, **tensors}))
+        found["warps"] = launch.fixed["num_warps"]
+
+    monkeypatch.setattr(Launch, "run", compile_)
+    logits = torch.empty(2, -(-vocabulary // 64) * 64, dtype=dtype)
+    target, losses = torch.zeros(2, dtype=torch.int64), torch.empty(2)
+    launch_rows(Piece(logits[:, :vocabulary], target, losses, logits, **more), rows_of, setting)
+    return found
+
+
+@pytest.mark.parametrize("vocabulary", [30522, 50257, 128256])
+def test_two_rows_share_a_multiprocessor(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _resources(vocabulary, torch.bfloat16, 90, monkeypatch, Setting(), Rows())
+    assert found["spills"] == 0, found
+    assert 2 * 32 * found["warps"] * found["registers"] <= 65536, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [1, 8191, 32768, 65600])
 @pytest.mark.parametrize("capped", [False, True])
-@pytest.mark.parametrize("squared", [False, True])
-def test_it_compiles_without_spills(capability: int, capped: bool, squared: bool) -> None:
-    constants = _CONSTANTS | {"CAPPED": capped, "SQUARED": squared}
-    pointers = [("logits", "*bf16"), ("target", "*i64")]
-    pointers += [(name, "*fp32") for name in ("coefficient", "squared", "loss")]
-    numbers = [(name, "i32") for name in ("vocabulary", "row_stride", "ignore_index")]
-    floats = [(name, "fp32") for name in ("smoothing", "outer", "inner")]
-    wrapper = (
-        _TEXT
-        + "\n\n@triton.jit\ndef rows("
-        + ", ".join(name for name, _ in (*pointers, *numbers, *floats))
-        + "):\n    cross_entropy_rows("
-        + ", ".join(name for name, _ in (*pointers, *numbers, *floats))
-        + "".join(f", {name}={value}" for name, value in constants.items())
-        + ")\n"
-    )
-    job = Job(
-        wrapper, "rows", (*pointers, *numbers, *floats), (0, 1, 2, 3, 4, 6), 16, 3, capability
-    )
-    built = compile_kernels([(job, "rows.py")])[0]
-    assert built.cubin
-    assert built.metadata["spills"] == 0
+@pytest.mark.parametrize("full", [False, True])
+def test_every_walk_compiles(
+    vocabulary: int,
+    dtype: torch.dtype,
+    capability: int,
+    capped: bool,
+    full: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setting, rows_of, more = Setting(capped=capped), Rows(), {}
+    if full:
+        setting = Setting(smoothing=0.1, outer=-2.0, inner=0.1, capped=capped)
+        rows_of = Rows(torch.empty(2), torch.empty(2))
+        more = {"copy": torch.empty(2, vocabulary), "bias": torch.empty(vocabulary)}
+        more = {name: each.to(dtype) for name, each in more.items()}
+    found = _resources(vocabulary, dtype, capability, monkeypatch, setting, rows_of, **more)
+    assert found["spills"] <= (32 if capped or full else 0), found
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_element_is_walked_over(itemsize: int, plain: bool) -> None:
+    for vocabulary in [*range(1, 300), *range(301, 300_000, 977)]:
+        given = of_row(vocabulary, itemsize, plain=plain)
+        block, held, depth = given["BLOCK"], given["HELD"], given["DEPTH"]
+        assert block % given["WIDE"] == 0
+        again = vocabulary // block - held
+        assert again == 0 if depth == 0 else (again > 0 and again % depth == 0), vocabulary
+        assert held >= 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [7, 1000, 8191, 30522, 32768, 50257, 70000, 128256])
+@pytest.mark.parametrize("outer", [1.0, -0.5])
+def test_every_element_on_the_gpu(dtype: torch.dtype, vocabulary: int, outer: float) -> None:
+    """Each is within half a unit in its last place, and a little, of float64's; targets too."""
+    torch.manual_seed(0)
+    logits = torch.randn(300, -(-vocabulary // 64) * 64, device="cuda").to(dtype)
+    target = torch.randint(0, vocabulary, (300,), device="cuda")
+    target[::7] = -100
+    wide = logits.double()
+    losses = torch.empty(300, device="cuda")
+    exact, theirs = torch.empty_like(wide), losses.double()
+    given = wide[:, :vocabulary], target, theirs, exact
+    reference_rows(Piece(*given), Rows(), Setting(outer=outer))
+    launch_rows(Piece(logits[:, :vocabulary], target, losses, logits), Rows(), Setting(outer=outer))
+    half = torch.finfo(dtype).eps / 2
+    subnormal = 4e-8 if dtype == torch.float16 else 0.0
+    torch.testing.assert_close(losses.double(), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), exact, rtol=half + 4e-6, atol=subnormal)

@@ -3,28 +3,36 @@
 import triton
 import triton.language as tl
 
+from iocompiler.codegen.kernels.cross_entropy_parts import (
+    LOWEST,
+    add_block,
+    again,
+    bounded,
+    read,
+    read_blocks,
+    slopes,
+)
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
-def _scaled_logits(logits, outer, inner, CAPPED: tl.constexpr):
-    """(z, dz / dlogits) of `cross_entropy_rows`."""
-    slope = outer
-    if CAPPED:
-        bounded = 2 * tl.sigmoid(2 * inner * logits) - 1
-        slope = outer * inner * (1 - bounded * bounded)
-        z = outer * bounded
-    else:
-        z = outer * logits
-    return z, slope
-
-
-@triton.jit
-def _read(logits, bias, at, some, BIAS: tl.constexpr, POLICY: tl.constexpr):
-    """A row's logits, in their own precision."""
-    stored = tl.load(logits + at, mask=some, other=0.0, eviction_policy=POLICY)
-    if BIAS:
-        added = tl.load(bias + at, mask=some, other=0.0).to(tl.float32)
-        stored = (stored.to(tl.float32) + added).to(stored.dtype)
-    return stored
+def _leave_out(
+    start, into, kept, bias, columns, piece, vocabulary, width,
+    GRADIENT: tl.constexpr, COPY: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row that is ignored: its logits still go where they belong, its gradient is zero."""
+    if COPY:
+        for first in range(0, vocabulary, BLOCK):
+            at = first + columns
+            stored = read(start, bias, at, first + piece < vocabulary, BIAS, "evict_first")
+            tl.store(kept + at, stored, mask=at < vocabulary, eviction_policy="evict_first")
+        tl.debug_barrier()
+    if GRADIENT:
+        zeros = tl.zeros(columns.shape, start.dtype.element_ty)
+        for first in range(0, width, BLOCK):
+            tl.store(into + first + columns, zeros, mask=first + piece < width)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -47,6 +55,7 @@ def cross_entropy_rows(
     outer,
     inner,
     CAPPED: tl.constexpr,
+    NEGATED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     GRADIENT: tl.constexpr,
     COPY: tl.constexpr,
@@ -55,6 +64,8 @@ def cross_entropy_rows(
     SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
+    HELD: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """One program a row of ``logits`` [rows, vocabulary]; arithmetic in float32.
 
@@ -67,11 +78,19 @@ def cross_entropy_rows(
                           - c * ((1 - smoothing) [j == target] + smoothing / vocabulary))
                          * dz_j / dy_j
 
+    With t = z / |outer|, exp(z_j - max z) is exp2(log2(e) |outer| (t_j - max t)): no product can
+    leave the range of float32 that a difference of logits does not. NEGATED says that outer < 0.
+
     With GRADIENT, the last line is written to ``gradient``, which may be the logits' own memory, in
-    a second pass. It begins where the first ended: more of a row is then still in L2. With COPY, y
-    is written to ``copy`` in the first. A row whose target is ``ignore_index`` has c = 0; a target
-    out of range has NaN for both (eager stops the device with an assertion). What is multiplied by
-    0 is 0.
+    a second pass; at the target it is written again, so that no other element is compared with it.
+    With COPY, y is written to ``copy`` in the first. A row whose target is ``ignore_index`` has
+    c = 0; a target out of range has NaN for both (eager stops the device with an assertion). What
+    is multiplied by 0 is 0.
+
+    The first HELD whole blocks of a row stay in registers between the passes, and so does what is
+    less than a block at its end. The whole blocks between are a multiple of DEPTH (0: there are
+    none) and are read twice, DEPTH at a time. The second pass begins with them where the first
+    ended: more of them is then still in L2.
 
     Rows of ``logits`` and ``gradient``, and ``bias``, begin at multiples of WIDE elements and are
     read and written up to one; those of ``copy`` lie anywhere. The gradient is ``width`` wide, with
@@ -86,42 +105,50 @@ def cross_entropy_rows(
     # WIDE elements side by side, of one thread
     piece = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE
     columns = piece + tl.arange(0, WIDE)[None, :]
-    if not SQUARED and not COPY:  # noqa: SIM102  # the outer one is decided while compiling
+    if not SQUARED:  # noqa: SIM102  # the outer one is decided while compiling
         if ignored:
             tl.store(loss + row, 0.0)
-            if GRADIENT:
-                zeros = tl.zeros([BLOCK // WIDE, WIDE], logits.dtype.element_ty)
-                for first in range(0, width, BLOCK):
-                    tl.store(into + first + columns, zeros, mask=first + piece < width)
+            _leave_out(
+                start, into, kept, bias, columns, piece, vocabulary, width,
+                GRADIENT, COPY, BIAS, BLOCK,
+            )  # fmt: skip
             return
     inside = (label >= 0) & (label < vocabulary)
+    chosen = read(start, bias, label, inside, BIAS, "")
+    scale, rate = tl.abs(outer) * _LOG2_E, inner * (-2 * _LOG2_E)
     # of each thread's own, merged once at the end: no reduction across threads inside the loop
-    greatest = tl.full([BLOCK // WIDE], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK // WIDE], tl.float32)
-    summed = tl.zeros([BLOCK // WIDE], tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        at = first + columns
-        some = first + piece < vocabulary
-        stored = _read(start, bias, at, some, BIAS, "evict_last" if GRADIENT else "")
+    none = tl.zeros([BLOCK // WIDE], tl.float32)
+    sums = (none + LOWEST, none, none)
+    whole = vocabulary // BLOCK * BLOCK
+    end = whole + columns
+    live = end < vocabulary
+    rest = read(start, bias, end, whole + piece < vocabulary, BIAS, "evict_first")
+    held = read_blocks(start, bias, columns, HELD, BLOCK, BIAS, "evict_first")
+    sums = add_block(sums, rest, live, rate, scale, CAPPED, NEGATED, SMOOTHED)
+    if COPY:
+        tl.store(kept + end, rest, mask=live, eviction_policy="evict_first")
+    for index in tl.static_range(HELD):
+        sums = add_block(sums, held[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
         if COPY:
-            tl.store(kept + at, stored, mask=at < vocabulary, eviction_policy="evict_first")
-        z, _ = _scaled_logits(stored.to(tl.float32), outer, inner, CAPPED)
-        if SMOOTHED:
-            summed += tl.sum(tl.where(at < vocabulary, z, 0.0), 1)
-        z = tl.where(at < vocabulary, z, float("-inf"))
-        new = tl.maximum(greatest, tl.max(z, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(greatest - base) + tl.sum(tl.exp(z - base[:, None]), 1)
-        greatest = new
+            at = index * BLOCK + columns
+            tl.store(kept + at, held[index], eviction_policy="evict_first")
+    if DEPTH:
+        for first in range(HELD * BLOCK, whole, DEPTH * BLOCK):
+            policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
+            blocks = read_blocks(start + first, bias + first, columns, DEPTH, BLOCK, BIAS, policy)
+            for index in tl.static_range(DEPTH):
+                sums = add_block(sums, blocks[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
+                if COPY:
+                    at = first + index * BLOCK + columns
+                    tl.store(kept + at, blocks[index], eviction_policy="evict_first")
+    greatest, total, summed = sums
     top = tl.max(greatest, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    lse = base + tl.log(tl.sum(total * tl.exp(greatest - base), 0))
-    chosen = _read(start, bias, label, inside, BIAS, "")
-    chosen, _ = _scaled_logits(chosen.to(tl.float32), outer, inner, CAPPED)
-    chosen = tl.where(inside, chosen, float("nan"))
-    result = lse - (1 - smoothing) * chosen
+    total = tl.sum(total * tl.exp2((greatest - top) * scale), 0)
+    lse = tl.abs(outer) * top + tl.log2(total) * _LOG_2
+    z = tl.abs(outer) * bounded(chosen, rate, CAPPED, NEGATED)
+    result = lse - (1 - smoothing) * tl.where(inside, z, float("nan"))
     if SMOOTHED:
-        result -= smoothing * (tl.sum(summed, 0) / vocabulary)
+        result -= smoothing * (tl.abs(outer) * tl.sum(summed, 0) / vocabulary)
     mass = tl.where(ignored, 0.0, tl.where(inside, 1.0, float("nan")))
     if SCALED:
         share = tl.load(coefficient + row).to(tl.float32)
@@ -134,18 +161,30 @@ def cross_entropy_rows(
         mass += tl.where(share == 0.0, 0.0, 2 * share * lse)
     tl.store(loss + row, result)
     if GRADIENT:
+        dtype = logits.dtype.element_ty
+        slope = outer * inner if CAPPED else outer
+        factor, each = mass * slope / total, hit * slope * (smoothing / vocabulary)
         tl.debug_barrier()  # the target's logit is read before it is overwritten
-        last = (width - 1) // BLOCK * BLOCK
-        for back in range(0, width, BLOCK):
-            at = last - back + columns
-            stored = _read(start, bias, at, last - back + piece < vocabulary, BIAS, "evict_first")
-            z, slope = _scaled_logits(stored.to(tl.float32), outer, inner, CAPPED)
-            d = mass * tl.exp(z - lse) - tl.where(at == label, (1 - smoothing) * hit, 0.0)
-            if SMOOTHED:
-                d -= hit * (smoothing / vocabulary)
-            d *= slope
-            if not SQUARED:
-                d = tl.where(ignored, 0.0, d)
-            d = tl.where(at < vocabulary, d, 0.0).to(logits.dtype.element_ty)
-            some = last - back + piece < width
-            tl.store(into + at, d, mask=some, eviction_policy="evict_first")
+        if DEPTH:
+            for back in range(HELD * BLOCK, whole, DEPTH * BLOCK):
+                first = whole - DEPTH * BLOCK - (back - HELD * BLOCK)
+                blocks = read_blocks(
+                    start + first, bias + first, columns, DEPTH, BLOCK, BIAS, "evict_first"
+                )
+                for index in tl.static_range(DEPTH):
+                    d = slopes(blocks[index], top, scale, factor, each, rate, CAPPED, NEGATED)
+                    at = first + index * BLOCK + columns
+                    tl.store(into + at, d.to(dtype), eviction_policy="evict_first")
+        for index in tl.static_range(HELD):
+            d = slopes(again(held[index]), top, scale, factor, each, rate, CAPPED, NEGATED)
+            at = index * BLOCK + columns
+            tl.store(into + at, d.to(dtype), eviction_policy="evict_first")
+        d = slopes(again(rest), top, scale, factor, each, rate, CAPPED, NEGATED)
+        d = tl.where(live, d, 0.0).to(dtype)
+        tl.store(into + end, d, mask=whole + piece < width, eviction_policy="evict_first")
+        for first in range(whole + BLOCK, width, BLOCK):
+            tl.store(into + first + columns, tl.zeros_like(d), mask=first + piece < width)
+        tl.debug_barrier()  # the target's element is overwritten
+        taken = each + (1 - smoothing) * hit * slope
+        d = slopes(chosen, top, scale, factor, taken, rate, CAPPED, NEGATED)
+        tl.store(into + label, d.to(dtype), mask=inside)

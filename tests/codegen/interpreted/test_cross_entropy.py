@@ -10,6 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
+from iocompiler.ops import linear_cross_entropy_walk
 from iocompiler.ops.linear_cross_entropy_rows import (
     Piece,
     Rows,
@@ -77,6 +78,58 @@ def test_losses_and_gradients(
 def _shares() -> torch.Tensor:
     """Some rows take no part."""
     return torch.randn(5) * torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
+
+
+# (held, depth): rows that are kept in registers whole, in part and not at all
+@pytest.fixture(params=[(99, 0), (3, 4), (2, 2), (0, 1)], ids=str)
+def blocks_of_128(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, depth = request.param
+    way = linear_cross_entropy_walk._Way(1e9, 1, held, depth, None, plain=False)
+    monkeypatch.setattr(linear_cross_entropy_walk, "_WAYS", (way,))
+
+
+@pytest.mark.usefixtures("blocks_of_128")
+@pytest.mark.parametrize("vocabulary", [127, 128, 129, 1025, 1407])
+@pytest.mark.parametrize(
+    "setting",
+    [Setting(outer=-2.5), Setting(outer=-3.0, inner=0.4, capped=True, smoothing=0.1)],
+)
+def test_every_walk_against_float64(vocabulary: int, setting: Setting) -> None:
+    torch.manual_seed(0)
+    z = 3 * torch.randn(3, -(-vocabulary // 4) * 4)[:, :vocabulary]
+    target = torch.tensor([vocabulary - 1, 0, setting.ignore_index])
+    share, losses = torch.tensor([1.5, -0.5, 1.0]), torch.empty(3)
+    copy = torch.full((3, vocabulary + 3), 7.0)
+    # wider than a block more than the vocabulary
+    gradient = torch.full((3, -(-vocabulary // 128) * 128 + 160), 7.0)
+    piece = Piece(z, target, losses, gradient, copy[:, :vocabulary])
+    launch_rows(piece, Rows(share), setting)
+    wide, theirs = torch.full_like(gradient, 7.0).double(), losses.double()
+    reference_rows(Piece(z.double(), target, theirs, wide), Rows(share.double()), setting)
+    torch.testing.assert_close(losses.double(), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wide, rtol=3e-6, atol=1e-8)
+    assert torch.equal(copy[:, :vocabulary], z)
+    assert (copy[:, vocabulary:] == 7.0).all()
+
+
+@pytest.mark.usefixtures("blocks_of_128")
+@pytest.mark.parametrize("least", [torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("place", [0, 700, 1406])
+def test_a_row_with_one_class_left(least: float, place: int) -> None:
+    """Masked classes: no difference of theirs leaves the range of float32 for infinity."""
+    z, losses = torch.full((1, 1408), least)[:, :1407], torch.empty(1)
+    z[0, place] = 3.0
+    launch_rows(Piece(z, torch.tensor([place]), losses, z), Rows(), Setting())
+    assert losses.item() == 0.0
+    assert (z == 0.0).all()
+
+
+@pytest.mark.usefixtures("blocks_of_128")
+def test_a_row_of_the_least_numbers_is_uniform() -> None:
+    z, losses = torch.full((1, 1024), torch.finfo(torch.float32).min), torch.empty(1)
+    launch_rows(Piece(z, torch.tensor([1]), losses, z), Rows(), Setting())
+    assert z[0, 0].item() == pytest.approx(1 / 1024)
+    assert z[0, 1].item() == pytest.approx(1 / 1024 - 1)
 
 
 @pytest.mark.parametrize("label", [-1, 37, 1 << 40])

@@ -1,0 +1,65 @@
+"""How a program of the kernel `cross_entropy_rows` walks through its row, by the row's length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# What a thread reads at once, in bytes: rows the kernel reads begin at multiples of it.
+ALIGNED = 16
+_LANES = 32
+
+
+@dataclass(frozen=True)
+class _Way:
+    """For rows of up to ``most_bytes``.
+
+    Attributes:
+        warps: of a program, whose threads together read one block.
+        held: the most whole blocks that stay in registers between the two passes over a row.
+        depth: how many of the others are read at once; at most ``held + 1``; 0: there are none.
+        registers: of a thread at most, so that a multiprocessor takes two programs; None: any.
+        plain: not where a bias, a copy or a cap takes registers too.
+    """
+
+    most_bytes: float
+    warps: int
+    held: int
+    depth: int
+    registers: int | None
+    plain: bool
+
+
+# By the instructions and registers of what is compiled for Hopper.
+_WAYS = (
+    _Way(1 << 14, warps=4, held=8, depth=0, registers=None, plain=False),
+    _Way(1 << 16, warps=8, held=16, depth=0, registers=128, plain=True),
+    _Way(math.inf, warps=16, held=3, depth=4, registers=64, plain=True),
+    _Way(math.inf, warps=16, held=1, depth=2, registers=64, plain=False),
+)
+
+
+def of_row(vocabulary: int, itemsize: int, *, plain: bool) -> dict[str, int]:
+    """BLOCK, WIDE, HELD, DEPTH and the options of a launch.
+
+    Args:
+        vocabulary: elements of a row, ``itemsize`` bytes each.
+        plain: there is no bias, no copy and no cap.
+    """
+    size = vocabulary * itemsize
+    way = next(way for way in _WAYS if size <= way.most_bytes and (plain or not way.plain))
+    wide = ALIGNED // itemsize
+    # a row shorter than what the threads read together is less than one block
+    block = min(way.warps * _LANES * wide, max(1 << vocabulary.bit_length(), wide))
+    blocks = vocabulary // block
+    again = 0
+    if way.depth:
+        again = -(-max(blocks - way.held, 0) // way.depth) * way.depth
+    limit = {} if way.registers is None else {"maxnreg": way.registers}
+    return limit | {
+        "BLOCK": block,
+        "WIDE": wide,
+        "HELD": blocks - again,
+        "DEPTH": way.depth if again else 0,
+        "num_warps": way.warps,
+    }
