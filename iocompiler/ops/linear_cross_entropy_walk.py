@@ -30,11 +30,14 @@ class _Way:
     plain: bool
 
 
-# By the instructions and registers of what is compiled for Hopper.
+# The fastest of fifteen to twenty on an H100 at 30522, 32000, 50257 and 128256 columns of bf16, with
+# the gradient (torch 2.11): 93 to 98 % of a copy. Two rows a multiprocessor of more than 190 KB
+# each would not stay in L2 between the passes. Rows with more beside them: by registers alone.
 _WAYS = (
     _Way(1 << 14, warps=4, held=8, depth=0, registers=None, plain=False),
     _Way(1 << 16, warps=8, held=16, depth=0, registers=128, plain=True),
-    _Way(math.inf, warps=16, held=3, depth=4, registers=64, plain=True),
+    _Way(3 << 16, warps=16, held=3, depth=4, registers=64, plain=True),
+    _Way(math.inf, warps=32, held=3, depth=4, registers=64, plain=True),
     _Way(math.inf, warps=16, held=1, depth=2, registers=64, plain=False),
 )
 
