@@ -30,7 +30,7 @@ class _Way:
     plain: bool
 
 
-# The fastest of fifteen to twenty on an H100 at 30522, 32000, 50257 and 128256 columns of bf16, with
+# The fastest of fifteen to twenty on an H100 at 30522, 32000, 50257 and 128256 bf16 columns, with
 # the gradient (torch 2.11): 93 to 98 % of a copy. Two rows a multiprocessor of more than 190 KB
 # each would not stay in L2 between the passes. Rows with more beside them: by registers alone.
 _WAYS = (

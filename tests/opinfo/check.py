@@ -1,4 +1,4 @@
-"""One call, compiled on the reference engine, held against eager.
+"""One call, compiled, held against eager.
 
 Several calls share one compilation (it is what takes the time); where they fail together, each is
 tried alone, so that a problem names the call it belongs to.
@@ -145,7 +145,7 @@ def _differentiate(leaves: Sequence[Any]) -> None:
     # drawn in float64: the same for every dtype of the result
     draws = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in wanted]
     if wanted:
-        cotangents = [d.to(t.dtype) for d, t in zip(draws, wanted, strict=True)]
+        cotangents = [d.to(t) for d, t in zip(draws, wanted, strict=True)]
         torch.autograd.backward(wanted, cotangents)
 
 

@@ -33,25 +33,29 @@ OPERATORS = {
 }
 
 
-def forward_and_backward(name: str, count: int = 3) -> list[str]:
+ENGINES = {"cpu": "reference", "cuda": "auto"}
+
+
+def forward_and_backward(name: str, device: str = "cpu", count: int = 3) -> list[str]:
     """Problems of a few float32 samples, spread over those the operator has."""
     op = OPERATORS[name]
-    if torch.float32 not in op.dtypes:
+    if torch.float32 not in op.supported_dtypes(device):
         return []
-    grad = op.supports_autograd and torch.float32 in op.backward_dtypes
-    return problems(_calls(name, torch.float32, count, grad), grad)
+    grad = op.supports_autograd and torch.float32 in op.supported_backward_dtypes(device)
+    return problems(_calls(name, torch.float32, device, count, grad), grad, ENGINES[device])
 
 
-def other_dtypes(name: str) -> list[str]:
+def other_dtypes(name: str, device: str = "cpu") -> list[str]:
     """Problems of one sample a dtype, forward alone."""
-    dtypes = [d for d in DTYPES if d in OPERATORS[name].dtypes]
-    return problems([c for d in dtypes for c in _calls(name, d, 1, False)], False)
+    dtypes = [d for d in DTYPES if d in OPERATORS[name].supported_dtypes(device)]
+    calls = [c for d in dtypes for c in _calls(name, d, device, 1, False)]
+    return problems(calls, False, ENGINES[device])
 
 
-def _calls(name: str, dtype: torch.dtype, count: int, grad: bool) -> list[Call]:
+def _calls(name: str, dtype: torch.dtype, device: str, count: int, grad: bool) -> list[Call]:
     op = OPERATORS[name]
     torch.manual_seed(0)
-    samples = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=grad), 12))
+    samples = list(itertools.islice(op.sample_inputs(device, dtype, requires_grad=grad), 12))
     step = max(1, len(samples) // count)
     calls = [_call(name, dtype, i, s) for i, s in list(enumerate(samples))[::step][:count]]
     return [call for call in calls if not excepted(call.label)]

@@ -1,4 +1,5 @@
-"""Every operator and module that torch tests itself with, compiled on the reference engine.
+"""Every operator and module that torch tests itself with, compiled on the reference engine; on a
+GPU the operators again, as kernels.
 
 A seeded sample of them; all under ``--slow``. What may differ stands in `exceptions`.
 """
@@ -26,10 +27,15 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def _operators(names: Sequence[str]) -> list[str]:
+def _operators(names: Sequence[str], device: str = "cpu") -> list[str]:
     from tests.opinfo.operators import forward_and_backward, other_dtypes
 
-    return [p for name in names for p in (*forward_and_backward(name), *other_dtypes(name))]
+    return [
+        problem
+        for name in names
+        for find in (forward_and_backward, other_dtypes)
+        for problem in find(name, device)
+    ]
 
 
 def _modules(names: Sequence[str]) -> list[str]:
@@ -66,6 +72,16 @@ def test_all_operators(part: int) -> None:
     from tests.opinfo.operators import OPERATORS
 
     found = _operators(list(OPERATORS)[part::PARTS])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4 * PARTS))
+def test_all_operators_on_a_gpu(part: int) -> None:
+    from tests.opinfo.operators import OPERATORS
+
+    found = _operators(list(OPERATORS)[part :: 4 * PARTS], "cuda")
     assert not found, "\n".join(found)
 
 
