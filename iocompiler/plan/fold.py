@@ -6,15 +6,15 @@ Whether that is faster is not asked by `folded`: it folds the sites that somebod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from iocompiler.cost_model.call import call_of_step
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.matmul import matmul_seconds
+from iocompiler.cost_model.matmul_price import matmul_seconds
 from iocompiler.cost_model.matmul_tiles import choose
 from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import price
@@ -23,7 +23,6 @@ from iocompiler.plan.data import (
     KernelStep,
     Plan,
     Step,
-    TensorSpec,
     ViewStep,
     made,
 )
@@ -60,26 +59,43 @@ def cheaper(plan: Plan, device: Device, hints: Mapping[str, int]) -> dict[SiteKe
     """The sites that are modeled to be faster folded, and their tiles: none where it was not
     measured what the template reaches on the device.
     """
-    specs = {name: spec for name, spec in plan.inputs if spec is not None}
-    for step in plan.steps:
-        specs |= made(step)
+    if device.matmul_template is None:
+        return {}
+    tiles: dict[SiteKey, MatmulTile] = {}
     found: dict[SiteKey, MatmulTile] = {}
-    for site in sites(plan):
-        step = site.step
-        seconds = matmul_seconds(step.product, step.program, device, hints)
-        before = [plan.steps[place] for place in site.places]
-        if seconds is not None and seconds < sum(_seconds(s, specs, device, hints) for s in before):
-            found[site.key] = choose(step.product, step.program, device, hints)
+    for apart in priced(plan, device, hints):
+        key = apart.site.key
+        if key in tiles:  # equal sites are as fast
+            continue
+        tiles[key] = choose(*key, device, hints)
+        seconds = matmul_seconds(*key, tiles[key], device, hints)
+        if seconds is not None and seconds < apart.library_s + apart.kernel_s:
+            found[key] = tiles[key]
     return found
 
 
-def _seconds(
-    step: Step, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
-) -> float:
-    if isinstance(step, KernelStep):
-        return kernel_seconds(step.program, device, hints)
-    assert isinstance(step, AtenStep)
-    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
+@dataclass(frozen=True)
+class Apart:
+    """A site, and what is modeled of it as it stands: of the library's calls and of the kernel."""
+
+    site: Site
+    library_s: float
+    kernel_s: float
+
+
+def priced(plan: Plan, device: Device, hints: Mapping[str, int]) -> Iterator[Apart]:
+    """Every site of the plan, in its order."""
+    specs = {name: spec for name, spec in plan.inputs if spec is not None}
+    for step in plan.steps:
+        specs |= made(step)
+    for site in sites(plan):
+        *products, kernel = (plan.steps[place] for place in site.places)
+        assert isinstance(kernel, KernelStep)
+        library = 0.0
+        for step in products:
+            assert isinstance(step, AtenStep)
+            library += time(price(call_of_step(step, specs)), device, torch.float32, hints)
+        yield Apart(site, library, kernel_seconds(kernel.program, device, hints))
 
 
 def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:
