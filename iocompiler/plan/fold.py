@@ -55,19 +55,26 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
     return replace(plan, steps=ordered, unfused=kept)
 
 
-def cheaper(plan: Plan, device: Device, hints: Mapping[str, int]) -> dict[SiteKey, MatmulTile]:
+def cheaper(
+    plan: Plan,
+    device: Device,
+    hints: Mapping[str, int],
+    known: dict[SiteKey, MatmulTile] | None = None,
+) -> dict[SiteKey, MatmulTile]:
     """The sites that are modeled to be faster folded, and their tiles: none where it was not
     measured what the template reaches on the device.
+
+    Args:
+        known: tiles of sites, whether they are folded or not, for one who asks for many plans.
     """
     if device.matmul_template is None:
         return {}
-    tiles: dict[SiteKey, MatmulTile] = {}
+    tiles = {} if known is None else known
     found: dict[SiteKey, MatmulTile] = {}
     for apart in priced(plan, device, hints):
         key = apart.site.key
-        if key in tiles:  # equal sites are as fast
-            continue
-        tiles[key] = choose(*key, device, hints)
+        if key not in tiles:
+            tiles[key] = choose(*key, device, hints)
         seconds = matmul_seconds(*key, tiles[key], device, hints)
         if seconds is not None and seconds < apart.library_s + apart.kernel_s:
             found[key] = tiles[key]
