@@ -1,26 +1,15 @@
 """Products and the pointwise kernels that read them, folded into steps of the matmul template.
 
 Whether that is faster is not asked by `folded`: it folds the sites that somebody chose, by price
-(`cheaper`) or by the clock (`runtime/tune_matmul.py`).
+(`priced.py`) or by the clock (`runtime/tune_matmul.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-import torch
-
-from iocompiler.cost_model.call import call_of_step
-from iocompiler.cost_model.device import Device
-from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.matmul_price import matmul_seconds
-from iocompiler.cost_model.matmul_tiles import choose
-from iocompiler.cost_model.roofline import time
-from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import (
-    AtenStep,
-    KernelStep,
     Plan,
     Step,
     ViewStep,
@@ -53,56 +42,6 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
     ordered = tuple(step for place in sorted(steps) for step in steps[place])
     kept = tuple(edge for edge in plan.unfused if (edge.producer, edge.consumer) not in gone)
     return replace(plan, steps=ordered, unfused=kept)
-
-
-def cheaper(
-    plan: Plan,
-    device: Device,
-    hints: Mapping[str, int],
-    known: dict[SiteKey, MatmulTile] | None = None,
-) -> dict[SiteKey, MatmulTile]:
-    """The sites that are modeled to be faster folded, and their tiles: none where it was not
-    measured what the template reaches on the device.
-
-    Args:
-        known: tiles of sites, whether they are folded or not, for one who asks for many plans.
-    """
-    if device.matmul_template is None:
-        return {}
-    tiles = {} if known is None else known
-    found: dict[SiteKey, MatmulTile] = {}
-    for apart in priced(plan, device, hints):
-        key = apart.site.key
-        if key not in tiles:
-            tiles[key] = choose(*key, device, hints)
-        seconds = matmul_seconds(*key, tiles[key], device, hints)
-        if seconds is not None and seconds < apart.library_s + apart.kernel_s:
-            found[key] = tiles[key]
-    return found
-
-
-@dataclass(frozen=True)
-class Apart:
-    """A site, and what is modeled of it as it stands: of the library's calls and of the kernel."""
-
-    site: Site
-    library_s: float
-    kernel_s: float
-
-
-def priced(plan: Plan, device: Device, hints: Mapping[str, int]) -> Iterator[Apart]:
-    """Every site of the plan, in its order."""
-    specs = {name: spec for name, spec in plan.inputs if spec is not None}
-    for step in plan.steps:
-        specs |= made(step)
-    for site in sites(plan):
-        *products, kernel = (plan.steps[place] for place in site.places)
-        assert isinstance(kernel, KernelStep)
-        library = 0.0
-        for step in products:
-            assert isinstance(step, AtenStep)
-            library += time(price(call_of_step(step, specs)), device, torch.float32, hints)
-        yield Apart(site, library, kernel_seconds(kernel.program, device, hints))
 
 
 def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:

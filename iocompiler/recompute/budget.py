@@ -16,10 +16,10 @@ from iocompiler.graph.view import copied, where
 from iocompiler.ops.partition import Saved, partition, partition_again, saved
 from iocompiler.plan.build import build_plan, size_hints
 from iocompiler.plan.data import Plan
-from iocompiler.plan.fold import cheaper, folded
 from iocompiler.plan.inplace import in_place
 from iocompiler.plan.padding import adopt_strides, pad_rows
 from iocompiler.plan.peak import kept, scheduled_peak
+from iocompiler.plan.priced import chosen_by_price, priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import SiteKey
 from iocompiler.recompute.candidates import candidates
@@ -107,7 +107,7 @@ class Budgeted:
 
         def planned(gm: GraphModule, name: str) -> Plan:
             plan = build_plan(gm, device, name)
-            return in_place(folded(plan, cheaper(plan, device, hints, tiles)))
+            return in_place(chosen_by_price(plan, priced(plan, device, hints, tiles)))
 
         plans = planned(forward, "forward"), planned(backward, "backward")
         named = zip(("forward", "backward"), plans, strict=True)

@@ -20,7 +20,8 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import KernelStep, Plan
-from iocompiler.plan.fold import cheaper, folded, with_reasons
+from iocompiler.plan.fold import folded, with_reasons
+from iocompiler.plan.priced import chosen_by_price, priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Site, SiteKey, sites
 from iocompiler.runtime.cache import Cache, key_of
@@ -111,8 +112,8 @@ def tune_matmuls(
         if measured is not None:
             _remember(cache, keys[name], measured)
     settled = {s.site.key for s in subjects if known[s.name] is not None or s.name in tried}
-    priced = cheaper(plan, device, hints).items()
-    chosen = {key: tile for key, tile in priced if key not in settled}
+    others = [each for each in priced(plan, device, hints) if each.site.key not in settled]
+    chosen: dict[SiteKey, MatmulTile] = {}
     reasons: dict[SiteKey, str] = {}
     for subject in subjects:
         folding = known[subject.name]
@@ -121,6 +122,7 @@ def tune_matmuls(
         elif folding is not None:
             reasons[subject.site.key] = folding.reason
     plan = folded(with_reasons(plan, reasons), chosen)
+    plan = chosen_by_price(plan, others)
     return plan, tuple(f for f in known.values() if f is not None)
 
 

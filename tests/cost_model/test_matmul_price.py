@@ -15,9 +15,9 @@ from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.matmul_price import AROUND_S, matmul_seconds, template_time
 from iocompiler.cost_model.matmul_tiles import Space, choose
 from iocompiler.plan.data import Plan
-from iocompiler.plan.fold import cheaper, priced
+from iocompiler.plan.priced import priced
 from iocompiler.plan.product import MatmulTile, Product
-from iocompiler.plan.sites import sites
+from iocompiler.plan.sites import SiteKey, sites
 from iocompiler.tile.index import Affine, Axis, Size
 from iocompiler.tile.program import Buffer, Builder, TileProgram
 from tests.codegen.matmuls import plan_on_fakes
@@ -65,11 +65,10 @@ def test_the_choice_is_that_of_the_clock(
     library, apart, template = MEASURED[row]
     plan = regions(*row)
     (each,) = priced(plan, H100, {})
-    key = each.site.key
-    seconds = matmul_seconds(*key, choose(*key, H100), H100, {})
-    assert seconds is not None
-    assert seconds / each.library_s == pytest.approx(template / library, rel=0.07)
-    assert bool(cheaper(plan, H100, {})) == (template < apart)
+    assert each.tile == choose(*each.site.key, H100)
+    assert each.folded_s is not None
+    assert each.folded_s / each.library_s == pytest.approx(template / library, rel=0.07)
+    assert each.pays == (template < apart)
 
 
 def product(m: Size, n: int, k: int) -> Product:
@@ -167,12 +166,17 @@ def test_equal_sites_are_priced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(key)
         return choose(*key)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("iocompiler.plan.fold.choose", counted)
+    monkeypatch.setattr("iocompiler.plan.priced.choose", counted)
     shapes = ((8192, 1024), (1024, 1024), (8192, 1024))
     plan = plan_on_fakes(
-        lambda x, w, r: residual(residual(x, w, r).sin().cumsum(0), w, r), *shapes,
+        lambda x, w, r: residual(torch.sort(residual(x, w, r))[0], w, r), *shapes,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    found = cheaper(plan, H100, {})
-    assert len(calls) == len({site.key for site in sites(plan)})
-    assert set(found) <= {site.key for site in sites(plan)}
+    known: dict[SiteKey, MatmulTile] = {}
+    found = priced(plan, H100, {}, known)
+    keys = [site.key for site in sites(plan)]
+    assert len(keys) == 2
+    assert [each.site.key for each in found] == keys[:1] == list(known)
+    assert len(calls) == 1
+    assert priced(plan, H100, {}, known) == found
+    assert len(calls) == 1

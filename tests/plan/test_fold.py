@@ -14,9 +14,10 @@ from torch import Tensor
 
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan, ViewStep, made, references
-from iocompiler.plan.fold import cheaper, folded
+from iocompiler.plan.fold import folded
 from iocompiler.plan.moving import names_read, written
 from iocompiler.plan.peak import scheduled_peak
+from iocompiler.plan.priced import chosen_by_price, priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Declined, sites, survey
 from tests.codegen.matmuls import Folded, plan_on_fakes, tf32
@@ -378,11 +379,19 @@ def test_less_is_held_at_once(deep: Plan) -> None:
 
 def test_only_what_was_measured_is_folded_by_price(deep: Plan) -> None:
     unknown, slow = (replace(H200, matmul_template=share) for share in (None, 0.2))
-    assert not cheaper(deep, unknown, {})
-    chosen = cheaper(deep, H200, {})
+    assert not priced(deep, unknown, {})
+    found = priced(deep, H200, {})
+    chosen = {each.site.key: each.tile for each in found if each.pays}
     assert set(chosen) == {site.key for site in sites(deep)}
     assert all(tile.m >= 64 for tile in chosen.values())
-    assert not cheaper(deep, slow, {})
+    assert chosen_by_price(deep, found) == folded(deep, chosen)
+    dear = priced(deep, slow, {})
+    assert not any(each.pays for each in dear)
+    plan = chosen_by_price(deep, dear)
+    assert plan.steps == deep.steps
+    reasons = {edge.reason for edge in plan.unfused}
+    assert {each.reason for each in dear} <= reasons
+    assert all(re.search(r"us, in one \d+\.\d us: modeled", each.reason) for each in dear)
 
 
 def test_unaligned_operands_are_not_folded_by_price() -> None:
@@ -391,7 +400,10 @@ def test_unaligned_operands_are_not_folded_by_price() -> None:
         dtype=torch.bfloat16,
     )  # fmt: skip
     assert sites(plan)
-    assert not cheaper(plan, H200, {})
+    (each,) = priced(plan, H200, {})
+    assert each.folded_s is None
+    assert not each.pays
+    assert chosen_by_price(plan, [each]) == plan
 
 
 def test_two_products_of_different_operands_are_not_one() -> None:

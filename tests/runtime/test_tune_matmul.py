@@ -21,7 +21,8 @@ from iocompiler.errors import BadPlanFile
 from iocompiler.options import Options
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan
-from iocompiler.plan.fold import cheaper, folded
+from iocompiler.plan.fold import folded
+from iocompiler.plan.priced import priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import sites
 from iocompiler.runtime import module as module_file
@@ -137,7 +138,7 @@ def test_what_fails_is_passed_over(plan: Plan) -> None:
 
     assert tuned(plan, Full(lambda tile: 1.0), UNPRICED, machine="d") == (plan, ())
     after, records = tuned(plan, Full(lambda tile: 1.0), machine="d")
-    assert [step.tile for step in steps(after)] == list(cheaper(plan, H200, {}).values())
+    assert [step.tile for step in steps(after)] == [each.tile for each in priced(plan, H200, {})]
     assert not records
     unlaunched = FakeBench(lambda tile: 1.0 if tile is None else None)
     after, records = tuned(plan, unlaunched, machine="e")
