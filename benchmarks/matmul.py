@@ -3,19 +3,24 @@ template, with the tile the model chooses and with the fastest of its candidates
 
 One line a product: microseconds of the library's product alone, of that with our pointwise kernel
 behind it ("apart"), of the template with the chosen tile and with the best; how many times faster
-than "apart" the template is, and how far the choice is from the best. Everything is compared with
-float64 before it is timed. Kernels are compiled in parallel while others are timed; without a GPU
-products are planned only.
+than "apart" the template is, and how far the choice is from the best. "share" is that of the
+library's rate at which `cost_model/matmul_price.py` would give the measured time: the median of
+all, printed last, is what a device's row takes as `matmul_template`. "price" is the way the model
+chooses, with the row's share or, where it has none, with 1; how often that is the faster way, and
+what it costs where it is not, is printed too. Everything is compared with float64 before it is
+timed. Kernels are compiled in parallel while others are timed; without a GPU products are planned
+only.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,18 +31,21 @@ from benchmarks.matmul_zoo import PARTS, Product
 from benchmarks.schedules import plan_on_fakes
 from benchmarks.table import Cell, Row, Table, geometric_mean
 from iocompiler.cost_model.device import DEVICES, Device, current_device
+from iocompiler.cost_model.matmul_price import TemplateTime, template_time
 from iocompiler.cost_model.matmul_tiles import Space, candidates
 from iocompiler.plan.data import Plan
 from iocompiler.plan.fold import folded
+from iocompiler.plan.priced import Priced, priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import sites
 from iocompiler.runtime.measure_region import GpuRegionBench
 from iocompiler.runtime.tune_matmul import Built, RegionBench
 from tests.accuracy import FORWARD_FACTOR, SLACK, relative_error
 
+FOLD, APART = "fold", "apart"
 COLUMNS = (
     "name", "library us", "apart us", "chosen us", "best us", "apart/chosen", "apart/best",
-    "chosen/best", "chosen TFLOP/s", "chosen", "best", "tiles", "note",
+    "chosen/best", "share", "price", "chosen TFLOP/s", "chosen", "best", "tiles", "note",
 )  # fmt: skip
 
 
@@ -73,6 +81,8 @@ class _Work:
     plan: Plan
     tiles: list[MatmulTile]
     modeled: list[float]
+    price: Priced
+    template: TemplateTime
     built: Future[list[Built | None]] | None
 
 
@@ -128,9 +138,14 @@ class Run:
         tiles = candidates(*site.key, self.device, most=self.args.most)
         space = Space(*site.key, self.device, {})
         row["chosen"] = shown(tiles[0])
+        known = self.device.matmul_template or 1.0
+        (price,) = priced(plan, replace(self.device, matmul_template=known), {})
+        row["price"] = FOLD if price.pays else APART
+        template = template_time(*site.key, tiles[0], self.device, {})
         plans = [plan, *(folded(plan, {site.key: tile}) for tile in tiles)]
         built = compiler.submit(self.bench.load, plans) if self.bench is not None else None
-        return _Work(product, plan, tiles, [space.seconds(tile) for tile in tiles], built)
+        modeled = [space.seconds(tile) for tile in tiles]
+        return _Work(product, plan, tiles, modeled, price, template, built)
 
     def _timed(self, row: Row, work: _Work) -> None:
         try:
@@ -175,8 +190,10 @@ def _measure(
     if chosen is not None:
         row["chosen us"], row["apart/chosen"] = _us(chosen), both / chosen
         row["chosen/best"] = chosen / measured[best]
-        # what the template reaches of the library's rate, its epilogue beside it
-        row["library/chosen"] = None if library is None else library / chosen
+        # both are scaled by what the model errs of the library
+        if library is not None:
+            share = work.template.share(chosen * work.price.library_s / library)
+            row["share"] = share if math.isfinite(share) else None
         row["chosen TFLOP/s"] = work.product.flops / chosen / 1e12
 
 
@@ -229,10 +246,29 @@ def summarize(table: Table, started: float) -> None:
     """By group: the mean gain over the library and a kernel, the worst, and the choice's."""
     for group in dict.fromkeys(row["group"] for row in table.rows):
         rows = [row for row in table.rows if row["group"] == group]
-        for name in ("apart/chosen", "apart/best", "chosen/best", "library/chosen"):
+        for name in ("apart/chosen", "apart/best", "chosen/best", "share"):
             values = [v for row in rows if isinstance(v := row.get(name), float)]
             table.summary |= _facts(f"{group}: {name}", values)
+    table.summary |= _price_facts(table.rows)
     table.summary["seconds"] = round(time.perf_counter() - started)
+
+
+def _price_facts(rows: Sequence[Row]) -> dict[str, Cell]:
+    """Of all rows: the share for a device's row, and how good the choice by price is."""
+    gains = [
+        (gain, row["price"]) for row in rows if isinstance(gain := row.get("apart/chosen"), float)
+    ]
+    shares = [share for row in rows if isinstance(share := row.get("share"), float)]
+    found: dict[str, Cell] = {}
+    if shares:
+        found["share, median of all (matmul_template)"] = statistics.median(shares)
+    if not gains:
+        return found
+    lost = [max(1.0, 1 / gain if price == FOLD else gain) for gain, price in gains]
+    return found | {
+        "choice by price, right": f"{lost.count(1.0)} of {len(lost)}",
+        "choice by price, times the faster way at worst": max(lost),
+    }
 
 
 def _facts(name: str, values: Sequence[float]) -> dict[str, Cell]:

@@ -77,9 +77,9 @@ def by_price(plan: Plan, gm: GraphModule, options: Options) -> Plan:
     if row.matmul_template is None:
         return plan
     from iocompiler.plan.build import size_hints
-    from iocompiler.plan.fold import cheaper, folded
+    from iocompiler.plan.priced import chosen_by_price, priced
 
-    return folded(plan, cheaper(plan, row, size_hints(gm)))
+    return chosen_by_price(plan, priced(plan, row, size_hints(gm)))
 
 
 def scheduled(

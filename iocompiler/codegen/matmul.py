@@ -115,7 +115,7 @@ def _kernel(step: MatmulStep, name: str) -> str:
     sizes = ", ".join(expressions.size(size) for size in (made.batch, made.m, made.n, made.k))
     operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
     walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
-    precision = "tf32" if made.tf32 else "ieee"
+    precision = "ieee"  # TF32 is the library's: `plan/sites.py`
     if tile.loads == "descriptors":
         template = "matmul_descriptors"
         sizes = sizes.partition(", ")[2]  # there is no batch

@@ -25,6 +25,10 @@ MIB = 1024**2
 REACHED_MEMORY = 4.3 / 4.8
 REACHED_MATMUL = 790 / 989.5
 
+# what `python -m benchmarks.matmul --part epilogues,gates` prints as the median of "share" on an
+# H100 SXM: of 59 regions, 0.89 to 1.03
+TEMPLATE_ON_HOPPER = 0.99
+
 
 @dataclass(frozen=True)
 class Device:
@@ -53,8 +57,9 @@ class Device:
         False  # whether the memory and matmul rates are measured; else they are datasheet peaks
     )
     pattern: str = ""  # regular expression found in the name the CUDA driver gives
-    # the share of the library's rate that the matmul template reaches; None: not measured here, so
-    # that a measurement alone (max-autotune) decides for it
+    # the share of the library's rate that the products of the matmul template reach
+    # (`matmul_price.py` says what stands around them); None: not measured here, so that a
+    # measurement alone (max-autotune) decides for it
     matmul_template: float | None = None
 
     @property
@@ -113,7 +118,9 @@ DEVICES: dict[str, Device] = {
         pattern=r"\bH200\b",
         source="copy and bf16 8192^3 matmul measured on an H200 SXM (torch 2.11, 2026-11-22); "
         "tf32, fp8, int8 and fp64: NVIDIA H200 datasheet (dense) times the share bf16 "
-        "reached; sizes: datasheet; L2 rate: estimate",
+        "reached; sizes: datasheet; L2 rate: estimate; the template's share: measured on an H100, "
+        "same SMs",
+        matmul_template=TEMPLATE_ON_HOPPER,
     ),
     "h100": Device(
         name="h100",
@@ -131,7 +138,9 @@ DEVICES: dict[str, Device] = {
         launch_s=2.5e-6,
         pattern=r"\bH100\b.*HBM3",
         source="NVIDIA H100 datasheet, SXM5 80 GB, figures halved where printed with sparsity; L2 "
-        "rate: estimate",
+        "rate: estimate; the template's share: measured on an H100 SXM (benchmarks/matmul.py, 59 "
+        "regions, torch 2.11, Triton 3.6, 2026-11-26)",
+        matmul_template=TEMPLATE_ON_HOPPER,
     ),
     "a100": Device(
         name="a100",
@@ -283,6 +292,7 @@ def kin(capability: tuple[int, int]) -> Device:
 
 
 def _scaled(row: Device, properties: Any) -> Device:
+    own = (properties.major, properties.minor)
     share = properties.multi_processor_count / row.sm_count
     clock_khz, bus_bits = (
         getattr(properties, "memory_clock_rate", 0),
@@ -295,7 +305,7 @@ def _scaled(row: Device, properties: Any) -> Device:
     return dataclasses.replace(
         row,
         name=re.sub(r"\W+", "-", properties.name.lower()),
-        capability=(properties.major, properties.minor),
+        capability=own,
         sm_count=properties.multi_processor_count,
         hbm_bytes_per_s=driver if whole else row.hbm_bytes_per_s * share,
         l2_bytes=getattr(properties, "L2_cache_size", 0) or int(row.l2_bytes * share),
@@ -304,6 +314,8 @@ def _scaled(row: Device, properties: Any) -> Device:
         matmul_flops={dtype: rate * share for dtype, rate in row.matmul_flops.items()},
         tf32_flops=row.tf32_flops * share,
         vector_flops=row.vector_flops * share,
+        # the template's share is that of one kind of SM, however many there are
+        matmul_template=row.matmul_template if row.capability == own else None,
         pattern="",
         source=f"the {row.name} row scaled to {properties.multi_processor_count} SMs; "
         + ("bandwidth from the driver" if whole else "bandwidth by SM count"),

@@ -1,17 +1,10 @@
-"""What a step of the matmul template costs, and whether it is expected to be faster than the calls
-and the kernel it replaces.
-"""
+"""What a step of the matmul template moves and computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from iocompiler.cost_model.cost import Contraction, Cost
-from iocompiler.cost_model.device import Device
-from iocompiler.cost_model.roofline import time
 from iocompiler.plan.product import Product
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import Traffic, traffic
@@ -48,18 +41,3 @@ def is_aligned(made: Product) -> bool:
         if leading is None or not (made.is_whole(leading) and made.is_whole(batch)):
             return False
     return True
-
-
-def matmul_seconds(
-    made: Product, program: TileProgram, device: Device, hints: Mapping[str, int]
-) -> float | None:
-    """Modeled time of the step; None where nothing was measured that says so: on this device, or of
-    operands that are not aligned.
-    """
-    share = device.matmul_template
-    if share is None or not is_aligned(made) or made.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    slower = {dtype: rate * share for dtype, rate in device.matmul_flops.items()}
-    return time(
-        matmul_cost(made, program), replace(device, matmul_flops=slower), torch.float32, hints
-    )

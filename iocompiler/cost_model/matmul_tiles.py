@@ -44,7 +44,7 @@ _SHARED_APART = 1024
 # Estimates, until `benchmarks/matmul.py` has set them from a device's clock:
 # a narrow tile reads shared memory faster than that gives: the share of the matrix units' rate, by
 # its narrower side
-_NARROW = {16: 0.3, 32: 0.55, 64: 0.85}
+NARROW = {16: 0.3, 32: 0.55, 64: 0.85}
 # making descriptors, at the start of a program
 _DESCRIPTORS_S = 1e-6
 # of the matrix units' rate on Hopper, what is left where threads compute addresses beside them
@@ -58,7 +58,7 @@ _MEETING_S = 4e-8
 # each further tile of a shape must promise this much
 _AGAIN = 1.08
 
-# float32 without TF32 is no work for the matrix units: operands are in registers
+# float32 is no work for the matrix units: operands are in registers
 _LARGEST_FLOAT32 = 64 * 64
 
 
@@ -116,7 +116,7 @@ class Space:
 
     def legal(self) -> Iterator[MatmulTile]:
         """Every tile whose sums fit the registers and whose loads fit the shared memory."""
-        m, n, k, _ = self._sizes
+        m, n, k, _ = self.sizes
         for rows in _around(_BLOCKS, m):
             for columns in _around(_BLOCKS, n):
                 for depth in _around(_DEPTHS, k):
@@ -136,13 +136,13 @@ class Space:
         tile = replace(tile, parts=min(self._parts(sums), tile.n // _LEAST_PART))
         yield tile
         moved = replace(
-            tile, loads="descriptors", programs=self.device.sm_count * self._resident(tile)
+            tile, loads="descriptors", programs=self.device.sm_count * self.resident(tile)
         )
         if self._takes_descriptors and self._shared(moved) <= self._shared_there:
             yield moved
-        walks = self._tiles(tile) > self.device.sm_count * self._resident(tile)
+        walks = self.tiles(tile) > self.device.sm_count * self.resident(tile)
         if walks and len(self.made.rights) == 1:  # two sums leave no register for the walk
-            yield replace(tile, programs=self.device.sm_count * self._resident(tile))
+            yield replace(tile, programs=self.device.sm_count * self.resident(tile))
 
     def _parts(self, sums: int) -> int:
         """What the epilogue loads and makes stands beside the sums: the more, the smaller parts."""
@@ -176,7 +176,7 @@ class Space:
 
     @property
     def _is_vector(self) -> bool:
-        return self.made.dtype == torch.float32 and not self.made.tf32
+        return self.made.dtype == torch.float32
 
     @cached_property
     def _takes_descriptors(self) -> bool:
@@ -207,7 +207,7 @@ class Space:
             return loads + results * self.made.dtype.itemsize
         return max(loads, results * 4)
 
-    def _resident(self, tile: MatmulTile) -> int:
+    def resident(self, tile: MatmulTile) -> int:
         """Tiles at once on a multiprocessor."""
         registers = min(_MOST_REGISTERS, self._sums(tile) * 3 // 2 + _OTHER_REGISTERS)
         return max(
@@ -220,26 +220,26 @@ class Space:
         )
 
     @cached_property
-    def _sizes(self) -> tuple[int, int, int, int]:
+    def sizes(self) -> tuple[int, int, int, int]:
         made = self.made
         m, n, k, batch = (
             max(1, round(value_of(s, self.hints))) for s in (made.m, made.n, made.k, made.batch)
         )
         return m, n, k, batch
 
-    def _tiles(self, tile: MatmulTile) -> int:
-        m, n, _, batch = self._sizes
+    def tiles(self, tile: MatmulTile) -> int:
+        m, n, _, batch = self.sizes
         return batch * -(-m // tile.m) * -(-n // tile.n)
 
     # --- how long it takes
 
     def seconds(self, tile: MatmulTile) -> float:
         """Of the whole product with its epilogue."""
-        device, resident = self.device, self._resident(tile)
-        tiles = self._tiles(tile)
+        device, resident = self.device, self.resident(tile)
+        tiles = self.tiles(tile)
         each = -(-tiles // device.sm_count)  # of the busiest multiprocessor
         beside = min(resident, each)
-        steps = -(-self._sizes[2] // tile.k)
+        steps = -(-self.sizes[2] // tile.k)
         filling, once = self._filling(tile), 0.0
         if tile.loads == "descriptors":
             once = _DESCRIPTORS_S
@@ -254,12 +254,12 @@ class Space:
         """Seconds of a step of the inner extent, of ``resident`` tiles that share the units."""
         device, rights = self.device, len(self.made.rights)
         flops = 2 * tile.m * tile.n * tile.k * rights
-        rate = device.matmul_rate(self.made.dtype, self.made.tf32) / device.sm_count
+        rate = device.matmul_rate(self.made.dtype) / device.sm_count
         if self._is_hopper and tile.loads == "pointers":
             rate *= _BY_POINTERS
         if self._is_hopper and tile.m < 64:
             rate *= _OLD_UNITS  # the new instructions take 64 rows
-        computing = flops / (rate * _NARROW.get(min(tile.m, tile.n), 1.0))
+        computing = flops / (rate * NARROW.get(min(tile.m, tile.n), 1.0))
         loaded = self._step_bytes(tile)
         loading = loaded * device.sm_count / device.l2_bytes_per_s
         # of the latency, each resident tile and each stage in flight hides a part
@@ -277,8 +277,8 @@ class Space:
 
     def _finishing(self, tile: MatmulTile) -> float:
         """The epilogue of one tile by itself."""
-        moved, work = self._epilogue
-        m, n, _, batch = self._sizes
+        moved, work = self.epilogue
+        m, n, _, batch = self.sizes
         share = tile.m * tile.n / (batch * m * n)
         part = moved * share
         device = self.device
@@ -290,20 +290,20 @@ class Space:
         """Everything that passes through memory: operands once for each wave of tiles that needs
         them, or as often as L2 makes it.
         """
-        m, n, k, batch = self._sizes
+        m, n, k, batch = self.sizes
         size, rights = self.made.dtype.itemsize, len(self.made.rights)
-        wave = self.device.sm_count * self._resident(tile)
+        wave = self.device.sm_count * self.resident(tile)
         rows = min(tile.group, -(-m // tile.m))
         columns = min(max(1, wave // rows), -(-n // tile.n))
-        waves = max(1.0, self._tiles(tile) / (rows * columns))
+        waves = max(1.0, self.tiles(tile) / (rows * columns))
         once = batch * (m + n * rights) * k * size
         again = waves * (rows * tile.m + columns * tile.n * rights) * k * size
         operands = once if once <= self.device.l2_bytes else max(once, again)
-        others, _ = self._epilogue
+        others, _ = self.epilogue
         return (operands + others) / self.device.memory_rate
 
     @cached_property
-    def _epilogue(self) -> tuple[float, float]:
+    def epilogue(self) -> tuple[float, float]:
         """Bytes and arithmetic of the epilogue of all tiles."""
         moved = epilogue_traffic(self.made, self.program)
         special = TRANSCENDENTAL_FLOPS * value_of(moved.transcendentals, self.hints)

@@ -28,7 +28,7 @@ class Factors:
         result: its strides along the batch, along rows, along columns.
         added: name, strides likewise and elements of what is added to the sums; or None.
         elements: from the result's first to its last.
-        tf32: float32 operands may be rounded to it.
+        tf32: float32 operands are rounded to it.
         start: the first column of a whole product that is meant.
     """
 
@@ -65,7 +65,7 @@ class Factors:
             (other.batch, other.m, other.n, other.k),
         )
         same = all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        return same and (self.left, self.dtype, self.tf32) == (other.left, other.dtype, other.tf32)
+        return same and (self.left, self.dtype) == (other.left, other.dtype)
 
     def added_to(self, name: str) -> Added | None:
         """What is added, as the buffer ``name`` of an epilogue."""

@@ -1,7 +1,7 @@
 """Products and the pointwise kernels that read them, folded into steps of the matmul template.
 
 Whether that is faster is not asked by `folded`: it folds the sites that somebody chose, by price
-(`cheaper`) or by the clock (`runtime/tune_matmul.py`).
+(`priced.py`) or by the clock (`runtime/tune_matmul.py`).
 """
 
 from __future__ import annotations
@@ -9,21 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
-from iocompiler.cost_model.call import call_of_step
-from iocompiler.cost_model.device import Device
-from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.matmul import matmul_seconds
-from iocompiler.cost_model.matmul_tiles import choose
-from iocompiler.cost_model.roofline import time
-from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import (
-    AtenStep,
-    KernelStep,
     Plan,
     Step,
-    TensorSpec,
     ViewStep,
     made,
 )
@@ -54,32 +42,6 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
     ordered = tuple(step for place in sorted(steps) for step in steps[place])
     kept = tuple(edge for edge in plan.unfused if (edge.producer, edge.consumer) not in gone)
     return replace(plan, steps=ordered, unfused=kept)
-
-
-def cheaper(plan: Plan, device: Device, hints: Mapping[str, int]) -> dict[SiteKey, MatmulTile]:
-    """The sites that are modeled to be faster folded, and their tiles: none where it was not
-    measured what the template reaches on the device.
-    """
-    specs = {name: spec for name, spec in plan.inputs if spec is not None}
-    for step in plan.steps:
-        specs |= made(step)
-    found: dict[SiteKey, MatmulTile] = {}
-    for site in sites(plan):
-        step = site.step
-        seconds = matmul_seconds(step.product, step.program, device, hints)
-        before = [plan.steps[place] for place in site.places]
-        if seconds is not None and seconds < sum(_seconds(s, specs, device, hints) for s in before):
-            found[site.key] = choose(step.product, step.program, device, hints)
-    return found
-
-
-def _seconds(
-    step: Step, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
-) -> float:
-    if isinstance(step, KernelStep):
-        return kernel_seconds(step.program, device, hints)
-    assert isinstance(step, AtenStep)
-    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
 
 
 def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:

@@ -48,8 +48,7 @@ class Product:
 
     ``left`` and ``rights`` are strides in elements: along rows, along columns, along the batch;
     ``starts`` the elements at which the right ones begin in their tensors.
-    ``tf32``: float32 operands may be rounded to it. ``aligned``: each starts at a multiple of 16
-    bytes where the tensor does whose memory it shows.
+    ``aligned``: each starts at a multiple of 16 bytes where the tensor does whose memory it shows.
     """
 
     batch: Size
@@ -60,7 +59,6 @@ class Product:
     left: tuple[Size, Size, Size]
     rights: tuple[tuple[Size, Size, Size], ...]
     starts: tuple[Size, ...]
-    tf32: bool = False
     aligned: bool = True
 
     @property

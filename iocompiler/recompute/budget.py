@@ -15,9 +15,13 @@ from iocompiler.errors import BudgetWarning
 from iocompiler.graph.view import copied, where
 from iocompiler.ops.partition import Saved, partition, partition_again, saved
 from iocompiler.plan.build import build_plan, size_hints
+from iocompiler.plan.data import Plan
 from iocompiler.plan.inplace import in_place
 from iocompiler.plan.padding import adopt_strides, pad_rows
 from iocompiler.plan.peak import kept, scheduled_peak
+from iocompiler.plan.priced import chosen_by_price, priced
+from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import SiteKey
 from iocompiler.recompute.candidates import candidates
 from iocompiler.recompute.trade import Again, Point, Trade
 from iocompiler.report.build import Part, build_report
@@ -61,18 +65,27 @@ class Budgeted:
         joint.graph.eliminate_dead_code()
         device, outputs = self.device(joint), keywords["num_fwd_outputs"]
         tried: list[_Tried] = []
+        tiles: dict[SiteKey, MatmulTile] = {}
         for each in candidates(joint, outputs, device, size_hints(joint)):
             parts = partition_again(joint, inputs, each.again, each.keep, each.relaxed, **keywords)
             kept_here = saved(*parts)
             if kept_here not in [other.saved for other in tried]:
-                tried.append(_Tried(self._point(each.name, parts, outputs, device), parts))
+                point = self._point(each.name, parts, outputs, device, tiles)
+                tried.append(_Tried(point, parts))
         trade, chosen = _traded(tried, self.budget)
         if not trade.fits:
             _warn(trade)
         self.note(trade)
         return chosen.parts
 
-    def _point(self, name: str, parts: Parts, outputs: int, device: Device) -> Point:
+    def _point(
+        self,
+        name: str,
+        parts: Parts,
+        outputs: int,
+        device: Device,
+        tiles: dict[SiteKey, MatmulTile],
+    ) -> Point:
         """What a partition would come to: both graphs are planned, on copies, as they will be."""
         forward, backward = map(copied, parts)
         handed_over = kept(forward, backward)
@@ -90,11 +103,13 @@ class Budgeted:
         self.prepare(backward, "backward")
         adopt_strides(backward, given)
         pad_rows(backward, None, device)
-        plans = (
-            in_place(build_plan(forward, device, "forward")),
-            in_place(build_plan(backward, device, "backward")),
-        )
         hints = {**size_hints(forward), **size_hints(backward)}
+
+        def planned(gm: GraphModule, name: str) -> Plan:
+            plan = build_plan(gm, device, name)
+            return in_place(chosen_by_price(plan, priced(plan, device, hints, tiles)))
+
+        plans = planned(forward, "forward"), planned(backward, "backward")
         named = zip(("forward", "backward"), plans, strict=True)
         report = build_report([Part(name, plan, hints) for name, plan in named], device)
         return Point(

@@ -10,7 +10,8 @@ from iocompiler.cost_model.call import call_of_step
 from iocompiler.cost_model.cost import Cost, value_of
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.matmul import matmul_cost, matmul_seconds
+from iocompiler.cost_model.matmul import matmul_cost
+from iocompiler.cost_model.matmul_price import matmul_seconds
 from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, TensorSpec, made
@@ -124,7 +125,7 @@ def _template(
     step: MatmulStep, part: Part, device: Device, describe: Describe
 ) -> tuple[Cost, Kernel]:
     cost = matmul_cost(step.product, step.program)
-    seconds = matmul_seconds(step.product, step.program, device, part.hints)
+    seconds = matmul_seconds(step.product, step.program, step.tile, device, part.hints)
     if seconds is None:  # the library's rate, where nothing is known of the template's
         seconds = time(cost, device, step.product.dtype, part.hints)
     source, resources = describe(step)

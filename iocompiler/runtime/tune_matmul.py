@@ -21,6 +21,7 @@ from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import KernelStep, Plan
 from iocompiler.plan.fold import folded, with_reasons
+from iocompiler.plan.priced import chosen_by_price, priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Site, SiteKey, sites
 from iocompiler.runtime.cache import Cache, key_of
@@ -93,7 +94,8 @@ def tune_matmuls(
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Plan, tuple[Folding, ...]]:
     """The plan with every site folded for which that was measured to be faster, and what was
-    measured. A site that is not reached in the time there is stays as it is.
+    measured. A site that is not reached in the time there is, or that is not worth the clock, is
+    folded where that is modeled to be faster.
 
     Args:
         hints: an example value for every size symbol.
@@ -104,9 +106,13 @@ def tune_matmuls(
     keys = {s.name: s.cache_key(device, machine) for s in subjects}
     known = {s.name: _remembered(cache, keys[s.name], s.name) for s in subjects}
     missing = [s for s in subjects if known[s.name] is None]
-    for measured in _measured(missing, device, bench, clock):
-        known[measured.kernel] = measured
-        _remember(cache, keys[measured.kernel], measured)
+    tried = _measured(missing, device, bench, clock)
+    for name, measured in tried.items():
+        known[name] = measured
+        if measured is not None:
+            _remember(cache, keys[name], measured)
+    settled = {s.site.key for s in subjects if known[s.name] is not None or s.name in tried}
+    others = [each for each in priced(plan, device, hints) if each.site.key not in settled]
     chosen: dict[SiteKey, MatmulTile] = {}
     reasons: dict[SiteKey, str] = {}
     for subject in subjects:
@@ -116,6 +122,7 @@ def tune_matmuls(
         elif folding is not None:
             reasons[subject.site.key] = folding.reason
     plan = folded(with_reasons(plan, reasons), chosen)
+    plan = chosen_by_price(plan, others)
     return plan, tuple(f for f in known.values() if f is not None)
 
 
@@ -173,9 +180,10 @@ def _measured(
     device: Device,
     bench: RegionBench,
     clock: Callable[[], float],
-) -> list[Folding]:
+) -> dict[str, Folding | None]:
+    """By name, what was found of the sites that were reached: None where nothing could be."""
     if not subjects:
-        return []
+        return {}
     start = clock()
     tiles = {s.name: s.tiles(device) for s in subjects}
     plans = {(s.name, way): s.with_tile(way) for s in subjects for way in (None, *tiles[s.name])}
@@ -196,13 +204,15 @@ def _measured(
             break
         some = others[place : place + at_once]
         built |= zip(some, bench.load([plans[each] for each in some]), strict=True)
-    found: list[Folding] = []
+    found: dict[str, Folding | None] = {}
     for subject in subjects:
         if clock() - start > allowed:
             break
         ways = {way: run for (name, way), run in built.items() if name == subject.name and run}
-        folding = _fastest(subject, ways, tiles[subject.name][0], bench)
-        found += [folding] if folding is not None else []
+        try:
+            found[subject.name] = _fastest(subject, ways, tiles[subject.name][0], bench)
+        except DoesNotFit:  # beside the model, twice: the clock cannot tell
+            continue
     return found
 
 
@@ -215,10 +225,7 @@ def _fastest(
     """The measurement of a site; None where there is nothing to choose from."""
     if None not in ways or len(ways) < 2:
         return None
-    try:
-        times = bench.time(subject.region, list(ways.values()), subject.sizes)
-    except DoesNotFit:
-        return None
+    times = bench.time(subject.region, list(ways.values()), subject.sizes)
     seconds = {way: t for way, t in zip(ways, times, strict=True) if t is not None}
     if None not in seconds:
         return None

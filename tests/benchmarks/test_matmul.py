@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 
 from benchmarks.matmul import COLUMNS, Run, summarize
 from benchmarks.matmul_zoo import PARTS, Product, bias_gelu, dense, gated, linear
+from benchmarks.schedules import plan_on_fakes
 from benchmarks.table import Table
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.plan.data import MatmulStep, Plan
+from iocompiler.plan.priced import priced
 from iocompiler.runtime.reference import run_plan
 from iocompiler.runtime.tune_matmul import Built
 
@@ -63,8 +66,52 @@ def test_a_row(tmp_path: Path) -> None:
     assert row["tiles"] == 3
     assert "note" not in row
     summarize(found.table, found.started)
-    assert found.table.summary["bias + GELU: apart/chosen, median"] == 2.0
+    summary = found.table.summary
+    assert summary["bias + GELU: apart/chosen, median"] == 2.0
+    assert row["share"] is None, "of a library that takes a second nothing explains it"
     assert json.loads(path.read_text())["rows"][0]["name"] == "small"
+
+
+@pytest.mark.parametrize(
+    ("gains", "right", "worst"),
+    [((1.25, 0.8), "2 of 2", 1.0), ((0.8, 0.5), "1 of 2", 1.25), ((2.0, 1.1), "1 of 2", 1.1)],
+)
+def test_the_choice_by_price_is_held_against_the_clock(
+    gains: tuple[float, float], right: str, worst: float
+) -> None:
+    table = Table("t", COLUMNS)
+    table.rows += [
+        {"group": "g", "price": price, "apart/chosen": gain}
+        for price, gain in zip(("fold", "apart"), gains, strict=True)
+    ]
+    summarize(table, 0.0)
+    assert table.summary["choice by price, right"] == right
+    assert table.summary["choice by price, times the faster way at worst"] == pytest.approx(worst)
+
+
+def test_the_share_is_that_at_which_the_price_is_the_measured_time() -> None:
+    """With a library that takes as long as the model says."""
+    work = Product(
+        "w", "g", bias_gelu, linear, (dense(8192, 64), dense(256, 64), dense(256)), (8192, 256, 64)
+    )
+    device = replace(DEVICES["h200"], matmul_template=0.7)
+    plan = plan_on_fakes(work.function, dict(zip("xwb", work.layouts, strict=True)), "xwb")
+    (each,) = priced(plan, device, {})
+    assert each.folded_s is not None
+    times = [each.library_s, 1.0, each.folded_s]
+
+    class Modeled(Made):
+        def load(self, plans: Sequence[Plan]) -> list[Built | None]:
+            return [lambda args: [] for _ in plans]
+
+        def time(self, plan: Plan, built: Sequence[Built], sizes: object) -> list[float | None]:
+            return [*times, *[1.0] * (len(built) - 3)]
+
+    found = run([work], Modeled(), check=False)
+    (row,) = found.table.rows
+    assert row["share"] == pytest.approx(0.7)
+    summarize(found.table, found.started)
+    assert found.table.summary["share, median of all (matmul_template)"] == row["share"]
 
 
 def test_a_kernel_that_is_wrong_is_not_timed() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ _count = itertools.count()
 _folder = tempfile.TemporaryDirectory(prefix="iocompiler-tests-")
 
 SMALL = MatmulTile(16, 16, 16, num_warps=4, num_stages=2, group=2)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether the library may round float32 operands of products."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def kernel_of(step: MatmulStep) -> Any:

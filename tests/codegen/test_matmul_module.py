@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,7 +91,7 @@ def block(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
 def test_the_report_counts_what_is_no_longer_moved() -> None:
     shapes = ((4096, 512), (2048, 512), (2048,), (2048, 512))
     plan = plan_on_fakes(block, *shapes, dtype=torch.bfloat16)
-    device = replace(DEVICES["h200"], matmul_template=0.9)
+    device = DEVICES["h200"]
     whole = folded(plan, {site.key: SMALL for site in sites(plan)})
     kernels = Kernels({"inference": whole}, device, compile_kernels=False)
     before = build_report([Part("inference", plan)], device)

@@ -88,6 +88,22 @@ def test_a_part_of_a_gpu_is_scaled_by_its_sms():
     assert part.matmul_rate(torch.bfloat16) == pytest.approx(790e12 * 16 / 132)
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "sms", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, True),
+        ("NVIDIA H200 MIG 1g.18gb", (9, 0), 16, True),
+        ("NVIDIA H100 PCIe", (9, 0), 114, True),
+        ("NVIDIA of another generation", (9, 1), 132, False),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, False),
+        ("NVIDIA B200", (10, 0), 148, False),
+    ],
+)
+def test_the_templates_share_is_that_of_equal_sms(name, capability, sms, known):
+    found = row_for(properties(name, *capability, sms))
+    assert found.matmul_template == (DEVICES["h100"].matmul_template if known else None)
+
+
 def test_an_unknown_gpu_takes_the_nearest_generation_and_the_drivers_bandwidth():
     found = row_for(
         properties(

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan, ViewStep, made, references
-from iocompiler.plan.fold import cheaper, folded
+from iocompiler.plan.fold import folded
 from iocompiler.plan.moving import names_read, written
 from iocompiler.plan.peak import scheduled_peak
+from iocompiler.plan.priced import chosen_by_price, priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Declined, sites, survey
-from tests.codegen.matmuls import Folded, plan_on_fakes
+from tests.codegen.matmuls import Folded, plan_on_fakes, tf32
 from tests.plan.graphs import Planned, relative_error
 
 TILE = MatmulTile(128, 128, 64, num_warps=8, num_stages=3)
@@ -222,6 +223,22 @@ def test_dtypes_the_template_does_not_sum(dtype: torch.dtype) -> None:
     assert not list(survey(planned.plans[0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_library_rounds_to_tf32_is_left_to_it(dtype: torch.dtype) -> None:
+    def f(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return F.silu(x @ w) * (x @ v)
+
+    for allowed in (False, True):
+        with tf32(allowed):
+            plan = plan_on_fakes(f, (8, 6), (6, 12), (6, 12), dtype=dtype)
+            (found,) = survey(plan)
+        if allowed and dtype == torch.float32:
+            assert isinstance(found, Declined)
+            assert "rounds operands" in found.reason
+        else:
+            assert not isinstance(found, Declined)
+
+
 def test_scaled_sums_are_left_to_the_library() -> None:
     planned = Planned()
     planned(lambda c, x, w: torch.addmm(c, x, w, alpha=2.0).sin())(
@@ -361,13 +378,20 @@ def test_less_is_held_at_once(deep: Plan) -> None:
 
 
 def test_only_what_was_measured_is_folded_by_price(deep: Plan) -> None:
-    assert H200.matmul_template is None
-    assert not cheaper(deep, H200, {})
-    fast, slow = (replace(H200, matmul_template=share) for share in (0.95, 0.2))
-    chosen = cheaper(deep, fast, {})
+    unknown, slow = (replace(H200, matmul_template=share) for share in (None, 0.2))
+    assert not priced(deep, unknown, {})
+    found = priced(deep, H200, {})
+    chosen = {each.site.key: each.tile for each in found if each.pays}
     assert set(chosen) == {site.key for site in sites(deep)}
     assert all(tile.m >= 64 for tile in chosen.values())
-    assert not cheaper(deep, slow, {})
+    assert chosen_by_price(deep, found) == folded(deep, chosen)
+    dear = priced(deep, slow, {})
+    assert not any(each.pays for each in dear)
+    plan = chosen_by_price(deep, dear)
+    assert plan.steps == deep.steps
+    reasons = {edge.reason for edge in plan.unfused}
+    assert {each.reason for each in dear} <= reasons
+    assert all(re.search(r"us, in one \d+\.\d us: modeled", each.reason) for each in dear)
 
 
 def test_unaligned_operands_are_not_folded_by_price() -> None:
@@ -376,7 +400,10 @@ def test_unaligned_operands_are_not_folded_by_price() -> None:
         dtype=torch.bfloat16,
     )  # fmt: skip
     assert sites(plan)
-    assert not cheaper(plan, replace(H200, matmul_template=1.0), {})
+    (each,) = priced(plan, H200, {})
+    assert each.folded_s is None
+    assert not each.pays
+    assert chosen_by_price(plan, [each]) == plan
 
 
 def test_two_products_of_different_operands_are_not_one() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from iocompiler import engines
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
+from iocompiler.cost_model.device import DEVICES
 from iocompiler.errors import BudgetWarning
+from iocompiler.plan.data import MatmulStep
 from iocompiler.recompute.budget import allowed
 from iocompiler.recompute.trade import Point
+from iocompiler.report.build import Part, build_report
 from iocompiler.report.explain import explain
 from tests.models.gpt import Block
 from tests.recompute.stepping import (
@@ -83,6 +88,20 @@ def test_the_peak_that_is_told_is_that_of_the_plans(budget: float) -> None:
     _, record = step(Blocks(4), torch.randn(512, 16), engine=unplanned, memory_budget=budget)
     assert record.trade is not None
     assert record.trade.chosen.peak == peak_of(record)
+
+
+def test_the_price_is_that_of_products_that_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    # small products are worth folding on it
+    row = replace(DEVICES["h200"], sm_count=1, launch_s=1e-4)
+    monkeypatch.setattr(engines, "device_row", lambda gm, options: row)
+    model, x = Blocks(2, width=64).bfloat16(), torch.randn(80, 64).bfloat16()
+    _, record = step(model, x, engine=unplanned, memory_budget=1.0)
+    steps = [step for plan in record.plans.values() for step in plan.steps]
+    assert any(isinstance(step, MatmulStep) for step in steps)
+    assert record.trade is not None
+    assert record.trade.chosen.peak == peak_of(record)
+    parts = [Part(name, plan, {}) for name, plan in record.plans.items()]
+    assert record.trade.chosen.time_us == build_report(parts, row).time_us
 
 
 def test_what_is_saved_really_changes() -> None:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from iocompiler import engines
-from iocompiler.cost_model.device import DEVICES
+from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.errors import BadPlanFile
 from iocompiler.options import Options
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan
 from iocompiler.plan.fold import folded
+from iocompiler.plan.priced import priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import sites
 from iocompiler.runtime import module as module_file
@@ -38,6 +39,7 @@ from tests.codegen.matmuls import SMALL, plan_on_fakes
 from tests.plan.graphs import Planned
 
 H200 = DEVICES["h200"]
+UNPRICED = dataclasses.replace(H200, matmul_template=None)
 SHAPES = ((8192, 512), (2048, 512), (2048,), (2048, 512))
 
 
@@ -83,8 +85,10 @@ def _tile(plan: Plan) -> MatmulTile | None:
     return next((s.tile for s in plan.steps if isinstance(s, MatmulStep)), None)
 
 
-def tuned(plan: Plan, bench: FakeBench, **more: Any) -> tuple[Plan, tuple[Folding, ...]]:
-    return tune_matmuls(plan, H200, {}, bench, default_cache(), **more)
+def tuned(
+    plan: Plan, bench: FakeBench, row: Device = H200, **more: Any
+) -> tuple[Plan, tuple[Folding, ...]]:
+    return tune_matmuls(plan, row, {}, bench, default_cache(), **more)
 
 
 def steps(plan: Plan) -> list[MatmulStep]:
@@ -132,7 +136,10 @@ def test_what_fails_is_passed_over(plan: Plan) -> None:
         def time(self, plan: Plan, built: Any, sizes: Any) -> list[float | None]:
             raise DoesNotFit("1 byte")
 
-    assert tuned(plan, Full(lambda tile: 1.0), machine="d") == (plan, ())
+    assert tuned(plan, Full(lambda tile: 1.0), UNPRICED, machine="d") == (plan, ())
+    after, records = tuned(plan, Full(lambda tile: 1.0), machine="d")
+    assert [step.tile for step in steps(after)] == [each.tile for each in priced(plan, H200, {})]
+    assert not records
     unlaunched = FakeBench(lambda tile: 1.0 if tile is None else None)
     after, records = tuned(plan, unlaunched, machine="e")
     assert after.steps == plan.steps
@@ -143,6 +150,8 @@ def test_what_fails_is_passed_over(plan: Plan) -> None:
     after, _ = tuned(plan, broken, machine="f")
     assert not broken.broken & {step.tile for step in steps(after)}
     assert len(steps(after)) == 2
+    broken.broken = {tile for site in sites(plan) for tile in candidates(*site.key, H200)}
+    assert tuned(plan, broken, machine="h") == (plan, ())
 
 
 def test_small_products_are_not_measured() -> None:
@@ -156,11 +165,14 @@ def test_small_products_are_not_measured() -> None:
 def test_time_is_bounded(plan: Plan) -> None:
     now = iter(range(0, 10000, 100))
     bench = FakeBench(lambda tile: 2.0 if tile is None else 1.0)
-    after, records = tuned(plan, bench, machine="g", clock=lambda: float(next(now)))
+    after, records = tuned(plan, bench, UNPRICED, machine="g", clock=lambda: float(next(now)))
     assert not records or len(bench.loaded) < sum(
         1 + len(candidates(*site.key, H200)) for site in sites(plan)
     )
     assert len(steps(after)) == len(records)
+    now = iter(range(0, 10000, 100))
+    after, records = tuned(plan, bench, machine="g2", clock=lambda: float(next(now)))
+    assert len(records) < len(steps(after)) == 2, "what the clock did not reach is priced"
 
 
 def gated(x: Tensor, w: Tensor, v: Tensor, s: Tensor) -> Tensor:
@@ -306,15 +318,11 @@ def test_a_tile_that_is_none(plan: Plan, tmp_path: Path, change: Any, reason: st
 
 def test_by_price_only_on_a_device_that_was_measured(plan: Plan) -> None:
     empty = GraphModule({}, Graph())
-    assert engines.by_price(plan, empty, Options(device="h200")) is plan
+    assert engines.by_price(plan, empty, Options(device="a100")) is plan
 
 
-def test_by_price_on_a_device_that_was_measured(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = dataclasses.replace(H200, matmul_template=0.95)
-    monkeypatch.setattr(engines, "device_row", lambda gm, options: known)
-    after, measured = engines.tuned(plan, GraphModule({}, Graph()), Options())
+def test_by_price_on_a_device_that_was_measured(plan: Plan) -> None:
+    after, measured = engines.tuned(plan, GraphModule({}, Graph()), Options(device="h200"))
     assert len(steps(after)) == 2
     assert not measured
 

@@ -1,0 +1,99 @@
+"""Sites by the model: as they stand, and folded with the tile that the model gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from iocompiler.cost_model.call import call_of_step
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.kernel import kernel_seconds
+from iocompiler.cost_model.matmul_price import matmul_seconds
+from iocompiler.cost_model.matmul_tiles import choose
+from iocompiler.cost_model.roofline import time
+from iocompiler.cost_model.rules import price
+from iocompiler.plan.data import AtenStep, KernelStep, Plan, Step, TensorSpec, made
+from iocompiler.plan.fold import folded, with_reasons
+from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.sites import Site, SiteKey, sites
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A site by the model, as it stands and as one step with the tile that `choose` gives it.
+
+    Attributes:
+        library_s: of the library's calls. kernel_s: of the kernel behind them.
+        folded_s: of the step; None where nothing was measured that says so.
+    """
+
+    site: Site
+    tile: MatmulTile
+    library_s: float
+    kernel_s: float
+    folded_s: float | None
+
+    @property
+    def pays(self) -> bool:
+        return self.folded_s is not None and self.folded_s < self.library_s + self.kernel_s
+
+    @property
+    def reason(self) -> str:
+        """Why its products pass through memory, where it does not pay."""
+        assert self.folded_s is not None
+        apart = (self.library_s + self.kernel_s) * 1e6
+        return f"library and kernel {apart:.1f} us, in one {self.folded_s * 1e6:.1f} us: modeled"
+
+
+def priced(
+    plan: Plan,
+    device: Device,
+    hints: Mapping[str, int],
+    known: dict[SiteKey, MatmulTile] | None = None,
+) -> tuple[Priced, ...]:
+    """The sites of the plan, one of equal ones: none where it was not measured what the template
+    reaches on the device.
+
+    Args:
+        known: tiles chosen before, and place for those chosen now, for one with many plans.
+    """
+    if device.matmul_template is None:
+        return ()
+    specs = {name: spec for name, spec in plan.inputs if spec is not None}
+    for step in plan.steps:
+        specs |= made(step)
+    tiles = {} if known is None else known
+    found: dict[SiteKey, Priced] = {}
+    for site in sites(plan):
+        key = site.key
+        if key in found:
+            continue
+        if key not in tiles:
+            tiles[key] = choose(*key, device, hints)
+        *products, kernel = (plan.steps[place] for place in site.places)
+        assert isinstance(kernel, KernelStep)
+        found[key] = Priced(
+            site,
+            tiles[key],
+            sum(_call_seconds(step, specs, device, hints) for step in products),
+            kernel_seconds(kernel.program, device, hints),
+            matmul_seconds(*key, tiles[key], device, hints),
+        )
+    return tuple(found.values())
+
+
+def _call_seconds(
+    step: Step, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
+) -> float:
+    assert isinstance(step, AtenStep)
+    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
+
+
+def chosen_by_price(plan: Plan, choices: Iterable[Priced]) -> Plan:
+    """The plan with the sites folded that pay, and the prices as reasons where others do not."""
+    choices = tuple(choices)
+    pays = {each.site.key: each.tile for each in choices if each.pays}
+    rest = [each for each in choices if not each.pays and each.folded_s is not None]
+    return folded(with_reasons(plan, {each.site.key: each.reason for each in rest}), pays)
