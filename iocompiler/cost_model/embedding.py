@@ -15,23 +15,26 @@ CHUNK = 16
 
 _WARP = 32
 _BYTES = 16  # of a row, of one thread
-# a comparison, what becomes of it, and a share of reading a key: instructions for a pair of tokens
-_PAIR = 3
+# instructions for a pair of tokens: a difference, its sign added, and a share of making a key
+# (compiled for sm_90)
+_PAIR = 2.5
 # launches of a sort of 32-bit keys with their positions, estimated
 _SORT = 12
 # tokens of a program that counts: fewer where there would be too few programs
 _COUNTED = 32
-_COUNTED_OTHERS = 256
+_OTHERS = 256  # a thread each
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """``counted`` tokens of a program against ``others`` at a time; ``columns`` of a row, of one
-    warp that adds a chunk.
+    """``counted`` tokens of a program against ``others`` at a time, and ``ahead`` times as many on
+    their way; ``columns`` of a row, of one warp that adds a chunk.
     """
 
     counted: int
     others: int
+    ahead: int
     columns: int
 
 
@@ -49,7 +52,7 @@ def tiles(tokens: int, width: int, dtype: torch.dtype, device: Device) -> Tiles:
     while counted > 8 and tokens < counted * device.sm_count:
         counted //= 2
     most = _WARP * _BYTES // dtype.itemsize
-    return Tiles(counted, _COUNTED_OTHERS, min(most, 1 << max(width - 1, 0).bit_length()))
+    return Tiles(counted, _OTHERS, _AHEAD, min(most, 1 << max(width - 1, 0).bit_length()))
 
 
 def scratch_bytes(tokens: int, width: int) -> int:

@@ -86,7 +86,8 @@ def _launch(table: Tensor, grad: Tensor, indices: Tensor, padding_idx: int, adde
 def _plain(grad: Tensor, indices: Tensor, rows: int, padding_idx: int) -> Tensor:
     """In plain aten, not yet rounded."""
     wide = torch.promote_types(grad.dtype, torch.float32)
-    return aten.embedding_dense_backward(grad.to(wide), indices, rows, padding_idx, False)
+    found: Tensor = aten.embedding_dense_backward(grad.to(wide), indices, rows, padding_idx, False)
+    return found
 
 
 def _gradient_fake(grad: Tensor, indices: Tensor, rows: int, padding_idx: int) -> Tensor:

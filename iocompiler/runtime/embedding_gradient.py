@@ -25,7 +25,7 @@ _CHUNKS_AT_ONCE = 16
 class _Form(NamedTuple):
     """All of a gradient but its memory."""
 
-    count: int
+    tokens: int
     rows: int
     width: int
     padding: int
@@ -38,7 +38,7 @@ class _Form(NamedTuple):
 
     @property
     def tiles(self) -> Tiles:
-        return tiles(self.count, self.width, self.grad_dtype, device_row(self.device))
+        return tiles(self.tokens, self.width, self.grad_dtype, device_row(self.device))
 
 
 class _Launches(NamedTuple):
@@ -97,9 +97,9 @@ def _ordered(found: _Launches, indices: Tensor) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=1024)
 def _launches(form: _Form) -> _Launches:
     chosen = form.tiles
-    keyed = {"count": form.count, "rows": form.rows, "padding": form.padding}
+    keyed = {"count": form.tokens, "rows": form.rows, "padding": form.padding}
     summed = {
-        "count": form.count,
+        "count": form.tokens,
         "rows": form.rows,
         "width": form.width,
         "ADDED": form.added,
@@ -107,10 +107,11 @@ def _launches(form: _Form) -> _Launches:
         "BLOCK": chosen.columns,
     }
     order = None
-    if by_counting(form.count, device_row(form.device)):
+    if by_counting(form.tokens, device_row(form.device)):
         order = Launch(
-            embedding_order, **keyed, BLOCK_M=chosen.counted, BLOCK_N=chosen.others, num_warps=8
-        )
+            embedding_order, **keyed, BLOCK_M=chosen.counted, BLOCK_N=chosen.others,
+            AHEAD=chosen.ahead, num_warps=8,
+        )  # fmt: skip
     return _Launches(
         order,
         Launch(embedding_keys, **keyed, BLOCK=_KEYS, num_warps=4),

@@ -16,12 +16,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _keys(indices, tokens, count, rows, padding, OUTSIDE: tl.constexpr):
-    """int32 keys of ``tokens``; OUTSIDE behind the last one."""
+def _keys(indices, tokens, count, rows, padding):
+    """int32 keys of ``tokens``; behind the last of them 2^31 - 1, more than any key and one."""
     inside = tokens < count
     index = tl.load(indices + tokens, mask=inside, other=0)
     kept = (index >= 0) & (index < rows) & (index != padding)
-    return tl.where(inside, tl.where(kept, index, rows).to(tl.int32), OUTSIDE)
+    return tl.where(inside, tl.where(kept, index, rows).to(tl.int32), 2147483647)
 
 
 @triton.jit(do_not_specialize=["count", "rows", "padding"])
@@ -34,32 +34,35 @@ def embedding_order(
     padding,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """A stable sort by counting; one program BLOCK_M tokens, which divides BLOCK_N.
 
         place(t) = |{u : key(u) < key(t)}| + |{u < t : key(u) == key(t)}|
         order[place(t)] = t;  keys[place(t)] = key(t)
 
-    ``indices`` [count] are contiguous, ``order`` and ``keys`` int32 [count].
+    ``indices`` [count] are contiguous, ``order`` and ``keys`` int32 [count]. AHEAD tiles of BLOCK_N
+    others are on their way at a time.
     """
     first = tl.program_id(0) * BLOCK_M
-    # a column of the first tile, rows of the second: each thread counts others of its own
+    edge = first // BLOCK_N * BLOCK_N
+    # a column of the first tile, a row of the second: each thread counts others of its own
     tokens = first + tl.arange(0, BLOCK_M)[:, None]
     others = tl.arange(0, BLOCK_N)[None, :]
-    last: tl.constexpr = 2147483647
-    mine = _keys(indices, tokens, count, rows, padding, last)
-    before = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    edge = first // BLOCK_N * BLOCK_N
-    for start in range(0, edge, BLOCK_N):  # all of them stand before: equal ones count
-        theirs = _keys(indices, start + others, count, rows, padding, last)
-        before += (theirs <= mine).to(tl.int32)
-    theirs = _keys(indices, edge + others, count, rows, padding, last)
-    ties = (theirs == mine) & (edge + others < tokens)
-    before += ((theirs < mine) | ties).to(tl.int32)
-    for start in range(edge + BLOCK_N, count, BLOCK_N):
-        theirs = _keys(indices, start + others, count, rows, padding, last)
-        before += (theirs < mine).to(tl.int32)
-    place = tl.sum(before, 1)[:, None]
+    mine = _keys(indices, tokens, count, rows, padding)
+    # the sign of a difference is one instruction to add; a comparison is three
+    less = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for start in range(0, edge, AHEAD * BLOCK_N):  # all of them stand before: equal ones count
+        for i in tl.static_range(AHEAD):
+            theirs = _keys(indices, start + i * BLOCK_N + others, edge, rows, padding)
+            less += (theirs - (mine + 1)) >> 31
+    theirs = _keys(indices, edge + others, count, rows, padding)
+    less += (theirs - (mine + (edge + others < tokens).to(tl.int32))) >> 31
+    for start in range(edge + BLOCK_N, count, AHEAD * BLOCK_N):
+        for i in tl.static_range(AHEAD):
+            theirs = _keys(indices, start + i * BLOCK_N + others, count, rows, padding)
+            less += (theirs - mine) >> 31
+    place = -tl.sum(less, 1)[:, None]
     tl.store(order + place, tokens, mask=tokens < count)
     tl.store(keys + place, mine, mask=tokens < count)
 
@@ -68,14 +71,8 @@ def embedding_order(
 def embedding_keys(indices, keys, count, rows, padding, BLOCK: tl.constexpr):
     """``keys`` int32 [count] in the order of the tokens, for a sort of the library's."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    found = _keys(indices, tokens, count, rows, padding, 0)
+    found = _keys(indices, tokens, count, rows, padding)
     tl.store(keys + tokens, found, mask=tokens < count)
-
-
-@triton.jit
-def _in_segments(a, a_begins, b, b_begins):
-    """Running sums that start anew where a segment begins; what is not finite stays in its own."""
-    return tl.where(b_begins != 0, b, a + b), a_begins | b_begins
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
@@ -104,28 +101,47 @@ def embedding_sums(
     """
     blocks = tl.cdiv(width, BLOCK)
     chunk = tl.program_id(0) // blocks
-    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    line = tl.arange(0, CHUNK)[:, None]
-    place = chunk * CHUNK + line
-    key = tl.load(keys + place, mask=place < count, other=rows)
-    before = tl.load(keys + place - 1, mask=(place > 0) & (place < count), other=-1)
-    behind = tl.load(keys + place + 1, mask=place + 1 < count, other=-1)
-    token = tl.load(order + place, mask=place < count, other=0).to(tl.int64)
-    some = (key < rows) & inside
-    values = tl.load(grad + token * grad_stride + columns, mask=some, other=0.0).to(tl.float32)
-    begins = tl.broadcast_to((key != before).to(tl.int32), [CHUNK, BLOCK])
-    total, begun = tl.associative_scan((values, begins), 0, _in_segments)
-    ends = key != behind
-    whole = some & ends & (begun != 0)
-    into = table + key.to(tl.int64) * width + columns
-    result = total
-    if ADDED:
-        result += tl.load(into, mask=whole, other=0.0).to(tl.float32)
-    tl.store(into, result.to(table.dtype.element_ty), mask=whole)
-    share = some & ((ends & (begun == 0)) | (~ends & (line == CHUNK - 1)))
-    at = (chunk * 2 + begun).to(tl.int64) * width + columns
-    tl.store(parts + at, total, mask=share)
+    first = chunk * CHUNK
+    # of all rows before anything is written: loads do not move up past stores
+    keys_here = ()
+    values = ()
+    standing = ()
+    for i in tl.static_range(CHUNK):
+        place = first + i
+        key = tl.load(keys + place, mask=place < count, other=rows)
+        token = tl.load(order + place, mask=place < count, other=0).to(tl.int64)
+        some = inside & (key < rows)
+        keys_here += (key,)
+        values += (tl.load(grad + token * grad_stride + columns, mask=some, other=0.0),)
+        if ADDED:
+            standing += (tl.load(table + key.to(tl.int64) * width + columns, mask=some, other=0.0),)
+    previous = tl.load(keys + first - 1, mask=first > 0, other=-1)
+    behind = tl.load(keys + first + CHUNK, mask=first + CHUNK < count, other=-1)
+    begun = False
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(CHUNK):
+        key = keys_here[i]
+        begins = key != previous
+        begun |= begins
+        value = values[i].to(tl.float32)
+        total = tl.where(begins, value, total + value)
+        if i == CHUNK - 1:
+            ends = key != behind
+        else:
+            ends = key != keys_here[i + 1]
+        some = inside & (key < rows)
+        result = total
+        if ADDED:
+            result += standing[i].to(tl.float32)
+        into = table + key.to(tl.int64) * width + columns
+        tl.store(into, result.to(table.dtype.element_ty), mask=some & ends & begun)
+        at = parts + chunk.to(tl.int64) * 2 * width + columns
+        tl.store(at, total, mask=some & ends & ~begun)
+        if i == CHUNK - 1:
+            tl.store(at + begun * width, total, mask=some & ~ends)
+        previous = key
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
