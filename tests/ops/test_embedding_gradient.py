@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
+from iocompiler.convenience import explain
 from iocompiler.ops import target
 from iocompiler.ops.embedding_gradient import GRADIENT, INTO, ONTO
 from iocompiler.plan.data import AtenStep, Plan
@@ -29,15 +30,14 @@ def gradients(plan: Plan) -> list[str]:
     return [name for name in names if "embedding" in name]
 
 
-def backward(run: Any, *inputs: Any, dynamic: bool = False) -> Plan:
-    """The plan of the backward of ``run``, summed, for a GPU."""
+def inference(run: Any, *inputs: Tensor, planned: bool = True) -> tuple[Any, Plan]:
+    """What ``run`` gives as planned for a GPU, and the plan."""
     torch._dynamo.reset()
     records: list[Compilation] = []
     backend = Compiler(engine="reference", strict=True, cache=False, on_compiled=records.append)
-    with target.planned_for((9, 0)):
-        result = torch.compile(run, backend=backend, dynamic=dynamic)(*inputs)
-        torch.stack([each.sum() for each in result if each.requires_grad]).sum().backward()
-    return records[0].plans["backward"]
+    with target.planned_for((9, 0) if planned else None):
+        result = torch.compile(run, backend=backend)(*inputs)
+    return result, records[0].plans["inference"]
 
 
 # --- the operator
@@ -107,10 +107,9 @@ CASES: dict[str, tuple[Looked, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_gradients(name: str, dtype: torch.dtype, dynamic: bool) -> None:
+def test_gradients(name: str) -> None:
     module, wanted = CASES[name]
+    tied = "tied" in name
     records: list[Compilation] = []
     backend = Compiler(engine="reference", strict=True, on_compiled=records.append)
     torch._dynamo.reset()
@@ -118,8 +117,8 @@ def test_gradients(name: str, dtype: torch.dtype, dynamic: bool) -> None:
         for each in compare_with_eager(
             lambda: module,
             {"x": torch.randn(3, 9, requires_grad=True)},
-            lambda m: torch.compile(m, backend=backend, dynamic=dynamic),
-            dtype=dtype,
+            lambda m: torch.compile(m, backend=backend, dynamic=tied),
+            dtype=torch.bfloat16 if tied else torch.float32,
             device="cpu",
             train=True,
         ):
@@ -128,28 +127,79 @@ def test_gradients(name: str, dtype: torch.dtype, dynamic: bool) -> None:
 
 
 def test_a_tied_model_adds_nothing_apart() -> None:
-    """GPT-2's table: no call of aten, no kernel that reads and writes the whole table."""
-    model = GPT()
-    tokens = torch.randint(0, 65, (2, 8))
-    records: list[Compilation] = []
-    backend = Compiler(engine="reference", strict=True, cache=False, on_compiled=records.append)
-    torch._dynamo.reset()
-    with target.planned_for((9, 0)):
-        torch.compile(model, backend=backend)(tokens, tokens).backward()
-    plan = records[0].plans["backward"]
-    assert gradients(plan) == [IN_PLACE]
-    (table,) = (spec for step in plan.steps if isinstance(step, AtenStep)
-                for _, spec in step.outputs if spec is not None and spec.shape == (65, 16))  # fmt: skip
-    assert table.shape == (65, 16)  # the head's, and no other
+    """A GPT-2's table: no call of aten, and no kernel that passes over a table."""
+    model = GPT(vocabulary=4096, width=64, layers=1)
+    tokens = torch.randint(0, 4096, (2, 8))
+    report = explain(
+        model, tokens, tokens, device="h200", training=True, compile_kernels=False
+    )  # fmt: skip
+    names = [kernel.name for kernel in report.kernels]
+    assert [name for name in names if "embedding" in name and "." in name] == [IN_PLACE]
+    table = model.tokens.weight.nbytes
+    assert all(kernel.bytes < table for kernel in report.kernels if "." not in kernel.name)
 
 
-def add(table: Tensor, ids: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-    return F.embedding(ids, table).tanh(), (table * other).sin()
+def found(e: Tensor, x: Tensor, other: Tensor) -> dict[str, Any]:
+    """What is made of a gradient e [11, 6], x [6, 11] and other [11, 6], by what it tests."""
+    product = x.t() @ x[:, :6]
+    return {
+        "onto what dies": lambda: (product + e).sin(),
+        "onto what dies, the other way": lambda: e + product,
+        "onto what dies, by views": lambda: product.view(66).view(11, 6) + e,
+        "onto an input": lambda: other + e,
+        "onto what is returned": lambda: (product, product + e),
+        "onto what lies otherwise": lambda: (x[:, :6].t() @ x).t() + e,
+        "scaled": lambda: torch.add(product, e, alpha=2),
+        "subtracted": lambda: product - e,
+        "onto itself": lambda: e + e,
+        "read again": lambda: (product + e, e.sin()),
+        "onto a row": lambda: e + other[0],
+        "onto a wider dtype": lambda: e + product.double(),
+    }
 
 
-def subtracted(table: Tensor, ids: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-    return (F.embedding(ids, table, scale_grad_by_freq=True).tanh(),)
+PLACES = {
+    **dict.fromkeys(
+        ("onto what dies", "onto what dies, the other way", "onto what dies, by views"), IN_PLACE
+    ),
+    **dict.fromkeys(
+        ("onto an input", "onto what is returned", "onto what lies otherwise"), COPIED
+    ),
+    **dict.fromkeys(
+        ("scaled", "subtracted", "onto itself", "read again", "onto a row", "onto a wider dtype"),
+        FRESH,
+    ),
+}  # fmt: skip
 
 
-def doubles(table: Tensor, ids: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-    return (F.embedding(ids, table.double()).tanh(),)
+@pytest.mark.parametrize("name", PLACES)
+def test_where_it_is_added(name: str) -> None:
+    torch.manual_seed(5)
+    given = torch.randn(9, 6), torch.randn(6, 11), torch.randn(11, 6)
+    ids = torch.randint(0, 11, (9,))
+
+    def run(grad: Tensor, x: Tensor, other: Tensor) -> Any:
+        e = torch.ops.aten.embedding_dense_backward(grad, ids, 11, -1, False)
+        return found(e, x, other)[name]()
+
+    results, plan = inference(run, *given)
+    torch.testing.assert_close(results, run(*given))
+    assert gradients(plan) == [PLACES[name]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "by_frequency", "planned"),
+    [(torch.float64, False, True), (torch.float32, True, True), (torch.float32, False, False)],
+)
+def test_declined(dtype: torch.dtype, by_frequency: bool, planned: bool) -> None:
+    """Double precision, a scale by frequency, a CPU: the library's, and added apart."""
+    ids = torch.randint(0, 11, (9,))
+
+    def run(grad: Tensor, x: Tensor) -> Tensor:
+        e = torch.ops.aten.embedding_dense_backward(grad, ids, 11, -1, by_frequency)
+        return e + x @ x.t()[:, :6]
+
+    given = torch.randn(9, 6).to(dtype), torch.randn(11, 7).to(dtype)
+    result, plan = inference(run, *given, planned=planned)
+    torch.testing.assert_close(result, run(*given))
+    assert gradients(plan) == [LIBRARY]
