@@ -23,7 +23,8 @@ aten = torch.ops.aten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
-_LARGEST = 2**31 - 1
+# tokens, and rows: places behind the last one are 32-bit numbers too
+_MOST = 2**31 - 2**16
 
 GRADIENT = library.define(
     "embedding_gradient(Tensor grad, Tensor indices, SymInt rows, int padding_idx) -> Tensor",
@@ -67,12 +68,13 @@ def _into(base: Tensor, grad: Tensor, indices: Tensor, padding_idx: int) -> None
 
 def _flat(grad: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """[T, D] with the elements of a row side by side, and [T] contiguous."""
-    grad, indices = grad.reshape(-1, grad.shape[-1]), indices.reshape(-1).contiguous()
+    indices = indices.reshape(-1).contiguous()
+    grad = grad.reshape(indices.shape[0], grad.shape[-1])
     return (grad if grad.stride(1) == 1 else grad.contiguous()), indices
 
 
 def _has_template(grad: Tensor, indices: Tensor, rows: int) -> bool:
-    fits = max(rows, indices.numel()) < _LARGEST
+    fits = max(rows, indices.numel()) < _MOST
     return grad.is_cuda and fits and grad.dtype in DTYPES and indices.dtype in INDEX_DTYPES
 
 

@@ -19,7 +19,8 @@ from iocompiler.runtime.attention_form import device_row
 from iocompiler.runtime.template_launch import Launch
 
 _KEYS = 1024  # of a program
-_CHUNKS_AT_ONCE = 16
+# half of 8192 tokens are one row: 256 chunks
+_CHUNKS_AT_ONCE = 64
 
 
 class _Form(NamedTuple):
@@ -116,6 +117,6 @@ def _launches(form: _Form) -> _Launches:
         order,
         Launch(embedding_keys, **keyed, BLOCK=_KEYS, num_warps=4),
         Launch(embedding_sums, **summed, grad_stride=form.grad_stride, num_warps=1),
-        Launch(embedding_fold, **summed, BLOCK_C=_CHUNKS_AT_ONCE, num_warps=4),
+        Launch(embedding_fold, **summed, BLOCK_C=_CHUNKS_AT_ONCE, num_warps=8),
         chosen,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
-from iocompiler.cost_model.embedding import CHUNK
+from iocompiler.cost_model.embedding import CHUNK, Tiles
 from iocompiler.runtime import embedding_gradient
 from iocompiler.runtime.embedding_gradient import accumulate
 
@@ -89,14 +89,17 @@ def check(
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("sorted_by_library", [False, True])
-def test_patterns(
-    pattern: str, added: bool, sorted_by_library: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patterns(pattern: str, added: bool) -> None:
+    torch.manual_seed(0)
+    check(PATTERNS[pattern](4 * CHUNK + 3), added=added, padding=3 if "half" in pattern else -1)
+
+
+@pytest.mark.parametrize("pattern", ["random", "some outside"])
+def test_put_in_order_by_the_library(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     embedding_gradient._launches.cache_clear()
-    monkeypatch.setattr(embedding_gradient, "by_counting", lambda n, row: not sorted_by_library)
-    check(PATTERNS[pattern](4 * CHUNK + 3), added=added, padding=3 if "half" in pattern else -1)
+    monkeypatch.setattr(embedding_gradient, "by_counting", lambda tokens, row: False)
+    check(PATTERNS[pattern](4 * CHUNK + 3))
     embedding_gradient._launches.cache_clear()
 
 
@@ -120,10 +123,15 @@ def test_rows_wider_than_a_program_and_no_columns() -> None:
     check(_random(4), width=0)
 
 
-def test_more_chunks_than_are_folded_at_once() -> None:
-    """A sum over 18 borders; tokens of several tiles, in front of and behind a program's own."""
+def test_more_chunks_than_are_folded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over 7 borders; tokens of many tiles, in front of and behind a program's own."""
     torch.manual_seed(4)
-    check(torch.where(torch.arange(600) % 2 == 0, 3, _random(600)), width=2)
+    embedding_gradient._launches.cache_clear()
+    monkeypatch.setattr(embedding_gradient, "_CHUNKS_AT_ONCE", 4)
+    few = Tiles(counted=16, others=32, ahead=2, columns=2)
+    monkeypatch.setattr(embedding_gradient, "tiles", lambda *of: few)
+    check(torch.where(torch.arange(250) % 2 == 0, 3, _random(250)), width=2)
+    embedding_gradient._launches.cache_clear()
 
 
 def test_one_row_read_by_all_tokens() -> None:
