@@ -17,6 +17,7 @@ from iocompiler.graph.normalise import normalise
 from iocompiler.passes.activations import activations
 from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
+from iocompiler.passes.embedding_gradients import embedding_gradients
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
@@ -188,4 +189,5 @@ DEFAULT = Pipeline(
     repeated,  # what passes above have made for each of their sites is often the same
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
     activations,  # on the flat graph, where it shows whether the backward reads what they read
+    embedding_gradients,  # on the flat graph, where the gradients of one table are added
 )

@@ -84,8 +84,10 @@ def argument_text(argument: Argument, names: Mapping[str, str]) -> str:
             return names[name]
         case OpOverload():
             return f"torch.ops.{argument}"
-        case None | bool() | int() | complex():
+        case None | bool() | int():
             return repr(argument)
+        case complex():  # an inf or nan among its parts has no literal
+            return f'complex("{argument}")'
         case str():
             return quoted(argument)
         case float():

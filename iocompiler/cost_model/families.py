@@ -145,6 +145,21 @@ def embedding_backward(call: Call) -> Cost:
     return _moved(call, elements(call.operands[0].spec) if call.operands else 0)
 
 
+def embedding_gradient(call: Call) -> Cost:
+    """Ours: gradient and positions read, each row that a token names written once, after a fill
+    with zeros, onto a base (its rows read, the rest copied), or into one (its rows read)."""
+    grad, indices, base = (call.argument(name) for name in ("grad", "indices", "base"))
+    table = base.spec if isinstance(base, Operand) else call.results[0]
+    row = table.shape[1] * table.dtype.itemsize
+    touched = least(elements(indices.spec), table.shape[0]) * row
+    into = not call.results
+    return Cost(
+        _moved(call).read_bytes - (nbytes(table) - touched if into else 0),
+        touched + (0 if into else nbytes(table)),
+        elements(grad.spec),
+    )
+
+
 def _moved(call: Call, flops: Size = 0, transcendentals: Size = 0) -> Cost:
     read: Size = sum((nbytes(o.spec) for o in call.operands), 0)
     return Cost(read, _written(call), flops, transcendentals)

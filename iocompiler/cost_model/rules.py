@@ -19,6 +19,7 @@ from iocompiler.cost_model.families import (
     Rule,
     copied,
     embedding_backward,
+    embedding_gradient,
     free,
     gathered,
     once,
@@ -155,6 +156,13 @@ ROWS: tuple[Row, ...] = (
     Row("sort topk argsort msort", sort),
     Row("embedding gather index index_select take _unsafe_index take_along_dim", gathered),
     Row("embedding_dense_backward", embedding_backward),
+    Row(
+        """
+        iocompiler.embedding_gradient iocompiler.embedding_gradient_onto
+        iocompiler.embedding_gradient_
+        """,
+        embedding_gradient,
+    ),
     Row("scatter index_put _unsafe_index_put index_fill masked_scatter", scattered("self")),
     Row("scatter_add scatter_reduce index_add index_reduce", scattered("self", flops=1)),
     Row("mm", contractions.mm),

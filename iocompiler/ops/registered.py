@@ -2,12 +2,20 @@
 from here.
 """
 
-from iocompiler.ops import aligned_mm, attention, linear_cross_entropy, random, scored_attention
+from iocompiler.ops import (
+    aligned_mm,
+    attention,
+    embedding_gradient,
+    linear_cross_entropy,
+    random,
+    scored_attention,
+)
 from iocompiler.ops.library import function
 
 __all__ = [
     "aligned_mm",
     "attention",
+    "embedding_gradient",
     "function",
     "linear_cross_entropy",
     "random",

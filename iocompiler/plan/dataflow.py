@@ -50,6 +50,9 @@ _LIBRARY = {
         "linear + cross-entropy in chunks: cuBLAS and a row kernel",
     ),
     **dict.fromkeys(
+        ("embedding_gradient", "embedding_gradient_onto"), "embedding gradient: our templates"
+    ),
+    **dict.fromkeys(
         ("scored_attention", "scored_attention_backward", "scored_attention_operand"),
         "attention: our template with a score program",
     ),

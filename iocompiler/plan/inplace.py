@@ -1,5 +1,7 @@
 """Results written over what dies: a kernel that reads a tensor for the last time, each element
-where it writes one of its result, may write there. The result then takes no memory of its own.
+where it writes one of its result, may write there. So may the gradient of an embedding table that
+is added to another: all rows but those of its tokens stay as they are. The result then takes no
+memory of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from iocompiler.plan.data import (
     KernelStep,
     MatmulStep,
     Plan,
+    Ref,
     Step,
     TensorSpec,
     ViewStep,
@@ -29,7 +32,13 @@ FRESH = frozenset(
     f"aten.{name}.default"
     for name in ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution")
 )
-"""Calls whose result is memory of its own, in whole."""
+"""Products whose result is memory of its own, in whole."""
+_ONTO = "iocompiler.embedding_gradient_onto.default"
+_INTO = "iocompiler.embedding_gradient_.default"
+_OWNING = FRESH | {
+    "iocompiler.aligned_mm.default", "iocompiler.embedding_gradient.default", _ONTO
+}  # fmt: skip
+"""All calls we know that of."""
 
 
 def in_place(plan: Plan) -> Plan:
@@ -39,13 +48,14 @@ def in_place(plan: Plan) -> Plan:
 
 class _Rewriter:
     """Attributes:
-    owned: the specs of tensors that a step of the plan allocates.
+    specs: of all values. owned: the specs of tensors that a step of the plan allocates.
     roots: the value whose storage each view shows.
     last: the last step that reads or writes each storage.
     """
 
     def __init__(self, steps: Sequence[Step], outputs: tuple[Argument, ...]) -> None:
         self.steps = steps
+        self.specs: dict[str, TensorSpec] = {}
         self.owned: dict[str, TensorSpec] = {}
         self.roots: dict[str, str] = {}
         self.last: dict[str, int] = {}
@@ -59,16 +69,20 @@ class _Rewriter:
             if isinstance(step, KernelStep):
                 views, step = self._over(at, step)
                 result += views
+            elif isinstance(step, AtenStep) and step.target == _ONTO:
+                views, step = self._onto(at, step)
+                result += views
             result.append(step)
         return result
 
     def _enter(self, at: int, step: Step) -> None:
+        self.specs |= made(step)
         match step:
             case KernelStep() | MatmulStep() | BatchStep():
                 self.owned |= dict(step.outputs)
             case ViewStep():
                 self.roots[step.name] = self._root(step.base)
-            case AtenStep() if step.target in FRESH:
+            case AtenStep() if step.target in _OWNING:
                 self.owned |= made(step)
         for name in names_read(step) | set(made(step)):
             self.last[self._root(name)] = at
@@ -83,26 +97,43 @@ class _Rewriter:
         for name, spec in step.outputs:
             out = step.args.index(name)
             for place, given in enumerate(step.args):
-                if self._dies(at, step, given, spec) and _in_step(step, place, out):
-                    root = self._root(given)
-                    views.append(ViewStep(name, root, spec))
+                if self._root(given) in dict(step.outputs):
+                    continue
+                if self._dies(at, step.args, given, spec) and _in_step(step, place, out):
+                    views.append(self._shared(at, name, given, spec))
                     outputs.remove((name, spec))
-                    self.roots[name] = root
-                    self.last[root] = self.last.get(name, at)
-                    if name in self.kept:
-                        self.kept.add(root)
                     break
         return views, replace(step, outputs=tuple(outputs))
 
-    def _dies(self, at: int, step: KernelStep, given: str, spec: TensorSpec) -> bool:
-        """Whether the argument's storage is the plan's own, as large as the result, read here alone
-        and never again.
+    def _onto(self, at: int, step: AtenStep) -> tuple[list[Step], AtenStep]:
+        """The gradient of an embedding table put onto another as one written into that."""
+        ((name, spec),), (base, *lookup) = step.outputs, step.args
+        read = [ref.name for ref in references(step.args)]
+        if name is None or spec is None or not isinstance(base, Ref):
+            return [], step
+        if self.specs.get(base.name) != spec or not self._dies(at, read, base.name, spec):
+            return [], step
+        view = self._shared(at, name, base.name, spec)
+        return [view], replace(step, target=_INTO, args=(Ref(name), *lookup), outputs=())
+
+    def _shared(self, at: int, name: str, given: str, spec: TensorSpec) -> ViewStep:
+        """The result ``name`` of the step at ``at`` in the storage of its argument ``given``."""
+        root = self._root(given)
+        self.roots[name] = root
+        self.last[root] = self.last.get(name, at)
+        if name in self.kept:
+            self.kept.add(root)
+        return ViewStep(name, root, spec)
+
+    def _dies(self, at: int, read: Sequence[str], given: str, spec: TensorSpec) -> bool:
+        """Whether the argument's storage is the plan's own, as large as the result, read by this
+        step (of arguments ``read``) in this one alone, and never again.
         """
         root = self._root(given)
         whole = self.owned.get(root)
         if whole is None or root in self.kept or self.last[root] != at:
             return False
-        if root in dict(step.outputs) or [self._root(a) for a in step.args].count(root) != 1:
+        if [self._root(name) for name in read].count(root) != 1:
             return False
         return whole.dtype == spec.dtype and _is_dense_like(whole, spec)
 

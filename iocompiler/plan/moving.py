@@ -16,6 +16,9 @@ from iocompiler.plan.data import (
     references,
 )
 
+_OVERWRITING = ("aten.copy_.default", "iocompiler.embedding_gradient_.default")
+"""Calls that write into their first argument."""
+
 
 class Moves:
     """Of the steps of one plan, which may run later than where they stand."""
@@ -78,6 +81,6 @@ def written(step: Step) -> set[str]:
             for name, role in zip(args, roles, strict=True)
             if role in ("out", "inout") and name not in fresh
         }
-    if isinstance(step, AtenStep) and step.target == "aten.copy_.default":
+    if isinstance(step, AtenStep) and step.target in _OVERWRITING:
         return {r.name for r in references(step.args[:1])}
     return set()

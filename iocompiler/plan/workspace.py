@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from iocompiler.cost_model.call import Call
+from iocompiler.cost_model.embedding import scratch_bytes as embedding_scratch_bytes
 from iocompiler.ops.linear_cross_entropy_chunks import scratch_bytes
 from iocompiler.plan.sizes import value_at
 
 _LOSSES = "iocompiler.linear_cross_entropy_losses"
 _GRADIENTS = "iocompiler.linear_cross_entropy_gradients"
+_EMBEDDING_GRADIENTS = tuple(f"iocompiler.embedding_gradient{form}" for form in ("", "_onto", "_"))
 
 
 def workspace_bytes(call: Call, hints: Mapping[str, int]) -> int:
@@ -18,6 +21,9 @@ def workspace_bytes(call: Call, hints: Mapping[str, int]) -> int:
     Args:
         hints: an example value for every size symbol.
     """
+    if call.name in _EMBEDDING_GRADIENTS:
+        *tokens, columns = (value_at(size, hints) for size in call.argument("grad").spec.shape)
+        return embedding_scratch_bytes(prod(tokens), columns)
     if call.name not in (_LOSSES, _GRADIENTS):
         return 0
     x, weight = (call.argument(name).spec for name in ("x", "weight"))
