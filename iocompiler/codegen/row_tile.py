@@ -39,6 +39,14 @@ def tile(writer: KernelWriter) -> str:
     return f"[{writer.schedule.x_block}, {writer.schedule.r_block}]"
 
 
+def rows_of(writer: KernelWriter, value: int) -> str:
+    """The shape of a tile with the rows that a value differs in: what is the same for every row is
+    folded once, and its result stored at one address.
+    """
+    rows = writer.schedule.x_block if "x" in writer.spans(value) else 1
+    return f"[{rows}, {writer.schedule.r_block}]"
+
+
 def extremum(fn: str) -> str:
     """The function of the prelude that merges two (value, place) pairs."""
     return {"max": "_later_maximum", "min": "_later_minimum"}[fn]
@@ -46,9 +54,7 @@ def extremum(fn: str) -> str:
 
 def fold_tile(writer: KernelWriter, position: int, op: Op) -> None:
     """Write a reduction along the rows of a tile that holds them whole."""
-    # what is the same for every row is folded once: its result is stored at one address
-    rows = writer.schedule.x_block if "x" in writer.spans(op.inputs[0]) else 1
-    shape = f"[{rows}, {writer.schedule.r_block}]"
+    shape = rows_of(writer, op.inputs[0])
     value = writer.full(writer.tensor(op.inputs[0]), shape)
     name = f"{op.fn}_{position}"
     writer.names[f"%{position}"] = name

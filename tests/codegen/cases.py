@@ -21,6 +21,7 @@ from tests.codegen.handwritten import (
     one_random_number,
     random_numbers,
     scattered_add,
+    shared_scan,
     transposed,
     truth,
 )
@@ -87,6 +88,7 @@ CASES: dict[str, Case] = {
     "scattered add": scattered_add(),
     "bool": truth(),
     "scan of a constant": counted(),
+    "scan of what rows share": shared_scan(),
     "sum of a constant row": multiplicity(),
     "empty rows": empty(),
     "no points": nothing(),

@@ -278,6 +278,25 @@ def counted() -> Case:
     )
 
 
+def shared_scan() -> Case:
+    """A scan of what is the same for every row, and its sum: both stored for each row."""
+    build = Builder()
+    scanned = build.scan("cumsum", build.load("a", R0, F32))
+    build.store("out", X0 * 9 + R0, scanned)
+    build.store("total", X0, build.reduce("sum", scanned, F32))
+    return Case(
+        build.program(
+            axes(3), axes(9, reduced=True), ins(a=(F32, 9)) + outs(out=(F32, 27), total=(F32, 3))
+        ),
+        lambda: {"a": torch.randn(9)},
+        lambda t: {
+            "out": t["a"].double().cumsum(0).expand(3, 9),
+            "total": t["a"].double().cumsum(0).sum().expand(3),
+        },
+        both(4, 16),
+    )
+
+
 def multiplicity() -> Case:
     """A sum along the row of what does not vary along it: out[x] = 9 * a[x]."""
     build = Builder()

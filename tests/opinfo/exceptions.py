@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
+from iocompiler.versions import version_tuple
+
+NO_GRAPH = "Dynamo hands no graph over"
+
 # Operators whose results are drawn, or are memory nobody has written: shapes and dtypes only.
 RANDOM: frozenset[str] = frozenset(
     {
@@ -14,6 +20,10 @@ RANDOM: frozenset[str] = frozenset(
         "nn.functional.rrelu", "pca_lowrank", "svd_lowrank",
     }
 )  # fmt: skip
+
+_ONE_ELEMENT = (
+    "a norm of one element: its gradient, 0, is what fused multiply-add leaves of a product"
+)
 
 # Calls (the beginning of their label) that may differ from eager, or are not compiled, and why.
 EXCEPTIONS: dict[str, str] = {
@@ -33,6 +43,9 @@ EXCEPTIONS: dict[str, str] = {
     "nn.CTCLoss": "Dynamo does not trace it",
     "nn.functional.ctc_loss": "Dynamo does not trace it",
     "to_sparse": "sparse tensors: Dynamo breaks the graph",
+    "jiterator_": "compiles CUDA itself: Dynamo breaks the graph at its only operator",
+    "native_layer_norm float32 sample 8 on cuda": _ONE_ELEMENT,
+    "nn.functional.layer_norm float32 sample 2 on cuda": _ONE_ELEMENT,
 }
 
 # Causes for which a graph runs on aten, as written by the backend, and why that is right.
@@ -43,6 +56,8 @@ FALLBACKS: dict[str, str] = {
     "GuardOnDataDependentSymNode": "a decomposition of torch asks for a size that only a run finds",
     "DynamicOutputShapeException": "sizes read from values: AOTAutograd has none to trace with",
 }
+if version_tuple(torch.__version__) < (2, 13):
+    FALLBACKS[NO_GRAPH] = "operators called as functions of the class, as torch.Tensor.__radd__"
 
 
 def excepted(label: str) -> bool:

@@ -57,12 +57,13 @@ def _calls(name: str, dtype: torch.dtype, device: str, count: int, grad: bool) -
     torch.manual_seed(0)
     samples = list(itertools.islice(op.sample_inputs(device, dtype, requires_grad=grad), 12))
     step = max(1, len(samples) // count)
-    calls = [_call(name, dtype, i, s) for i, s in list(enumerate(samples))[::step][:count]]
+    on = "" if device == "cpu" else f" on {device}"
+    calls = [_call(name, dtype, i, s, on) for i, s in list(enumerate(samples))[::step][:count]]
     return [call for call in calls if not excepted(call.label)]
 
 
-def _call(name: str, dtype: torch.dtype, position: int, sample: Any) -> Call:
+def _call(name: str, dtype: torch.dtype, position: int, sample: Any, on: str) -> Call:
     op = OPERATORS[name]
-    label = f"{name} {str(dtype)[6:]} sample {position}"
+    label = f"{name} {str(dtype)[6:]} sample {position}{on}"
     random = op.name in RANDOM or bool(sample.kwargs.get("dropout_p"))
     return Call(label, op.op, (sample.input, *sample.args), sample.kwargs, random)

@@ -33,9 +33,9 @@ def launch(program: TileProgram, schedule: Schedule, rows: list[Row], unit: int 
     kernel = batch_kernel_of(program, schedule)
 
     def run(stream: int, x: int, y: int, z: int, table: int, blocks: int, aligned: int) -> None:
-        tables = (batch._table, batch._blocks)
-        assert (table, blocks) == tuple(t.data_ptr() for t in tables)
-        kernel[x, y, z](*tables, aligned)
+        (kept,) = batch._kept.values()
+        assert (table, blocks) == (kept.table.data_ptr(), kept.blocks.data_ptr())
+        kernel[x, y, z](kept.table, kept.blocks, aligned)
 
     cpu = torch.device("cpu")
     batch = BatchLaunch(lambda: run, schedule.x_block, numbers_of(program), cpu, unit)
