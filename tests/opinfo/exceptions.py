@@ -21,7 +21,7 @@ RANDOM: frozenset[str] = frozenset(
     }
 )  # fmt: skip
 
-_ONE_ELEMENT = (
+_ONE_ELEMENT = "a norm of one element: its gradient, 0, is what a fused multiply-add leaves of it"
     "a norm of one element: its gradient, 0, is what fused multiply-add leaves of a product"
 )
 
