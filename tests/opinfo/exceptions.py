@@ -22,8 +22,6 @@ RANDOM: frozenset[str] = frozenset(
 )  # fmt: skip
 
 _ONE_ELEMENT = "a norm of one element: its gradient, 0, is what a fused multiply-add leaves of it"
-    "a norm of one element: its gradient, 0, is what fused multiply-add leaves of a product"
-)
 
 # Calls (the beginning of their label) that may differ from eager, or are not compiled, and why.
 EXCEPTIONS: dict[str, str] = {

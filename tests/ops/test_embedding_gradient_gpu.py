@@ -132,6 +132,7 @@ def test_nothing() -> None:
     assert GRADIENT(torch.empty(3, 0, device="cuda"), indices, 5, -1).shape == (5, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("count", [4000, MANY])
 def test_the_host_waits_for_nothing_and_a_graph_replays(count: int) -> None:
     grad = torch.randn(count, 256, device="cuda", dtype=torch.bfloat16)
