@@ -9,7 +9,7 @@ import torch
 
 from iocompiler.runtime import embedding_gradient
 from iocompiler.runtime.template_launch import Launch
-from tests.codegen.attention_compiling import _compiled
+from tests.codegen.attention_compiling import resources_of
 
 COUNTED = {"embedding_order", "embedding_sums", "embedding_fold"}
 SORTED = {"embedding_keys", "embedding_sums", "embedding_fold"}
@@ -23,7 +23,7 @@ def resources(
 
     def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
         arguments = {**launch.fixed, **tensors}
-        found[launch.kernel.__name__] = _compiled(launch.kernel, capability, arguments)
+        found[launch.kernel.__name__] = resources_of(launch.kernel, capability, arguments)
 
     monkeypatch.setattr(Launch, "run", compile_)
     table, grad = torch.empty(50, width, dtype=dtype), torch.empty(tokens, width, dtype=dtype)
