@@ -181,6 +181,19 @@ def test_a_mask_with_dropout_stays_structure() -> None:
     assert not program.sinks
 
 
+class Planned(Compiled):
+    """What is decided for a device, and nothing run."""
+
+    def __init__(self, function: Callable[..., Any], capability: Any) -> None:
+        super().__init__(function)
+        self.capability = capability
+
+    def _backend(self, gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        with planned_for(self.capability):
+            super()._backend(gm, inputs)
+        return gm.forward
+
+
 def plain(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     return F.dropout((q @ k.mT * 0.125).softmax(-1), p) @ v
 
@@ -201,14 +214,24 @@ def plain(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 def test_where_our_dropout_is_faster_than_the_libraries(
     width: int, dtype: torch.dtype, p: float, capability: Any, variant: str
 ) -> None:
-    class Planned(Compiled):
-        """What is decided for a device, and nothing run."""
-
-        def _backend(self, gm: Any, inputs: list[Any]) -> Callable[..., Any]:
-            with planned_for(capability):
-                super()._backend(gm, inputs)
-            return gm.forward
-
-    compiled = Planned(plain)
+    compiled = Planned(plain, capability)
     compiled(*(torch.randn(1, 2, 64, width, dtype=dtype) for _ in range(3)), p)
     assert compiled.variants == [variant]
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal within documents, of which the positions say that there is one."""
+    places = torch.arange(q.shape[2]).unsqueeze(0)
+    document = (torch.diff(places, prepend=places[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    lower = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    s = (q @ k.mT * 0.125).masked_fill(~(same & lower), float("-inf"))
+    return F.dropout(s.softmax(-1), p) @ v
+
+
+def test_a_program_reads_no_mask_that_is_proved() -> None:
+    compiled = Planned(documents, (9, 0))
+    compiled(*(torch.randn(2, 2, 64, 64, dtype=torch.bfloat16) for _ in range(3)), 0.1)
+    assert compiled.variants == ["program+mask+dropout"]
+    calls = [n for gm in compiled.graphs for n in gm.graph.nodes if n.target is FORWARD]
+    assert [node.args[3] for node in calls] == [[]]

@@ -89,7 +89,7 @@ def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCal
         declined = reason
     if scored.wanted(call, found):
         try:
-            return scored.plan(found, evaluator)
+            return scored.plan(scored.proved(found, call), evaluator)
         except Declined as reason:
             declined = declined and Declined(f"{declined}; {reason}")
     if call is None:

@@ -23,6 +23,7 @@ from iocompiler.passes.attention.description import (
     Attention,
     Bias,
     Cast,
+    Causal,
     Declined,
     Pointwise,
     Scale,
@@ -73,6 +74,17 @@ def wanted(call: execute.Call | None, found: Attention) -> bool:
         return decode.is_better(call) or _drops_faster(found)
     narrow = all(isinstance(each, int) and each <= WIDEST for each in _widths(found))
     return narrow and found.dtype != torch.float64
+
+
+def proved(found: Attention, call: execute.Call | None) -> Attention:
+    """An attention for which a library needs no tensor added to the scores as causal or not, which
+    was proved of masks that may be written in another way (of positions, of documents of which
+    there is one): a program need not read them. Any other as it is written.
+    """
+    if call is None or call.masking.masks or call.masking.terms:
+        return found
+    structure = (Causal(),) if call.masking.causal else ()
+    return replace(found, steps=(Scale(call.scale), *call.factors, *structure))
 
 
 def _drops_faster(found: Attention) -> bool:
