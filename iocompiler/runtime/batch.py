@@ -51,7 +51,8 @@ class BatchLaunch:
         self._launch, self._block, self._device = launch, block, device
         self._pointers = [i for i, kind in enumerate(numbers) if kind == "p"]
         self._row = struct.Struct("<" + "".join("d" if n == "f" else "q" for n in numbers + "i"))
-        self._kept: OrderedDict[tuple[Row, ...], _Kept] = OrderedDict()
+        # each under its stream: what another one copies may not be there yet
+        self._kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, ...], Tables] = OrderedDict()
         self._ready: list[Tables] = []
         self._forever: list[Tables] = []
@@ -60,10 +61,10 @@ class BatchLaunch:
         if self._is_captured() or self.recorded:
             self._run(stream, self._passing(rows))
             return
-        key = tuple(rows)
+        key = (stream, *rows)
         kept = self._kept.get(key)
         if kept is None:
-            kept = self._kept[key] = self._uploaded(rows)
+            kept = self._kept[key] = self._uploaded(stream, rows)
             _bound(self._kept)
         self._run(stream, kept)
 
@@ -76,11 +77,12 @@ class BatchLaunch:
 
     # --- tables that are kept
 
-    def _uploaded(self, rows: list[Row]) -> _Kept:
-        lengths = tuple(row[-1] for row in rows)
-        blocks = self._blocks.get(lengths)
+    def _uploaded(self, stream: int, rows: list[Row]) -> _Kept:
+        lengths = [row[-1] for row in rows]
+        key = (stream, *lengths)
+        blocks = self._blocks.get(key)
         if blocks is None:
-            blocks = self._blocks[lengths] = self._on_device(self._blocks_of(lengths))
+            blocks = self._blocks[key] = self._on_device(self._blocks_of(lengths))
             _bound(self._blocks)
         table = self._on_device(self._table_of(rows))
         if self._device.type == "cuda":  # a graph of the user's may be next

@@ -80,6 +80,14 @@ def test_tables_are_kept_while_they_are_true() -> None:
     assert made[3][1] != made[0][1]
 
 
+def test_each_stream_has_its_tables() -> None:
+    launch, recorder = launch_of("p")
+    for stream in (0, 5, 0, 5):
+        launch(stream, [(16, 10)])
+    tables = [call[4] for call in recorder.calls]
+    assert tables[0] == tables[2] != tables[1] == tables[3]
+
+
 def test_only_the_last_tables_are_kept() -> None:
     launch, _ = launch_of("p")
     for address in range(16, 16 * 100, 16):
@@ -112,7 +120,7 @@ def test_nothing_is_kept_of_a_launch_that_is_recorded() -> None:
     launch(0, [(16, 300)])
     launch.recorded = True
     launch(0, [(32, 5)])
-    assert list(launch._kept) == [((16, 300),)]
+    assert list(launch._kept) == [(0, (16, 300))]
     assert recorder.calls[1][1:4] == (1, 1, 1)
     assert recorder.calls[1][4] != recorder.calls[0][4]
     launch.recorded = False
