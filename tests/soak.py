@@ -118,7 +118,9 @@ def soak(setting: Setting, say: Callable[[str], None] = print) -> dict[str, Any]
             training.step(tokens, setting.device)
         step += 1
         spent = (time.perf_counter() - begun) / setting.limit
-        if early is None and max(step / setting.steps, spent) >= 0.2:
+        # not inside the compilations, however little time there is
+        settled = step >= min(setting.steps // 5, 3 * setting.shapes)
+        if early is None and settled and max(step / setting.steps, spent) >= 0.2:
             early = Usage.now(setting.device)
         if step % 100 == 0:
             say(f"step {step}: loss {ours.losses[-1]:.4f}, eager {eager.losses[-1]:.4f}")
