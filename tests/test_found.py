@@ -29,6 +29,33 @@ def test_writing_through_an_alias_that_no_schema_tells(name: str) -> None:
     check(f, torch.randn(3, 4), engine="reference")
 
 
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_alias_of_what_was_written_in_place(name: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        written = (x + 1).exp_()
+        alias = ALIASES[name](written)
+        alias.add_(1)
+        return torch.cat([alias.flatten(), written.flatten()])
+
+    check(f, torch.randn(3, 4), engine="reference")
+
+
+def test_what_a_call_shows_of_a_temporary_is_not_written_over() -> None:
+    def f(x: Tensor) -> Tensor:
+        copy = x.clone()
+        shown = copy.unfold(1, 2, 1)  # a view, by a call
+        return torch.cat([torch.special.erfc(copy.cumsum(0)).flatten(), shown.flatten()])
+
+    def g(x: Tensor) -> tuple[Tensor, Tensor]:
+        copy = x.clone()
+        return torch.special.erfc(copy.cumsum(0)), copy.unfold(1, 2, 1)
+
+    check(f, torch.randn(1, 2), engine="reference")
+    x = torch.randn(1, 2)
+    run, _ = compiled(g, engine="reference")
+    torch.testing.assert_close(run(x), g(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_floor_division_where_the_quotient_rounds_up(dtype: torch.dtype) -> None:
     a = torch.tensor([1.5, 0.5, 2.5, -1.5, 0.9, -0.9, 0.0, 7.0, 3.0, -3.0, 4.0]).to(dtype)

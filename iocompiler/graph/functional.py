@@ -61,6 +61,8 @@ def _only_one_sees(gm: GraphModule, node: Node) -> bool:
     if any(regions[owner] != regions[node] for owner in owners):
         return False
     names = [each for each in order if roots[each] & owners and each not in (target, node)]
+    if any(view.is_untold_view(name) for name in names if order[name] > order[node]):
+        return False
     return all(
         order[user] < order[node]
         for name in names

@@ -103,11 +103,20 @@ def is_view(node: Node) -> bool:
     schema says so, and where it is (``atleast_3d``, ``einsum`` that only transposes), though its
     schema does not.
     """
+    return _is_told(node) or is_untold_view(node)
+
+
+def _is_told(node: Node) -> bool:
     if node.target in _MAY_RETURN_INPUT:
         return True
-    if any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node)):
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload) or mutates(node):
+    return any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node))
+
+
+def is_untold_view(node: Node) -> bool:
+    """True for a view by its storage alone: what its input is replaced by must have that storage
+    too.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or _is_told(node) or mutates(node):
         return False
     made = _storages(node)
     return bool(made) and any(made & _storages(read) for read in node.all_input_nodes)

@@ -20,7 +20,7 @@ from iocompiler.plan.data import (
     references,
 )
 from iocompiler.plan.inplace import FRESH
-from iocompiler.plan.moving import names_read, storage, storages, written
+from iocompiler.plan.moving import bases_of, names_read, storage, storages, written
 from iocompiler.plan.peak import storage_bytes
 
 _WINDOW = 16
@@ -54,7 +54,7 @@ class _Order:
         outputs: tuple[Argument, ...],
         hints: Mapping[str, int],
     ) -> None:
-        self._bases = {step.name: step.base for step in steps if isinstance(step, ViewStep)}
+        self._bases = bases_of(steps)
         specs = {name: spec for name, spec in inputs if spec is not None}
         held = {name for name in specs if name.startswith(_HELD)}
         for step in steps:

@@ -23,7 +23,7 @@ from iocompiler.plan.data import (
     made,
     references,
 )
-from iocompiler.plan.moving import names_read
+from iocompiler.plan.moving import names_read, returned
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
@@ -82,8 +82,10 @@ class _Rewriter:
                 self.owned |= dict(step.outputs)
             case ViewStep():
                 self.roots[step.name] = self._root(step.base)
-            case AtenStep() if step.target in _OWNING:
-                self.owned |= made(step)
+            case AtenStep():
+                self.roots |= {name: self._root(of) for name, of in returned(step).items()}
+                if step.target in _OWNING:
+                    self.owned |= made(step)
         for name in names_read(step) | set(made(step)):
             self.last[self._root(name)] = at
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from iocompiler.cost_model.call import resolve
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
     ConstantStep,
     KernelStep,
     MatmulStep,
+    Ref,
     Step,
     ViewStep,
     made,
@@ -24,7 +26,7 @@ class Moves:
     """Of the steps of one plan, which may run later than where they stand."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
-        bases = {step.name: step.base for step in steps if isinstance(step, ViewStep)}
+        bases = bases_of(steps)
         self._reads = [storages(names_read(step), bases) for step in steps]
         self._writes = [storages(written(step), bases) for step in steps]
         self._makes = [storages(set(made(step)), bases) for step in steps]
@@ -39,6 +41,33 @@ class Moves:
             if results & self._reads[after] or used & self._writes[after]:
                 return after - 1
         return last
+
+
+def bases_of(steps: Sequence[Step]) -> dict[str, str]:
+    """Of each value that shows another's storage, that one: views, and what calls return of their
+    argument (``aten.unfold``).
+    """
+    found: dict[str, str] = {}
+    for step in steps:
+        if isinstance(step, ViewStep):
+            found[step.name] = step.base
+        elif isinstance(step, AtenStep):
+            found |= returned(step)
+    return found
+
+
+def returned(step: AtenStep) -> dict[str, str]:
+    """The results of a call that share an argument's memory, by its schema, and that argument."""
+    schema = getattr(resolve(step.target), "_schema", None)
+    if schema is None or not any(each.alias_info is not None for each in schema.returns):
+        return {}
+    names = [argument.name for argument in schema.arguments]
+    given = {**dict(zip(names, step.args, strict=False)), **dict(step.kwargs)}
+    for argument in schema.arguments:
+        value = given.get(argument.name)
+        if argument.alias_info is not None and isinstance(value, Ref):
+            return {name: value.name for _, name, _ in step.results()}
+    return {}
 
 
 def storages(names: set[str], bases: Mapping[str, str]) -> set[str]:

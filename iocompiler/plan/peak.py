@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from iocompiler.cost_model.call import call_of_step, resolve
+from iocompiler.cost_model.call import call_of_step
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -29,6 +29,7 @@ from iocompiler.plan.data import (
     references,
     regions,
 )
+from iocompiler.plan.moving import returned
 from iocompiler.plan.sizes import value_at
 from iocompiler.plan.workspace import workspace_bytes
 
@@ -148,14 +149,9 @@ class _Memory:
         self, step: AtenStep, results: list[tuple[str, TensorSpec | None]]
     ) -> list[tuple[str, TensorSpec | None]]:
         """The results with memory of their own; the others are entered as views of an argument."""
-        schema = getattr(resolve(step.target), "_schema", None)
-        returns = schema.returns if schema is not None else ()
-        if not any(each.alias_info is not None for each in returns):
-            return results
-        first = next(references((step.args, dict(step.kwargs))), None)
-        for name, _ in results if first is not None else ():
-            self._roots[name] = self._root(first.name)  # type: ignore[union-attr]
-        return []
+        shown = returned(step)
+        self._roots |= {name: self._root(of) for name, of in shown.items()}
+        return [(name, spec) for name, spec in results if name not in shown]
 
     def _within(self, step: Step) -> int:
         """What the operator of the step, and functions that it calls, hold beside it."""

@@ -22,7 +22,7 @@ from iocompiler.plan.data import (
 )
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
-from iocompiler.plan.moving import names_read, storage, storages, written
+from iocompiler.plan.moving import bases_of, names_read, storage, storages, written
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import Size
@@ -109,7 +109,7 @@ class _Look:
 
     def __init__(self, plan: Plan) -> None:
         self.steps = plan.steps
-        self.bases = {step.name: step.base for step in plan.steps if isinstance(step, ViewStep)}
+        self.bases = bases_of(plan.steps)
         self.views = {step.name: step for step in plan.steps if isinstance(step, ViewStep)}
         self.specs = {name: spec for name, spec in plan.inputs if spec is not None}
         self.maker: dict[str, int] = {}
