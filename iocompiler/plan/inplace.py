@@ -23,7 +23,7 @@ from iocompiler.plan.data import (
     made,
     references,
 )
-from iocompiler.plan.moving import names_read, returned
+from iocompiler.plan.moving import bases_of, names_read, storage
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
@@ -49,7 +49,7 @@ def in_place(plan: Plan) -> Plan:
 class _Rewriter:
     """Attributes:
     specs: of all values. owned: the specs of tensors that a step of the plan allocates.
-    roots: the value whose storage each view shows.
+    bases: the value whose storage each view, and each result in another's place, shows.
     last: the last step that reads or writes each storage.
     """
 
@@ -57,7 +57,7 @@ class _Rewriter:
         self.steps = steps
         self.specs: dict[str, TensorSpec] = {}
         self.owned: dict[str, TensorSpec] = {}
-        self.roots: dict[str, str] = {}
+        self.bases = bases_of(steps)
         self.last: dict[str, int] = {}
         for at, step in enumerate(steps):
             self._enter(at, step)
@@ -80,17 +80,13 @@ class _Rewriter:
         match step:
             case KernelStep() | MatmulStep() | BatchStep():
                 self.owned |= dict(step.outputs)
-            case ViewStep():
-                self.roots[step.name] = self._root(step.base)
-            case AtenStep():
-                self.roots |= {name: self._root(of) for name, of in returned(step).items()}
-                if step.target in _OWNING:
-                    self.owned |= made(step)
+            case AtenStep() if step.target in _OWNING:
+                self.owned |= made(step)
         for name in names_read(step) | set(made(step)):
             self.last[self._root(name)] = at
 
     def _root(self, name: str) -> str:
-        return self.roots.get(name, name)
+        return storage(name, self.bases)
 
     def _over(self, at: int, step: KernelStep) -> tuple[list[Step], KernelStep]:
         """Views for the results that are written over an argument, and the kernel without them."""
@@ -121,7 +117,7 @@ class _Rewriter:
     def _shared(self, at: int, name: str, given: str, spec: TensorSpec) -> ViewStep:
         """The result ``name`` of the step at ``at`` in the storage of its argument ``given``."""
         root = self._root(given)
-        self.roots[name] = root
+        self.bases[name] = root
         self.last[root] = self.last.get(name, at)
         if name in self.kept:
             self.kept.add(root)

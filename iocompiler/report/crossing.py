@@ -18,9 +18,9 @@ from iocompiler.plan.data import (
     Ref,
     Step,
     TensorSpec,
-    ViewStep,
     made,
 )
+from iocompiler.plan.moving import bases_of, storage
 from iocompiler.tile.flat import LENGTH, PARTS
 from iocompiler.tile.index import Size
 from iocompiler.tile.traffic import Traffic, traffic
@@ -68,13 +68,11 @@ def _names(plan: Plan) -> set[str]:
 
 def _owners(plan: Plan) -> tuple[dict[str, str], dict[str, TensorSpec]]:
     """The value whose memory each view looks at, and every value's spec."""
-    owners: dict[str, str] = {}
+    bases = bases_of(plan.steps)
     specs = {name: spec for name, spec in plan.inputs if spec is not None}
     for step in plan.steps:
         specs |= made(step)
-        if isinstance(step, ViewStep):
-            owners[step.name] = owners.get(step.base, step.base)
-    return owners, specs
+    return {name: storage(name, bases) for name in bases}, specs
 
 
 def _read(step: Step, specs: Mapping[str, TensorSpec]) -> dict[str, Size]:
