@@ -115,7 +115,6 @@ def _kernel(step: MatmulStep, name: str) -> str:
     sizes = ", ".join(expressions.size(size) for size in (made.batch, made.m, made.n, made.k))
     operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
     walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
-    precision = "ieee"  # TF32 is the library's: `plan/sites.py`
     if tile.loads == "descriptors":
         template = "matmul_descriptors"
         sizes = sizes.partition(", ")[2]  # there is no batch
@@ -138,7 +137,7 @@ def _kernel(step: MatmulStep, name: str) -> str:
             f" {_strides(second or (0, 0, 0))},",
             f"        ({', '.join(operands)},), {name}_epilogue,",
             f"        {', '.join(map(str, walk))},",
-            f'        {", ".join(map(str, flags))}, "{precision}",',
+            f"        {', '.join(map(str, flags))},",
             "    )",
             "",
         ]

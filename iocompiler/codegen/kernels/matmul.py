@@ -36,7 +36,7 @@ def load_inside(pointers, mask, EVEN: tl.constexpr):
 def tile_sums(
     Left, Right, Second, m, n, M, N, K, left_strides, right_strides, second_strides,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """The sums of the tile (m, n), and those of the second product or, without one, the same."""
     row = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -57,10 +57,10 @@ def tile_sums(
     for _ in range(K // BLOCK_K):
         a = load_inside(left, m_inside, EVEN_M)
         b = load_inside(right, n_inside, EVEN_N)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
         if Second is not None:
             c = load_inside(second, n_inside, EVEN_N)
-            others = tl.dot(a, c, others, input_precision=PRECISION)
+            others = tl.dot(a, c, others, input_precision="ieee")
             second += BLOCK_K * second_strides[0]
         left += BLOCK_K * left_strides[1]
         right += BLOCK_K * right_strides[0]
@@ -68,10 +68,10 @@ def tile_sums(
         inside = depth < K - K // BLOCK_K * BLOCK_K
         a = load_inside(left, m_inside & inside[None, :], False)
         b = load_inside(right, n_inside & inside[:, None], False)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
         if Second is not None:
             c = load_inside(second, n_inside & inside[:, None], False)
-            others = tl.dot(a, c, others, input_precision=PRECISION)
+            others = tl.dot(a, c, others, input_precision="ieee")
     return sums, others
 
 
@@ -112,7 +112,7 @@ def one_tile(
     operands, epilogue: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """A tile from its number: the batch's first, then along rows and columns."""
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -123,7 +123,7 @@ def one_tile(
     sums, others = tile_sums(
         Left + b.to(tl.int64) * left_strides[2], Right + b.to(tl.int64) * right_strides[2], Second,
         m, n, M, N, K, left_strides, right_strides, second_strides,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_M, EVEN_N, EVEN_K, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_M, EVEN_N, EVEN_K,
     )  # fmt: skip
     finish(
         sums, others, b, m, n * BLOCK_N, operands, epilogue,
@@ -137,7 +137,7 @@ def matmul(
     operands, epilogue: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, WALK: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Products of Left [batch, M, K] and Right, Second [batch, K, N], any strides.
 
@@ -152,11 +152,11 @@ def matmul(
             one_tile(
                 number, Left, Right, Second, M, N, K,
                 left_strides, right_strides, second_strides, operands, epilogue,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, EVEN_M, EVEN_N, EVEN_K, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, EVEN_M, EVEN_N, EVEN_K,
             )  # fmt: skip
     else:
         one_tile(
             tl.program_id(0), Left, Right, Second, M, N, K,
             left_strides, right_strides, second_strides, operands, epilogue,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, EVEN_M, EVEN_N, EVEN_K, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, EVEN_M, EVEN_N, EVEN_K,
         )  # fmt: skip

@@ -41,7 +41,6 @@ def matmul_descriptors(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     LEFT_IN_ROWS: tl.constexpr, RIGHT_IN_ROWS: tl.constexpr, SECOND_IN_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of Left [M, K] and Right, Second [K, N]; parameters as of `matmul`.
 
@@ -69,10 +68,10 @@ def matmul_descriptors(
             k = step * BLOCK_K
             a = load_block(left, m * BLOCK_M, k, LEFT_IN_ROWS)
             b = load_block(right, n * BLOCK_N, k, RIGHT_IN_ROWS)
-            sums = tl.dot(a, b.T, sums, input_precision=PRECISION)
+            sums = tl.dot(a, b.T, sums, input_precision="ieee")
             if Second is not None:
                 c = load_block(second, n * BLOCK_N, k, SECOND_IN_ROWS)
-                others = tl.dot(a, c.T, others, input_precision=PRECISION)
+                others = tl.dot(a, c.T, others, input_precision="ieee")
         finish(
             sums, others, 0, m, n * BLOCK_N, operands, epilogue,
             BLOCK_M, BLOCK_N, PARTS, Second is not None,
