@@ -54,7 +54,7 @@ class BatchLaunch:
         # each under its stream: what another one copies may not be there yet
         self._kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, ...], Tables] = OrderedDict()
-        self._ready: list[Tables] = []
+        self._ready: OrderedDict[tuple[torch.Size, ...], list[Tables]] = OrderedDict()
         self._forever: list[Tables] = []
 
     def __call__(self, stream: int, rows: list[Row]) -> None:
@@ -116,19 +116,20 @@ class BatchLaunch:
         if not self._is_captured():
             self._make_ready(like)
             return _pinned(like)
-        kept = self._ready.pop() if self._is_ready(like) else _pinned(like)
+        ready = self._ready_for(like)
+        kept = ready.pop() if ready else _pinned(like)
         self._forever.append(kept)
         return kept
 
     def _make_ready(self, like: Tables) -> None:
-        if not self._is_ready(like):
-            self._ready = []
-        while len(self._ready) < _RECORDINGS:
-            self._ready.append(_pinned(like))
+        ready = self._ready_for(like)
+        while len(ready) < _RECORDINGS:
+            ready.append(_pinned(like))
 
-    def _is_ready(self, like: Tables) -> bool:
-        """Whether memory for tables of these sizes is left."""
-        return bool(self._ready) and _shapes(self._ready[-1]) == _shapes(like)
+    def _ready_for(self, like: Tables) -> list[Tables]:
+        ready = self._ready.setdefault(tuple(tensor.shape for tensor in like), [])
+        _bound(self._ready)
+        return ready
 
     # --- their contents
 
@@ -173,7 +174,3 @@ def _bound(kept: OrderedDict[Any, Any]) -> None:
 
 def _pinned(like: Tables) -> Tables:
     return [torch.empty(t.shape, dtype=t.dtype, device=_HOST, pin_memory=True) for t in like]
-
-
-def _shapes(tables: Tables) -> list[torch.Size]:
-    return [tensor.shape for tensor in tables]

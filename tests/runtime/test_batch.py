@@ -11,6 +11,7 @@ from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.plan import folds as plan_folds
 from iocompiler.plan.data import BatchStep
+from iocompiler.runtime import batch
 from iocompiler.runtime.batch import BatchLaunch
 from tests.plan.test_folds import Blocks
 
@@ -126,6 +127,26 @@ def test_nothing_is_kept_of_a_launch_that_is_recorded() -> None:
     launch.recorded = False
     launch(0, [(16, 300)])
     assert recorder.calls[2] == recorder.calls[0]
+
+
+def test_memory_is_made_ready_for_every_size_of_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[torch.Size]] = []
+
+    def pinned(like: list[torch.Tensor]) -> list[torch.Tensor]:
+        made.append([t.shape for t in like])
+        return [torch.empty_like(t) for t in like]
+
+    monkeypatch.setattr(batch, "_pinned", pinned)
+    launch, _ = launch_of("p")
+    sizes = [torch.empty(2, 2), torch.empty(3, 2)]
+    for count in (1, 2, 1, 2):  # the kernel at two places of a step
+        launch._make_ready([size.repeat(count, 1) for size in sizes])
+    assert len(made) == 2 * batch._RECORDINGS
+    monkeypatch.setattr(launch, "_is_captured", lambda: True)
+    kept = [launch._host_memory([size.repeat(n, 1) for size in sizes]) for n in (1, 2, 1)]
+    assert len(made) == 2 * batch._RECORDINGS, "nothing is made while a graph is captured"
+    assert [tables[0].shape for tables in kept] == [(2, 2), (4, 2), (2, 2)]
+    assert kept[0] is not kept[2]
 
 
 @pytest.mark.gpu
