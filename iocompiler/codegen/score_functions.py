@@ -32,8 +32,8 @@ _DROP = f'''
 
 @triton.jit
 def drop(seed, b, h, i, start, column):
-    """Whether dropout leaves each probability, from a seed and its place, of which j is the start
-    of a block of at least 16 plus the column: two columns share the bits in a way to be seen.
+    """1 where dropout leaves a probability, else 0, from a seed and its place, of which j is the
+    start of a block of at least 16 plus the column: two columns share the bits in a way to be seen.
     """
     high = (seed >> 32).to(tl.uint32) ^ b.to(tl.uint32)
     low, high = _philox(seed.to(tl.uint32), h.to(tl.uint32), high)

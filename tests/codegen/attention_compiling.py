@@ -32,13 +32,7 @@ def resources(
     gradients: bool = True,
 ) -> dict[str, dict[str, int]]:
     """For each kernel of forward and backward: registers, spilled bytes, bytes of shared memory."""
-    found: dict[str, dict[str, int]] = {}
-
-    def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
-        arguments = {**launch.fixed, **tensors}
-        found[launch.kernel.__name__] = resources_of(launch.kernel, capability, arguments)
-
-    monkeypatch.setattr(Launch, "run", compile_)
+    found = launched(monkeypatch, capability)
     query, value = problem.query, problem.value
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     lse = attention.forward(problem, out)
@@ -49,6 +43,18 @@ def resources(
     for which, operand in enumerate(problem.operands):
         if operand.is_floating_point():
             attention_operands.operand_gradient(problem, torch.empty_like(out), out, lse, which)
+    return found
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, capability: int) -> dict[str, dict[str, int]]:
+    """The resources of each template launched from here on, by name: compiled, and not run."""
+    found: dict[str, dict[str, int]] = {}
+
+    def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
+        arguments = {**launch.fixed, **tensors}
+        found[launch.kernel.__name__] = resources_of(launch.kernel, capability, arguments)
+
+    monkeypatch.setattr(Launch, "run", compile_)
     return found
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from iocompiler.runtime import embedding_gradient
-from iocompiler.runtime.template_launch import Launch
-from tests.codegen.attention_compiling import resources_of
+from tests.codegen.attention_compiling import launched
 
 COUNTED = {"embedding_order", "embedding_sums", "embedding_fold"}
 SORTED = {"embedding_keys", "embedding_sums", "embedding_fold"}
@@ -19,13 +16,7 @@ def resources(
     monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype, tokens: int, width: int
 ) -> dict[str, dict[str, int]]:
     """For each kernel: registers, spilled bytes, bytes of shared memory."""
-    found: dict[str, dict[str, int]] = {}
-
-    def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
-        arguments = {**launch.fixed, **tensors}
-        found[launch.kernel.__name__] = resources_of(launch.kernel, capability, arguments)
-
-    monkeypatch.setattr(Launch, "run", compile_)
+    found = launched(monkeypatch, capability)
     table, grad = torch.empty(50, width, dtype=dtype), torch.empty(tokens, width, dtype=dtype)
     indices = torch.zeros(tokens, dtype=torch.int64)
     embedding_gradient.accumulate(table, grad, indices, -1, added=True)
