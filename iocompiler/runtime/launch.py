@@ -9,9 +9,11 @@ list, whose pop and append are atomic, so threads do not meet.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ Launch = Callable[..., None]
 _CONFIG = "IIIIIII4xQQI4x"
 _FORMATS = {
     "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
-    "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
+    "u1": "?", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
 }  # fmt: skip
 _SCRATCH = ("global_scratch", "profile_scratch")  # two more pointers Triton's kernels take
 
@@ -89,17 +91,35 @@ class Image:
     metadata: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """A launch buffer: ``packed`` at every call, the configuration, the parameters given then and
+    the scratch pointers; ``fixed`` behind it, once. ``offsets`` are those of the kernel's
+    parameters, in its order, in bytes.
+    """
+
+    packed: struct.Struct
+    fixed: struct.Struct
+    values: tuple[float, ...]
+    offsets: tuple[int, ...]
+
+    def buffer(self) -> Any:
+        made = ctypes.create_string_buffer(self.packed.size + self.fixed.size)
+        self.fixed.pack_into(made, self.packed.size, *self.values)
+        return made
+
+
 class _Slots:
     """Prepared launch buffers: (buffer, pointer to its configuration, to parameter addresses)."""
 
-    def __init__(self, layout: struct.Struct, offsets: list[int]):
-        self._layout, self._offsets = layout, offsets
+    def __init__(self, layout: _Layout):
+        self._layout = layout
         self.free: list[tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]] = []
 
     def new(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
-        buffer = ctypes.create_string_buffer(self._layout.size)
+        buffer, offsets = self._layout.buffer(), self._layout.offsets
         start = ctypes.addressof(buffer)
-        addresses = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
+        addresses = (ctypes.c_void_p * len(offsets))(*(start + o for o in offsets))
         return (
             buffer,
             ctypes.c_void_p(start),
@@ -132,6 +152,8 @@ def make_launch(
     device: int,
     unaligned: Launch | None = None,
     odd_sizes: Launch | None = None,
+    given: Sequence[str] | None = None,
+    fixed: Mapping[str, float] | None = None,
 ) -> Launch:
     """The launch function of a kernel loaded on CUDA device ``device``.
 
@@ -139,6 +161,9 @@ def make_launch(
         unaligned: called instead where a pointer marked divisible is not 16-byte aligned.
         odd_sizes: called instead where a size marked divisible is no multiple of 16.
             Where these are None, nothing is checked.
+        given: the names of the parameters the function takes, in its order; None: all of them, in
+            the kernel's.
+        fixed: the values of the others.
 
     Raises:
         LaunchError: the cubin cannot be loaded, or asks for a kind of launch that is not supported.
@@ -152,15 +177,16 @@ def make_launch(
             cause="clusters and cooperative grids are not supported",
         )
     function = driver.function(image.cubin, name, metadata["shared"], device)
-    layout, offsets = _layout(signature)
-    slots = _Slots(layout, offsets)
-    text = _text(signature, metadata, unaligned, odd_sizes)
+    given = [p.name for p in signature.parameters] if given is None else given
+    layout = _layout(signature, given, fixed or {})
+    slots = _Slots(layout)
+    text = _text(signature, given, metadata, unaligned, odd_sizes)
     handle, null = ctypes.c_void_p(function), ctypes.c_void_p(0)
     namespace: dict[str, Any] = {
         "take": slots.free.pop,
         "give": slots.free.append,
         "new_slot": slots.new,
-        "pack": layout.pack_into,
+        "pack": layout.packed.pack_into,
         "call": driver.launch,
         "function": handle,
         "null": null,
@@ -171,20 +197,27 @@ def make_launch(
             size, dtype=torch.uint8, device=torch.device("cuda", device)
         ),
     }
-    exec(compile(text, f"<launch of {name}>", "exec"), namespace)
+    exec(_code(text, name), namespace)
     launch: Launch = namespace["launch"]
     return launch
 
 
+@functools.lru_cache(maxsize=256)
+def _code(text: str, name: str) -> CodeType:
+    # kept for templates, whose numbers change where their text does not
+    return compile(text, f"<launch of {name}>", "exec")
+
+
 def _text(
     signature: Signature,
+    given: Sequence[str],
     metadata: dict[str, Any],
     unaligned: Launch | None,
     odd_sizes: Launch | None,
 ) -> str:
     """The launch function's source: the constants of the kernel are in its code."""
-    names = [f"a{i}" for i in range(len(signature.parameters))]
-    parameters = "".join(f", {n}" for n in names)
+    names = {name: f"a{i}" for i, name in enumerate(given)}
+    parameters = "".join(f", {n}" for n in names.values())
     scratch = {key: metadata[f"{key}_size"] for key in _SCRATCH if metadata[f"{key}_size"]}
     return _TEMPLATE.format(
         parameters=parameters,
@@ -198,11 +231,20 @@ def _text(
     )
 
 
-def _layout(signature: Signature) -> tuple[struct.Struct, list[int]]:
-    """The struct of configuration and parameters, aligned as in C, and each parameter's offset."""
-    formats = [p.format for p in signature.parameters] + ["Q"] * len(_SCRATCH)
+def _layout(signature: Signature, given: Sequence[str], fixed: Mapping[str, float]) -> _Layout:
+    """Both parts aligned as in C: the first ends with pointers, so at a multiple of 8."""
+    formats = {p.name: p.format for p in signature.parameters}
+    packed, places = _struct("@" + _CONFIG, [*(formats[n] for n in given), *"QQ"])
+    behind, further = _struct("@", [formats[n] for n in fixed])
+    offsets = dict(zip([*given, *_SCRATCH], places, strict=True))
+    offsets |= {n: packed.size + o for n, o in zip(fixed, further, strict=True)}
+    order = (*(p.name for p in signature.parameters), *_SCRATCH)
+    return _Layout(packed, behind, tuple(fixed.values()), tuple(offsets[n] for n in order))
+
+
+def _struct(text: str, formats: Sequence[str]) -> tuple[struct.Struct, list[int]]:
+    """The struct of ``text`` and fields of these formats, and the fields' offsets."""
     offsets = []
-    text = "@" + _CONFIG
     for code in formats:
         text += code
         offsets.append(struct.calcsize(text) - struct.calcsize(code))
@@ -211,13 +253,14 @@ def _layout(signature: Signature) -> tuple[struct.Struct, list[int]]:
 
 def _checks(
     signature: Signature,
-    names: list[str],
+    names: Mapping[str, str],
     parameters: str,
     unaligned: Launch | None,
     odd_sizes: Launch | None,
 ) -> str:
-    pointers = [names[i] for i in signature.divisible(True, False)] if unaligned else []
-    sizes = [names[i] for i in signature.divisible(False, True)] if odd_sizes else []
+    own = [names.get(p.name, "") for p in signature.parameters]
+    pointers = [own[i] for i in signature.divisible(True, False)] if unaligned else []
+    sizes = [own[i] for i in signature.divisible(False, True)] if odd_sizes else []
     lines = ""
     for group, instead in ((pointers, "unaligned"), (sizes, "odd_sizes")):
         if group:

@@ -18,7 +18,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from iocompiler.codegen.kernels.attention_decode import attention_combine
 from iocompiler.runtime import template_launch
-from iocompiler.runtime.template_launch import Launch, _form
+from iocompiler.runtime.template_launch import Launch
 from iocompiler.runtime.worker import OPTIONS
 
 _MEMORY = torch.empty(64)
