@@ -135,10 +135,13 @@ def main(descriptors: list[int]) -> None:
 
 
 def _import_package() -> None:
-    """The package by its place alone: its modules can be imported without what it imports."""
+    """The package by its place alone: its modules can be imported without what it imports. Torch,
+    which Triton 3.7 asks for where it is, is not.
+    """
     package = ModuleType("iocompiler")
     package.__path__ = [str(Path(__file__).parents[1])]
     sys.modules["iocompiler"] = package
+    sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def _import_triton() -> None:
