@@ -100,24 +100,23 @@ class _Layout:
 
     packed: struct.Struct
     fixed: struct.Struct
-    values: tuple[float, ...]
     offsets: tuple[int, ...]
 
-    def buffer(self) -> Any:
+    def buffer(self, values: Sequence[float]) -> Any:
         made = ctypes.create_string_buffer(self.packed.size + self.fixed.size)
-        self.fixed.pack_into(made, self.packed.size, *self.values)
+        self.fixed.pack_into(made, self.packed.size, *values)
         return made
 
 
 class _Slots:
     """Prepared launch buffers: (buffer, pointer to its configuration, to parameter addresses)."""
 
-    def __init__(self, layout: _Layout):
-        self._layout = layout
+    def __init__(self, layout: _Layout, values: Sequence[float]):
+        self._layout, self._values = layout, values
         self.free: list[tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]] = []
 
     def new(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
-        buffer, offsets = self._layout.buffer(), self._layout.offsets
+        buffer, offsets = self._layout.buffer(self._values), self._layout.offsets
         start = ctypes.addressof(buffer)
         addresses = (ctypes.c_void_p * len(offsets))(*(start + o for o in offsets))
         return (
@@ -152,8 +151,6 @@ def make_launch(
     device: int,
     unaligned: Launch | None = None,
     odd_sizes: Launch | None = None,
-    given: Sequence[str] | None = None,
-    fixed: Mapping[str, float] | None = None,
 ) -> Launch:
     """The launch function of a kernel loaded on CUDA device ``device``.
 
@@ -161,12 +158,29 @@ def make_launch(
         unaligned: called instead where a pointer marked divisible is not 16-byte aligned.
         odd_sizes: called instead where a size marked divisible is no multiple of 16.
             Where these are None, nothing is checked.
-        given: the names of the parameters the function takes, in its order; None: all of them, in
-            the kernel's.
-        fixed: the values of the others.
 
     Raises:
         LaunchError: the cubin cannot be loaded, or asks for a kind of launch that is not supported.
+    """
+    given = [p.name for p in signature.parameters]
+    return loaded(signature, image, driver, device, given, unaligned, odd_sizes)(())
+
+
+def loaded(
+    signature: Signature,
+    image: Image,
+    driver: Driver,
+    device: int,
+    given: Sequence[str],
+    unaligned: Launch | None = None,
+    odd_sizes: Launch | None = None,
+) -> Callable[[Sequence[float]], Launch]:
+    """What makes launch functions of a kernel, each from the values of its parameters, in their
+    order, that are not ``given`` at every call.
+
+    Args:
+        given: the names of the parameters the functions take, in their order.
+        unaligned, odd_sizes: and errors, as of `make_launch`.
     """
     metadata = image.metadata
     name = metadata["name"]
@@ -176,35 +190,36 @@ def make_launch(
             action="preparing",
             cause="clusters and cooperative grids are not supported",
         )
-    function = driver.function(image.cubin, name, metadata["shared"], device)
-    given = [p.name for p in signature.parameters] if given is None else given
-    layout = _layout(signature, given, fixed or {})
-    slots = _Slots(layout)
-    text = _text(signature, given, metadata, unaligned, odd_sizes)
-    handle, null = ctypes.c_void_p(function), ctypes.c_void_p(0)
-    namespace: dict[str, Any] = {
-        "take": slots.free.pop,
-        "give": slots.free.append,
-        "new_slot": slots.new,
+    function = ctypes.c_void_p(driver.function(image.cubin, name, metadata["shared"], device))
+    layout = _layout(signature, given)
+    code = _code(_text(signature, given, metadata, unaligned, odd_sizes), name)
+    constants: dict[str, Any] = {
         "pack": layout.packed.pack_into,
         "call": driver.launch,
-        "function": handle,
-        "null": null,
+        "function": function,
+        "null": ctypes.c_void_p(0),
         "unaligned": unaligned,
         "odd_sizes": odd_sizes,
-        "failed": _failure(driver, name, device, handle),
+        "failed": _failure(driver, name, device, function),
         "allocate": lambda size: torch.empty(
             size, dtype=torch.uint8, device=torch.device("cuda", device)
         ),
     }
-    exec(_code(text, name), namespace)
-    launch: Launch = namespace["launch"]
-    return launch
+
+    def made(values: Sequence[float]) -> Launch:
+        slots = _Slots(layout, values)
+        slotted = {"take": slots.free.pop, "give": slots.free.append, "new_slot": slots.new}
+        namespace = {**constants, **slotted}
+        exec(code, namespace)
+        launch: Launch = namespace["launch"]
+        return launch
+
+    return made
 
 
 @functools.lru_cache(maxsize=256)
 def _code(text: str, name: str) -> CodeType:
-    # kept for templates, whose numbers change where their text does not
+    # kernels with as many parameters that take as much have the same text
     return compile(text, f"<launch of {name}>", "exec")
 
 
@@ -231,15 +246,15 @@ def _text(
     )
 
 
-def _layout(signature: Signature, given: Sequence[str], fixed: Mapping[str, float]) -> _Layout:
+def _layout(signature: Signature, given: Sequence[str]) -> _Layout:
     """Both parts aligned as in C: the first ends with pointers, so at a multiple of 8."""
     formats = {p.name: p.format for p in signature.parameters}
+    fixed = [name for name in formats if name not in given]
     packed, places = _struct("@" + _CONFIG, [*(formats[n] for n in given), *"QQ"])
     behind, further = _struct("@", [formats[n] for n in fixed])
     offsets = dict(zip([*given, *_SCRATCH], places, strict=True))
     offsets |= {n: packed.size + o for n, o in zip(fixed, further, strict=True)}
-    order = (*(p.name for p in signature.parameters), *_SCRATCH)
-    return _Layout(packed, behind, tuple(fixed.values()), tuple(offsets[n] for n in order))
+    return _Layout(packed, behind, tuple(offsets[n] for n in (*formats, *_SCRATCH)))
 
 
 def _struct(text: str, formats: Sequence[str]) -> tuple[struct.Struct, list[int]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import linecache
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -21,8 +22,6 @@ from iocompiler.runtime.worker import OPTIONS
 ALIGNED = 16
 """Bytes of which Triton takes a pointer for a multiple."""
 _PACKAGE = "iocompiler."
-_WIDTHS = ((-(2**31), 2**31, 0), (-(2**63), 2**63, 2**32))
-_WIDEST = 2**63
 
 
 class Pointer(NamedTuple):
@@ -81,17 +80,29 @@ def form_of(kernel: Any, given: Mapping[str, Any], capability: int) -> Form:
         given: by name; tensors may be fake, which begin where an allocation would.
         capability: 90 for version 9.0.
     """
-    names = kernel.arg_names
-    arguments = tuple([(p.name, _argument(p, given[p.name])) for p in kernel.params])
-    options = tuple(sorted((n, _constant(value)) for n, value in given.items() if n not in names))
+    kinds = _kinds.get(kernel.fn) or _kinds_of(kernel)
+    arguments = tuple([(n, kind(given[n])) for n, kind in kinds.items()])
+    options = tuple(sorted([(n, _constant(value)) for n, value in given.items() if n not in kinds]))
     return Form(_function(kernel), arguments, options, capability)
 
 
-def _argument(parameter: Any, value: Any) -> Leaf:
+_kinds: dict[FunctionType, dict[str, Callable[[Any], Leaf]]] = {}
+
+
+def _kinds_of(kernel: Any) -> dict[str, Callable[[Any], Leaf]]:
+    """What each argument is looked at by, kept for a kernel's plain function: Triton's hash of
+    another reads all its text.
+    """
+    found = _kinds[kernel.fn] = {p.name: _kind(p) for p in kernel.params}
+    return found
+
+
+def _kind(parameter: Any) -> Callable[[Any], Leaf]:
     if parameter.is_constexpr:
-        return _constant(value)
+        return _constant
     looks = not parameter.do_not_specialize
-    return _leaf(value, looks, looks and not parameter.do_not_specialize_on_alignment)
+    at_alignment = looks and not parameter.do_not_specialize_on_alignment
+    return functools.partial(_leaf, looks, at_alignment)
 
 
 def _constant(value: Any) -> Leaf:
@@ -102,22 +113,24 @@ def _constant(value: Any) -> Leaf:
     return _function(value) if hasattr(value, "fn") else value
 
 
-def _leaf(value: Any, looks: bool, at_alignment: bool) -> Leaf:
+def _leaf(looks: bool, at_alignment: bool, value: Any) -> Leaf:
     if isinstance(value, tuple):
-        return tuple([_leaf(each, looks, at_alignment) for each in value])
+        return tuple([_leaf(looks, at_alignment, each) for each in value])
     if isinstance(value, Tensor):
         aligned = not at_alignment or address(value) % ALIGNED == 0
         return Pointer(str(value.dtype).removeprefix("torch."), aligned)
     if isinstance(value, (bool, float)):
         return _ANY[type(value)]
-    return _like(value, looks, at_alignment) if isinstance(value, int) else value
+    return _like(looks, at_alignment, value) if isinstance(value, int) else value
 
 
-def _like(number: int, looks: bool, at_alignment: bool) -> int:
+def _like(looks: bool, at_alignment: bool, number: int) -> int:
     """The number that stands for all that Triton compiles the same kernel for."""
     if looks and number == 1:
         return 1
-    base = next((base for low, high, base in _WIDTHS if low <= number < high), _WIDEST)
+    base = 0
+    if not -(2**31) <= number < 2**31:
+        base = 2**32 if -(2**63) <= number < 2**63 else 2**63
     return base + (ALIGNED if at_alignment and number % ALIGNED == 0 else 3)
 
 

@@ -7,10 +7,10 @@ where its tensors lie, and writes their addresses into a buffer in which all els
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from torch import Tensor
 from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime import launch as launching
 from iocompiler.runtime.driver import driver
-from iocompiler.runtime.launch import Parameter, Signature, make_launch
+from iocompiler.runtime.launch import Parameter, Signature, loaded
 from iocompiler.runtime.template_form import ALIGNED, Form, form_of
 from iocompiler.runtime.template_images import image
 from iocompiler.runtime.worker import OPTIONS
 
 _Given: TypeAlias = Tensor | tuple[Tensor, ...]
+_Place: TypeAlias = "tuple[str | int, ...]"
 Watcher: TypeAlias = "Callable[[Launch, Mapping[str, _Given]], None]"
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
@@ -82,16 +83,29 @@ class Launch:
 
     def _bind(self, device: int, tensors: Mapping[str, _Given]) -> launching.Launch:
         """The function that takes the pointers of tensors like these in their order."""
-        found = image(self.form(tensors, _capability(device)))
-        names = self.kernel.arg_names
-        rows = [
-            Parameter(".".join([names[place[0]], *map(str, place[1:])]), kind, False)
-            for place, kind in found.metadata["parameters"]
-        ]
-        given, values = list(_leaves(tensors)), _leaves(self.fixed)
-        fixed = {row.name: values[row.name] for row in rows if row.name in values}
-        signature = Signature(tuple(rows))
-        return make_launch(signature, found, driver(), device, given=given, fixed=fixed)
+        form, given = self.form(tensors, _capability(device)), _names(tensors)
+        found = _loaded(form, tuple(given), device)
+        return found.bound([_at(self.fixed, place) for place in found.fixed])
+
+
+class _Loaded(NamedTuple):
+    """A template on a device: what makes launch functions, and where in its arguments the values
+    lie that this takes.
+    """
+
+    bound: Callable[[Sequence[float]], launching.Launch]
+    fixed: tuple[_Place, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _loaded(form: Form, given: tuple[str, ...], device: int) -> _Loaded:
+    found = image(form)
+    names = [name for name, _ in form.arguments]
+    places = [(names[place[0]], *place[1:]) for place, _ in found.metadata["parameters"]]
+    kinds = [kind for _, kind in found.metadata["parameters"]]
+    rows = [Parameter(_name(place), kind, False) for place, kind in zip(places, kinds, strict=True)]
+    made = loaded(Signature(tuple(rows)), found, driver(), device, given)
+    return _Loaded(made, tuple(place for place in places if _name(place) not in given))
 
 
 @contextmanager
@@ -129,14 +143,24 @@ def _pointers(tensors: Mapping[str, _Given]) -> tuple[list[int], tuple[bool, ...
     return pointers, tuple([p % ALIGNED == 0 for p in pointers]) if bits % ALIGNED else ()
 
 
-def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, those in tuples by name and place: "strides.0"."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, tuple):
-            found |= _leaves({f"{name}.{place}": each for place, each in enumerate(value)})
-        else:
-            found[name] = value
+def _names(tensors: Mapping[str, _Given]) -> list[str]:
+    """The tensors' names in the order of `_pointers`."""
+    names: list[str] = []
+    for name, given in tensors.items():
+        several = isinstance(given, tuple)
+        names += [_name((name, place)) for place in range(len(given))] if several else [name]
+    return names
+
+
+def _name(place: _Place) -> str:
+    """Of an argument, or of what lies in one: "strides.0"."""
+    return ".".join(map(str, place))
+
+
+def _at(arguments: Mapping[str, Any], place: _Place) -> Any:
+    found: Any = arguments
+    for part in place:
+        found = found[part]
     return found
 
 

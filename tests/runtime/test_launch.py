@@ -15,7 +15,7 @@ import torch
 from iocompiler.errors import LaunchError
 from iocompiler.runtime.compile import Job, compile_kernels
 from iocompiler.runtime.driver import INVALID_CONTEXT, Driver
-from iocompiler.runtime.launch import Image, Signature, make_launch
+from iocompiler.runtime.launch import Image, Signature, loaded, make_launch
 from tests.runtime.cuda import METADATA, FakeLibrary
 
 
@@ -39,25 +39,21 @@ def test_configuration_and_parameters() -> None:
 def test_what_is_fixed_stands_in_the_buffer() -> None:
     text = "x:*bf16 flag:u1 y:*fp32 n:i32 scale:fp32 offset:i64"
     parsed, library = Signature.parse(text), FakeLibrary("Q?Qifq")
-    launch = make_launch(
-        parsed,
-        Image(b"cubin", METADATA),
-        Driver(library),
-        0,
-        given=["y", "x"],
-        fixed={"n": -5, "offset": 1 << 40, "flag": True, "scale": 0.5},
-    )
+    made = loaded(parsed, Image(b"cubin", METADATA), Driver(library), 0, ["y", "x"])
+    launch, other = made([True, -5, 0.5, 1 << 40]), made([False, 6, 0.5, 3])
     launch(9, 7, 1, 1, 1 << 45, 1 << 46)
-    launch(9, 8, 1, 1, 16, 32)
-    assert [config[0] for config, _ in library.launches] == [7, 8]
+    other(9, 8, 1, 1, 16, 32)
+    launch(9, 9, 1, 1, 16, 32)
+    assert [config[0] for config, _ in library.launches] == [7, 8, 9]
     assert library.launches[0][1] == [1 << 46, True, 1 << 45, -5, 0.5, 1 << 40, 0, 0]
-    assert library.launches[1][1] == [32, True, 16, -5, 0.5, 1 << 40, 0, 0]
+    assert library.launches[1][1] == [32, False, 16, 6, 0.5, 3, 0, 0]
+    assert library.launches[2][1] == [32, True, 16, -5, 0.5, 1 << 40, 0, 0]
 
 
-def test_a_parameter_without_a_value() -> None:
-    parsed, image = Signature.parse("x:*bf16 n:i32"), Image(b"cubin", METADATA)
-    with pytest.raises(KeyError, match="n"):
-        make_launch(parsed, image, Driver(FakeLibrary("Qi")), 0, given=["x"])
+def test_a_tensor_that_is_no_parameter() -> None:
+    parsed, image = Signature.parse("x:*bf16"), Image(b"cubin", METADATA)
+    with pytest.raises(KeyError, match="y"):
+        loaded(parsed, image, Driver(FakeLibrary("Q")), 0, ["x", "y"])
 
 
 def test_no_parameters() -> None:
