@@ -125,6 +125,7 @@ class Pool:
         # None stands for "no worker is left": it wakes whoever still waits for one
         self.idle: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self.size = workers
+        self.ended = False  # for good: nobody takes up what it was doing
         self._lock = threading.Lock()
         self.connections = [ours for ours, _ in pairs]
         for ours in self.connections:
@@ -245,6 +246,7 @@ def shut_down() -> None:
     global _pool
     with _pool_lock:
         if _pool is not None:
+            _pool.ended = True
             _pool.close()
         _pool = None
 
@@ -274,7 +276,7 @@ def _compile(job: Compilable, path: str, scratch_root: Path | None) -> Compiled:
             break
         except _WorkerDied as died:
             pool.close()
-            if last_try:
+            if last_try or pool.ended:
                 cause = f"the compiler process ended. {died}".strip()
                 raise CompileError(kernel=job.name, cause=cause, where=job.where) from died
     if "error" in answer:

@@ -101,7 +101,13 @@ def answer(line: str) -> str:
     try:
         return json.dumps(compile_kernel(json.loads(line)))
     except Exception as error:
-        return json.dumps({"error": f"{type(error).__name__}: {error}"})
+        return json.dumps({"error": _told(error)})
+
+
+def _told(error: BaseException) -> str:
+    """The message, and of an error in a function that the kernel calls, that function's too."""
+    text = f"{type(error).__name__}: {error}"
+    return text if error.__cause__ is None else f"{text}\n{_told(error.__cause__)}"
 
 
 def serve(connection: socket.socket) -> None:
