@@ -18,9 +18,16 @@ from iocompiler.ops import embedding_gradient, library, linear_cross_entropy_row
 from iocompiler.passes.linear_cross_entropy import rewrite
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import AtenStep, Plan, Ref, Step, ViewStep, made
-from iocompiler.runtime import ahead, attention_form, reference
+from iocompiler.runtime import (
+    ahead,
+    attention_form,
+    reference,
+    template_images,
+    template_launch,
+)
 from iocompiler.runtime import load as load_module
 from iocompiler.runtime.ahead import compile_ahead, launched
+from iocompiler.runtime.launch import Image
 from iocompiler.runtime.template_form import Form
 from iocompiler.runtime.template_launch import Launch, watched
 from iocompiler.runtime.values import fresh, input_sizes, resolve
@@ -195,3 +202,30 @@ def test_loading_a_plan_sends_its_templates_to_the_workers(
     assert sent == expected != []
     assert load_module.load(graph) == "cpu"
     assert sent == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bert-eager", "gpt2-eager", "t5-eager"])
+def test_a_step_on_the_gpu_finds_its_templates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, launches, late = CASES[name], list[Form](), list[Form]()
+    image = template_launch.image
+
+    def noted(form: Form) -> Image:
+        launches.append(form)
+        if form not in template_images._images:
+            late.append(form)
+        return image(form)
+
+    monkeypatch.setattr(template_launch, "image", noted)
+    monkeypatch.setattr(rewrite, "LEAST_BYTES", 0)
+    monkeypatch.setattr(attention_form, "_forms", {})
+    template_launch._loaded.cache_clear()
+    torch._dynamo.reset()
+    model = case.module(SIZE, 0.1).to("cuda", torch.bfloat16)
+    inputs = {key: x.cuda() for key, x in case.inputs(SIZE).items()}
+    compiled = torch.compile(model, backend=Compiler(strict=True))
+    for _ in range(2):
+        compiled(**inputs).loss.backward()
+    assert launches
+    assert not late
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
