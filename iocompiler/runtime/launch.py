@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -20,17 +19,15 @@ import torch
 
 from iocompiler.errors import LaunchError
 from iocompiler.runtime.driver import INVALID_CONTEXT, Driver
+from iocompiler.runtime.launch_buffer import SCRATCH, Slots, layout_of
 
 Launch = Callable[..., None]
 """``launch(stream, grid_x, grid_y, grid_z, *parameters)``: pointers as ints, numbers as numbers."""
 
-# gridDim xyz, blockDim xyz, sharedMemBytes, pad, hStream, attrs, numAttrs, pad: CUlaunchConfig
-_CONFIG = "IIIIIII4xQQI4x"
 _FORMATS = {
     "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
     "u1": "?", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
 }  # fmt: skip
-_SCRATCH = ("global_scratch", "profile_scratch")  # two more pointers Triton's kernels take
 
 
 @dataclass(frozen=True)
@@ -89,42 +86,6 @@ class Image:
 
     cubin: bytes
     metadata: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A launch buffer: ``packed`` at every call, the configuration, the parameters given then and
-    the scratch pointers; ``fixed`` behind it, once. ``offsets`` are those of the kernel's
-    parameters, in its order, in bytes.
-    """
-
-    packed: struct.Struct
-    fixed: struct.Struct
-    offsets: tuple[int, ...]
-
-    def buffer(self, values: Sequence[float]) -> Any:
-        made = ctypes.create_string_buffer(self.packed.size + self.fixed.size)
-        self.fixed.pack_into(made, self.packed.size, *values)
-        return made
-
-
-class _Slots:
-    """Prepared launch buffers: (buffer, pointer to its configuration, to parameter addresses)."""
-
-    def __init__(self, layout: _Layout, values: Sequence[float]):
-        self._layout, self._values = layout, values
-        self.free: list[tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]] = []
-
-    def new(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
-        buffer, offsets = self._layout.buffer(self._values), self._layout.offsets
-        start = ctypes.addressof(buffer)
-        addresses = (ctypes.c_void_p * len(offsets))(*(start + o for o in offsets))
-        return (
-            buffer,
-            ctypes.c_void_p(start),
-            ctypes.c_void_p(ctypes.addressof(addresses)),
-            addresses,
-        )
 
 
 _TEMPLATE = """\
@@ -191,7 +152,7 @@ def loaded(
             cause="clusters and cooperative grids are not supported",
         )
     function = ctypes.c_void_p(driver.function(image.cubin, name, metadata["shared"], device))
-    layout = _layout(signature, given)
+    layout = layout_of({p.name: p.format for p in signature.parameters}, given)
     code = _code(_text(signature, given, metadata, unaligned, odd_sizes), name)
     constants: dict[str, Any] = {
         "pack": layout.packed.pack_into,
@@ -207,7 +168,7 @@ def loaded(
     }
 
     def made(values: Sequence[float]) -> Launch:
-        slots = _Slots(layout, values)
+        slots = Slots(layout, values)
         slotted = {"take": slots.free.pop, "give": slots.free.append, "new_slot": slots.new}
         namespace = {**constants, **slotted}
         exec(code, namespace)
@@ -233,7 +194,7 @@ def _text(
     """The launch function's source: the constants of the kernel are in its code."""
     names = {name: f"a{i}" for i, name in enumerate(given)}
     parameters = "".join(f", {n}" for n in names.values())
-    scratch = {key: metadata[f"{key}_size"] for key in _SCRATCH if metadata[f"{key}_size"]}
+    scratch = {key: metadata[f"{key}_size"] for key in SCRATCH if metadata[f"{key}_size"]}
     return _TEMPLATE.format(
         parameters=parameters,
         checks=_checks(signature, names, parameters, unaligned, odd_sizes),
@@ -242,28 +203,8 @@ def _text(
         ),
         threads=32 * metadata["num_warps"],
         shared=metadata["shared"],
-        pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in _SCRATCH),
+        pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in SCRATCH),
     )
-
-
-def _layout(signature: Signature, given: Sequence[str]) -> _Layout:
-    """Both parts aligned as in C: the first ends with pointers, so at a multiple of 8."""
-    formats = {p.name: p.format for p in signature.parameters}
-    fixed = [name for name in formats if name not in given]
-    packed, places = _struct("@" + _CONFIG, [*(formats[n] for n in given), *"QQ"])
-    behind, further = _struct("@", [formats[n] for n in fixed])
-    offsets = dict(zip([*given, *_SCRATCH], places, strict=True))
-    offsets |= {n: packed.size + o for n, o in zip(fixed, further, strict=True)}
-    return _Layout(packed, behind, tuple(offsets[n] for n in (*formats, *_SCRATCH)))
-
-
-def _struct(text: str, formats: Sequence[str]) -> tuple[struct.Struct, list[int]]:
-    """The struct of ``text`` and fields of these formats, and the fields' offsets."""
-    offsets = []
-    for code in formats:
-        text += code
-        offsets.append(struct.calcsize(text) - struct.calcsize(code))
-    return struct.Struct(text), offsets
 
 
 def _checks(

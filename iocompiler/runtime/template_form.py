@@ -90,8 +90,8 @@ _kinds: dict[FunctionType, dict[str, Callable[[Any], Leaf]]] = {}
 
 
 def _kinds_of(kernel: Any) -> dict[str, Callable[[Any], Leaf]]:
-    """What each argument is looked at by, kept for a kernel's plain function: Triton's hash of
-    another reads all its text.
+    """What each argument is looked at by; kept by the plain function, since hashing Triton's reads
+    all of its text.
     """
     found = _kinds[kernel.fn] = {p.name: _kind(p) for p in kernel.params}
     return found
