@@ -141,13 +141,19 @@ def main(descriptors: list[int]) -> None:
 
 
 def _import_package() -> None:
-    """The package by its place alone: its modules can be imported without what it imports. Torch,
-    which Triton 3.7 asks for where it is, is not.
-    """
+    """The package by its place alone: its modules can be imported without what it imports."""
     package = ModuleType("iocompiler")
     package.__path__ = [str(Path(__file__).parents[1])]
     sys.modules["iocompiler"] = package
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.meta_path.insert(0, _WithoutTorch())
+
+
+class _WithoutTorch:
+    """Torch cannot be found: Triton 3.7 imports it where it can."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            raise ModuleNotFoundError("torch is kept out of here", name=name)
 
 
 def _import_triton() -> None:

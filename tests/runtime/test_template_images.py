@@ -96,6 +96,19 @@ def test_a_kernel_of_a_file_that_is_not_ours(user: Any) -> None:
     assert b"user.py" in found.cubin  # line information
 
 
+def test_a_template_brings_no_torch_into_a_worker(
+    user: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling.shut_down()
+    monkeypatch.setattr(compiling, "worker_count", lambda: 1)
+    image(form(user, "twice"))
+    source = "import sys\nassert 'torch' not in sys.modules\n" + SOURCE
+    job = compiling.Job(source, "scaled", (("x", "*fp32"), ("factors", "i32")), (), 4, 2, 90)
+    with pytest.raises(CompileError, match="body"):  # which is past the import
+        compiling.compile_kernels([(job, "k.py")])
+    compiling.shut_down()
+
+
 def test_one_form_is_compiled_once(compiled: list[str]) -> None:
     assert image(keys()) is image(keys(6))
     assert compiled == ["embedding_keys"]
