@@ -68,11 +68,11 @@ def _compiled(form: Form) -> Image:
 
 
 def _forget() -> None:
-    """In a forked child: nobody fills the places that the parent's threads were to fill."""
-    global _lock
-    _lock = threading.Lock()
-    for form in [form for form, place in _images.items() if not place.done()]:
-        del _images[form]
+    """In a forked child: nobody fills the places that the parent's threads were to fill, and a lock
+    some thread held, a place's own too, stays held.
+    """
+    global _images, _lock
+    _images, _lock = {}, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget)
