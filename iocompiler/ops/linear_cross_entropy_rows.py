@@ -48,7 +48,6 @@ class Piece:
         gradient: [rows, V or more], written, with zeros behind V: the logits' own memory, or rows
             like theirs; None: none.
         copy: [rows, V], any rows; the logits are written there; None: nowhere.
-        bias: [V], contiguous, with room for `walk.ALIGNED` bytes more: added to the logits first.
     """
 
     logits: Tensor
@@ -56,7 +55,6 @@ class Piece:
     losses: Tensor
     gradient: Tensor | None = None
     copy: Tensor | None = None
-    bias: Tensor | None = None
 
 
 def evaluate(piece: Piece, rows: Rows, setting: Setting) -> None:
@@ -76,7 +74,6 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     count, vocabulary = logits.shape
     gradient = logits if piece.gradient is None else piece.gradient
     copy = logits if piece.copy is None else piece.copy
-    plain = piece.bias is None and piece.copy is None and not setting.capped
     launch = Launch(
         cross_entropy_rows,
         vocabulary=vocabulary,
@@ -93,17 +90,17 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         SMOOTHED=setting.smoothing != 0.0,
         GRADIENT=piece.gradient is not None,
         COPY=piece.copy is not None,
-        BIAS=piece.bias is not None,
         SCALED=rows.coefficient is not None,
         SQUARED=rows.squared is not None,
-        **walk.of_row(vocabulary, logits.element_size(), plain=plain),
+        **walk.of_row(
+            vocabulary, logits.element_size(), copied=piece.copy is not None, capped=setting.capped
+        ),
     )
     launch.run(
         count,
         logits=logits,
         gradient=gradient,
         copy=copy,
-        bias=logits if piece.bias is None else piece.bias,
         target=piece.target,
         coefficient=losses if rows.coefficient is None else rows.coefficient,
         squared=losses if rows.squared is None else rows.squared,
@@ -115,8 +112,6 @@ def reference_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     """What the kernel `cross_entropy_rows` computes, in plain aten."""
     logits, target, losses = piece.logits, piece.target, piece.losses
     vocabulary = logits.shape[1]
-    if piece.bias is not None:
-        logits = logits + piece.bias
     if piece.copy is not None:
         piece.copy.copy_(logits)
     kept = target != setting.ignore_index

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 # What a thread reads at once, in bytes: rows the kernel reads begin at multiples of it.
 ALIGNED = 16
+_WORD = 8  # and where they are copied
 _LANES = 32
 
 
@@ -19,7 +20,7 @@ class _Way:
         held: the most whole blocks that stay in registers between the two passes over a row.
         depth: how many of the others are read at once; at most ``held + 1``; 0: there are none.
         registers: of a thread at most, so that a multiprocessor takes two programs; None: any.
-        plain: not where a bias, a copy or a cap takes registers too.
+        plain: not where a copy or a cap takes registers too.
     """
 
     most_bytes: float
@@ -42,16 +43,17 @@ _WAYS = (
 )
 
 
-def of_row(vocabulary: int, itemsize: int, *, plain: bool) -> dict[str, int]:
+def of_row(vocabulary: int, itemsize: int, *, copied: bool, capped: bool) -> dict[str, int]:
     """BLOCK, WIDE, HELD, DEPTH and the options of a launch.
 
     Args:
         vocabulary: elements of a row, ``itemsize`` bytes each.
-        plain: there is no bias, no copy and no cap.
+        copied: rows are copied: they are read in words.
+        capped: logits are.
     """
     size = vocabulary * itemsize
-    way = next(way for way in _WAYS if size <= way.most_bytes and (plain or not way.plain))
-    wide = ALIGNED // itemsize
+    way = next(way for way in _WAYS if size <= way.most_bytes and not (way.plain and (copied or capped)))
+    wide = (_WORD if copied else ALIGNED) // itemsize
     # a row shorter than what the threads read together is less than one block
     block = min(way.warps * _LANES * wide, max(1 << vocabulary.bit_length(), wide))
     blocks = vocabulary // block
