@@ -18,7 +18,7 @@ SCRATCH_BYTES = 1 << 29
 # each further chunk reads and writes the weight's gradient once more.
 KEPT_SCRATCH_BYTES = 1 << 31
 # The same where no gradient is asked for, and what is kept does not lie as products like it.
-COPIED_SCRATCH_BYTES = 7 << 23
+COPIED_SCRATCH_BYTES = 1 << 28
 _ROWS = 128  # chunks are multiples of this many rows
 _LINE = 64  # rows of an odd vocabulary are filled up to multiples of this
 ALIGNED_DEVICES = ("cuda",)
