@@ -161,7 +161,7 @@ def _column_reduction(
 
 
 def _column_scan(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
-    """A memory line of columns side by side, fewer where there are few programs; each walks down."""
+    """A memory line of columns side by side, fewer where there are few programs; it walks down."""
     width = points(program.parallel, hints)
     x = min(_LINE_COLUMNS, power_of_two(width))
     while x > _FEWEST_COLUMNS and -(-width // x) < device.sm_count:

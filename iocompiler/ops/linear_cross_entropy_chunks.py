@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
@@ -99,10 +98,10 @@ class _Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        more = _columns(weight.shape[0], weight) - weight.shape[0]
-        if more:
-            self.weight = F.pad(weight, (0, 0, 0, more))
-            self.bias = None if bias is None else F.pad(bias, (0, more))
+        columns = _columns(weight.shape[0], weight)
+        if columns != weight.shape[0]:
+            self.weight = _with_zeros(weight, columns)
+            self.bias = None if bias is None else _with_zeros(bias, columns)
 
     def empty_gradients(
         self, x: Tensor, wide: torch.dtype, needed: Sequence[bool]
@@ -123,6 +122,14 @@ class _Head:
             torch.mm(x, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, x, self.weight.t(), out=logits)
+
+
+def _with_zeros(x: Tensor, rows: int) -> Tensor:
+    """``x`` with rows of zeros behind it. (`F.pad` writes everything twice.)"""
+    found = x.new_empty((rows, *x.shape[1:]))
+    found[: x.shape[0]].copy_(x)
+    found[x.shape[0] :].zero_()
+    return found
 
 
 class _Room:

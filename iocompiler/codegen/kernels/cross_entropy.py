@@ -101,9 +101,9 @@ def cross_entropy_rows(
     none) and are read twice, DEPTH at a time. The second pass begins with them where the first
     ended: more of them is then still in L2.
 
-    Rows of ``logits`` and ``gradient`` begin at multiples of 16 bytes and are read and written up to
-    a multiple of WIDE elements; those of ``copy`` lie anywhere. The gradient is ``width`` wide, with
-    zeros behind the vocabulary.
+    Rows of ``logits`` and ``gradient`` begin at multiples of 16 bytes and are read and written up
+    to a multiple of WIDE elements; those of ``copy`` lie anywhere. The gradient is ``width`` wide,
+    with zeros behind the vocabulary.
     """
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * tl.multiple_of(row_stride, WIDE)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 WORD = tl.constexpr(8)  # bytes
-LINE = tl.constexpr(128)  # what threads side by side write begins at multiples of so many
+LINE = tl.constexpr(32)  # a sector: what threads side by side write begins at one
 
 
 @triton.jit
@@ -44,7 +44,9 @@ def place_of(kept, PER: tl.constexpr):
     """
     address = kept.to(tl.uint64)
     missing = address % LINE
-    return (address - missing).to(tl.pointer_type(tl.uint64)), (missing // (WORD // PER)).to(tl.int32)
+    return (address - missing).to(tl.pointer_type(tl.uint64)), (missing // (WORD // PER)).to(
+        tl.int32
+    )
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def _shares() -> torch.Tensor:
 @pytest.fixture(params=[(99, 0), (3, 4), (2, 2), (0, 1)], ids=str)
 def blocks_of_128(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     held, depth = request.param
-    way = linear_cross_entropy_walk._Way(1e9, 1, held, depth, None, plain=False)
+    way = linear_cross_entropy_walk._Way(1e9, 1, held, depth, None, kind="any")
     monkeypatch.setattr(linear_cross_entropy_walk, "_WAYS", (way,))
 
 
