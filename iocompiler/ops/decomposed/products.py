@@ -28,16 +28,11 @@ def few_terms(a: Tensor, b: Tensor) -> Tensor:
     """``a [..., M, K] @ b [..., K, N]`` elementwise: of one term anywhere (the angles of a rotary
     embedding), of some on a GPU (the factors of a butterfly).
     """
-    terms = a.shape[-1]
-    if not _is_dense(a, b):
+    if not _has_few_terms(a, b):
         return DECLINED
-    if statically_known_true(terms == 1):
-        return (a * b).contiguous()
-    if not _is_generated(a) or not isinstance(terms, int) or not 1 < terms <= _MOST_TERMS:
-        return DECLINED
-    left, right = wide(a), wide(b)
+    left, right = (a, b) if statically_known_true(a.shape[-1] == 1) else (wide(a), wide(b))
     total = left[..., :1] * right[..., :1, :]
-    for k in range(1, terms):
+    for k in range(1, a.shape[-1]):
         total = total + left[..., k : k + 1] * right[..., k : k + 1, :]
     return cast(total, a.dtype).contiguous()
 
@@ -46,25 +41,31 @@ def pairs(a: Tensor, b: Tensor) -> Tensor:
     """As `few_terms`, and ``a [B, M, K] @ b [B, K, N]`` as sums on a GPU, where one of the two is a
     vector (a state of linear attention, read by its query) or both are nearly.
     """
-    found = few_terms(a, b)
-    if found is not DECLINED:
-        return found
-    many, rows, columns = a.shape[0], a.shape[1], b.shape[2]
-    results = [math.inf if not isinstance(n, int) else n for n in (rows, columns)]
-    if not _is_dense(a, b) or not _is_generated(a) or statically_known_true(many == 1):
+    if _has_few_terms(a, b):
+        return few_terms(a, b)
+    if not _is_generated(a, b) or statically_known_true(a.shape[0] == 1):
         return DECLINED
-    if 1 not in results and not math.prod(results) <= _MOST_RESULTS:
+    results = [n if isinstance(n, int) else math.inf for n in (a.shape[1], b.shape[2])]
+    if 1 not in results and math.prod(results) > _MOST_RESULTS:
         return DECLINED
     left, right = wide(a).unsqueeze(-1), wide(b).unsqueeze(-3)
     return cast((left * right).sum(-2), a.dtype).contiguous()
+
+
+def _has_few_terms(a: Tensor, b: Tensor) -> bool:
+    terms = a.shape[-1]
+    if statically_known_true(terms == 1):
+        return _is_dense(a, b)
+    return isinstance(terms, int) and 1 < terms <= _MOST_TERMS and _is_generated(a, b)
 
 
 def _is_dense(a: Tensor, b: Tensor) -> bool:
     return a.layout == b.layout == torch.strided
 
 
-def _is_generated(x: Tensor) -> bool:
-    return x.is_floating_point() and target.device_type(x) == "cuda"
+def _is_generated(a: Tensor, b: Tensor) -> bool:
+    on_gpu = target.device_type(a) == "cuda"
+    return on_gpu and _is_dense(a, b) and a.is_floating_point()
 
 
 DECOMPOSITIONS = {aten.mm.default: few_terms, aten.bmm.default: pairs}
