@@ -34,9 +34,10 @@ def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
         from iocompiler.runtime.reference import run_plan
 
         return boxed(lambda args: run_plan(plan, args))
+    from iocompiler.plan.build import size_hints
     from iocompiler.runtime.load import load as load_plan
 
-    return load_plan(plan, torch.device(plan.device), name)
+    return load_plan(plan, torch.device(plan.device), name, size_hints(gm))
 
 
 def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Measured, ...]]:

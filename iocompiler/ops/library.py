@@ -9,6 +9,7 @@ import torch
 
 _LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _functions: dict[str, Callable[..., Any]] = {}
+_launching: set[str] = set()
 
 
 def define(schema: str, *tags: torch.Tag) -> Any:
@@ -17,11 +18,20 @@ def define(schema: str, *tags: torch.Tag) -> Any:
     return getattr(torch.ops.iocompiler, schema[: schema.index("(")]).default
 
 
-def implement(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """What an operator does on any device, and on fake tensors."""
+def implement(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], *, launches: bool = False
+) -> None:
+    """What an operator does on any device, and on fake tensors.
+
+    Args:
+        launches: whether ``run`` may launch templates. It must then run on tensors without memory
+            too, and keep none of them.
+    """
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"iocompiler::{name}", fake, lib=_LIBRARY)
     _functions[name] = run
+    if launches:
+        _launching.add(name)
 
 
 def compose(name: str, run: Callable[..., Any]) -> None:
@@ -41,3 +51,8 @@ def function(name: str) -> Callable[..., Any]:
     choose, and its way through Python takes longer than a short kernel runs.
     """
     return _functions[name]
+
+
+def launches(name: str) -> bool:
+    """Whether an operator may launch templates."""
+    return name in _launching

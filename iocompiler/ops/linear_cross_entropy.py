@@ -225,5 +225,5 @@ def _wide(x: Tensor) -> torch.dtype:
 
 library.compose("linear_cross_entropy", _linear_cross_entropy)
 library.compose("linear_cross_entropy_and_logits", _and_logits)
-library.implement("linear_cross_entropy_losses", _losses, _losses_fake)
-library.implement("linear_cross_entropy_gradients", _gradients, _gradients_fake)
+library.implement("linear_cross_entropy_losses", _losses, _losses_fake, launches=True)
+library.implement("linear_cross_entropy_gradients", _gradients, _gradients_fake, launches=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,21 +68,65 @@ def evaluate(piece: Piece, rows: Rows, setting: Setting) -> None:
 
 def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     """`reference_rows` by the Triton kernel."""
+    logits, losses = piece.logits, piece.losses
+    gradient = logits if piece.gradient is None else piece.gradient
+    copy = logits if piece.copy is None else piece.copy
+    tensors = {
+        "logits": logits,
+        "gradient": gradient,
+        "copy": copy,
+        "target": piece.target,
+        "coefficient": losses if rows.coefficient is None else rows.coefficient,
+        "squared": losses if rows.squared is None else rows.squared,
+        "loss": losses,
+    }
+    form = _Form(
+        setting,
+        logits.shape[1],
+        gradient.shape[1],
+        (logits.stride(0), gradient.stride(0), copy.stride(0)),
+        (piece.gradient is not None, piece.copy is not None),
+        (rows.coefficient is not None, rows.squared is not None),
+        tuple([x.dtype for x in tensors.values()]),
+        logits.device,
+    )
+    _launch(form).run(logits.shape[0], **tensors)
+
+
+class _Form(NamedTuple):
+    """All of a launch but its memory.
+
+    Attributes:
+        width: of the gradient's rows.
+        strides: of the rows of logits, gradient and copy.
+        has: whether there is a gradient, a copy.
+        weighed: whether there is a coefficient, a squared.
+    """
+
+    setting: Setting
+    vocabulary: int
+    width: int
+    strides: tuple[int, int, int]
+    has: tuple[bool, bool]
+    weighed: tuple[bool, bool]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+
+@functools.lru_cache(maxsize=256)
+def _launch(form: _Form) -> Any:
     # not before it runs: these import Triton
     from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
     from iocompiler.runtime.template_launch import Launch
 
-    logits, losses = piece.logits, piece.losses
-    count, vocabulary = logits.shape
-    gradient = logits if piece.gradient is None else piece.gradient
-    copy = logits if piece.copy is None else piece.copy
-    launch = Launch(
+    setting, (gradient, copy) = form.setting, form.has
+    return Launch(
         cross_entropy_rows,
-        vocabulary=vocabulary,
-        width=gradient.shape[1],
-        row_stride=logits.stride(0),
-        gradient_stride=gradient.stride(0),
-        copy_stride=copy.stride(0),
+        vocabulary=form.vocabulary,
+        width=form.width,
+        row_stride=form.strides[0],
+        gradient_stride=form.strides[1],
+        copy_stride=form.strides[2],
         ignore_index=setting.ignore_index,
         smoothing=setting.smoothing,
         outer=setting.outer,
@@ -88,23 +134,11 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         CAPPED=setting.capped,
         NEGATED=setting.outer < 0,
         SMOOTHED=setting.smoothing != 0.0,
-        GRADIENT=piece.gradient is not None,
-        COPY=piece.copy is not None,
-        SCALED=rows.coefficient is not None,
-        SQUARED=rows.squared is not None,
-        **walk.of_row(
-            vocabulary, logits.element_size(), copied=piece.copy is not None, capped=setting.capped
-        ),
-    )
-    launch.run(
-        count,
-        logits=logits,
-        gradient=gradient,
-        copy=copy,
-        target=piece.target,
-        coefficient=losses if rows.coefficient is None else rows.coefficient,
-        squared=losses if rows.squared is None else rows.squared,
-        loss=losses,
+        GRADIENT=gradient,
+        COPY=copy,
+        SCALED=form.weighed[0],
+        SQUARED=form.weighed[1],
+        **walk.of_row(form.vocabulary, form.dtypes[0].itemsize, copied=copy, capped=setting.capped),
     )
 
 

@@ -110,7 +110,7 @@ def classes(form: Form, grid: Grid, operands: tuple[Tensor, ...]) -> Tensor:
     batched, by_head = _differs(form.program)
     own_batch, own_heads = grid.batch if batched else 1, grid.heads if by_head else 1
     down, across = grid.counts
-    found = torch.empty((own_batch, own_heads, down, across), dtype=torch.int8, device=form.device)
+    found = operands[0].new_empty((own_batch, own_heads, down, across), dtype=torch.int8)
     reach = form.once(
         ("reach", grid.m, grid.n),
         lambda: _reach(form.program, grid, form.numbers, form.device),

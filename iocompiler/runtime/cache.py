@@ -2,9 +2,9 @@
 
 One entry is one folder ``<root>/<kind>/<key>/`` with its files and a ``meta.json`` that holds their
 hashes. It is written aside and renamed into place, so readers and other processes see all of it or
-nothing. What does not match its hashes is thrown away and built again. Kinds: "kernels" (source,
-cubin), "graphs" (module text, JSON), "modules" (the generated files that run), "tuning"
-(times of schedules, JSON).
+nothing. What does not match its hashes is thrown away and built again. Kinds: "kernels" (cubin,
+with the source, or the job of a template), "graphs" (module text, JSON), "modules" (the generated
+files that run), "tuning" (times of schedules, JSON).
 """
 
 from __future__ import annotations

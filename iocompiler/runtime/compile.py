@@ -22,12 +22,32 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from iocompiler.errors import CompileError
 
 MAX_WORKERS = 16
 _WORKER = Path(__file__).with_name("worker.py")
+
+
+class Compilable(Protocol):
+    """What can be compiled: a `Job`, or a `template_form.TemplateJob`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def where(self) -> str:
+        """The user's lines."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What the cubin depends on."""
+
+    def message(self, path: str) -> dict[str, Any]:
+        """What a worker is sent, where the kernel's text is that of the file ``path``."""
+
+    def files(self) -> dict[str, bytes]:
+        """What the cache keeps beside the cubin."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,12 @@ class Job:
             "capability": self.capability,
         }
 
+    def message(self, path: str) -> dict[str, Any]:
+        return {**self.as_json(), "path": path}
+
+    def files(self) -> dict[str, bytes]:
+        return {"kernel.py": self.source.encode()}
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -83,6 +109,7 @@ class Pool:
             "TRITON_CACHE_DIR": self.scratch,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }
+        environment.pop("TRITON_INTERPRET", None)  # under which nothing is compiled
         theirs = [their.fileno() for _, their in pairs]
         with open(os.path.join(self.scratch, "stderr.txt"), "wb") as errors:
             self.process = subprocess.Popen(
@@ -98,6 +125,7 @@ class Pool:
         # None stands for "no worker is left": it wakes whoever still waits for one
         self.idle: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self.size = workers
+        self.ended = False  # for good: nobody takes up what it was doing
         self._lock = threading.Lock()
         self.connections = [ours for ours, _ in pairs]
         for ours in self.connections:
@@ -107,7 +135,7 @@ class Pool:
     def usable(self) -> bool:
         return self.size > 0 and self.process.poll() is None
 
-    def run(self, job: Job, path: str) -> dict[str, Any]:
+    def run(self, job: Compilable, path: str) -> dict[str, Any]:
         """The answer to one job; blocks until a worker is free.
 
         Raises:
@@ -118,7 +146,7 @@ class Pool:
             self.idle.put(None)
             raise _WorkerDied(self._last_words())
         try:
-            connection.sendall((json.dumps({**job.as_json(), "path": path}) + "\n").encode())
+            connection.sendall((json.dumps(job.message(path)) + "\n").encode())
             line = _read_line(connection)
         except OSError as error:
             self._lost(connection)
@@ -218,12 +246,13 @@ def shut_down() -> None:
     global _pool
     with _pool_lock:
         if _pool is not None:
+            _pool.ended = True
             _pool.close()
         _pool = None
 
 
 def compile_kernels(
-    jobs: Sequence[tuple[Job, str]], scratch_root: Path | None = None
+    jobs: Sequence[tuple[Compilable, str]], scratch_root: Path | None = None
 ) -> list[Compiled]:
     """The jobs' cubins, in order. With each job goes the path of the file its line information
     shall name.
@@ -238,7 +267,7 @@ def compile_kernels(
         return list(threads.map(lambda job: _compile(job[0], job[1], scratch_root), jobs))
 
 
-def _compile(job: Job, path: str, scratch_root: Path | None) -> Compiled:
+def _compile(job: Compilable, path: str, scratch_root: Path | None) -> Compiled:
     # workers end when idle for long, all at once: the second try has a fresh pool
     for last_try in (False, True):
         pool = warm(scratch_root)
@@ -247,7 +276,7 @@ def _compile(job: Job, path: str, scratch_root: Path | None) -> Compiled:
             break
         except _WorkerDied as died:
             pool.close()
-            if last_try:
+            if last_try or pool.ended:
                 cause = f"the compiler process ended. {died}".strip()
                 raise CompileError(kernel=job.name, cause=cause, where=job.where) from died
     if "error" in answer:

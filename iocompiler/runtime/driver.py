@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ class Driver:
     def __init__(self, library: Any):
         self._library = library
         self._contexts: dict[int, ctypes.c_void_p] = {}
-        self._functions: dict[tuple[str, str, int], int] = {}
+        self._functions: dict[tuple[bytes, str, int], int] = {}
         self._lock = threading.Lock()
         # no argtypes: a launch passes ctypes objects made beforehand, which is the cheapest call
         self.launch: Callable[..., int] = library.cuLaunchKernelEx
@@ -33,7 +32,7 @@ class Driver:
         Raises:
             LaunchError: the driver refuses the cubin, or the device has less shared memory.
         """
-        key = (hashlib.sha256(cubin).hexdigest(), name, device)
+        key = (cubin, name, device)  # the hash of bytes is found once
         with self._lock:
             if key not in self._functions:
                 self._functions[key] = self._load(cubin, name, shared, device)

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iocompiler.runtime.cache import Cache, default_cache
-from iocompiler.runtime.compile import Compiled, Job, compile_kernels, warm
+from iocompiler.runtime.compile import Compilable, Compiled, compile_kernels, warm
 from iocompiler.runtime.launch import Image, Signature
 
 _CELL = re.compile(r"^# %% (prelude|kernel|call) ?(.*)$", re.MULTILINE)
@@ -76,7 +77,7 @@ def cells(source: str) -> tuple[str, dict[str, str], str]:
     return prelude, kernels, call
 
 
-def compiled_images(jobs: dict[str, Job], cache: Cache | None) -> dict[str, Image]:
+def compiled_images(jobs: Mapping[str, Compilable], cache: Cache | None) -> dict[str, Image]:
     """The jobs' cubins by key: from the cache, or compiled together and stored there."""
     found: dict[str, Image] = {}
     for key in jobs:
@@ -116,6 +117,6 @@ def _scratch(cache: Cache | None) -> Path | None:
     return folder
 
 
-def _store(cache: Cache, key: str, job: Job, result: Compiled) -> None:
-    files = {"kernel.py": job.source.encode(), "kernel.cubin": result.cubin}
+def _store(cache: Cache, key: str, job: Compilable, result: Compiled) -> None:
+    files = {**job.files(), "kernel.cubin": result.cubin}
     cache.store("kernels", key, files, result.metadata)

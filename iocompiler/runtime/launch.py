@@ -9,26 +9,25 @@ list, whose pop and append are atomic, so threads do not meet.
 from __future__ import annotations
 
 import ctypes
-import struct
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 
 from iocompiler.errors import LaunchError
 from iocompiler.runtime.driver import INVALID_CONTEXT, Driver
+from iocompiler.runtime.launch_buffer import SCRATCH, Slots, layout_of
 
 Launch = Callable[..., None]
 """``launch(stream, grid_x, grid_y, grid_z, *parameters)``: pointers as ints, numbers as numbers."""
 
-# gridDim xyz, blockDim xyz, sharedMemBytes, pad, hStream, attrs, numAttrs, pad: CUlaunchConfig
-_CONFIG = "IIIIIII4xQQI4x"
 _FORMATS = {
     "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
-    "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
+    "u1": "?", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
 }  # fmt: skip
-_SCRATCH = ("global_scratch", "profile_scratch")  # two more pointers Triton's kernels take
 
 
 @dataclass(frozen=True)
@@ -89,25 +88,6 @@ class Image:
     metadata: dict[str, Any]
 
 
-class _Slots:
-    """Prepared launch buffers: (buffer, pointer to its configuration, to parameter addresses)."""
-
-    def __init__(self, layout: struct.Struct, offsets: list[int]):
-        self._layout, self._offsets = layout, offsets
-        self.free: list[tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]] = []
-
-    def new(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
-        buffer = ctypes.create_string_buffer(self._layout.size)
-        start = ctypes.addressof(buffer)
-        addresses = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
-        return (
-            buffer,
-            ctypes.c_void_p(start),
-            ctypes.c_void_p(ctypes.addressof(addresses)),
-            addresses,
-        )
-
-
 _TEMPLATE = """\
 def launch(stream, gx, gy, gz{parameters}):
 {checks}    if not (gx and gy and gz):
@@ -143,6 +123,26 @@ def make_launch(
     Raises:
         LaunchError: the cubin cannot be loaded, or asks for a kind of launch that is not supported.
     """
+    given = [p.name for p in signature.parameters]
+    return loaded(signature, image, driver, device, given, unaligned, odd_sizes)(())
+
+
+def loaded(
+    signature: Signature,
+    image: Image,
+    driver: Driver,
+    device: int,
+    given: Sequence[str],
+    unaligned: Launch | None = None,
+    odd_sizes: Launch | None = None,
+) -> Callable[[Sequence[float]], Launch]:
+    """What makes launch functions of a kernel, each from the values of its parameters, in their
+    order, that are not ``given`` at every call.
+
+    Args:
+        given: the names of the parameters the functions take, in their order.
+        unaligned, odd_sizes: and errors, as of `make_launch`.
+    """
     metadata = image.metadata
     name = metadata["name"]
     if metadata["num_ctas"] != 1 or metadata["cooperative"]:
@@ -151,41 +151,50 @@ def make_launch(
             action="preparing",
             cause="clusters and cooperative grids are not supported",
         )
-    function = driver.function(image.cubin, name, metadata["shared"], device)
-    layout, offsets = _layout(signature)
-    slots = _Slots(layout, offsets)
-    text = _text(signature, metadata, unaligned, odd_sizes)
-    handle, null = ctypes.c_void_p(function), ctypes.c_void_p(0)
-    namespace: dict[str, Any] = {
-        "take": slots.free.pop,
-        "give": slots.free.append,
-        "new_slot": slots.new,
-        "pack": layout.pack_into,
+    function = ctypes.c_void_p(driver.function(image.cubin, name, metadata["shared"], device))
+    layout = layout_of({p.name: p.format for p in signature.parameters}, given)
+    code = _code(_text(signature, given, metadata, unaligned, odd_sizes), name)
+    constants: dict[str, Any] = {
+        "pack": layout.packed.pack_into,
         "call": driver.launch,
-        "function": handle,
-        "null": null,
+        "function": function,
+        "null": ctypes.c_void_p(0),
         "unaligned": unaligned,
         "odd_sizes": odd_sizes,
-        "failed": _failure(driver, name, device, handle),
+        "failed": _failure(driver, name, device, function),
         "allocate": lambda size: torch.empty(
             size, dtype=torch.uint8, device=torch.device("cuda", device)
         ),
     }
-    exec(compile(text, f"<launch of {name}>", "exec"), namespace)
-    launch: Launch = namespace["launch"]
-    return launch
+
+    def made(values: Sequence[float]) -> Launch:
+        slots = Slots(layout, values)
+        slotted = {"take": slots.free.pop, "give": slots.free.append, "new_slot": slots.new}
+        namespace = {**constants, **slotted}
+        exec(code, namespace)
+        launch: Launch = namespace["launch"]
+        return launch
+
+    return made
+
+
+@functools.lru_cache(maxsize=256)
+def _code(text: str, name: str) -> CodeType:
+    # kernels with as many parameters that take as much have the same text
+    return compile(text, f"<launch of {name}>", "exec")
 
 
 def _text(
     signature: Signature,
+    given: Sequence[str],
     metadata: dict[str, Any],
     unaligned: Launch | None,
     odd_sizes: Launch | None,
 ) -> str:
     """The launch function's source: the constants of the kernel are in its code."""
-    names = [f"a{i}" for i in range(len(signature.parameters))]
-    parameters = "".join(f", {n}" for n in names)
-    scratch = {key: metadata[f"{key}_size"] for key in _SCRATCH if metadata[f"{key}_size"]}
+    names = {name: f"a{i}" for i, name in enumerate(given)}
+    parameters = "".join(f", {n}" for n in names.values())
+    scratch = {key: metadata[f"{key}_size"] for key in SCRATCH if metadata[f"{key}_size"]}
     return _TEMPLATE.format(
         parameters=parameters,
         checks=_checks(signature, names, parameters, unaligned, odd_sizes),
@@ -194,30 +203,20 @@ def _text(
         ),
         threads=32 * metadata["num_warps"],
         shared=metadata["shared"],
-        pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in _SCRATCH),
+        pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in SCRATCH),
     )
-
-
-def _layout(signature: Signature) -> tuple[struct.Struct, list[int]]:
-    """The struct of configuration and parameters, aligned as in C, and each parameter's offset."""
-    formats = [p.format for p in signature.parameters] + ["Q"] * len(_SCRATCH)
-    offsets = []
-    text = "@" + _CONFIG
-    for code in formats:
-        text += code
-        offsets.append(struct.calcsize(text) - struct.calcsize(code))
-    return struct.Struct(text), offsets
 
 
 def _checks(
     signature: Signature,
-    names: list[str],
+    names: Mapping[str, str],
     parameters: str,
     unaligned: Launch | None,
     odd_sizes: Launch | None,
 ) -> str:
-    pointers = [names[i] for i in signature.divisible(True, False)] if unaligned else []
-    sizes = [names[i] for i in signature.divisible(False, True)] if odd_sizes else []
+    own = [names.get(p.name, "") for p in signature.parameters]
+    pointers = [own[i] for i in signature.divisible(True, False)] if unaligned else []
+    sizes = [own[i] for i in signature.divisible(False, True)] if odd_sizes else []
     lines = ""
     for group, instead in ((pointers, "unaligned"), (sizes, "odd_sizes")):
         if group:

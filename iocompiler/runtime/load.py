@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import Device
 from iocompiler.plan.data import Plan
+from iocompiler.runtime.ahead import compile_ahead
 from iocompiler.runtime.cache import default_cache
 from iocompiler.runtime.kernels import KernelSpec
 from iocompiler.runtime.launch import Launch
@@ -23,18 +25,28 @@ from iocompiler.runtime.module import Module
 Call = Callable[[list[Any]], list[Any]]
 
 
-def load(plan: Plan, device: torch.device | None = None, name: str = "graph") -> Call:
+def load(
+    plan: Plan,
+    device: torch.device | None = None,
+    name: str = "graph",
+    hints: Mapping[str, int] | None = None,
+) -> Call:
     """The function that runs ``plan``: it takes a list, which it empties, and returns a list.
 
     It has the attributes ``source`` (text of the file), ``path``, ``resources`` (kernel name to
     registers, spills, shared bytes) and ``module``. It runs on ``device``, or where that is None on
-    the device of the plan; kernels are compiled for the GPU that is there.
+    the device of the plan; kernels are compiled for the GPU that is there. The templates that its
+    calls launch are compiled in the background meanwhile, for ``hints`` of its size symbols.
 
     Raises:
         CompileError: a kernel does not compile.
         LaunchError: the driver refuses a kernel.
     """
-    return load_text(emit_module(plan, name), name, str(device or plan.device))
+    where = torch.device(device or plan.device)
+    if where.type == "cuda":
+        with contextlib.suppress(Exception):  # what fails is told when it is launched
+            compile_ahead(plan, where, hints or {})
+    return load_text(emit_module(plan, name), name, str(where))
 
 
 def load_text(

@@ -1,32 +1,32 @@
-"""Launching a template. Triton's own way through its arguments takes longer than short kernels run;
-here it is gone once for all calls that differ in their memory alone.
+"""Launching a template: as generated kernels are compiled, cached, loaded and launched.
+
+What all launches of a template but for their memory have in common is found once: a call looks at
+where its tensors lie, and writes their addresses into a buffer in which all else stands.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Tile
+from iocompiler.runtime import launch as launching
+from iocompiler.runtime.driver import driver
+from iocompiler.runtime.launch import Parameter, Signature, loaded
+from iocompiler.runtime.template_form import ALIGNED, Form, form_of
+from iocompiler.runtime.template_images import image
 from iocompiler.runtime.worker import OPTIONS
 
-_MOST = 4096
-_TRIED = "3.6."  # the Triton whose compiled kernels take these arguments
-_INT32 = 2**31 - 1
 _Given: TypeAlias = Tensor | tuple[Tensor, ...]
-_known: dict[tuple[Any, ...], Any] = {}
-
-
-class _Ready(NamedTuple):
-    """A compiled kernel, its arguments with room for pointers, and where in them those go."""
-
-    compiled: Any
-    arguments: list[Any]
-    slots: tuple[int, ...]
+_Place: TypeAlias = "tuple[str | int, ...]"
+Watcher: TypeAlias = "Callable[[Launch, Mapping[str, _Given]], None]"
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 class Launch:
@@ -38,8 +38,11 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, **fixed: Any):
+        from triton.runtime.jit import JITFunction  # the kernel's module has imported it
+
         self.kernel, self.fixed = kernel, fixed
-        self._ready: dict[tuple[bool, ...], _Ready] = {}
+        self._compiles = isinstance(kernel, JITFunction)
+        self._bound: dict[tuple[bool, ...], launching.Launch] = {}
 
     def run(self, programs: int, **tensors: _Given) -> None:
         """Run so many programs.
@@ -47,55 +50,72 @@ class Launch:
         Args:
             tensors: by the names of the template's arguments, in one order, with the dtypes and on
                 the device of the first run.
+
+        Raises:
+            CompileError: the template does not compile.
+            LaunchError: the driver refuses it.
         """
         if not programs:
             return
-        device = next(iter(tensors.values())).device  # type: ignore[union-attr]
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._run(programs, device, tensors)
-        else:
-            self._run(programs, device, tensors)
-
-    def _run(self, programs: int, device: torch.device, tensors: Mapping[str, _Given]) -> None:
-        pointers, aligned = _pointers(tensors)
-        ready = self._ready.get(aligned)
-        if ready is None:
-            ready = self._find(aligned, device, tensors)
-        if ready is None or not _direct():
-            self._through_triton(programs, device, tensors)
+        watcher = _watcher.get()
+        if watcher is not None:
+            watcher(self, tensors)
             return
-        compiled, arguments = ready.compiled, ready.arguments.copy()
-        for slot, pointer in zip(ready.slots, pointers, strict=True):
-            arguments[slot] = pointer
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *arguments,
-        )  # fmt: skip
+        device = next(iter(tensors.values())).device  # type: ignore[union-attr]
+        if device.type != "cuda" or not self._compiles:
+            self.kernel[(programs,)](**self.fixed, **tensors, **OPTIONS)
+        elif device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(programs, device.index, tensors)
+        else:
+            self._run(programs, device.index, tensors)
 
-    def _find(
-        self, aligned: tuple[bool, ...], device: torch.device, tensors: Mapping[str, _Given]
-    ) -> _Ready | None:
-        """What another launch of this form has compiled."""
-        compiled = _known.get(_form(self.kernel, {**self.fixed, **tensors}, device))
-        if compiled is None:
-            return None
-        names = self.kernel.arg_names
-        arguments = [None if name in tensors else self.fixed[name] for name in names]
-        ready = _Ready(compiled, arguments, tuple(names.index(name) for name in tensors))
-        self._ready[aligned] = ready
-        return ready
+    def form(self, tensors: Mapping[str, _Given], capability: int) -> Form:
+        """What the cubin of a run with these tensors depends on."""
+        return form_of(self.kernel, {**self.fixed, **tensors}, capability)
 
-    def _through_triton(
-        self, programs: int, device: torch.device, tensors: Mapping[str, _Given]
-    ) -> None:
-        arguments = {**self.fixed, **tensors}
-        compiled = self.kernel[(programs,)](**arguments, **OPTIONS)
-        if hasattr(compiled, "packed_metadata"):  # the interpreter returns nothing
-            if len(_known) >= _MOST:
-                _known.clear()
-            _known[_form(self.kernel, arguments, device)] = compiled
+    def _run(self, programs: int, device: int, tensors: Mapping[str, _Given]) -> None:
+        pointers, aligned = _pointers(tensors)
+        bound = self._bound.get(aligned)
+        if bound is None:
+            bound = self._bound[aligned] = self._bind(device, tensors)
+        bound(torch._C._cuda_getCurrentRawStream(device), programs, 1, 1, *pointers)
+
+    def _bind(self, device: int, tensors: Mapping[str, _Given]) -> launching.Launch:
+        """The function that takes the pointers of tensors like these in their order."""
+        form, given = self.form(tensors, _capability(device)), _names(tensors)
+        found = _loaded(form, tuple(given), device)
+        return found.bound([_at(self.fixed, place) for place in found.fixed])
+
+
+class _Loaded(NamedTuple):
+    """A template on a device: what makes launch functions, and where in its arguments the values
+    lie that this takes.
+    """
+
+    bound: Callable[[Sequence[float]], launching.Launch]
+    fixed: tuple[_Place, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _loaded(form: Form, given: tuple[str, ...], device: int) -> _Loaded:
+    found = image(form)
+    names = [name for name, _ in form.arguments]
+    places = [(names[place[0]], *place[1:]) for place, _ in found.metadata["parameters"]]
+    kinds = [kind for _, kind in found.metadata["parameters"]]
+    rows = [Parameter(_name(place), kind, False) for place, kind in zip(places, kinds, strict=True)]
+    made = loaded(Signature(tuple(rows)), found, driver(), device, given)
+    return _Loaded(made, tuple(place for place in places if _name(place) not in given))
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """In here, and in this thread, no template runs: ``watcher(launch, tensors)`` is called."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def tile_arguments(tile: Tile) -> dict[str, int]:
@@ -109,60 +129,42 @@ def tile_arguments(tile: Tile) -> dict[str, int]:
     }
 
 
-def _pointers(tensors: Mapping[str, _Given]) -> tuple[list[Any], tuple[bool, ...]]:
+def _pointers(tensors: Mapping[str, _Given]) -> tuple[list[int], tuple[bool, ...]]:
     """Addresses, and for each whether it is a multiple of 16 bytes; () where all of them are."""
-    pointers: list[Any] = []
-    flat: list[int] = []
+    pointers: list[int] = []
     for given in tensors.values():
         if isinstance(given, tuple):
-            several = tuple([each.data_ptr() for each in given])
-            pointers.append(several)
-            flat += several
+            pointers += [each.data_ptr() for each in given]
         else:
-            pointer = given.data_ptr()
-            pointers.append(pointer)
-            flat.append(pointer)
+            pointers.append(given.data_ptr())
     bits = 0
-    for pointer in flat:
+    for pointer in pointers:
         bits |= pointer
-    return pointers, tuple([pointer % 16 == 0 for pointer in flat]) if bits % 16 else ()
+    return pointers, tuple([p % ALIGNED == 0 for p in pointers]) if bits % ALIGNED else ()
 
 
-def _form(kernel: Any, arguments: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
-    """What Triton compiles a kernel for, and more: equal forms have the same cubin."""
-    sizes = getattr(kernel, "do_not_specialize", None) or ()
-    parts: list[Any] = [kernel, device]
-    for name in sorted(arguments):
-        value = arguments[name]
-        if isinstance(value, Tensor):
-            parts.append((value.dtype, value.data_ptr() % 16 == 0))
-        elif name in sizes:
-            parts.append(value > _INT32)
-        elif isinstance(value, tuple):
-            parts.append(tuple(_element(each) for each in value))  # strides, numbers, operands
-        else:
-            parts.append((name, value))  # options are there or not
-    return tuple(parts)
+def _names(tensors: Mapping[str, _Given]) -> list[str]:
+    """The tensors' names in the order of `_pointers`."""
+    names: list[str] = []
+    for name, given in tensors.items():
+        several = isinstance(given, tuple)
+        names += [_name((name, place)) for place in range(len(given))] if several else [name]
+    return names
 
 
-def _element(value: Any) -> Any:
-    """Triton looks at whether an integer is 1, and a multiple of 16, and at its width."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    return value == 1, value % 16 == 0, -_INT32 <= value <= _INT32
+def _name(place: _Place) -> str:
+    """Of an argument, or of what lies in one: "strides.0"."""
+    return ".".join(map(str, place))
 
 
-def _direct() -> bool:
-    """Whether a compiled kernel may be called without Triton: this one's is called as above, and
-    nobody (a profiler) listens to launches.
-    """
-    tried, runtime = _triton()
-    return tried and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+def _at(arguments: Mapping[str, Any], place: _Place) -> Any:
+    found: Any = arguments
+    for part in place:
+        found = found[part]
+    return found
 
 
-@functools.cache
-def _triton() -> tuple[bool, Any]:
-    # not before a template runs: it imports Triton
-    from triton import __version__, knobs
-
-    return __version__.startswith(_TRIED), knobs.runtime
+@functools.lru_cache(maxsize=64)
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

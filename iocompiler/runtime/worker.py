@@ -4,7 +4,8 @@ take jobs.
 ``python worker.py <fd> <fd> ...`` serves one worker on each inherited socket. A job is one line of
 JSON, the answer another; a worker ends when its socket closes or nothing came for `IDLE_SECONDS`.
 This file imports Triton and the standard library only: not torch, and nothing of the package it
-lies in, whose import would cost a second.
+lies in, whose import would cost a second, but the templates and `template_source`, which import no
+more than it does.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import base64
 import contextlib
 import io
 import json
-import linecache
 import os
 import re
 import select
 import socket
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 IDLE_SECONDS = 300.0
@@ -32,46 +34,48 @@ _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one kernel of a source text.
+    """Compile one kernel of a source text, or a template.
 
     Args:
         job: "source" (text), "path" (the file it stands in, for line information), "name",
             "signature" (parameter name to Triton type, in order), "divisible" (positions of the
             parameters known to be multiples of 16), "num_warps", "num_stages", "capability"
-            (90 for version 9.0).
+            (90 for version 9.0); or a template's, which has "kernel".
 
     Returns:
         "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes,
-        scratch sizes, whether matrix instructions are serialized).
+        scratch sizes, whether matrix instructions are serialized; of a template its "parameters"
+        as `template_source.Source` has them).
     """
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from iocompiler.runtime.template_source import template_source
 
     knobs.nvidia.dump_ptxas_log = True  # the only place registers and spills stand without a GPU
     knobs.compilation.always_compile = True
     knobs.compilation.store_binary_only = True
-    function = _function(job["source"], job["path"], job["name"])
-    attrs = {(position,): [["tt.divisibility", 16]] for position in job["divisible"]}
-    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"], **OPTIONS}
+    target = GPUTarget("cuda", job["capability"], 32)
+    made = template_source(job, target) if "kernel" in job else _source(job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(
-            ASTSource(function, job["signature"], attrs=attrs),
-            target=GPUTarget("cuda", job["capability"], 32),
-            options=options,
-        )
+        compiled = triton.compile(made.source, target=target, options=made.options)
     cubin = base64.b64encode(compiled.asm["cubin"]).decode()
-    return {"cubin": cubin, "metadata": _metadata(compiled.metadata, log.getvalue())}
+    metadata = _metadata(compiled.metadata, log.getvalue())
+    return {"cubin": cubin, "metadata": {**metadata, "parameters": made.parameters}}
 
 
-def _function(source: str, path: str, name: str) -> Any:
-    """The jitted function ``name`` of ``source``; Triton reads its text by the file's lines."""
-    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    namespace: dict[str, Any] = {"__name__": "kernel", "__file__": path}
-    exec(compile(source, path, "exec"), namespace)
-    return namespace[name]
+def _source(job: dict[str, Any]) -> Any:
+    from triton.compiler import ASTSource
+
+    from iocompiler.runtime.template_source import Source, executed, parameters_of
+
+    function = executed(job["source"], job["path"])[job["name"]]
+    attrs = {(position,): [["tt.divisibility", 16]] for position in job["divisible"]}
+    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"], **OPTIONS}
+    source = ASTSource(function, job["signature"], attrs=attrs)
+    return Source(source, options, parameters_of(job["signature"]))
 
 
 def _metadata(metadata: Any, log: str) -> dict[str, Any]:
@@ -97,7 +101,13 @@ def answer(line: str) -> str:
     try:
         return json.dumps(compile_kernel(json.loads(line)))
     except Exception as error:
-        return json.dumps({"error": f"{type(error).__name__}: {error}"})
+        return json.dumps({"error": _told(error)})
+
+
+def _told(error: BaseException) -> str:
+    """The message, and of an error in a function that the kernel calls, that function's too."""
+    text = f"{type(error).__name__}: {error}"
+    return text if error.__cause__ is None else f"{text}\n{_told(error.__cause__)}"
 
 
 def serve(connection: socket.socket) -> None:
@@ -112,6 +122,7 @@ def serve(connection: socket.socket) -> None:
 
 def main(descriptors: list[int]) -> None:
     """Import Triton, fork one worker a socket, and wait for them."""
+    _import_package()
     _import_triton()
     sockets = [socket.socket(fileno=d) for d in descriptors]
     for connection in sockets:
@@ -127,6 +138,22 @@ def main(descriptors: list[int]) -> None:
     with contextlib.suppress(ChildProcessError, KeyboardInterrupt):
         while True:
             os.wait()
+
+
+def _import_package() -> None:
+    """The package by its place alone: its modules can be imported without what it imports."""
+    package = ModuleType("iocompiler")
+    package.__path__ = [str(Path(__file__).parents[1])]
+    sys.modules["iocompiler"] = package
+    sys.meta_path.insert(0, _WithoutTorch())
+
+
+class _WithoutTorch:
+    """Torch cannot be found: Triton 3.7 imports it where it can."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            raise ModuleNotFoundError("torch is kept out of here", name=name)
 
 
 def _import_triton() -> None:

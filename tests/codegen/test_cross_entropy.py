@@ -32,7 +32,7 @@ def _resources(
     found: dict[str, int] = {}
 
     def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
-        found.update(resources_of(launch.kernel, capability, {**launch.fixed, **tensors}))
+        found.update(resources_of(launch, capability, tensors))
         found["warps"] = launch.fixed["num_warps"]
 
     monkeypatch.setattr(Launch, "run", compile_)

@@ -4,9 +4,7 @@ a GPU shows.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import struct
 import sys
 import threading
 from typing import Any
@@ -17,75 +15,8 @@ import torch
 from iocompiler.errors import LaunchError
 from iocompiler.runtime.compile import Job, compile_kernels
 from iocompiler.runtime.driver import INVALID_CONTEXT, Driver
-from iocompiler.runtime.launch import Image, Signature, make_launch
-
-METADATA = {
-    "name": "k",
-    "num_warps": 4,
-    "num_ctas": 1,
-    "shared": 2048,
-    "global_scratch_size": 0,
-    "profile_scratch_size": 0,
-    "cooperative": False,
-}
-_CONFIG = struct.Struct("@IIIIIII4xQQI4x")
-_C_TYPES = {"Q": ctypes.c_uint64, "i": ctypes.c_int32, "q": ctypes.c_int64, "f": ctypes.c_float,
-            "d": ctypes.c_double, "?": ctypes.c_bool}  # fmt: skip
-
-
-class FakeLibrary:
-    """libcuda's functions; `launches` holds (config, parameters) as the driver would read them."""
-
-    def __init__(self, formats: str):
-        self.formats = formats + "QQ"
-        self.launches: list[tuple[tuple[int, ...], list[Any]]] = []
-        self.attributes: list[tuple[int, int]] = []
-        self.codes: list[int] = []
-        self.entered = 0
-
-    def cuLaunchKernelEx(self, config: Any, function: Any, parameters: Any, extra: Any) -> int:
-        if self.codes:
-            code = self.codes.pop(0)
-            if code:
-                return code
-        addresses = (ctypes.c_void_p * len(self.formats)).from_address(parameters.value)
-        values = [
-            _C_TYPES[f].from_address(a or 0).value
-            for f, a in zip(self.formats, addresses, strict=True)
-        ]
-        raw = ctypes.string_at(config.value, _CONFIG.size)
-        self.launches.append((_CONFIG.unpack(raw), values))
-        return 0
-
-    def cuModuleLoadData(self, module: Any, cubin: bytes) -> int:
-        module._obj.value = 1
-        return 0
-
-    def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
-        function._obj.value = 2
-        return 0
-
-    def cuFuncSetAttribute(self, function: Any, attribute: int, value: Any) -> int:
-        self.attributes.append((attribute, value.value))
-        return 0
-
-    def cuCtxGetCurrent(self, context: Any) -> int:
-        return 0
-
-    def cuCtxSetCurrent(self, context: Any) -> int:
-        self.entered += 1
-        return 0
-
-    def cuDeviceGet(self, handle: Any, device: int) -> int:
-        return 0
-
-    def cuDevicePrimaryCtxRetain(self, context: Any, handle: Any) -> int:
-        context._obj.value = 3
-        return 0
-
-    def cuGetErrorString(self, code: int, text: Any) -> int:
-        text._obj.value = b"some error"
-        return 0
+from iocompiler.runtime.launch import Image, Signature, loaded, make_launch
+from tests.runtime.cuda import METADATA, FakeLibrary
 
 
 def launcher(signature: str, **metadata: Any) -> tuple[Any, FakeLibrary]:
@@ -103,6 +34,26 @@ def test_configuration_and_parameters() -> None:
     assert config == (7, 2, 3, 128, 1, 1, 2048, 1 << 40, 0, 0)
     assert values == [1 << 46, True, -5, 0.5, -(1 << 50), 0.1, 0, 0]
     assert str(Signature.parse(text)) == text
+
+
+def test_what_is_fixed_stands_in_the_buffer() -> None:
+    text = "x:*bf16 flag:u1 y:*fp32 n:i32 scale:fp32 offset:i64"
+    parsed, library = Signature.parse(text), FakeLibrary("Q?Qifq")
+    made = loaded(parsed, Image(b"cubin", METADATA), Driver(library), 0, ["y", "x"])
+    launch, other = made([True, -5, 0.5, 1 << 40]), made([False, 6, 0.5, 3])
+    launch(9, 7, 1, 1, 1 << 45, 1 << 46)
+    other(9, 8, 1, 1, 16, 32)
+    launch(9, 9, 1, 1, 16, 32)
+    assert [config[0] for config, _ in library.launches] == [7, 8, 9]
+    assert library.launches[0][1] == [1 << 46, True, 1 << 45, -5, 0.5, 1 << 40, 0, 0]
+    assert library.launches[1][1] == [32, False, 16, 6, 0.5, 3, 0, 0]
+    assert library.launches[2][1] == [32, True, 16, -5, 0.5, 1 << 40, 0, 0]
+
+
+def test_a_tensor_that_is_no_parameter() -> None:
+    parsed, image = Signature.parse("x:*bf16"), Image(b"cubin", METADATA)
+    with pytest.raises(KeyError, match="y"):
+        loaded(parsed, image, Driver(FakeLibrary("Q")), 0, ["x", "y"])
 
 
 def test_no_parameters() -> None:

@@ -1,9 +1,8 @@
-"""Two launches of one form are one kernel to Triton, too."""
+"""What a launch of a template hands to the driver, and when it asks for a cubin."""
 
 from __future__ import annotations
 
-import itertools
-from types import SimpleNamespace
+import timeit
 from typing import Any
 
 import pytest
@@ -11,101 +10,29 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-
 from iocompiler.codegen.kernels.attention_decode import attention_combine
+from iocompiler.ops.linear_cross_entropy_rows import (
+    Piece,
+    Rows,
+    Setting,
+    launch_rows,
+    reference_rows,
+)
 from iocompiler.runtime import template_launch
-from iocompiler.runtime.template_launch import Launch, _form
-from iocompiler.runtime.worker import OPTIONS
+from iocompiler.runtime.driver import Driver
+from iocompiler.runtime.launch import Image
+from iocompiler.runtime.template_form import Form
+from iocompiler.runtime.template_images import image
+from iocompiler.runtime.template_launch import Launch, watched
+from tests.runtime.cuda import FakeLibrary
 
-_MEMORY = torch.empty(64)
-DEVICE = torch.device("cpu")
-
-
-def arguments(**changed: Any) -> dict[str, Any]:
-    given: dict[str, Any] = dict.fromkeys(("Acc", "V", "Out", "Lse", "Rest"), _MEMORY)
-    given |= dict.fromkeys(("heads", "rows", "columns", "parts", "lines"), 16)
-    given |= {"v_strides": (1024, 64, 32, 1), "out_strides": (64, 32, 32, 1)}
-    given |= {"GROUP": 2, "E": 32, "BLOCK_E": 64, "BLOCK_P": 16, "BLOCK_N": 64}
-    return {**given, "KEPT": 1.0, "EMPTY": "nan", "SINKS": False, **changed}
-
-
-CHANGES: list[dict[str, Any]] = [
-    {},
-    *({"v_strides": (n, 64, 32, 1)} for n in (1, 2, 16, 1008, 2048, 2**31, 2**31 + 16, 2**31 - 1)),
-    *({"v_strides": (1024, 64, 32, n)} for n in (0, 1, 2, 32)),
-    *({"columns": n} for n in (1, 17, 4096, 2**31 - 1)),
-    *({"parts": n} for n in (1, 2, 48)),
-    {"V": _MEMORY[1:]},
-    {"V": _MEMORY.to(torch.bfloat16)},
-    {"E": 16},
-    {"SINKS": True},
-]
-
-
-def compiled_for(given: dict[str, Any]) -> str:
-    """What Triton makes a cubin of."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    kernel = attention_combine
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {"debug": False, **given, **OPTIONS}
-    bound, specialization, options = bind(**given)
-    packed = kernel._pack_args(backend, given, bound, specialization, options)
-    return repr(packed[1:])
-
-
-def test_one_form_is_one_kernel() -> None:
-    made = [arguments(**changed) for changed in CHANGES]
-    forms = [_form(attention_combine, given, DEVICE) for given in made]
-    kernels = [compiled_for(given) for given in made]
-    assert len(set(kernels)) > 5
-    for a, b in itertools.combinations(range(len(made)), 2):
-        assert forms[a] != forms[b] or kernels[a] == kernels[b], (CHANGES[a], CHANGES[b])
-
-
-def test_a_length_that_grows_keeps_its_form() -> None:
-    forms = {
-        _form(
-            attention_combine,
-            arguments(columns=n, parts=n // 64, lines=n, v_strides=(n * 128, n * 128, 128, 1)),
-            DEVICE,
-        )
-        for n in (64, 65, 1000, 20001)
-    }
-    assert len(forms) == 1
-
-
-class Kernel:
-    """Stands for a template: what it was launched with through Triton, and then without."""
-
-    arg_names = ("X", "operands", "n", "BLOCK")
-    do_not_specialize = ("n",)
-
-    def __init__(self) -> None:
-        self.compiled: list[dict[str, Any]] = []
-        self.runs: list[tuple[int, tuple[Any, ...]]] = []
-
-    def __getitem__(self, grid: tuple[int]) -> Any:
-        def compile_(**arguments: Any) -> Any:
-            self.compiled.append(arguments)
-            place = len(self.compiled)
-
-            def run(*given: Any) -> None:
-                self.runs.append((place, given))
-
-            return SimpleNamespace(packed_metadata="metadata", function="function", run=run)
-
-        return compile_
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(template_launch, "_direct", lambda: True)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
-    return Kernel()
+TENSORS = ("Acc", "V", "Out", "Lse", "Rest")
+NUMBERS = {"heads": 5, "rows": 6, "columns": 7, "parts": 8, "lines": 9}
+STRIDES = {"v_strides": (100, 101, 102, 1), "out_strides": (103, 104, 105, 106)}
+OTHERS = {"GROUP": 2, "E": 32, "BLOCK_E": 64, "BLOCK_P": 16, "BLOCK_N": 64, "KEPT": 1.0,
+          "EMPTY": "nan", "SINKS": False, "num_warps": 8}  # fmt: skip
+# the last of "v_strides" is 1: in the code
+FORMATS = "QQQQQ" + "iii" + "iiii" + "iiiii"
 
 
 def memory(offset: int = 0) -> torch.Tensor:
@@ -114,63 +41,147 @@ def memory(offset: int = 0) -> torch.Tensor:
     return made[start + offset :]
 
 
-def test_later_runs_give_a_compiled_kernel_the_new_memory(kernel: Kernel) -> None:
-    launch = Launch(kernel, n=5, BLOCK=16, num_warps=4)
-    x, y = memory(), memory()
-    launch.run(3, X=x, operands=(y,))
-    launch.run(4, X=y, operands=(x,))
-    assert len(kernel.compiled) == 1
-    assert kernel.compiled[0].keys() >= {"X", "operands", "n", "BLOCK", "num_warps"}
-    ((place, given),) = kernel.runs
-    assert place == 1
-    assert given[:6] == (4, 1, 1, 7, "function", "metadata")
-    assert given[9:] == (y.data_ptr(), (x.data_ptr(),), 5, 16)
+class Device:
+    """A GPU's driver, and the forms that cubins were asked for."""
+
+    def __init__(self) -> None:
+        self.library = FakeLibrary(FORMATS)
+        self.driver = Driver(self.library)
+        self.asked: list[Form] = []
+
+    def image(self, form: Form) -> Image:
+        self.asked.append(form)
+        return image(form)
 
 
-def test_memory_at_an_odd_place_is_another_kernel(kernel: Kernel) -> None:
-    launch = Launch(kernel, n=5, BLOCK=16)
-    x, odd = memory(), memory(1)
-    for operand in (x, odd, x, odd):
-        launch.run(1, X=x, operands=(operand,))
-    launch.run(1, X=odd, operands=(x,))
-    assert len(kernel.compiled) == 3
-    assert [place for place, _ in kernel.runs] == [1, 2]
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made = Device()
+    monkeypatch.setattr(template_launch, "driver", lambda: made.driver)
+    monkeypatch.setattr(template_launch, "image", made.image)
+    monkeypatch.setattr(template_launch, "_capability", lambda device: 90)
+    template_launch._loaded.cache_clear()
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    return made
 
 
-def test_launches_of_one_form_share_what_is_compiled(kernel: Kernel) -> None:
-    for n in (5, 6, 1):
-        Launch(kernel, n=n, BLOCK=16).run(1, X=memory(), operands=())
-    Launch(kernel, n=5, BLOCK=32).run(1, X=memory(), operands=())
-    Launch(kernel, n=5, BLOCK=32, num_warps=8).run(1, X=memory(), operands=())
-    assert len(kernel.compiled) == 3
-    assert [given[11] for _, given in kernel.runs] == [6, 1]
+def launched(**changed: Any) -> Launch:
+    return Launch(attention_combine, **NUMBERS, **STRIDES, **OTHERS, **changed)
 
 
-def test_no_programs_are_no_launch(kernel: Kernel) -> None:
-    Launch(kernel, n=5, BLOCK=16).run(0, X=memory(), operands=())
-    assert not kernel.compiled
+def test_all_of_a_launch_is_where_the_kernel_reads_it(gpu: Device) -> None:
+    launch, tensors = launched(), {name: memory() for name in reversed(TENSORS)}
+    launch._run(3, 0, tensors)
+    ((config, values),) = gpu.library.launches
+    assert config == (3, 1, 1, 256, 1, 1, config[6], 7, 0, 0)
+    assert config[6] == image(gpu.asked[0]).metadata["shared"] > 0
+    assert values[:5] == [tensors[name].data_ptr() for name in TENSORS]
+    assert values[5:12] == [100, 101, 102, 103, 104, 105, 106]
+    assert values[12:] == [5, 6, 7, 8, 9, 0, 0]
 
 
-def test_a_compiled_kernel_is_called_without_triton() -> None:
-    assert template_launch._direct() == triton.__version__.startswith("3.6.")
+def test_later_runs_bring_the_new_memory(gpu: Device) -> None:
+    launch = launched()
+    first, second = ({name: memory() for name in TENSORS} for _ in range(2))
+    launch._run(3, 0, first)
+    launch._run(4, 0, second)
+    assert len(gpu.asked) == 1
+    (_, _), (config, values) = gpu.library.launches
+    assert config[0] == 4
+    assert values[:5] == [x.data_ptr() for x in second.values()]
+    assert values[5:] == gpu.library.launches[0][1][5:]
 
 
-def test_through_triton_where_somebody_listens_to_launches() -> None:
-    def listen(metadata: object) -> None:
-        pass
-
-    for hook in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
-        hook.add(listen)
-        try:
-            assert not template_launch._direct()
-        finally:
-            hook.remove(listen)
+def test_tensors_of_a_tuple_follow_each_other() -> None:
+    x, y = memory(), memory(1)
+    pointers, aligned = template_launch._pointers({"X": x, "operands": (y, x), "none": ()})
+    assert pointers == [x.data_ptr(), y.data_ptr(), x.data_ptr()]
+    assert aligned == (True, False, True)
+    names = template_launch._names({"X": x, "operands": (y, x), "none": ()})
+    assert names == ["X", "operands.0", "operands.1"]
 
 
-def test_through_triton_in_a_version_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "__version__", "3.9.1")
-    template_launch._triton.cache_clear()
-    try:
-        assert not template_launch._direct()
-    finally:
-        template_launch._triton.cache_clear()
+def test_memory_at_an_odd_place_is_another_kernel(gpu: Device) -> None:
+    launch = launched()
+    even, odd = ({**dict.fromkeys(TENSORS, memory()), "V": memory(n)} for n in (0, 1))
+    for tensors in (even, odd, even, odd):
+        launch._run(1, 0, tensors)
+    assert len(gpu.asked) == 2
+    assert gpu.asked[0] != gpu.asked[1]
+    assert [values[1] % 16 for _, values in gpu.library.launches] == [0, 4, 0, 4]
+
+
+def test_launches_of_one_form_share_what_is_loaded(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[bytes] = []
+    load = gpu.library.cuModuleLoadData
+    monkeypatch.setattr(
+        gpu.library, "cuModuleLoadData", lambda m, cubin: loads.append(cubin) or load(m, cubin)
+    )
+    tensors = dict.fromkeys(TENSORS, memory())
+    for columns in (7, 1000):
+        launch = Launch(attention_combine, **{**NUMBERS, "columns": columns}, **STRIDES, **OTHERS)
+        launch._run(1, 0, tensors)
+    assert (len(gpu.asked), len(loads)) == (1, 1)
+    assert [values[14] for _, values in gpu.library.launches] == [7, 1000]
+
+
+def test_no_programs_are_no_launch(gpu: Device) -> None:
+    launched().run(0, **dict.fromkeys(TENSORS, memory()))
+    assert not gpu.asked
+
+
+def test_what_is_watched_does_not_run(gpu: Device) -> None:
+    seen: list[tuple[Launch, Any]] = []
+    launch, tensors = launched(), dict.fromkeys(TENSORS, memory())
+    with watched(lambda *each: seen.append(each)):
+        launch.run(3, **tensors)
+        launch.run(0, **tensors)
+    assert seen == [(launch, tensors)]
+    assert not gpu.library.launches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [1000, 1024])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_template_on_the_gpu(vocabulary: int, recorded: bool) -> None:
+    logits = torch.randn(5, 1024, device="cuda")[:, :vocabulary]
+    target = torch.arange(5, device="cuda")
+    found, expected = (torch.empty(5, device="cuda") for _ in range(2))
+    reference_rows(Piece(logits, target, expected), Rows(), Setting())
+    launch_rows(Piece(logits, target, found), Rows(), Setting())
+    if recorded:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch_rows(Piece(logits, target, found), Rows(), Setting())
+        found.zero_()
+        graph.replay()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+def test_on_a_device_that_is_not_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    logits = torch.randn(5, 1024, device="cuda:1")
+    target = torch.arange(5, device="cuda:1")
+    found, expected = (torch.empty(5, device="cuda:1") for _ in range(2))
+    reference_rows(Piece(logits, target, expected), Rows(), Setting())
+    launch_rows(Piece(logits, target, found), Rows(), Setting())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+def test_a_launch_costs_the_host_little() -> None:
+    """Microseconds, of many launches in a row: what Triton's own launcher took was about five."""
+    losses, target = torch.empty(1, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    logits = torch.zeros(1, 64, device="cuda")
+    kept: list[tuple[Launch, Any]] = []
+    with watched(lambda *each: kept.append(each)):
+        launch_rows(Piece(logits, target, losses), Rows(), Setting())
+    ((launch, tensors),) = kept
+    launch.run(1, **tensors)
+    best = min(timeit.timeit(lambda: launch.run(1, **tensors), number=200) / 200 for _ in range(20))
+    torch.cuda.synchronize()
+    assert best < 12e-6, best

@@ -1,0 +1,119 @@
+"""Templates compiled ahead: those that the calls of a plan will launch.
+
+Which these are, the operators say themselves: their own Python runs on tensors that have no memory,
+and its launches are noted. What cannot run so is compiled when it is first launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_map_only
+
+from iocompiler.ops import library
+from iocompiler.plan.data import AtenStep, Plan, TensorSpec, ViewStep, made, regions
+from iocompiler.runtime.template_form import Form
+from iocompiler.runtime.template_images import prepare
+from iocompiler.runtime.template_launch import Launch, watched
+from iocompiler.runtime.values import resolve, size_value, size_values, storage_elements
+from iocompiler.tile.index import Size
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of a plan, so many elements behind an allocation."""
+
+    spec: TensorSpec
+    offset: Size = 0
+
+
+def compile_ahead(plan: Plan, device: torch.device, hints: Mapping[str, int]) -> None:
+    """Have the templates of a plan compiled for a GPU, in the background.
+
+    Args:
+        hints: values of the plan's size symbols; calls that read others are left out.
+    """
+    if any(_calls(plan)):
+        major, minor = torch.cuda.get_device_capability(device)
+        prepare(launched(plan, device, hints, 10 * major + minor))
+
+
+def launched(
+    plan: Plan, device: torch.device, hints: Mapping[str, int], capability: int
+) -> list[Form]:
+    """The forms of what the plan's calls launch on ``device``, in order."""
+    found: dict[Form, None] = {}
+
+    def note(launch: Launch, tensors: Mapping[str, Any]) -> None:
+        found[launch.form(tensors, capability)] = None
+
+    # of what an operator keeps for later calls (tables of blocks) the tensors are real
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = functools.partial(_fake, device, hints, mode)
+    with unset_fake_temporarily(), torch.no_grad(), watched(note):
+        for name, given in _distinct(plan, device, hints):
+            with contextlib.suppress(Exception):
+                args, kwargs = tree_map_only(_Place, fake, given)
+                library.function(name)(*args, **kwargs)
+    return list(found)
+
+
+def _distinct(
+    plan: Plan, device: torch.device, hints: Mapping[str, int]
+) -> Iterator[tuple[str, Any]]:
+    """The calls by name and arguments, in which places stand for tensors; those of equal layers
+    once.
+    """
+    seen: set[str] = set()
+    for name, step, places in _calls(plan):
+        with contextlib.suppress(KeyError):
+            given = resolve((step.args, dict(step.kwargs)), places, hints, device)
+            call = repr((name, given))
+            if call not in seen:
+                seen.add(call)
+                yield name, given
+
+
+def _calls(plan: Plan) -> Iterator[tuple[str, AtenStep, dict[str, _Place]]]:
+    """The calls of operators that launch templates, those in regions too: name, step, and where
+    the tensors are that it may read.
+    """
+    places = _places(plan)
+    for step in plan.steps:
+        if not isinstance(step, AtenStep):
+            continue
+        for region in regions((step.args, dict(step.kwargs))):
+            yield from _calls(region.plan)
+        namespace, name, *_ = step.target.split(".")
+        if namespace == "iocompiler" and library.launches(name):
+            yield name, step, places
+
+
+def _places(plan: Plan) -> dict[str, _Place]:
+    places = {name: _Place(spec) for name, spec in plan.inputs if spec is not None}
+    for step in plan.steps:
+        if isinstance(step, ViewStep) and step.base in places:
+            places[step.name] = _Place(step.spec, places[step.base].offset + step.offset)
+        else:
+            places |= {name: _Place(spec) for name, spec in made(step).items()}
+    return places
+
+
+def _fake(
+    device: torch.device, hints: Mapping[str, int], mode: FakeTensorMode, place: _Place
+) -> Tensor:
+    spec, offset = place.spec, size_value(place.offset, hints)
+    shape, stride = size_values(spec.shape, hints), size_values(spec.stride, hints)
+    where = device if torch.device(spec.device).type == "cuda" else torch.device(spec.device)
+    with mode:
+        memory = torch.empty(
+            offset + storage_elements(shape, stride), dtype=spec.dtype, device=where
+        )
+        return memory.as_strided(shape, stride, offset)
