@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -90,7 +91,19 @@ class KernelWriter:
         return {self.direction[n] for n in names if n in self.direction}
 
     def spans(self, value: int) -> set[str]:
-        return self.directions(self.program.varies[value])
+        found = self.directions(self.program.varies[value])
+        return found | {"x"} if value in self._scanned else found
+
+    @functools.cached_property
+    def _scanned(self) -> set[int]:
+        """What is computed from a scan has all rows of a tile, be they the same: Triton (3.6) sums
+        the scan of a row that several threads hold wrongly.
+        """
+        found: set[int] = set()
+        for position, op in enumerate(self.program.ops):
+            if op.kind == "scan" or not found.isdisjoint(op.inputs):
+                found.add(position)
+        return found
 
     def address_spans(self, index: Affine) -> set[str]:
         found = self.directions(n for n in index.names if not n.startswith("%"))

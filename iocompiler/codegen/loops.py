@@ -14,7 +14,6 @@ from iocompiler.codegen.row_tile import (
     fold_tile,
     name_parallel,
     name_reduced,
-    rows_of,
     tile,
 )
 from iocompiler.tile.program import Op
@@ -38,7 +37,7 @@ def write_persistent(writer: KernelWriter) -> None:
 
 
 def _scan_tile(writer: KernelWriter, position: int, op: Op) -> None:
-    value = writer.full(writer.tensor(op.inputs[0]), rows_of(writer, op.inputs[0]))
+    value = writer.full(writer.tensor(op.inputs[0]), tile(writer))
     name = f"{op.fn}_{position}"
     writer.line(f"{name} = tl.{op.fn}({value}, axis=1)")
     writer.names[f"%{position}"] = name

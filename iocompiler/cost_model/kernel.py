@@ -31,7 +31,7 @@ def _unread_bytes(program: TileProgram) -> Size:
     """Bytes that come along unasked: in a kernel whose reductions read along rows, whatever runs
     down the columns moves a sector an element, and the other way round.
     """
-    if not any(op.kind == "reduce" for op in program.ops):
+    if not any(op.kind in ("reduce", "scan") for op in program.ops):
         return 0
     merged = merge_axes(program)
     reduced = {a.name for a in merged.reduced}

@@ -26,6 +26,10 @@ _LONG_ROW = 8192
 _SHARED_FOR_LOADS = 0.87
 _MOST_REGISTERS = 255
 _CROWDED = 0.7
+# Columns of a scan: as many as fill a memory line in half precision, and a sector.
+_LINE_COLUMNS, _FEWEST_COLUMNS = 64, 16
+# Elements a program scans at once.
+_SCANNED = 2048
 
 
 def choose(
@@ -41,10 +45,10 @@ def choose(
     # a reduction of a single element has no axis, and is one all the same
     if not program.reduced and not any(op.kind in ("reduce", "scan") for op in program.ops):
         return _pointwise(merged, device, hints)
-    if any(op.kind == "scan" for op in program.ops):
-        return _row_reduction(merged, hints)
     if rows_contiguous(merged):
         return _row_reduction(merged, hints)
+    if any(op.kind == "scan" for op in program.ops):
+        return _column_scan(merged, device, hints)
     return _column_reduction(merged, device, hints)
 
 
@@ -154,6 +158,17 @@ def _column_reduction(
     if x >= 64 and len(loads) > 1 and _fits_ahead(small, sum(loads), device, 2 * device.sm_count):
         return small  # a tile computed from several tensors: small ones, the next on their way
     return schedule
+
+
+def _column_scan(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
+    """A memory line of columns side by side, fewer where there are few programs; it walks down."""
+    width = points(program.parallel, hints)
+    x = min(_LINE_COLUMNS, power_of_two(width))
+    while x > _FEWEST_COLUMNS and -(-width // x) < device.sm_count:
+        x //= 2
+    height = at_hint(product([a.size for a in program.reduced]), hints)
+    r = max(1, min(_SCANNED // x, power_of_two(height)))
+    return Schedule("looped", x_block=x, r_block=r, num_warps=_warps(x * r, 16))
 
 
 def _fits_ahead(schedule: Schedule, bytes_a_point: int, device: Device, programs: int) -> bool:

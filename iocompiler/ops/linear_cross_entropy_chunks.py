@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
@@ -19,9 +17,9 @@ SCRATCH_BYTES = 1 << 29
 # each further chunk reads and writes the weight's gradient once more.
 KEPT_SCRATCH_BYTES = 1 << 31
 # The same where no gradient is asked for, and what is kept does not lie as products like it.
-COPIED_SCRATCH_BYTES = 7 << 23
+COPIED_SCRATCH_BYTES = 1 << 28
 _ROWS = 128  # chunks are multiples of this many rows
-_LINE = 64  # rows of the scratch, and parts of an odd vocabulary, begin at multiples of this
+_LINE = 64  # rows of an odd vocabulary are filled up to multiples of this
 ALIGNED_DEVICES = ("cuda",)
 
 
@@ -32,7 +30,7 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, scratch: int) -> int:
     """Rows of a chunk: as many as ``scratch`` bytes hold, then evened out over the chunks."""
-    most = max(scratch // (_stride(vocabulary) * itemsize) // _ROWS, 1) * _ROWS
+    most = max(scratch // (_filled(vocabulary) * itemsize) // _ROWS, 1) * _ROWS
     chunks = -(-rows // most)
     return min(rows, -(-rows // max(chunks, 1) // _ROWS) * _ROWS)
 
@@ -42,8 +40,8 @@ def scratch_bytes(
 ) -> int:
     """What `walk` allocates on a GPU beside its results, x being [rows, width]."""
     held = _chunk(rows, vocabulary, itemsize, gradient=gradient, kept=kept)[1]
-    filled = gradient and _is_unlike_products(vocabulary, itemsize)
-    return _stride(vocabulary) * itemsize * (held + (width if filled else 0))
+    filled = _is_unlike_products(vocabulary, itemsize)
+    return _filled(vocabulary) * itemsize * (held + (width if filled else 0))
 
 
 def walk(
@@ -67,15 +65,15 @@ def walk(
     x, target = x.contiguous(), target.contiguous()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     losses = x.new_zeros((rows,), dtype=wide)
-    head = _Head(weight, bias, any(needed))
+    head = _Head(weight, bias)
     dx, dweight, dbias = head.empty_gradients(x, wide, needed)
-    room = _Room(x, vocabulary, head.columns, any(needed), kept)
+    room = _Room(x, vocabulary, any(needed), kept)
     for first in range(0, rows, max(room.chunk, 1)):
         some = slice(first, min(first + room.chunk, rows))
         made = room.logits(some)
-        late = head.project(x[some], made)
+        head.project(x[some], made)
         d = room.gradient(some)
-        piece = Piece(made[:, :vocabulary], target[some], losses[some], d, room.copy(some), late)
+        piece = Piece(made[:, :vocabulary], target[some], losses[some], d, room.copy(some))
         evaluate(piece, rows_of.part(some), setting)
         if d is None:
             continue
@@ -93,31 +91,17 @@ class _Head:
     """The weight and the bias as products like them.
 
     On a GPU the extents of a product in half precision must be aligned (see `aligned_mm.py` for
-    why). With a gradient, an odd vocabulary is filled up with zeros, once: a product over it in two
-    parts would round in between, and what the second adds to a first that is nearly a row of the
-    weight would be lost in every row. Without, its tail is a product apart.
-
-    Attributes:
-        columns: classes, with those that are filled up.
+    why): an odd vocabulary is filled up with zeros, once. A product over it in two parts would
+    round in between, and what the second adds to a first that is nearly a row of the weight would
+    be lost in every row; and it adds the bias for nothing only to whole rows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gradient: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self.columns = vocabulary = weight.shape[0]
-        self._parts = [slice(0, vocabulary)]
-        if weight.device.type not in ALIGNED_DEVICES:
-            return
-        if not _is_unlike_products(vocabulary, weight.element_size()):
-            return
-        if gradient:
-            self.columns = _stride(vocabulary)
-            self._parts = [slice(0, self.columns)]
-            more = self.columns - vocabulary
-            self.weight = F.pad(weight, (0, 0, 0, more))
-            self.bias = None if bias is None else F.pad(bias, (0, more))
-        else:
-            cut = vocabulary - vocabulary % _LINE
-            self._parts = [slice(cut, vocabulary), slice(0, cut)]
+        columns = _columns(weight.shape[0], weight)
+        if columns != weight.shape[0]:
+            self.weight = _with_zeros(weight, columns)
+            self.bias = None if bias is None else _with_zeros(bias, columns)
 
     def empty_gradients(
         self, x: Tensor, wide: torch.dtype, needed: Sequence[bool]
@@ -132,24 +116,20 @@ class _Head:
             x.new_zeros(shape[:1], dtype=wide) if of_bias else None,
         )
 
-    def project(self, x: Tensor, logits: Tensor) -> Tensor | None:
-        """Write the logits; returns the bias where it is yet to be added: a product adds it for
-        nothing only to whole rows.
-        """
-        if self.bias is not None and logits.is_contiguous() and len(self._parts) == 1:
-            torch.addmm(self.bias, x, self.weight.t(), out=logits)
-            return None
-        for part in self._parts:
-            torch.mm(x, self.weight[part].t(), out=logits[:, part])
-        return self._roomy_bias
-
-    @functools.cached_property
-    def _roomy_bias(self) -> Tensor | None:
-        """The bias with the room behind it that the row kernel wants."""
+    def project(self, x: Tensor, logits: Tensor) -> None:
+        """Write the logits."""
         if self.bias is None:
-            return None
-        count = self.bias.shape[0]
-        return F.pad(self.bias, (0, _stride(count) - count))[:count]
+            torch.mm(x, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=logits)
+
+
+def _with_zeros(x: Tensor, rows: int) -> Tensor:
+    """``x`` with rows of zeros behind it. (`F.pad` writes everything twice.)"""
+    found = x.new_empty((rows, *x.shape[1:]))
+    found[: x.shape[0]].copy_(x)
+    found[x.shape[0] :].zero_()
+    return found
 
 
 class _Room:
@@ -163,19 +143,17 @@ class _Room:
         chunk: rows of one.
     """
 
-    def __init__(
-        self, x: Tensor, vocabulary: int, columns: int, gradient: bool, kept: Tensor | None
-    ) -> None:
+    def __init__(self, x: Tensor, vocabulary: int, gradient: bool, kept: Tensor | None) -> None:
         itemsize = x.element_size()
-        self._kept, self._gradient, self._columns = kept, gradient, columns
+        self._kept, self._gradient = kept, gradient
         self._in_place = kept is not None and _is_aligned(vocabulary, itemsize)
         self.chunk, held = _chunk(
             x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
         )
-        # beside an odd row lies padding, which a 16-bit product on a CPU multiplies by zero (oneDNN
-        # with AMX, torch 2.13): it must be numbers
-        make = x.new_empty if x.device.type in ALIGNED_DEVICES else x.new_zeros
-        self._scratch = make((held, _stride(vocabulary)))
+        columns = _columns(vocabulary, x)
+        aligned = x.device.type not in ALIGNED_DEVICES or _is_aligned(columns, itemsize)
+        row = columns if aligned else _filled(columns)
+        self._scratch = x.new_empty((held, row))[:, :columns]
 
     def logits(self, some: slice) -> Tensor:
         """[rows, columns], where the products of ``some`` rows go."""
@@ -192,7 +170,7 @@ class _Room:
         return None if self._kept is None or self._in_place else self._kept[some]
 
     def _rows(self, some: slice) -> Tensor:
-        return self._scratch[: some.stop - some.start, : self._columns]
+        return self._scratch[: some.stop - some.start]
 
 
 def _chunk(
@@ -218,7 +196,13 @@ def _is_unlike_products(vocabulary: int, itemsize: int) -> bool:
     return itemsize == 2 and vocabulary >= _LINE and not _is_aligned(vocabulary, itemsize)
 
 
-def _stride(vocabulary: int) -> int:
+def _columns(vocabulary: int, x: Tensor) -> int:
+    """Classes, with those that are filled up."""
+    odd = _is_unlike_products(vocabulary, x.element_size())
+    return _filled(vocabulary) if odd and x.device.type in ALIGNED_DEVICES else vocabulary
+
+
+def _filled(vocabulary: int) -> int:
     return -(-vocabulary // _LINE) * _LINE
 
 

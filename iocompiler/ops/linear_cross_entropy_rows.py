@@ -50,7 +50,6 @@ class Piece:
         gradient: [rows, V or more], written, with zeros behind V: the logits' own memory, or rows
             like theirs; None: none.
         copy: [rows, V], any rows; the logits are written there; None: nowhere.
-        bias: [V], contiguous, with room for `walk.ALIGNED` bytes more: added to the logits first.
     """
 
     logits: Tensor
@@ -58,7 +57,6 @@ class Piece:
     losses: Tensor
     gradient: Tensor | None = None
     copy: Tensor | None = None
-    bias: Tensor | None = None
 
 
 def evaluate(piece: Piece, rows: Rows, setting: Setting) -> None:
@@ -73,12 +71,10 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     logits, losses = piece.logits, piece.losses
     gradient = logits if piece.gradient is None else piece.gradient
     copy = logits if piece.copy is None else piece.copy
-    bias = logits if piece.bias is None else piece.bias
     tensors = {
         "logits": logits,
         "gradient": gradient,
         "copy": copy,
-        "bias": bias,
         "target": piece.target,
         "coefficient": losses if rows.coefficient is None else rows.coefficient,
         "squared": losses if rows.squared is None else rows.squared,
@@ -89,7 +85,7 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         logits.shape[1],
         gradient.shape[1],
         (logits.stride(0), gradient.stride(0), copy.stride(0)),
-        (piece.gradient is not None, piece.copy is not None, piece.bias is not None),
+        (piece.gradient is not None, piece.copy is not None),
         (rows.coefficient is not None, rows.squared is not None),
         tuple([x.dtype for x in tensors.values()]),
         logits.device,
@@ -103,7 +99,7 @@ class _Form(NamedTuple):
     Attributes:
         width: of the gradient's rows.
         strides: of the rows of logits, gradient and copy.
-        has: whether there is a gradient, a copy, a bias.
+        has: whether there is a gradient, a copy.
         weighed: whether there is a coefficient, a squared.
     """
 
@@ -111,7 +107,7 @@ class _Form(NamedTuple):
     vocabulary: int
     width: int
     strides: tuple[int, int, int]
-    has: tuple[bool, bool, bool]
+    has: tuple[bool, bool]
     weighed: tuple[bool, bool]
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
@@ -123,8 +119,7 @@ def _launch(form: _Form) -> Any:
     from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
     from iocompiler.runtime.template_launch import Launch
 
-    setting, (gradient, copy, bias) = form.setting, form.has
-    plain = not bias and not copy and not setting.capped
+    setting, (gradient, copy) = form.setting, form.has
     return Launch(
         cross_entropy_rows,
         vocabulary=form.vocabulary,
@@ -141,10 +136,9 @@ def _launch(form: _Form) -> Any:
         SMOOTHED=setting.smoothing != 0.0,
         GRADIENT=gradient,
         COPY=copy,
-        BIAS=bias,
         SCALED=form.weighed[0],
         SQUARED=form.weighed[1],
-        **walk.of_row(form.vocabulary, form.dtypes[0].itemsize, plain=plain),
+        **walk.of_row(form.vocabulary, form.dtypes[0].itemsize, copied=copy, capped=setting.capped),
     )
 
 
@@ -152,8 +146,6 @@ def reference_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     """What the kernel `cross_entropy_rows` computes, in plain aten."""
     logits, target, losses = piece.logits, piece.target, piece.losses
     vocabulary = logits.shape[1]
-    if piece.bias is not None:
-        logits = logits + piece.bias
     if piece.copy is not None:
         piece.copy.copy_(logits)
     kept = target != setting.ignore_index

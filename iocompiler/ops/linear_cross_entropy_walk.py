@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 # What a thread reads at once, in bytes: rows the kernel reads begin at multiples of it.
 ALIGNED = 16
+_WORD = 8  # and where they are copied
 _LANES = 32
 
 
@@ -19,7 +20,7 @@ class _Way:
         held: the most whole blocks that stay in registers between the two passes over a row.
         depth: how many of the others are read at once; at most ``held + 1``; 0: there are none.
         registers: of a thread at most, so that a multiprocessor takes two programs; None: any.
-        plain: not where a bias, a copy or a cap takes registers too.
+        kind: of rows: "any", "plain" ones (neither copied nor capped), "copied" ones.
     """
 
     most_bytes: float
@@ -27,31 +28,36 @@ class _Way:
     held: int
     depth: int
     registers: int | None
-    plain: bool
+    kind: str
 
 
-# The fastest of fifteen to twenty on an H100 at 30522, 32000, 50257 and 128256 bf16 columns, with
-# the gradient (torch 2.11): 93 to 98 % of a copy. Two rows a multiprocessor of more than 190 KB
-# each would not stay in L2 between the passes. Rows with more beside them: by registers alone.
+# The fastest of fifteen to twenty on an H100 at 30522, 32000, 50257 and 128256 bf16 columns (torch
+# 2.11): with the gradient 93 to 98 % of a copy, with a copy 95 % (and 93 % with both). Two rows a
+# multiprocessor of more than 190 KB each would not stay in L2 between the passes.
 _WAYS = (
-    _Way(1 << 14, warps=4, held=8, depth=0, registers=None, plain=False),
-    _Way(1 << 16, warps=8, held=16, depth=0, registers=128, plain=True),
-    _Way(3 << 16, warps=16, held=3, depth=4, registers=64, plain=True),
-    _Way(math.inf, warps=32, held=3, depth=4, registers=64, plain=True),
-    _Way(math.inf, warps=16, held=1, depth=2, registers=64, plain=False),
+    _Way(1 << 14, warps=4, held=8, depth=0, registers=None, kind="any"),
+    _Way(1 << 16, warps=8, held=16, depth=0, registers=128, kind="plain"),
+    _Way(3 << 16, warps=16, held=3, depth=4, registers=64, kind="plain"),
+    _Way(math.inf, warps=32, held=3, depth=4, registers=64, kind="plain"),
+    _Way(math.inf, warps=32, held=3, depth=4, registers=64, kind="copied"),
+    # a cap takes registers too
+    _Way(math.inf, warps=16, held=1, depth=2, registers=64, kind="any"),
 )
 
 
-def of_row(vocabulary: int, itemsize: int, *, plain: bool) -> dict[str, int]:
+def of_row(vocabulary: int, itemsize: int, *, copied: bool, capped: bool) -> dict[str, int]:
     """BLOCK, WIDE, HELD, DEPTH and the options of a launch.
 
     Args:
         vocabulary: elements of a row, ``itemsize`` bytes each.
-        plain: there is no bias, no copy and no cap.
+        copied: rows are copied: they are read in words.
+        capped: logits are.
     """
     size = vocabulary * itemsize
-    way = next(way for way in _WAYS if size <= way.most_bytes and (plain or not way.plain))
-    wide = ALIGNED // itemsize
+    plain = not copied and not capped
+    kinds = {"any", *(["plain"] if plain else []), *(["copied"] if copied and not capped else [])}
+    way = next(way for way in _WAYS if size <= way.most_bytes and way.kind in kinds)
+    wide = (_WORD if copied else ALIGNED) // itemsize
     # a row shorter than what the threads read together is less than one block
     block = min(way.warps * _LANES * wide, max(1 << vocabulary.bit_length(), wide))
     blocks = vocabulary // block

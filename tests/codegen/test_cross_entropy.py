@@ -69,17 +69,17 @@ def test_every_walk_compiles(
     if full:
         setting = Setting(smoothing=0.1, outer=-2.0, inner=0.1, capped=capped)
         rows_of = Rows(torch.empty(2), torch.empty(2))
-        more = {"copy": torch.empty(2, vocabulary), "bias": torch.empty(vocabulary)}
+        more = {"copy": torch.empty(2, vocabulary)}
         more = {name: each.to(dtype) for name, each in more.items()}
     found = _resources(vocabulary, dtype, capability, monkeypatch, setting, rows_of, **more)
     assert found["spills"] <= (32 if capped or full else 0), found
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_element_is_walked_over(itemsize: int, plain: bool) -> None:
+def test_every_element_is_walked_over(itemsize: int, copied: bool) -> None:
     for vocabulary in [*range(1, 300), *range(301, 300_000, 977)]:
-        given = of_row(vocabulary, itemsize, plain=plain)
+        given = of_row(vocabulary, itemsize, copied=copied, capped=False)
         block, held, depth = given["BLOCK"], given["HELD"], given["DEPTH"]
         assert block % given["WIDE"] == 0
         again = vocabulary // block - held

@@ -1,4 +1,4 @@
-"""Matrices of one column by matrices of one row: no contraction, and nothing in memory."""
+"""Products of few terms and of vectors: no contractions, and where they can, nothing in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
+from iocompiler.ops import target
 from iocompiler.plan.data import AtenStep, made
 from iocompiler.tile.index import product
 from tests.accuracy import compare_with_eager
@@ -94,3 +95,73 @@ def test_operands_lie_as_they_like(swapped: bool) -> None:
 
     run = torch.compile(f, backend=Compiler(engine="reference", strict=True))
     torch.testing.assert_close(run(a, b), f(a, b))
+
+
+def _compiled_for_a_gpu(function: Any, *given: Tensor) -> tuple[Any, list[str]]:
+    """What a function gives as a graph for a GPU, by the reference interpreter; and its calls."""
+    records: list[Compilation] = []
+    backend = Compiler(engine="reference", strict=True, on_compiled=records.append)
+    with target.planned_for((9, 0)):
+        found = torch.compile(function, backend=backend)(*given)
+    plans = [plan for record in records for plan in record.plans.values()]
+    return found, [s.target for plan in plans for s in plan.steps if isinstance(s, AtenStep)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",  # batch, M, K, N
+    [(5, 7, 2, 6), (1, 7, 4, 6), (5, 1, 33, 6), (5, 7, 33, 1), (5, 2, 33, 2), (0, 1, 3, 5)],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_terms_and_vectors_on_a_gpu(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, transposed: bool
+) -> None:
+    torch.manual_seed(0)
+    batch, m, k, n = shape
+    a, b = torch.randn(batch, m, k), torch.randn(batch, k, n)
+    if transposed:
+        a, b = torch.randn(k, batch, m).permute(1, 2, 0), torch.randn(n, batch, k).permute(1, 2, 0)
+    leaves = [x.to(dtype).requires_grad_() for x in (a, b)]
+    weights = torch.randn(batch, m, n)
+
+    def run(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        out = torch.bmm(a, b)
+        return out, *torch.autograd.grad((out.float() * weights.to(out)).sum(), (a, b))
+
+    def product_(a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b)
+
+    exact = run(*(x.detach().double().requires_grad_() for x in leaves))
+    eager = run(*leaves)
+    out, calls = _compiled_for_a_gpu(product_, *leaves)
+    ours = (out, *torch.autograd.grad((out.float() * weights.to(out)).sum(), leaves))
+    assert "aten.bmm.default" not in calls
+    assert out.is_contiguous()
+    for mine, theirs, true in zip(ours, eager, exact, strict=True):
+        least = torch.finfo(dtype).eps
+        error = (mine.double() - true).abs().amax() if mine.numel() else 0.0
+        allowed = (theirs.double() - true).abs().amax() if mine.numel() else 0.0
+        assert error <= 2 * allowed + least * (true.abs().amax() if mine.numel() else 0.0)
+
+
+def test_what_is_not_finite_in_few_terms() -> None:
+    a = torch.tensor([[[1.0, torch.inf], [torch.nan, 0.0]]]).repeat(2, 1, 1)
+    b = torch.tensor([[[0.0, -1.0], [2.0, torch.inf]]]).repeat(2, 1, 1)
+    found, calls = _compiled_for_a_gpu(torch.bmm, a, b)
+    assert not calls
+    torch.testing.assert_close(found, a @ b, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((5, 7, 5), (5, 5, 6)),  # too many terms
+        ((5, 3, 33), (5, 33, 2)),  # too many results of a pair
+        ((1, 1, 33), (1, 33, 6)),  # one vector by one matrix
+    ],
+)
+def test_matrices_stay_contractions(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    left, right = torch.randn(a), torch.randn(b)
+    found, calls = _compiled_for_a_gpu(torch.bmm, left, right)
+    torch.testing.assert_close(found, left @ right)
+    assert calls == ["aten.bmm.default"]

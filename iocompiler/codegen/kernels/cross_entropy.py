@@ -12,22 +12,33 @@ from iocompiler.codegen.kernels.cross_entropy_parts import (
     read_blocks,
     slopes,
 )
+from iocompiler.codegen.kernels.cross_entropy_words import (
+    copy_ends,
+    copy_words,
+    opened,
+    place_of,
+    words_of,
+)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _elements(block, dtype: tl.constexpr, COPY: tl.constexpr):
+    """Of a block as it is held."""
+    return opened(block, dtype) if COPY else block
+
+
+@triton.jit
 def _leave_out(
-    start, into, kept, bias, columns, piece, vocabulary, width,
-    GRADIENT: tl.constexpr, COPY: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    start, source, into, place, missing, columns, at, piece, vocabulary, width,
+    GRADIENT: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A row that is ignored: its logits still go where they belong, its gradient is zero."""
     if COPY:
         for first in range(0, vocabulary, BLOCK):
-            at = first + columns
-            stored = read(start, bias, at, first + piece < vocabulary, BIAS, "evict_first")
-            tl.store(kept + at, stored, mask=at < vocabulary, eviction_policy="evict_first")
+            copy_words(source, place, missing, first // WIDE + at, vocabulary, WIDE)
         tl.debug_barrier()
     if GRADIENT:
         zeros = tl.zeros(columns.shape, start.dtype.element_ty)
@@ -40,7 +51,6 @@ def cross_entropy_rows(
     logits,
     gradient,
     copy,
-    bias,
     target,
     coefficient,
     squared,
@@ -59,7 +69,6 @@ def cross_entropy_rows(
     SMOOTHED: tl.constexpr,
     GRADIENT: tl.constexpr,
     COPY: tl.constexpr,
-    BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,8 +78,7 @@ def cross_entropy_rows(
 ):
     """One program a row of ``logits`` [rows, vocabulary]; arithmetic in float32.
 
-        y     = logits (+ bias, BIAS), rounded to their precision
-        z     = outer * tanh(inner * y)          (CAPPED), else outer * y
+        z     = outer * tanh(inner * y)          (CAPPED), else outer * y, where y are the logits
         lse   = log sum_j exp(z_j)               (online: one pass)
         cross = lse - (1 - smoothing) * z[target] - smoothing * mean_j z_j
         loss  = c * cross + s * lse^2            (c = 1 unless SCALED, s = 0 unless SQUARED)
@@ -83,7 +91,8 @@ def cross_entropy_rows(
 
     With GRADIENT, the last line is written to ``gradient``, which may be the logits' own memory, in
     a second pass; at the target it is written again, so that no other element is compared with it.
-    With COPY, y is written to ``copy`` in the first. A row whose target is ``ignore_index`` has
+    With COPY, y is written to ``copy`` in the first, and rows are read in words
+    (`cross_entropy_words.py`) of WIDE elements. A row whose target is ``ignore_index`` has
     c = 0; a target out of range has NaN for both (eager stops the device with an assertion). What
     is multiplied by 0 is 0.
 
@@ -92,29 +101,37 @@ def cross_entropy_rows(
     none) and are read twice, DEPTH at a time. The second pass begins with them where the first
     ended: more of them is then still in L2.
 
-    Rows of ``logits`` and ``gradient``, and ``bias``, begin at multiples of WIDE elements and are
-    read and written up to one; those of ``copy`` lie anywhere. The gradient is ``width`` wide, with
-    zeros behind the vocabulary.
+    Rows of ``logits`` and ``gradient`` begin at multiples of 16 bytes and are read and written up
+    to a multiple of WIDE elements; those of ``copy`` lie anywhere. The gradient is ``width`` wide,
+    with zeros behind the vocabulary.
     """
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * tl.multiple_of(row_stride, WIDE)
     into = gradient + row.to(tl.int64) * tl.multiple_of(gradient_stride, WIDE)
     kept = copy + row.to(tl.int64) * copy_stride
+    dtype: tl.constexpr = logits.dtype.element_ty
     label = tl.load(target + row)
     ignored = label == ignore_index
     # WIDE elements side by side, of one thread
     piece = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE
     columns = piece + tl.arange(0, WIDE)[None, :]
+    # how blocks are read: by elements, or by words
+    UNIT: tl.constexpr = WIDE if COPY else 1
+    source, at = (words_of(start), tl.arange(0, BLOCK // WIDE)) if COPY else (start, columns)
+    place, missing = place_of(kept, WIDE) if COPY else (kept, 0)
     if not SQUARED:  # noqa: SIM102  # the outer one is decided while compiling
         if ignored:
             tl.store(loss + row, 0.0)
+            if COPY:
+                covered = (vocabulary + BLOCK - 1) // BLOCK * BLOCK
+                copy_ends(start, kept, missing, vocabulary, covered, WIDE)
             _leave_out(
-                start, into, kept, bias, columns, piece, vocabulary, width,
-                GRADIENT, COPY, BIAS, BLOCK,
+                start, source, into, place, missing, columns, at, piece, vocabulary, width,
+                GRADIENT, COPY, BLOCK, WIDE,
             )  # fmt: skip
             return
     inside = (label >= 0) & (label < vocabulary)
-    chosen = read(start, bias, label, inside, BIAS, "")
+    chosen = tl.load(start + label, mask=inside, other=0.0)
     scale, rate = tl.abs(outer) * _LOG2_E, inner * (-2 * _LOG2_E)
     # of each thread's own, merged once at the end: no reduction across threads inside the loop
     none = tl.zeros([BLOCK // WIDE], tl.float32)
@@ -122,25 +139,33 @@ def cross_entropy_rows(
     whole = vocabulary // BLOCK * BLOCK
     end = whole + columns
     live = end < vocabulary
-    rest = read(start, bias, end, whole + piece < vocabulary, BIAS, "evict_first")
-    held = read_blocks(start, bias, columns, HELD, BLOCK, BIAS, "evict_first")
-    sums = add_block(sums, rest, live, rate, scale, CAPPED, NEGATED, SMOOTHED)
+    last = whole // UNIT + at
+    # what is copied is read again from L1
+    once: tl.constexpr = "" if COPY else "evict_first"
+    rest = read(source, last, last * UNIT < vocabulary, once)
+    held = read_blocks(source, at, HELD, BLOCK // UNIT, once)
     if COPY:
-        tl.store(kept + end, rest, mask=live, eviction_policy="evict_first")
+        copy_ends(start, kept, missing, vocabulary, whole + BLOCK, WIDE)
+        copy_words(source, place, missing, last, vocabulary, WIDE)
+    sums = add_block(
+        sums, _elements(rest, dtype, COPY), live, rate, scale, CAPPED, NEGATED, SMOOTHED
+    )
     for index in tl.static_range(HELD):
-        sums = add_block(sums, held[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
         if COPY:
-            at = index * BLOCK + columns
-            tl.store(kept + at, held[index], eviction_policy="evict_first")
+            here = index * (BLOCK // UNIT) + at
+            copy_words(source, place, missing, here, vocabulary, WIDE)
+        block = _elements(held[index], dtype, COPY)
+        sums = add_block(sums, block, None, rate, scale, CAPPED, NEGATED, SMOOTHED)
     if DEPTH:
         for first in range(HELD * BLOCK, whole, DEPTH * BLOCK):
-            policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
-            blocks = read_blocks(start + first, bias + first, columns, DEPTH, BLOCK, BIAS, policy)
+            policy: tl.constexpr = "evict_last" if GRADIENT else once
+            blocks = read_blocks(source, first // UNIT + at, DEPTH, BLOCK // UNIT, policy)
             for index in tl.static_range(DEPTH):
-                sums = add_block(sums, blocks[index], None, rate, scale, CAPPED, NEGATED, SMOOTHED)
                 if COPY:
-                    at = first + index * BLOCK + columns
-                    tl.store(kept + at, blocks[index], eviction_policy="evict_first")
+                    here = first // UNIT + index * (BLOCK // UNIT) + at
+                    copy_words(source, place, missing, here, vocabulary, WIDE)
+                block = _elements(blocks[index], dtype, COPY)
+                sums = add_block(sums, block, None, rate, scale, CAPPED, NEGATED, SMOOTHED)
     greatest, total, summed = sums
     top = tl.max(greatest, 0)
     total = tl.sum(total * tl.exp2((greatest - top) * scale), 0)
@@ -161,7 +186,6 @@ def cross_entropy_rows(
         mass += tl.where(share == 0.0, 0.0, 2 * share * lse)
     tl.store(loss + row, result)
     if GRADIENT:
-        dtype = logits.dtype.element_ty
         slope = outer * inner if CAPPED else outer
         factor, each = mass * slope / total, hit * slope * (smoothing / vocabulary)
         tl.debug_barrier()  # the target's logit is read before it is overwritten
@@ -169,17 +193,20 @@ def cross_entropy_rows(
             for back in range(HELD * BLOCK, whole, DEPTH * BLOCK):
                 first = whole - DEPTH * BLOCK - (back - HELD * BLOCK)
                 blocks = read_blocks(
-                    start + first, bias + first, columns, DEPTH, BLOCK, BIAS, "evict_first"
+                    source, first // UNIT + at, DEPTH, BLOCK // UNIT, "evict_first"
                 )
                 for index in tl.static_range(DEPTH):
-                    d = slopes(blocks[index], top, scale, factor, each, rate, CAPPED, NEGATED)
-                    at = first + index * BLOCK + columns
-                    tl.store(into + at, d.to(dtype), eviction_policy="evict_first")
+                    block = _elements(blocks[index], dtype, COPY)
+                    d = slopes(block, top, scale, factor, each, rate, CAPPED, NEGATED)
+                    there = into + first + index * BLOCK + columns
+                    tl.store(there, d.to(dtype), eviction_policy="evict_first")
         for index in tl.static_range(HELD):
-            d = slopes(again(held[index]), top, scale, factor, each, rate, CAPPED, NEGATED)
-            at = index * BLOCK + columns
-            tl.store(into + at, d.to(dtype), eviction_policy="evict_first")
-        d = slopes(again(rest), top, scale, factor, each, rate, CAPPED, NEGATED)
+            block = _elements(again(held[index]), dtype, COPY)
+            d = slopes(block, top, scale, factor, each, rate, CAPPED, NEGATED)
+            there = into + index * BLOCK + columns
+            tl.store(there, d.to(dtype), eviction_policy="evict_first")
+        block = _elements(again(rest), dtype, COPY)
+        d = slopes(block, top, scale, factor, each, rate, CAPPED, NEGATED)
         d = tl.where(live, d, 0.0).to(dtype)
         tl.store(into + end, d, mask=whole + piece < width, eviction_policy="evict_first")
         for first in range(whole + BLOCK, width, BLOCK):

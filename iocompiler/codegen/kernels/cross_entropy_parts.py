@@ -8,30 +8,21 @@ _ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)  # which the inter
 
 
 @triton.jit
-def read(logits, bias, at, some, BIAS: tl.constexpr, POLICY: tl.constexpr):
-    """Logits of a row in their own precision, where ``some`` (None: everywhere)."""
+def read(start, at, some, POLICY: tl.constexpr):
+    """What lies at ``at`` of a row, where ``some`` (None: everywhere)."""
     if some is None:
-        stored = tl.load(logits + at, eviction_policy=POLICY)
+        stored = tl.load(start + at, eviction_policy=POLICY)
     else:
-        stored = tl.load(logits + at, mask=some, other=0.0, eviction_policy=POLICY)
-    if BIAS:
-        if some is None:
-            added = tl.load(bias + at)
-        else:
-            added = tl.load(bias + at, mask=some, other=0.0)
-        stored = (stored.to(tl.float32) + added.to(tl.float32)).to(stored.dtype)
+        stored = tl.load(start + at, mask=some, other=0, eviction_policy=POLICY)
     return stored
 
 
 @triton.jit
-def read_blocks(
-    logits, bias, columns, COUNT: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
-    POLICY: tl.constexpr,
-):  # fmt: skip
+def read_blocks(start, at, COUNT: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr):
     """So many whole blocks that follow each other: all of their loads are on their way at once."""
     blocks = ()
     for index in tl.static_range(COUNT):
-        block = read(logits, bias, index * BLOCK + columns, None, BIAS, POLICY)
+        block = read(start, index * BLOCK + at, None, POLICY)
         blocks = blocks + (block,)
     return blocks
 
@@ -41,7 +32,7 @@ def again(stored):
     """The same. Where the compiler sees that, it keeps what is held between the passes as it is
     converted in the first: in twice the registers.
     """
-    if _ASSEMBLES:
+    if _ASSEMBLES and stored.dtype.primitive_bitwidth <= 32:
         packed: tl.constexpr = 32 // stored.dtype.primitive_bitwidth
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [stored], stored.dtype, is_pure=False, pack=packed
