@@ -26,10 +26,12 @@ def opened(words, dtype: tl.constexpr):
     """The elements of words [N]: [N, elements of a word]."""
     low, high = words.to(tl.uint32), (words >> 32).to(tl.uint32)
     if dtype.primitive_bitwidth == 32:
-        return tl.join(low.to(dtype, bitcast=True), high.to(dtype, bitcast=True))
-    first = tl.join(_short(low, dtype), _short(high, dtype))
-    second = tl.join(_short(low >> 16, dtype), _short(high >> 16, dtype))
-    return tl.reshape(tl.join(first, second), [words.shape[0], 4])
+        elements = tl.join(low.to(dtype, bitcast=True), high.to(dtype, bitcast=True))
+    else:
+        first = tl.join(_short(low, dtype), _short(high, dtype))
+        second = tl.join(_short(low >> 16, dtype), _short(high >> 16, dtype))
+        elements = tl.reshape(tl.join(first, second), [words.shape[0], 4])
+    return elements
 
 
 @triton.jit
