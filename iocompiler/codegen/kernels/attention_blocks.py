@@ -8,6 +8,17 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _kept(
+    b, h, i, j, operands, strides, numbers,
+    keep: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """How many scores of a block are kept: none and all are what is asked."""
+    kept = tl.broadcast_to(keep(b, h, i, j, operands, strides, numbers), (BLOCK_M, BLOCK_N))
+    # over no axis in particular: threads add up what they have before they meet
+    return tl.sum(kept.to(tl.int32))
+
+
 @triton.jit(do_not_specialize=["own_heads", "rows", "columns"])
 def classify_blocks(
     Classes, Reach, reach_strides, operands, strides, numbers, own_heads, rows, columns,
@@ -32,11 +43,12 @@ def classify_blocks(
     place = start + tl.arange(0, COUNT)
     kinds = tl.zeros((COUNT,), tl.int32)
     for n in range(first, last + 1):
-        j = tl.minimum(n * BLOCK_N + column, columns - 1)
-        kept = tl.broadcast_to(keep(b, h, i, j, operands, strides, numbers), (BLOCK_M, BLOCK_N))
-        # one sum says both; over no axis in particular, threads add up what they have before they
-        # meet
-        count = tl.sum(kept.to(tl.int32))
+        j = n * BLOCK_N + column
+        if (n + 1) * BLOCK_N <= columns:  # elements side by side are seen to be, and read at once
+            count = _kept(b, h, i, j, operands, strides, numbers, keep, BLOCK_M, BLOCK_N)
+        else:
+            j = tl.minimum(j, columns - 1)
+            count = _kept(b, h, i, j, operands, strides, numbers, keep, BLOCK_M, BLOCK_N)
         kind = (count > 0).to(tl.int32) + (count == BLOCK_M * BLOCK_N).to(tl.int32)
         kinds = tl.where(place == n, kind, kinds)
     line = (z.to(tl.int64) * down + m) * across
