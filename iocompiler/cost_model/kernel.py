@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from iocompiler.cost_model.device import Device
 from iocompiler.tile.arrange import merge_axes, rows_contiguous
-from iocompiler.tile.index import Size, product
+from iocompiler.tile.index import Axis, Size, product
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import traffic
 
@@ -14,17 +14,50 @@ from iocompiler.tile.traffic import traffic
 _TRANSCENDENTAL_FLOPS = 8
 # What memory gives where one element is asked for.
 _SECTOR_BYTES = 32
+# What a thread reads or writes in one instruction at most.
+_WORD_BYTES = 16
+# Of floating-point operations, a multiply-add is two, in the time of one such instruction: a
+# multiprocessor has a quarter as many units for it.
+_FLOPS_OF_A_WORD = 8
 
 
 def kernel_seconds(program: TileProgram, device: Device, hints: Mapping[str, int]) -> float:
-    """Roofline time: the longer of moving its bytes and doing its arithmetic, after one launch."""
+    """Roofline time: the longest of moving its bytes, of doing its arithmetic, and of asking for
+    them, after one launch.
+    """
     moved = traffic(program)
     read, written = _at(moved.read_bytes, hints), _at(moved.written_bytes, hints)
     wasted = _at(_unread_bytes(program), hints)
     work = _at(moved.flops, hints) + _TRANSCENDENTAL_FLOPS * _at(moved.transcendentals, hints)
+    work = max(work, _FLOPS_OF_A_WORD * _at(_words(program), hints))
     return device.launch_s + max(
         (read + written + wasted) / device.hbm_bytes_per_s, work / device.vector_flops
     )
+
+
+def _words(program: TileProgram) -> Size:
+    """Instructions of threads that read or write: what a kernel computes again from elements that
+    lie apart, it asks for one by one, if only from a cache.
+    """
+    merged = merge_axes(program)
+    asked: Size = 0
+    for position, op in enumerate(merged.ops):
+        if op.kind not in ("load", "store") or op.index is None:
+            continue
+        names = merged.varies[position] | set(op.index.names)
+        # a thread has a point of each direction: what differs along one axis of a direction is
+        # asked for at all points of it
+        directions = [axes for axes in (merged.parallel, merged.reduced) if names & _names(axes)]
+        points = product([a.size for axes in directions for a in axes])
+        beside = [a.size for a in merged.axes if op.index.coefficient(a.name) == 1]
+        most = max(_WORD_BYTES // op.dtype.itemsize, 1)
+        wide = min([most, *(n for n in beside if isinstance(n, int))]) if beside else 1
+        asked = asked + points / max(wide, 1)
+    return asked
+
+
+def _names(axes: tuple[Axis, ...]) -> set[str]:
+    return {a.name for a in axes}
 
 
 def _unread_bytes(program: TileProgram) -> Size:

@@ -85,6 +85,16 @@ def test_a_column_sum_reads_whole_lines() -> None:
     assert choose(columns(8192, 1024), H200).x_block >= 32
 
 
+@pytest.mark.parametrize("wide", [4096, 512])
+def test_a_scan_across_memory_walks_lines(wide: int) -> None:
+    build, at = Builder(), X0 + R0 * wide
+    build.store("out", at, build.scan("cumsum", build.load("a", at, F32)))
+    buffers = ins(a=(F32, 2048 * wide)) + outs(out=(F32, 2048 * wide))
+    schedule = choose(build.program(axes(wide), axes(2048, reduced=True), buffers), H200)
+    assert schedule.kind == "looped"
+    assert 4 * schedule.x_block >= 64  # two sectors at least
+
+
 def test_a_transpose_is_tiled_both_ways() -> None:
     build = Builder()
     build.store("out", X0 * 4096 + X1, build.load("a", X1 * 4096 + X0, F32))
@@ -120,6 +130,20 @@ def with_column_sums(width: int, dtype: torch.dtype, folds: int) -> TileProgram:
         dx=(dtype, 8192 * width), dw=(F32, 264 * width)
     )
     return build.program(axes(8192), axes(width, reduced=True), buffers)
+
+
+def test_rows_that_compute_much_are_half_as_many_at_once() -> None:
+    """A norm's backward beside which dropout is drawn again."""
+    build, at = Builder(), X0 * 1024 + R0
+    x = build.cast(build.load("x", at, BF16), F32)
+    for _ in range(12):
+        x = build.map("mul", x, x)
+    build.store("dw", R0, build.reduce("sum", x, F32, over="parallel"), fn="partial")
+    buffers = ins(x=(BF16, 8192 * 1024)) + outs(dw=(F32, 264 * 1024))
+    heavy = choose(build.program(axes(8192), axes(1024, reduced=True), buffers), H200)
+    light = choose(with_column_sums(1024, BF16, 1), H200)
+    assert (heavy.x_block, heavy.num_warps) == (2, 4)
+    assert (light.x_block, light.num_warps) == (4, 4)
 
 
 @pytest.mark.parametrize(
