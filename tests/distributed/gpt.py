@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +45,8 @@ TRAINING = Task(gpt, _tokens, _loss, _adamw)
 
 
 def gpt_under_ddp(device: torch.device) -> None:
-    as_eager(TRAINING, device, around_compiled)
+    records = as_eager(TRAINING, device, around_compiled)
+    assert "attention" in _rewritten(records)
 
 
 def gpt_under_ddp_in_bfloat16(device: torch.device) -> None:
@@ -78,6 +80,42 @@ def gpt_of_sharded_compiled_blocks(device: torch.device) -> None:
     as_eager(TRAINING, device, made)
 
 
+def _rewritten(records: list[Compilation]) -> set[str]:
+    return {found.pattern for record in records for found in record.rewrites}
+
+
+class Head(nn.Module):
+    """``head(x, targets)``: a layer, a norm, and the loss of a vocabulary whose logits are more
+    than one chunk.
+    """
+
+    VOCABULARY, TOKENS, WIDTH = 16500, 520, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm = nn.Linear(self.WIDTH, self.WIDTH), nn.LayerNorm(self.WIDTH)
+        self.head = nn.Linear(self.WIDTH, self.VOCABULARY, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.norm(self.layer(x))), targets)
+
+    @classmethod
+    def batch(cls, draw: torch.Generator) -> Batch:
+        targets = torch.randint(cls.VOCABULARY, (cls.TOKENS,), generator=draw)
+        return torch.randn(cls.TOKENS, cls.WIDTH, generator=draw), targets
+
+
+def linear_cross_entropy_under_ddp(device: torch.device) -> None:
+    records = as_eager(Task(Head, Head.batch, _loss), device, around_compiled)
+    assert "linear_cross_entropy" in _rewritten(records)
+
+
+def linear_cross_entropy_sharded(device: torch.device) -> None:
+    wrap = lambda m: sharded(m, [m.head], device)
+    as_eager(Task(Head, Head.batch, _loss), device, lambda m, b: torch.compile(wrap(m), backend=b))
+
+
 # --- with dropout
 
 
@@ -107,6 +145,24 @@ def dropout_is_repeated_by_its_seeds(device: torch.device) -> None:
     assert relative_error(found, mean / dist.get_world_size()) <= SLACK
     other = _mean_gradient(together, device, dist.get_world_size() * DRAWS)
     assert relative_error(other, found) > SLACK
+
+
+def dropout_differs_between_ranks(device: torch.device) -> None:
+    """By their seeds, as eager's does: equal ones give equal masks."""
+    run = torch.compile(lambda x: F.dropout(x, 0.5), backend=backend([], device))
+
+    def drawn(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        mask = run(torch.ones(64, 64, device=device))
+        masks = [torch.empty_like(mask) for _ in range(dist.get_world_size())]
+        dist.all_gather(masks, mask)
+        return masks
+
+    first, second = drawn(5)
+    assert torch.equal(first, second)
+    first, second = drawn(5 + dist.get_rank())
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.stack(drawn(5 + dist.get_rank())), torch.stack([first, second]))
 
 
 def _mean_gradient(net: nn.Module, device: torch.device, first_seed: int) -> Tensor:
