@@ -83,7 +83,7 @@ def collectives_in_a_graph(device: torch.device) -> None:
 
 def _inputs(device: torch.device) -> list[Tensor]:
     draw = torch.Generator().manual_seed(1 + dist.get_rank())
-    return [torch.randn(SHAPE[device.type], generator=draw).to(device) for _ in range(2)]
+    return [torch.randn(SHAPE[device.type], generator=draw).to(device) / 2 for _ in range(2)]
 
 
 def _called(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> Results:

@@ -28,7 +28,7 @@ def test_two_ranks(case: str, on_cpus: dict[str, list[str]]) -> None:
 def on_gpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     if torch.cuda.device_count() < ranks.RANKS or not dist.is_nccl_available():
         pytest.skip("needs two CUDA devices and NCCL")
-    return ranks.run(CASES, tmp_path_factory.mktemp("ranks"), "cuda")
+    return ranks.run(CASES, tmp_path_factory.mktemp("ranks"), "cuda", limit=480.0)
 
 
 @pytest.mark.gpu

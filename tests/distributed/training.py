@@ -74,7 +74,9 @@ def as_eager(
     )  # fmt: skip
     unit = task.autocast or torch.float32
     runs = zip(ours, theirs, reference, strict=True)
-    judged = over_draws([compare(*each, unit) for each in runs])
+    judged = over_draws(
+        [tuple(c for same in zip(*run, strict=True) for c in compare(*same, unit)) for run in runs]
+    )
     bad = [str(c) for c in judged if not c.ok]
     assert judged
     assert not bad, "less accurate than eager:\n  " + "\n  ".join(bad)
@@ -88,8 +90,10 @@ def _steps(
     dtype: torch.dtype,
     wrap: Callable[[nn.Module], nn.Module],
     compiler: ioc.Compiler | None = None,
-) -> list[Results]:
-    """What each step gave; every rank has batches of its own."""
+) -> list[tuple[Results, Results]]:
+    """What each step gave, and the parameters after it, which are as exact as the gradients they
+    are made of. Every rank has batches of its own.
+    """
     net = wrap(task.build().to(device, dtype))
     optimizer = task.optimizer(net.parameters())
     update = torch.compile(optimizer.step, backend=compiler) if compiler else optimizer.step
@@ -106,7 +110,8 @@ def _steps(
         given = gradients(net)
         with steps_counted_in(dtype):
             update()
-        found.append(Results({"loss": loss.detach().clone(), **_state(net)}, given))
+        values = {"loss": loss.detach().clone(), **_wholes(net.named_buffers())}
+        found.append((Results(values, given), Results({}, _wholes(net.named_parameters()))))
     return found
 
 
@@ -115,12 +120,11 @@ def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
-    """Whole, on every rank, under the names the parameters had before they were wrapped."""
-    return {_plain(n): _whole(p.grad).clone() for n, p in net.named_parameters()}
+    return _wholes((name, p.grad) for name, p in net.named_parameters())
 
 
-def _state(net: nn.Module) -> dict[str, Tensor]:
-    named = [*net.named_parameters(), *net.named_buffers()]
+def _wholes(named: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
+    """Copies, whole on every rank, under the names from before anything was wrapped."""
     return {_plain(name): _whole(t).detach().clone() for name, t in named}
 
 
