@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
-from tests.accuracy import GRADIENT_FACTOR, SLACK, relative_error
+from tests.accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, SLACK, relative_error
 from tests.distributed.training import Batch, Task, as_eager, backend, gradients, moved
 from tests.distributed.wrapped import around_compiled, sharded
 from tests.models.gpt import GPT
 
 VOCABULARY = 65
 DRAWS = 8
-"""Of the dropout, for a mean of gradients."""
+"""Of the dropout, for means and spreads of gradients."""
 
 
 def gpt(dropout: float = 0.0) -> GPT:
@@ -120,30 +120,30 @@ def linear_cross_entropy_sharded(device: torch.device) -> None:
 
 
 def dropout_trains_as_eager(device: torch.device) -> None:
-    """Of masks that nobody draws twice, means are compared: compiled gradients lie as near to those
-    of eager as eager's own of other masks.
+    """Nobody draws a mask twice: means and spreads over several are compared. The mean of compiled
+    gradients is as near to eager's as eager's own of other masks; so is their spread.
     """
-    ranks = dist.get_world_size()
     eager, others = (
-        _mean_gradient(DistributedDataParallel(gpt(0.3).to(device)), device, first)
-        for first in (0, ranks * DRAWS)
+        _drawn_gradients(DistributedDataParallel(gpt(0.3).to(device)), device, first)
+        for first in (0, dist.get_world_size() * DRAWS)
     )
-    compiled = around_compiled(gpt(0.3).to(device), backend([], device))
-    error, usual = (relative_error(g, eager) for g in (_mean_gradient(compiled, device, 0), others))
-    assert usual > 0
+    ours = _drawn_gradients(around_compiled(gpt(0.3).to(device), backend([], device)), device, 0)
+    error, usual = (relative_error(g.mean(0), eager.mean(0)) for g in (ours, others))
     assert error <= GRADIENT_FACTOR * usual + SLACK, f"{error} from eager, eager {usual}"
+    spread = (ours.var(0).sum() / eager.var(0).sum()).item()
+    assert 1 / FORWARD_FACTOR <= spread <= FORWARD_FACTOR, f"{spread} of eager's variance"
 
 
 def dropout_is_repeated_by_its_seeds(device: torch.device) -> None:
     """DDP's gradients are the mean of what the ranks find alone under the same seeds."""
     records: list[Compilation] = []
     alone = torch.compile(gpt(0.3).to(device), backend=backend(records, device))
-    mean = _mean_gradient(alone, device, 0)
+    mean = _drawn_gradients(alone, device, 0)
     dist.all_reduce(mean)
     together = around_compiled(gpt(0.3).to(device), backend(records, device))
-    found = _mean_gradient(together, device, 0)
+    found = _drawn_gradients(together, device, 0)
     assert relative_error(found, mean / dist.get_world_size()) <= SLACK
-    other = _mean_gradient(together, device, dist.get_world_size() * DRAWS)
+    other = _drawn_gradients(together, device, dist.get_world_size() * DRAWS)
     assert relative_error(other, found) > SLACK
 
 
@@ -165,14 +165,16 @@ def dropout_differs_between_ranks(device: torch.device) -> None:
     assert torch.equal(torch.stack(drawn(5 + dist.get_rank())), torch.stack([first, second]))
 
 
-def _mean_gradient(net: nn.Module, device: torch.device, first_seed: int) -> Tensor:
-    """Of all parameters, over draws whose seeds differ from rank to rank."""
-    net.zero_grad()
+def _drawn_gradients(net: nn.Module, device: torch.device, first_seed: int) -> Tensor:
+    """Of all parameters, a row a draw; seeds differ from rank to rank."""
     batch = moved(_tokens(torch.Generator().manual_seed(dist.get_rank())), device, torch.float32)
+    rows = []
     for draw in range(DRAWS):
+        net.zero_grad()
         torch.manual_seed(first_seed + dist.get_rank() + dist.get_world_size() * draw)
         _loss(net, batch).backward()
-    return torch.cat([g.flatten() for g in gradients(net).values()]) / DRAWS
+        rows.append(torch.cat([g.flatten() for g in gradients(net).values()]))
+    return torch.stack(rows)
 
 
 # --- where a rank's device or stream is not the current one
