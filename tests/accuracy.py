@@ -234,7 +234,7 @@ def compare_with_eager(
             return [run(function, module, _fed(draw, dtype, device, wide), train) for draw in draws]
 
     reference, eager, ours = once(True, False), once(False, False), once(False, True)
-    return _over_draws(
+    return over_draws(
         [
             compare(*results, autocast or dtype)
             for results in zip(ours, eager, reference, strict=True)
@@ -242,7 +242,7 @@ def compare_with_eager(
     )
 
 
-def _over_draws(found: Sequence[tuple[Comparison, ...]]) -> tuple[Comparison, ...]:
+def over_draws(found: Sequence[tuple[Comparison, ...]]) -> tuple[Comparison, ...]:
     """Errors and allowances as root mean squares over the draws."""
 
     def mean(values: Sequence[float]) -> float:

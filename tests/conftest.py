@@ -22,7 +22,13 @@ from iocompiler.graph.capture import capture
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
     parser.addoption("--fuzz", type=int, default=200, help="how many random programs to run")
-    parser.addoption("--seed", type=int, default=0, help="the seed of the first random program")
+    parser.addoption(
+        "--seed", type=int, default=0, help="of the first random program, the order of operators"
+    )
+    parser.addoption(
+        "--limit", type=float, default=float("inf"), help="seconds for the operators of torch"
+    )
+    parser.addoption("--share", default="1/1", help="2/3: the second third of torch's operators")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

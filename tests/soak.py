@@ -3,8 +3,8 @@
 A small GPT is trained twice from the same weights on the same batches, whose shapes change at every
 step: compiled, and eager. Asked of the compiled one: losses as eager's to within the noise of
 bfloat16, no recompilation once sizes are symbols, and nothing that grows: memory of the device and
-of the host, modules, processes, open files. Prints what it saw as JSON; the exit status is 1 where
-any of it is wrong.
+of the host, modules, processes, open files. Prints what it saw as JSON, also where the limit
+(seconds) cut it off, and then one line; the exit status is 1 where any of it is wrong.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tests.models.gpt import GPT
 MEGABYTE = 1 << 20
 # Noise that training amplifies: two runs of eager that differ in one rounding part as far.
 LOSS_TOLERANCE = 0.02
+SAID_EVERY = 10.0  # seconds between lines of progress
 COMPILATIONS = 3  # for the first sizes, then for each size that Dynamo has seen change
 
 
@@ -111,6 +112,7 @@ def soak(setting: Setting, say: Callable[[str], None] = print) -> dict[str, Any]
     ours, eager = _trainings(setting, records)
     draw, begun = random.Random(setting.seed), time.perf_counter()
     early: Usage | None = None
+    said = begun
     step = 0
     while step < setting.steps and time.perf_counter() - begun < setting.limit:
         tokens = _tokens(setting, draw, step)
@@ -122,10 +124,10 @@ def soak(setting: Setting, say: Callable[[str], None] = print) -> dict[str, Any]
         settled = step >= min(setting.steps // 5, 3 * setting.shapes)
         if early is None and settled and max(step / setting.steps, spent) >= 0.2:
             early = Usage.now(setting.device)
-        if step % 100 == 0:
+        if time.perf_counter() - said >= SAID_EVERY:
+            said = time.perf_counter()
             say(f"step {step}: loss {ours.losses[-1]:.4f}, eager {eager.losses[-1]:.4f}")
-    late = Usage.now(setting.device)
-    return _verdict(ours, eager, early or late, late, records)
+    return _verdict(ours, eager, early, Usage.now(setting.device), records)
 
 
 def _trainings(setting: Setting, records: list[Compilation]) -> tuple[Training, Training]:
@@ -154,14 +156,18 @@ def _tokens(setting: Setting, draw: random.Random, step: int) -> Tensor:
 
 
 def _verdict(
-    ours: Training, eager: Training, early: Usage, late: Usage, records: list[Compilation]
+    ours: Training, eager: Training, early: Usage | None, late: Usage, records: list[Compilation]
 ) -> dict[str, Any]:
+    """``early`` is None where the limit came before anything had settled: that is wrong, too."""
     tail = max(1, len(ours.losses) // 10)
     losses = {name: sum(t.losses[-tail:]) / tail for name, t in (("ours", ours), ("eager", eager))}
-    grown = {name: getattr(late, name) - getattr(early, name) for name in vars(late)}
+    since = early or late
+    grown = {name: getattr(late, name) - getattr(since, name) for name in vars(late)}
     wrong = [
         f"{name} grew by {count}" for name, count in grown.items() if count > getattr(ALLOWED, name)
     ]
+    if early is None:
+        wrong.append("cut off too early to see what grows")
     first = abs(ours.losses[0] - eager.losses[0])
     if first > LOSS_TOLERANCE or not abs(losses["ours"] - losses["eager"]) <= LOSS_TOLERANCE:
         wrong.append(f"losses differ: {first:.4f} at the first step, {losses} at the end")
@@ -173,10 +179,17 @@ def _verdict(
         "loss": losses,
         "seconds": {"ours": ours.seconds, "eager": eager.seconds},
         "compilations": len(records),
-        "early": vars(early),
+        "early": vars(since),
         "grown": grown,
         "wrong": wrong,
     }
+
+
+def _line(found: dict[str, Any], steps: int) -> str:
+    """All of it in one line, the last one."""
+    seconds = sum(found["seconds"].values())
+    done = f"soak: {found['steps']} of {steps} steps in {seconds:.0f} s"
+    return f"{done}; {'; '.join(found['wrong']) or 'nothing wrong'}"
 
 
 def main() -> int:
@@ -192,6 +205,7 @@ def main() -> int:
         setting = Setting("cpu", given.steps, given.limit, "reference", None, 16, 1, 24, 4, 6)
     found = soak(setting, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(found, indent=1))
+    print(_line(found, setting.steps), flush=True)
     return int(bool(found["wrong"]))
 
 

@@ -32,3 +32,11 @@ def test_what_is_wrong_is_said() -> None:
     assert [line.split(" grew")[0].split(":")[0] for line in found["wrong"]] == [
         "device_bytes", "modules", "losses differ",
     ]  # fmt: skip
+
+
+def test_a_run_too_short_to_tell_says_so() -> None:
+    found = soak.soak(dataclasses.replace(SHORT, limit=0.01), lambda line: None)
+    assert found["steps"] == 1
+    assert found["wrong"] == ["cut off too early to see what grows"]
+    assert soak._line(found, 40).startswith("soak: 1 of 40 steps in ")
+    assert soak._line(found, 40).endswith("; cut off too early to see what grows")

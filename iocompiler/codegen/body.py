@@ -248,7 +248,7 @@ class Body:
             self._names.of[r.name] for r in references((step.args, [a for _, a in step.kwargs]))
         }
         spec = step.outputs[0][1] if len(step.outputs) == 1 else None
-        if step.target in _WITH_OUT and spec is not None and not step.is_tuple:
+        if spec is not None and self._takes_out(step, spec):
             name = self._names.add(step.outputs[0][0] or "_unread")
             arguments.append(f"out={self._empty(spec)}")
             lines.append(f"{name} = {_WITH_OUT[step.target]}({', '.join(arguments)})")
@@ -257,6 +257,11 @@ class Body:
         call = f"{self._operator(step.target)}({', '.join(arguments)})"
         made = self._results(step, call, lines)
         self._emit(lines, read | made)
+
+    def _takes_out(self, step: AtenStep, spec: TensorSpec) -> bool:
+        """Whether a call writes into memory of ours, which lies on the plan's own device."""
+        ours = spec.device == self._plan.device
+        return step.target in _WITH_OUT and not step.is_tuple and ours
 
     def _results(self, step: AtenStep, call: str, lines: list[str]) -> set[str]:
         """Lines that call and name the results; returns the variables made."""

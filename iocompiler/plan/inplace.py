@@ -24,6 +24,7 @@ from iocompiler.plan.data import (
     references,
 )
 from iocompiler.plan.moving import bases_of, names_read, storage
+from iocompiler.plan.ordered import is_collective
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
@@ -51,6 +52,8 @@ class _Rewriter:
     specs: of all values. owned: the specs of tensors that a step of the plan allocates.
     bases: the value whose storage each view, and each result in another's place, shows.
     last: the last step that reads or writes each storage.
+    kept: the storages that nothing is written over: the caller has them, or a collective reads
+        them, which goes on behind its step, on a stream of its own.
     """
 
     def __init__(self, steps: Sequence[Step], outputs: tuple[Argument, ...]) -> None:
@@ -59,9 +62,9 @@ class _Rewriter:
         self.owned: dict[str, TensorSpec] = {}
         self.bases = bases_of(steps)
         self.last: dict[str, int] = {}
+        self.kept = {self._root(ref.name) for ref in references(outputs)}
         for at, step in enumerate(steps):
             self._enter(at, step)
-        self.kept = {self._root(ref.name) for ref in references(outputs)}
 
     def run(self) -> list[Step]:
         result: list[Step] = []
@@ -82,6 +85,8 @@ class _Rewriter:
                 self.owned |= dict(step.outputs)
             case AtenStep() if step.target in _OWNING:
                 self.owned |= made(step)
+            case AtenStep() if is_collective(step.target):
+                self.kept |= {self._root(name) for name in names_read(step)}
         for name in names_read(step) | set(made(step)):
             self.last[self._root(name)] = at
 

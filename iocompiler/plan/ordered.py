@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from iocompiler.graph import view
 
 _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "symm_mem", "_dtensor")
-_WAIT = "_c10d_functional::wait_tensor"
+_WAIT = "wait_tensor"
 
 
 def ordered(graph: Graph, opaque: Iterable[Node]) -> dict[Node, Node]:
@@ -31,14 +31,16 @@ def ordered(graph: Graph, opaque: Iterable[Node]) -> dict[Node, Node]:
     return dict(pairwise(reversed(chain)))
 
 
-def _is_collective(node: Node) -> bool:
-    """Whether the call communicates with other processes; a wait for one that does is none."""
-    if not isinstance(node.target, OpOverload) or node.target._schema.name == _WAIT:
-        return False
-    return node.target.namespace in _COLLECTIVES
+def is_collective(target: str) -> bool:
+    """Whether the operator (as "namespace.name.overload") communicates with other processes; a wait
+    for one that does is none.
+    """
+    namespace, name = target.split(".")[:2]
+    return namespace in _COLLECTIVES and name != _WAIT
 
 
 def _is_ordered(node: Node) -> bool:
     if isinstance(node.target, HigherOrderOperator):
         return True  # anything may stand in its functions
-    return _is_collective(node) or view.is_random(node) or node.is_impure()
+    communicates = isinstance(node.target, OpOverload) and is_collective(str(node.target))
+    return communicates or view.is_random(node) or node.is_impure()

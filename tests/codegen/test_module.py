@@ -99,6 +99,19 @@ def test_text_of_call() -> None:
     )
 
 
+def test_a_product_on_another_device_is_allocated_there() -> None:
+    """`empty` gives memory of the plan's own device."""
+    there, here = (TensorSpec((4, 4), (4, 1), torch.float32, f"cuda:{i}") for i in (1, 0))
+    steps = [
+        AtenStep("aten.mm.default", (Ref(x), Ref(x)), (), ((y, s),), False, y, "")
+        for x, y, s in (("a", "c", here), ("b", "d", there))
+    ]
+    graph = Plan((("a", here), ("b", there)), tuple(steps), (Ref("c"), Ref("d")), "cuda:0")
+    text = body(graph)
+    assert "c = torch.mm(a, a, out=empty(" in text
+    assert "d = aten_mm(b, b)" in text
+
+
 def test_runs_as_the_reference() -> None:
     agree(chain(), [torch.randn(4, 4), torch.randn(4, 4), 0.5])
 

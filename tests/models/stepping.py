@@ -31,7 +31,7 @@ def adamw_steps(dtype: torch.dtype, size: Size, device: str, compile_fn: Compile
         optimizer.zero_grad()
         # not of the squares, whose mean is one after a norm, whatever the weights
         call(x).exp().mean().backward()
-        with _steps_counted_in(dtype):
+        with steps_counted_in(dtype):
             update()
     values = {name: p.detach() for name, p in module.named_parameters()}
     for name, parameter in module.named_parameters():
@@ -41,7 +41,7 @@ def adamw_steps(dtype: torch.dtype, size: Size, device: str, compile_fn: Compile
 
 
 @contextmanager
-def _steps_counted_in(dtype: torch.dtype) -> Iterator[None]:
+def steps_counted_in(dtype: torch.dtype) -> Iterator[None]:
     """An optimizer counts in the default dtype. In float32 a reference would round 1 - beta**step
     as eager does, and eager's error there would not be seen.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
-from tests.accuracy import assert_as_accurate_as_eager, compare
+from tests.accuracy import Results, assert_as_accurate_as_eager, compare
 from tests.models.stepping import adamw_steps
 from tests.models.zoo import CASES, LAYERS, MEDIUM, PLAIN, SDPA, Case, Size
 
@@ -180,3 +180,26 @@ def test_a_graph_on_the_second_device_runs_there() -> None:
     out = _compiled(module)(x)
     assert out.device == torch.device("cuda:1")
     torch.testing.assert_close(out, module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_graph_on_two_devices_runs_on_both() -> None:
+    def two(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        here = (x @ w).sin() * 2
+        there = (here.to(v.device) @ v).exp().softmax(-1)
+        return there @ v + here.to(v.device).cos()
+
+    given = [torch.randn(64, 64, device=place) / 8 for place in ("cuda:0", "cuda:0", "cuda:1")]
+
+    def outcome(function: Callable[..., Tensor], dtype: torch.dtype) -> Results:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in given]
+        out = function(*leaves)
+        assert out.device == torch.device("cuda:1")
+        out.square().sum().backward()
+        return Results(
+            {"out": out.detach()}, {n: t.grad for n, t in zip("xwv", leaves, strict=True)}
+        )
+
+    ours, eager = (outcome(f, FLOAT32) for f in (_compiled(two), two))
+    judged = compare(ours, eager, outcome(two, torch.float64), FLOAT32)
+    assert all(c.ok for c in judged), judged

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
@@ -122,6 +124,27 @@ def test_declined(function: Callable[..., Any]) -> None:
     record, found = compiled(function, X, W)
     assert not over(record.plans["inference"])
     torch.testing.assert_close(found, function(X, W))
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    """Of two ranks, of which there is one: what collectives give is not filled."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("world")
+def test_what_a_collective_still_reads() -> None:
+    def sent(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ops, rows = torch.ops._c10d_functional, x @ w
+        under_way = ops.all_gather_into_tensor(rows, 2, dist.group.WORLD.group_name)
+        other = rows.sin() @ w
+        return ops.wait_tensor(under_way), other
+
+    record, (_, found) = compiled(sent, X, W)
+    assert not over(record.plans["inference"])
+    torch.testing.assert_close(found, (X @ W).sin() @ W)
 
 
 def softmax(x: Tensor, w: Tensor) -> Tensor:
