@@ -115,10 +115,13 @@ def _collectives(plan: Plan) -> list[str]:
 
 
 def gradients_through_collectives(device: torch.device) -> None:
-    from torch.distributed.nn.functional import all_reduce
+    from torch.distributed import _functional_collectives as collectives
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
-        return (all_reduce((x * w).exp()) * 2).softmax(-1).square().sum()
+        group = dist.group.WORLD
+        of_all = collectives.all_gather_tensor_autograd((x * w).exp(), 0, group)
+        mine = collectives.reduce_scatter_tensor_autograd(of_all * 2, "sum", 0, group)
+        return mine.softmax(-1).square().sum()
 
     def differentiated(function: Callable[..., Tensor], dtype: torch.dtype) -> Results:
         given = [t.to(dtype, copy=True).requires_grad_() for t in _inputs(device)]
