@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from iocompiler.errors import CannotPlan
 from iocompiler.plan.found import Symbolic, finders, needed
-from iocompiler.plan.lower import Lowered, lower
+from iocompiler.plan.lower import Lowered
 from iocompiler.plan.lowering import Unsupported
+from iocompiler.plan.memo import Memo
 from iocompiler.plan.ordered import ordered
 from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
 from iocompiler.plan.sizes import equal, size_of, value_at
 from iocompiler.plan.views import SPLITS, is_view, storage_owner
 from iocompiler.tile.index import product
-from iocompiler.tile.rows import RowsTooLong, check_rows
 
 aten = torch.ops.aten
 
@@ -118,6 +118,7 @@ class Dataflow:
 
     def __post_init__(self) -> None:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.memo = Memo(self.order)
         self._classify()
         self._choose_virtual()
         self._lower_singles()
@@ -172,8 +173,8 @@ class Dataflow:
         if any(t.device != self.device and t.dim() > 0 for t in read):
             return "operands on several devices"
         try:
-            check_rows(lower(frozenset({node}), (), (node,), self.order).program)
-        except (Unsupported, RowsTooLong) as error:
+            self.memo.lower(frozenset({node}), (), (node,))
+        except Unsupported as error:
             return str(error)
         return None
 
@@ -261,10 +262,8 @@ class Dataflow:
         while pending:
             node = pending.pop()
             try:
-                alone = lower(frozenset({node}), self.virtual, (node,), self.order)
-                check_rows(alone.program)
-                self.singles[node] = alone
-            except (Unsupported, RowsTooLong):
+                self.singles[node] = self.memo.lower(frozenset({node}), self.virtual, (node,))
+            except Unsupported:
                 owners = dict.fromkeys(map(storage_owner, node.all_input_nodes))
                 stored = [owner for owner in owners if owner in self.virtual]
                 assert stored, f"{node.name} lowers alone but not in its graph"

@@ -18,13 +18,12 @@ import torch
 from torch.fx import Node
 
 from iocompiler.plan.dataflow import Dataflow, nbytes
-from iocompiler.plan.lower import Lowered, lower
+from iocompiler.plan.lower import Lowered
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import flat_program
 from iocompiler.tile.index import Size, product
 from iocompiler.tile.program import TileProgram
-from iocompiler.tile.rows import RowsTooLong, check_rows
 
 aten = torch.ops.aten
 
@@ -272,9 +271,8 @@ class Grouper:
 
     def _lower_fresh(self, nodes: frozenset[Node]) -> Lowered | str:
         try:
-            lowered = lower(nodes, self.flow.virtual, self.outputs(nodes), self.flow.order)
-            check_rows(lowered.program)
-        except (Unsupported, RowsTooLong) as error:
+            lowered = self.flow.memo.lower(nodes, self.flow.virtual, self.outputs(nodes))
+        except Unsupported as error:
             return str(error)
         if len(lowered.program.ops) > _MOST_OPERATIONS:
             return f"{len(lowered.program.ops)} operations in one kernel"

@@ -1,0 +1,167 @@
+"""What of a graph a lowering depends on, as a value: equal layers have equal structures.
+
+`lower` looks at the nodes its outputs are pulled from, down to what is loaded, and at the users
+over which `space.propagate` carries the root's index. A `Structure` describes them all and holds no
+node: nodes are numbered as the walk meets them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from iocompiler.plan.lowering import known_scalar
+from iocompiler.plan.rules import is_elementwise
+from iocompiler.plan.sizes import size_of
+from iocompiler.plan.space import leads_into, root_of, same_shape
+from iocompiler.plan.views import is_view, viewed
+
+Structure: TypeAlias = tuple[Hashable, ...]
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What one node is, apart from who its operands are; ``operands`` are those."""
+
+    number: int
+    operands: tuple[Node, ...]
+
+
+@dataclass
+class Structures:
+    """Structures of sets of nodes of one graph; what a node is, is looked up once."""
+
+    order: Mapping[Node, int]
+    _made: dict[Node, _Facts] = field(default_factory=dict)
+    _loaded: dict[Node, _Facts] = field(default_factory=dict)
+    _numbers: dict[Hashable, int] = field(default_factory=dict)
+
+    def of(
+        self, home: frozenset[Node], virtual: Container[Node], outputs: tuple[Node, ...]
+    ) -> tuple[Structure, list[Node]]:
+        """The structure `lower` would see, and the node behind each of its numbers."""
+        walk = _Walk(home, virtual)
+        placed = [walk.number(n) for n in outputs]
+        ordered = [walk.number(n) for n in sorted(home, key=lambda n: self.order[n])]
+        carried = tuple(walk.carried(root_of(home, outputs, self.order)[0]))
+        below = tuple(self._below(walk))
+        return (tuple(placed), tuple(ordered), carried, below), walk.nodes
+
+    def _below(self, walk: _Walk) -> Iterator[tuple[int, ...]]:
+        """A row for each node met, and for those it is made of, which are met by that."""
+        for node in walk.nodes:
+            facts = self._facts_made(node) if walk.inside(node) else self._facts_loaded(node)
+            yield facts.number, *map(walk.number, facts.operands)
+
+    def _facts_made(self, node: Node) -> _Facts:
+        """What a view or a node that is computed is."""
+        facts = self._made.get(node)
+        if facts is None:
+            operands, description = tuple(node.all_input_nodes), _described(node)
+            if node.target is operator.getitem:  # a part of a split: the split is no value itself
+                (split,) = operands
+                operands, description = (
+                    tuple(split.all_input_nodes),
+                    description + _described(split),
+                )
+            facts = self._made[node] = _Facts(self._numbered(description), operands)
+        return facts
+
+    def _facts_loaded(self, node: Node) -> _Facts:
+        """What a node read from memory, or a number handed in, is."""
+        facts = self._loaded.get(node)
+        if facts is None:
+            constant = isinstance(node.meta["val"], torch.Tensor) and known_scalar(node)
+            description = ("loaded", _value(node.meta["val"]), repr(constant))
+            facts = self._loaded[node] = _Facts(self._numbered(description), ())
+        return facts
+
+    def _numbered(self, description: Hashable) -> int:
+        return self._numbers.setdefault(description, len(self._numbers))
+
+
+@dataclass
+class _Walk:
+    """The nodes met for one set; ``nodes`` grows while it is walked over."""
+
+    home: frozenset[Node]
+    virtual: Container[Node]
+    nodes: list[Node] = field(default_factory=list)
+    _numbers: dict[Node, int] = field(default_factory=dict)
+
+    def number(self, node: Node) -> int:
+        found = self._numbers.get(node)
+        if found is None:
+            found = self._numbers[node] = len(self.nodes)
+            self.nodes.append(node)
+        return found
+
+    def computes(self, node: Node) -> bool:
+        return node in self.home or node in self.virtual
+
+    def inside(self, node: Node) -> bool:
+        """Whether its operands count: it is computed, or it is a view of what may be."""
+        return is_view(node) or self.computes(node)
+
+    def carried(self, root: Node) -> Iterator[tuple[int, ...]]:
+        """Each node an index may be carried to from ``root``, and to which users from there; to
+        which operands, its row of `_below` tells.
+        """
+        met = {root: None}
+        waiting = [root]
+        while waiting:
+            node = waiting.pop()
+            users = [u for u in node.users if self._is_carried_up(node, u)]
+            yield self.number(node), *map(self.number, users)
+            for near in (*users, *self._carried_down(node)):
+                if near not in met:
+                    met[near] = None
+                    waiting.append(near)
+
+    def _is_carried_up(self, node: Node, user: Node) -> bool:
+        if is_view(user):
+            return leads_into(user, self.computes)
+        return self.computes(user) and is_elementwise(user) and same_shape(user, node)
+
+    def _carried_down(self, node: Node) -> Iterable[Node]:
+        if is_view(node):
+            return (viewed(node),)
+        if not self.computes(node) or not is_elementwise(node):
+            return ()
+        return (n for n in node.all_input_nodes if same_shape(n, node))
+
+
+def _described(node: Node) -> tuple[Hashable, ...]:
+    operands = {operand: i for i, operand in enumerate(node.all_input_nodes)}
+    arguments = _argument((node.args, node.kwargs), operands)
+    return node.target, arguments, _value(node.meta["val"])
+
+
+def _argument(given: Any, operands: Mapping[Node, int]) -> Hashable:
+    """An argument, nodes in it by their place among the operands. Numbers as they are written: 1,
+    1.0 and True, 0.0 and -0.0 are equal in Python.
+    """
+    if isinstance(given, Node):
+        return "operand", operands[given]
+    if isinstance(given, (list, tuple)):
+        return tuple(_argument(g, operands) for g in given)
+    if isinstance(given, dict):
+        return tuple((key, _argument(g, operands)) for key, g in given.items())
+    return given.node.expr if isinstance(given, _SYMBOLIC) else repr(given)
+
+
+def _value(value: Any) -> Hashable:
+    """All of a fake value that a lowering may look at."""
+    if isinstance(value, torch.Tensor):
+        shape = tuple(map(size_of, value.shape))
+        return shape, tuple(map(size_of, value.stride())), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_value, value))
+    return value.node.expr if isinstance(value, _SYMBOLIC) else repr(value)
