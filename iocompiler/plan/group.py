@@ -68,6 +68,7 @@ class Grouper:
     _above: dict[int, int] = field(default_factory=dict)
     _queue: list[tuple[int, int, int]] = field(default_factory=list)
     _trials: dict[frozenset[Node], Lowered | str] = field(default_factory=dict)
+    _prices: dict[int, float] = field(default_factory=dict)
 
     def run(self) -> list[Group]:
         """Every group, in a legal order of execution among themselves."""
@@ -137,7 +138,7 @@ class Grouper:
             if node in self.flow.kernel:
                 lowered = self.flow.singles[node]
                 self.groups[number] = Group(
-                    number, frozenset({node}), lowered, self.price(lowered.program)
+                    number, frozenset({node}), lowered, self._seconds(lowered.program)
                 )
         for pair in self._shared():
             self._propose(*pair)
@@ -189,7 +190,7 @@ class Grouper:
             if isinstance(lowered, str):
                 reason = lowered
             else:
-                seconds = self.price(lowered.program)
+                seconds = self._seconds(lowered.program)
                 together = Group(max(a.number, b.number), nodes, lowered, seconds)
                 if self.accept(a, b, together):
                     self._merge(a, b, together)
@@ -279,3 +280,10 @@ class Grouper:
         if len(lowered.program.buffers) > _MOST_BUFFERS:
             return f"{len(lowered.program.buffers)} tensors in one kernel"
         return lowered
+
+    def _seconds(self, program: TileProgram) -> float:
+        """What the program costs. Equal kernels have one program, which lives as long as `memo`."""
+        found = self._prices.get(id(program))
+        if found is None:
+            found = self._prices[id(program)] = self.price(program)
+        return found

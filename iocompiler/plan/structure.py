@@ -34,6 +34,14 @@ class _Facts:
     operands: tuple[Node, ...]
 
 
+@dataclass(frozen=True)
+class _Near:
+    """Where `space.propagate` may carry an index from a node, if it and they are computed."""
+
+    operands: tuple[Node, ...]
+    users: tuple[Node, ...]
+
+
 @dataclass
 class Structures:
     """Structures of sets of nodes of one graph; what a node is, is looked up once."""
@@ -41,6 +49,7 @@ class Structures:
     order: Mapping[Node, int]
     _made: dict[Node, _Facts] = field(default_factory=dict)
     _loaded: dict[Node, _Facts] = field(default_factory=dict)
+    _near: dict[Node, _Near] = field(default_factory=dict)
     _numbers: dict[Hashable, int] = field(default_factory=dict)
 
     def of(
@@ -50,15 +59,31 @@ class Structures:
         walk = _Walk(home, virtual)
         placed = [walk.number(n) for n in outputs]
         ordered = [walk.number(n) for n in sorted(home, key=lambda n: self.order[n])]
-        carried = tuple(walk.carried(root_of(home, outputs, self.order)[0]))
+        carried = tuple(self._carried(walk, root_of(home, outputs, self.order)[0]))
         below = tuple(self._below(walk))
         return (tuple(placed), tuple(ordered), carried, below), walk.nodes
 
     def _below(self, walk: _Walk) -> Iterator[tuple[int, ...]]:
-        """A row for each node met, and for those it is made of, which are met by that."""
+        """A row for each node met: what it is and what it is made of, which is met by that."""
         for node in walk.nodes:
             facts = self._facts_made(node) if walk.inside(node) else self._facts_loaded(node)
             yield facts.number, *map(walk.number, facts.operands)
+
+    def _carried(self, walk: _Walk, root: Node) -> Iterator[tuple[int, ...]]:
+        """A row for each node an index may be carried to from ``root``: it, and to which users from
+        there; to which operands, `_below` tells.
+        """
+        met = {root: None}
+        waiting = [root]
+        while waiting:
+            node = waiting.pop()
+            near = self._nearby(node)
+            users = [user for user in near.users if walk.leads_on(user)]
+            yield walk.number(node), *map(walk.number, users)
+            for other in (*users, *near.operands) if walk.inside(node) else users:
+                if other not in met:
+                    met[other] = None
+                    waiting.append(other)
 
     def _facts_made(self, node: Node) -> _Facts:
         """What a view or a node that is computed is."""
@@ -78,10 +103,19 @@ class Structures:
         """What a node read from memory, or a number handed in, is."""
         facts = self._loaded.get(node)
         if facts is None:
-            constant = isinstance(node.meta["val"], torch.Tensor) and known_scalar(node)
-            description = ("loaded", _value(node.meta["val"]), repr(constant))
-            facts = self._loaded[node] = _Facts(self._numbered(description), ())
+            value = node.meta["val"]
+            constant = known_scalar(node) if isinstance(value, torch.Tensor) else None
+            number = self._numbered(("loaded", _value(value), repr(constant)))
+            facts = self._loaded[node] = _Facts(number, ())
         return facts
+
+    def _nearby(self, node: Node) -> _Near:
+        near = self._near.get(node)
+        if near is None:
+            operands = (viewed(node),) if is_view(node) else _alike(node, node.all_input_nodes)
+            users = (u for u in node.users if is_view(u) or _alike(u, (node,)))
+            near = self._near[node] = _Near(operands, tuple(users))
+        return near
 
     def _numbered(self, description: Hashable) -> int:
         return self._numbers.setdefault(description, len(self._numbers))
@@ -110,32 +144,13 @@ class _Walk:
         """Whether its operands count: it is computed, or it is a view of what may be."""
         return is_view(node) or self.computes(node)
 
-    def carried(self, root: Node) -> Iterator[tuple[int, ...]]:
-        """Each node an index may be carried to from ``root``, and to which users from there; to
-        which operands, its row of `_below` tells.
-        """
-        met = {root: None}
-        waiting = [root]
-        while waiting:
-            node = waiting.pop()
-            users = [u for u in node.users if self._is_carried_up(node, u)]
-            yield self.number(node), *map(self.number, users)
-            for near in (*users, *self._carried_down(node)):
-                if near not in met:
-                    met[near] = None
-                    waiting.append(near)
+    def leads_on(self, user: Node) -> bool:
+        return leads_into(user, self.computes) if is_view(user) else self.computes(user)
 
-    def _is_carried_up(self, node: Node, user: Node) -> bool:
-        if is_view(user):
-            return leads_into(user, self.computes)
-        return self.computes(user) and is_elementwise(user) and same_shape(user, node)
 
-    def _carried_down(self, node: Node) -> Iterable[Node]:
-        if is_view(node):
-            return (viewed(node),)
-        if not self.computes(node) or not is_elementwise(node):
-            return ()
-        return (n for n in node.all_input_nodes if same_shape(n, node))
+def _alike(node: Node, operands: Iterable[Node]) -> tuple[Node, ...]:
+    """Those operands whose elements lie where those of an elementwise ``node`` lie."""
+    return tuple(n for n in operands if is_elementwise(node) and same_shape(n, node))
 
 
 def _described(node: Node) -> tuple[Hashable, ...]:
