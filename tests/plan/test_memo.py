@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -201,7 +202,7 @@ def test_structures_differ_by_a_constant_of_the_graph() -> None:
             return x * self.one, x * self.same, x * self.other
 
     gm = symbolic_trace(Scaled())
-    FakeTensorProp(gm).propagate(SQUARE)
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(SQUARE)
     nodes = {node.name: node for node in gm.graph.nodes}
     for node in nodes.values():
         if node.target is operator.mul:
