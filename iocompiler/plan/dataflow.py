@@ -115,6 +115,7 @@ class Dataflow:
     before: dict[Node, Node] = field(default_factory=dict)
     outputs: set[Node] = field(default_factory=set)
     singles: dict[Node, Lowered] = field(default_factory=dict)
+    _nbytes: dict[Node, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -219,7 +220,7 @@ class Dataflow:
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
             few = len(reads[node]) <= _FEW_SCALARS and not overwritten & reads[node].keys()
             scalars = few and all(map(_is_scalar, reads[node]))
-            less = sum(reads[node].values()) <= nbytes(node, self.hints)
+            less = sum(reads[node].values()) <= self.nbytes(node)
             if free or (cheap and (less or scalars)):
                 self.virtual[node] = None
         for node in self.virtual:
@@ -247,7 +248,7 @@ class Dataflow:
             owner = storage_owner(operand)
             if not tensors(owner):
                 continue
-            below = reads[owner] if owner in self.virtual else {owner: nbytes(operand, self.hints)}
+            below = reads[owner] if owner in self.virtual else {owner: self.nbytes(operand)}
             for leaf, count in below.items():
                 limit = most * tensors(leaf)[0].element_size() if not is_reduction(node) else count
                 found[leaf] = max(found.get(leaf, 0), min(count, limit))
@@ -300,6 +301,13 @@ class Dataflow:
                 yield from self.leaves[owner]
             elif tensors(owner):
                 yield owner
+
+    def nbytes(self, node: Node) -> int:
+        """As `nbytes`, kept: grouping asks again and again."""
+        found = self._nbytes.get(node)
+        if found is None:
+            found = self._nbytes[node] = nbytes(node, self.hints)
+        return found
 
     def item_source(self, node: Node) -> Node:
         """The opaque call behind a ``getitem``, or the node itself."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from iocompiler.plan.dataflow import Dataflow, nbytes
+from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.lower import Lowered
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.sizes import value_at
@@ -90,7 +90,7 @@ class Grouper:
         sizes: dict[int, list[int]] = {}
         for number, group in sorted(self.groups.items()):
             program = group.lowered.program
-            moved = sum(nbytes(n, self.flow.hints) for n in self._touched(group))
+            moved = sum(self.flow.nbytes(n) for n in self._touched(group))
             found = flat[number]
             alone = found is None or families[found[0]] == 1
             if alone and not program.reduced and moved <= _SMALL_KERNEL:
@@ -161,7 +161,7 @@ class Grouper:
             if leaf in self.home:
                 touching.append(self.home[leaf])
             touching = sorted(t for t in set(touching) if t in self.groups)
-            if nbytes(leaf, self.flow.hints) < 4096 and len(touching) > 8:
+            if self.flow.nbytes(leaf) < 4096 and len(touching) > 8:
                 continue  # a small tensor read everywhere is no reason to merge
             for i, a in enumerate(touching):
                 for b in touching[i + 1 :]:
@@ -171,7 +171,7 @@ class Grouper:
 
     def _propose(self, a: int, b: int) -> None:
         shared = self._touched(self.groups[a]) & self._touched(self.groups[b])
-        saved = sum(nbytes(n, self.flow.hints) for n in shared)
+        saved = sum(self.flow.nbytes(n) for n in shared)
         heapq.heappush(self._queue, (-saved, min(a, b), max(a, b)))
 
     def _touched(self, group: Group) -> set[Node]:
@@ -242,10 +242,7 @@ class Grouper:
     def _adjacent(self, group: Group) -> set[int]:
         found: set[int] = set()
         for tensor in self._touched(group):
-            if (
-                nbytes(tensor, self.flow.hints) < 4096
-                and len(self.flow.readers.get(tensor, ())) > 8
-            ):
+            if self.flow.nbytes(tensor) < 4096 and len(self.flow.readers.get(tensor, ())) > 8:
                 continue
             near = self.flow.readers.get(tensor, set()) | {tensor}
             found |= {self.home[n] for n in near if n in self.home}
