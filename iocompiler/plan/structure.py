@@ -103,7 +103,7 @@ class Structures:
         """What a node read from memory, or a number handed in, is."""
         facts = self._loaded.get(node)
         if facts is None:
-            value = node.meta["val"]
+            value = node.meta.get("val")
             constant = known_scalar(node) if isinstance(value, torch.Tensor) else None
             number = self._numbered(("loaded", _value(value), repr(constant)))
             facts = self._loaded[node] = _Facts(number, ())
@@ -156,7 +156,7 @@ def _alike(node: Node, operands: Iterable[Node]) -> tuple[Node, ...]:
 def _described(node: Node) -> tuple[Hashable, ...]:
     operands = {operand: i for i, operand in enumerate(node.all_input_nodes)}
     arguments = _argument((node.args, node.kwargs), operands)
-    return node.target, arguments, _value(node.meta["val"])
+    return node.target, arguments, _value(node.meta.get("val"))
 
 
 def _argument(given: Any, operands: Mapping[Node, int]) -> Hashable:
@@ -175,8 +175,9 @@ def _argument(given: Any, operands: Mapping[Node, int]) -> Hashable:
 def _value(value: Any) -> Hashable:
     """All of a fake value that a lowering may look at."""
     if isinstance(value, torch.Tensor):
-        shape = tuple(map(size_of, value.shape))
-        return shape, tuple(map(size_of, value.stride())), value.dtype, value.device
+        strided = value.layout == torch.strided
+        strides = tuple(map(size_of, value.stride())) if strided else value.layout
+        return tuple(map(size_of, value.shape)), strides, value.dtype, value.device
     if isinstance(value, (list, tuple)):
         return tuple(map(_value, value))
     return value.node.expr if isinstance(value, _SYMBOLIC) else repr(value)
