@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from iocompiler.errors import CannotPlan
 from iocompiler.plan.found import Symbolic, finders, needed
-from iocompiler.plan.lower import Lowered, lower
+from iocompiler.plan.lower import Lowered
 from iocompiler.plan.lowering import Unsupported
+from iocompiler.plan.memo import Memo
 from iocompiler.plan.ordered import ordered
 from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
 from iocompiler.plan.sizes import equal, size_of, value_at
 from iocompiler.plan.views import SPLITS, is_view, storage_owner
 from iocompiler.tile.index import product
-from iocompiler.tile.rows import RowsTooLong, check_rows
 
 aten = torch.ops.aten
 
@@ -115,9 +115,11 @@ class Dataflow:
     before: dict[Node, Node] = field(default_factory=dict)
     outputs: set[Node] = field(default_factory=set)
     singles: dict[Node, Lowered] = field(default_factory=dict)
+    _nbytes: dict[Node, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.memo = Memo(self.order)
         self._classify()
         self._choose_virtual()
         self._lower_singles()
@@ -172,8 +174,8 @@ class Dataflow:
         if any(t.device != self.device and t.dim() > 0 for t in read):
             return "operands on several devices"
         try:
-            check_rows(lower(frozenset({node}), (), (node,), self.order).program)
-        except (Unsupported, RowsTooLong) as error:
+            self.memo.lower(frozenset({node}), (), (node,))
+        except Unsupported as error:
             return str(error)
         return None
 
@@ -218,7 +220,7 @@ class Dataflow:
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
             few = len(reads[node]) <= _FEW_SCALARS and not overwritten & reads[node].keys()
             scalars = few and all(map(_is_scalar, reads[node]))
-            less = sum(reads[node].values()) <= nbytes(node, self.hints)
+            less = sum(reads[node].values()) <= self.nbytes(node)
             if free or (cheap and (less or scalars)):
                 self.virtual[node] = None
         for node in self.virtual:
@@ -246,7 +248,7 @@ class Dataflow:
             owner = storage_owner(operand)
             if not tensors(owner):
                 continue
-            below = reads[owner] if owner in self.virtual else {owner: nbytes(operand, self.hints)}
+            below = reads[owner] if owner in self.virtual else {owner: self.nbytes(operand)}
             for leaf, count in below.items():
                 limit = most * tensors(leaf)[0].element_size() if not is_reduction(node) else count
                 found[leaf] = max(found.get(leaf, 0), min(count, limit))
@@ -261,10 +263,8 @@ class Dataflow:
         while pending:
             node = pending.pop()
             try:
-                alone = lower(frozenset({node}), self.virtual, (node,), self.order)
-                check_rows(alone.program)
-                self.singles[node] = alone
-            except (Unsupported, RowsTooLong):
+                self.singles[node] = self.memo.lower(frozenset({node}), self.virtual, (node,))
+            except Unsupported:
                 owners = dict.fromkeys(map(storage_owner, node.all_input_nodes))
                 stored = [owner for owner in owners if owner in self.virtual]
                 assert stored, f"{node.name} lowers alone but not in its graph"
@@ -301,6 +301,13 @@ class Dataflow:
                 yield from self.leaves[owner]
             elif tensors(owner):
                 yield owner
+
+    def nbytes(self, node: Node) -> int:
+        """As `nbytes`, kept: grouping asks again and again."""
+        found = self._nbytes.get(node)
+        if found is None:
+            found = self._nbytes[node] = nbytes(node, self.hints)
+        return found
 
     def item_source(self, node: Node) -> Node:
         """The opaque call behind a ``getitem``, or the node itself."""

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from iocompiler.plan.dataflow import Dataflow, nbytes
-from iocompiler.plan.lower import Lowered, lower
+from iocompiler.plan.dataflow import Dataflow
+from iocompiler.plan.lower import Lowered
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import flat_program
 from iocompiler.tile.index import Size, product
 from iocompiler.tile.program import TileProgram
-from iocompiler.tile.rows import RowsTooLong, check_rows
 
 aten = torch.ops.aten
 
@@ -69,6 +68,7 @@ class Grouper:
     _above: dict[int, int] = field(default_factory=dict)
     _queue: list[tuple[int, int, int]] = field(default_factory=list)
     _trials: dict[frozenset[Node], Lowered | str] = field(default_factory=dict)
+    _prices: dict[int, float] = field(default_factory=dict)
 
     def run(self) -> list[Group]:
         """Every group, in a legal order of execution among themselves."""
@@ -90,7 +90,7 @@ class Grouper:
         sizes: dict[int, list[int]] = {}
         for number, group in sorted(self.groups.items()):
             program = group.lowered.program
-            moved = sum(nbytes(n, self.flow.hints) for n in self._touched(group))
+            moved = sum(self.flow.nbytes(n) for n in self._touched(group))
             found = flat[number]
             alone = found is None or families[found[0]] == 1
             if alone and not program.reduced and moved <= _SMALL_KERNEL:
@@ -138,7 +138,7 @@ class Grouper:
             if node in self.flow.kernel:
                 lowered = self.flow.singles[node]
                 self.groups[number] = Group(
-                    number, frozenset({node}), lowered, self.price(lowered.program)
+                    number, frozenset({node}), lowered, self._seconds(lowered.program)
                 )
         for pair in self._shared():
             self._propose(*pair)
@@ -161,7 +161,7 @@ class Grouper:
             if leaf in self.home:
                 touching.append(self.home[leaf])
             touching = sorted(t for t in set(touching) if t in self.groups)
-            if nbytes(leaf, self.flow.hints) < 4096 and len(touching) > 8:
+            if self.flow.nbytes(leaf) < 4096 and len(touching) > 8:
                 continue  # a small tensor read everywhere is no reason to merge
             for i, a in enumerate(touching):
                 for b in touching[i + 1 :]:
@@ -171,7 +171,7 @@ class Grouper:
 
     def _propose(self, a: int, b: int) -> None:
         shared = self._touched(self.groups[a]) & self._touched(self.groups[b])
-        saved = sum(nbytes(n, self.flow.hints) for n in shared)
+        saved = sum(self.flow.nbytes(n) for n in shared)
         heapq.heappush(self._queue, (-saved, min(a, b), max(a, b)))
 
     def _touched(self, group: Group) -> set[Node]:
@@ -190,7 +190,7 @@ class Grouper:
             if isinstance(lowered, str):
                 reason = lowered
             else:
-                seconds = self.price(lowered.program)
+                seconds = self._seconds(lowered.program)
                 together = Group(max(a.number, b.number), nodes, lowered, seconds)
                 if self.accept(a, b, together):
                     self._merge(a, b, together)
@@ -242,10 +242,7 @@ class Grouper:
     def _adjacent(self, group: Group) -> set[int]:
         found: set[int] = set()
         for tensor in self._touched(group):
-            if (
-                nbytes(tensor, self.flow.hints) < 4096
-                and len(self.flow.readers.get(tensor, ())) > 8
-            ):
+            if self.flow.nbytes(tensor) < 4096 and len(self.flow.readers.get(tensor, ())) > 8:
                 continue
             near = self.flow.readers.get(tensor, set()) | {tensor}
             found |= {self.home[n] for n in near if n in self.home}
@@ -272,12 +269,18 @@ class Grouper:
 
     def _lower_fresh(self, nodes: frozenset[Node]) -> Lowered | str:
         try:
-            lowered = lower(nodes, self.flow.virtual, self.outputs(nodes), self.flow.order)
-            check_rows(lowered.program)
-        except (Unsupported, RowsTooLong) as error:
+            lowered = self.flow.memo.lower(nodes, self.flow.virtual, self.outputs(nodes))
+        except Unsupported as error:
             return str(error)
         if len(lowered.program.ops) > _MOST_OPERATIONS:
             return f"{len(lowered.program.ops)} operations in one kernel"
         if len(lowered.program.buffers) > _MOST_BUFFERS:
             return f"{len(lowered.program.buffers)} tensors in one kernel"
         return lowered
+
+    def _seconds(self, program: TileProgram) -> float:
+        """What the program costs. Equal kernels have one program, which lives as long as `memo`."""
+        found = self._prices.get(id(program))
+        if found is None:
+            found = self._prices[id(program)] = self.price(program)
+        return found

@@ -89,14 +89,14 @@ def _check_mutation(
             continue
         if lowering.space.reduced:
             raise Unsupported(
-                f"{target.name} is overwritten in place and the kernel makes several passes"
+                target, " is overwritten in place and the kernel makes several passes"
             )
         name = lowering.names[target]
         if any(
             op.kind == "load" and op.buffer == name and op.index != stored[target]
             for op in lowering.builder.ops
         ):
-            raise Unsupported(f"{target.name} is overwritten in place and read at other elements")
+            raise Unsupported(target, " is overwritten in place and read at other elements")
 
 
 def _finish(lowering: Lowering, outputs: tuple[Node, ...]) -> Lowered:

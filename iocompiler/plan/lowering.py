@@ -29,7 +29,18 @@ from iocompiler.tile.program import Builder, Constant
 
 
 class Unsupported(Exception):
-    """These nodes cannot be one kernel; the message is the reason a report gives."""
+    """These nodes cannot be one kernel; the message is the reason a report gives.
+
+    It is made of texts and of nodes, which stand for their names: nodes of equal structure fail for
+    the same reason under other names (`memo`).
+    """
+
+    def __init__(self, *parts: str | Node):
+        super().__init__(*parts)
+        self.parts = parts
+
+    def __str__(self) -> str:
+        return "".join(part if isinstance(part, str) else part.name for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ class Lowering:
     def _load(self, node: Node, index: Index, mask: int | None) -> int:
         tensor = node.meta["val"]
         if not isinstance(tensor, torch.Tensor):
-            raise Unsupported(f"{node.name} is no tensor")
+            raise Unsupported(node, " is no tensor")
         address = Affine()
         for position, stride in zip(index, tensor.stride(), strict=True):
             address = address + position * size_of(stride)
@@ -288,4 +299,4 @@ def literal(arg: Any) -> Constant:
         return size_of(arg)
     if isinstance(arg, (bool, int, float)):
         return arg
-    raise Unsupported(f"argument {arg!r} of type {type(arg).__name__}")
+    raise Unsupported(f"an argument of type {type(arg).__name__}")

@@ -6,6 +6,7 @@ Division is exact or refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -39,15 +40,19 @@ def equal(a: Size, b: Size) -> bool:
     """Whether a == b for every value of the symbols."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(normal(a - b) == 0)
+    return a == b or bool(normal(a - b) == 0)  # as they are written, first: that is cheap
 
 
 def divide(a: Size, b: Size) -> Size | None:
     """a / b where it is exact for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b != 0 and a % b == 0 else None
-    if b == 0:
-        return None
+    return None if b == 0 else _quotient(a, b)
+
+
+@lru_cache(maxsize=4096)
+def _quotient(a: Size, b: Size) -> Size | None:
+    # kept, as a plan asks for few quotients many times and sympy takes half a millisecond
     quotient = normal(sympy.cancel(sympy.sympify(a) / b))
     if isinstance(quotient, int):
         return quotient

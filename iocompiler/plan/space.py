@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.fx import Node
@@ -30,7 +30,16 @@ aten = torch.ops.aten
 def root_space(
     home: frozenset[Node], outputs: tuple[Node, ...], order: Mapping[Node, int]
 ) -> tuple[Space, dict[Node, Index]]:
-    """The space of a kernel, and the index of its root tensor there.
+    """The space of a kernel, and the index of its root tensor there."""
+    root, dims = root_of(home, outputs, order)
+    space, index = Space.of_shape(shape_of(root), dims)
+    return space, {root: index}
+
+
+def root_of(
+    home: frozenset[Node], outputs: tuple[Node, ...], order: Mapping[Node, int]
+) -> tuple[Node, tuple[int, ...]]:
+    """The tensor whose elements a kernel runs over, and which of its dimensions are reduced.
 
     With reductions, the input of the widest one is the root, and the dimensions it reduces are
     reduced; among equally wide ones that over the innermost dimension, whose rows lie contiguous.
@@ -38,16 +47,11 @@ def root_space(
     """
     reductions = sorted((n for n in home if folded_dims(n) is not None), key=lambda n: order[n])
     if not reductions:
-        root = max(sorted(outputs, key=lambda n: order[n]), key=points)
-        space, index = Space.of_shape(shape_of(root))
-        return space, {root: index}
+        return max(sorted(outputs, key=lambda n: order[n]), key=points), ()
     best = max(reductions, key=_reduction_rank)
     source = best.args[0]
     assert isinstance(source, Node)
-    dims = folded_dims(best)
-    assert dims is not None
-    space, index = Space.of_shape(shape_of(source), dims)
-    return space, {source: index}
+    return source, folded_dims(best) or ()
 
 
 def points(node: Node) -> int:
@@ -95,7 +99,7 @@ def output_index(lowering: Lowering, output: Node, place: Index | None = None) -
 
     Raises `Unsupported` where it has no place.
     """
-    reasons: list[str] = []
+    reasons: list[Unsupported] = []
     places: list[tuple[int, Index, int]] = []
     ops = lowering.builder.ops
     kept = _loads(lowering, [i for i, op in enumerate(ops) if op.kind == "store"])
@@ -103,7 +107,7 @@ def output_index(lowering: Lowering, output: Node, place: Index | None = None) -
         try:
             value = lowering.value(output, index)
         except Unsupported as error:
-            reasons.append(str(error))
+            reasons.append(error)
             continue
         except (SplitAxis, NotAffine):
             if not places:
@@ -115,15 +119,14 @@ def output_index(lowering: Lowering, output: Node, place: Index | None = None) -
                 return index, value  # nothing was there: the rows are its own
             places.append((len(_loads(lowering, [value]) - kept), index, value))
             continue
-        reasons.append(
-            f"{output.name} varies over {', '.join(sorted(extra))} beside its own elements"
-        )
+        over = ", ".join(sorted(extra))
+        reasons.append(Unsupported(output, f" varies over {over} beside its own elements"))
     if places:
         _, index, value = min(places, key=lambda place: place[0])
         return index, value
-    raise Unsupported(
-        reasons[0] if reasons else f"{output.name} {list(shape_of(output))} does not fit the space"
-    )
+    if reasons:
+        raise reasons[0]
+    raise Unsupported(output, f" {list(shape_of(output))} does not fit the space")
 
 
 def _loads(lowering: Lowering, values: list[int]) -> set[int]:
@@ -189,25 +192,27 @@ def _neighbours(lowering: Lowering, node: Node, index: Index) -> list[tuple[Node
             found += [
                 (p, index)
                 for p in node.all_input_nodes
-                if _same_shape(p, node) and is_elementwise(node)
+                if same_shape(p, node) and is_elementwise(node)
             ]
         for user in node.users:
-            if is_view(user) and _leads_into(user, lowering):
+            if is_view(user) and leads_into(user, lowering.computes):
                 inverse = _inverse(user, node, index, lowering)
                 if inverse is not None:
                     found.append((user, inverse))
-            elif lowering.computes(user) and _same_shape(user, node) and is_elementwise(user):
+            elif lowering.computes(user) and same_shape(user, node) and is_elementwise(user):
                 found.append((user, index))
     except NotAffine:
         pass
     return found
 
 
-def _leads_into(view: Node, lowering: Lowering) -> bool:
-    return any(lowering.computes(user) or is_view(user) for user in view.users)
+def leads_into(view: Node, computes: Callable[[Node], bool]) -> bool:
+    """Whether something computed, or a further view, reads the view."""
+    return any(computes(user) or is_view(user) for user in view.users)
 
 
-def _same_shape(a: Node, b: Node) -> bool:
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether both are tensors, of shapes proved equal."""
     if not isinstance(a.meta.get("val"), torch.Tensor) or not isinstance(
         b.meta.get("val"), torch.Tensor
     ):

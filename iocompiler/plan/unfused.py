@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from iocompiler.plan.data import Unfused
-from iocompiler.plan.dataflow import Dataflow, nbytes
+from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.group import Grouper
 
 
@@ -23,6 +23,6 @@ def unfused_edges(flow: Dataflow, grouper: Grouper) -> tuple[Unfused, ...]:
             if reason is None and reader in flow.opaque:
                 reason = f"{reader.name} is a call: {flow.opaque[reader]}"
             if reason is None:
-                reason = f"too little shared: {nbytes(leaf, flow.hints)} bytes"
-            edges.append(Unfused(leaf.name, reader.name, nbytes(leaf, flow.hints), reason))
+                reason = f"too little shared: {flow.nbytes(leaf)} bytes"
+            edges.append(Unfused(leaf.name, reader.name, flow.nbytes(leaf), reason))
     return tuple(sorted(edges, key=lambda e: -int(e.bytes)))

@@ -333,10 +333,15 @@ def is_view(node: Node) -> bool:
 def storage_owner(node: Node) -> Node:
     """The node whose storage a chain of views shows."""
     while is_view(node):
-        source = node.args[0]
-        assert isinstance(source, Node)
-        if source.target in SPLITS and node.target is operator.getitem:
-            source = source.args[0]
-            assert isinstance(source, Node)
-        node = source
+        node = viewed(node)
     return node
+
+
+def viewed(view: Node) -> Node:
+    """What a view is a view of; a part of a split, of what is split."""
+    source = view.args[0]
+    assert isinstance(source, Node)
+    if view.target is operator.getitem:
+        source = source.args[0]
+        assert isinstance(source, Node)
+    return source

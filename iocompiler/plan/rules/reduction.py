@@ -80,7 +80,7 @@ def source_index(low: Lowering, node: Node, index: Index) -> tuple[Index, Over]:
     over: Over = "parallel" if used and used <= low.space.reduced else "reduced"
     axes = low.space.part(reduced=over == "reduced")
     if over == "reduced" and used & low.space.reduced:
-        raise Unsupported(f"{node.name} is read along the axes it reduces")
+        raise Unsupported(node, " is read along the axes it reduces")
     inner = _spread(axes, [shape[d] for d in dims], low, node)
     places = iter(inner)
     rest = iter(kept)
@@ -90,7 +90,7 @@ def source_index(low: Lowering, node: Node, index: Index) -> tuple[Index, Over]:
 def _spread(axes: tuple[Axis, ...], sizes: list[Any], low: Lowering, node: Node) -> Index:
     """The folded dimensions as affine functions of the folding axes, one to one."""
     if not equal(product([a.size for a in axes]), product(sizes)):
-        raise Unsupported(f"{node.name} reduces {sizes}, the kernel {[a.size for a in axes]}")
+        raise Unsupported(node, f" reduces {sizes}, the kernel {[a.size for a in axes]}")
     flat = flatten([Affine.of(a.name) for a in axes], [a.size for a in axes])
     return unflatten(flat, sizes, low.extents)
 
@@ -156,7 +156,7 @@ def _check_mask(low: Lowering, mask: int | None, over: Over, node: Node) -> None
     """
     folded = {a.name for a in low.space.part(reduced=over == "reduced")}
     if mask is not None and low.varies(mask) & folded:
-        raise Unsupported(f"{node.name} is needed at some places along the axes it folds")
+        raise Unsupported(node, " is needed at some places along the axes it folds")
 
 
 def _truth(low: Lowering, value: int, fn: str, over: Over) -> int:
@@ -181,9 +181,9 @@ def _scan(fn: str) -> Rule:
             or index[dim] != along[0]
             or not equal(axes[0].size, shape_of(source)[dim])
         ):
-            raise Unsupported(f"{node.name} scans along another axis than the kernel's")
+            raise Unsupported(node, " scans along another axis than the kernel's")
         if low.axes_of(index[:dim] + index[dim + 1 :]) & low.space.reduced:
-            raise Unsupported(f"{node.name} varies along the axis it scans")
+            raise Unsupported(node, " varies along the axis it scans")
         _check_mask(low, mask, "reduced", node)
         value = low.convert(low.value(source, index, mask), compute_dtype(node.meta["val"].dtype))
         return low.builder.scan(fn, value)
