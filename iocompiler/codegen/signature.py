@@ -39,7 +39,8 @@ def parameters(
         if buffer.role == "scalar":
             parts.append(f"{buffer.name}:{_SCALAR[buffer.dtype]}")
         else:
-            hint = ":16" if buffer.name in aligned else ""
+            # one element is read alike wherever it lies: kernels are shared
+            hint = ":16" if buffer.name in aligned and buffer.elements != 1 else ""
             parts.append(f"{buffer.name}_ptr:*{_POINTER[buffer.dtype]}{hint}")
     parts += [f"{s}:{'i32' if s in extents else 'i64'}:16" for s in symbols]
     return " ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from iocompiler.plan.batch import batch
 from iocompiler.plan.data import KernelStep, Plan, Region, TensorSpec, ViewStep
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.early import early
+from iocompiler.plan.elements import by_address
 from iocompiler.plan.finish import finish
 from iocompiler.plan.folds import most_held
 from iocompiler.plan.group import Accept, Group, Grouper, faster
@@ -66,6 +68,7 @@ class _Builder(Steps):
         super().__init__(gm)
         self.device, self.name, self.accept = device, name, accept
         self.hints = size_hints(gm)
+        self._elements: set[str] = set()
         self.flow = Dataflow(gm.graph, place, self.hints)
         self.grouper = Grouper(self.flow, lambda p: kernel_seconds(p, device, self.hints), accept)
 
@@ -128,16 +131,34 @@ class _Builder(Steps):
                 outputs[node.name] = spec_of(node.meta["val"])
             names.append(self.value(node))
         nodes = sorted(group.nodes, key=lambda n: self.flow.order[n])
+        program, arguments = by_address(group.lowered.program)
+        behind = {
+            b.name: (name, node)
+            for b, name, node in zip(
+                group.lowered.program.buffers, names, group.lowered.nodes, strict=True
+            )
+        }
         step = KernelStep(
             f"{self.name}_{_title(nodes)}",
-            group.lowered.program,
+            program,
             None,  # type: ignore[arg-type]  # chosen by finish
-            tuple(names),
+            tuple(self._element(*behind[a.buffer], a.offset) for a in arguments),
             tuple(outputs.items()),
             tuple(n.name for n in nodes),
             tuple(dict.fromkeys(filter(None, map(where, nodes)))),
         )
         self.steps += finish(step, self.device, self.hints, str(self.flow.device))
+
+    def _element(self, name: str, node: Node, offset: int) -> str:
+        """The value that begins so many elements behind another."""
+        if offset == 0:
+            return name
+        found = f"{name}_at_{offset}"
+        if found not in self._elements:
+            self._elements.add(found)
+            spec = spec_of(node.meta["val"])
+            self.steps.append(ViewStep(found, name, replace(spec, shape=(), stride=()), offset))
+        return found
 
 
 _DULL = {
