@@ -105,6 +105,23 @@ class KernelWriter:
                 found.add(position)
         return found
 
+    @functools.cached_property
+    def _compared_products(self) -> set[int]:
+        """Products whose extremum is taken, and that something, the extremum say, is added to or
+        subtracted from: in a multiply-add they would be other numbers there, and what is zero at
+        the maximum (a softmax of one number has the logarithm zero) a rounding error.
+        """
+        extrema, summed = (
+            {i for op in self.program.ops if op.kind == kind and op.fn in names for i in op.inputs}
+            for kind, names in (("reduce", ("max", "min")), ("map", ("add", "sub")))
+        )
+        return {
+            position
+            for position in extrema & summed
+            if self.program.ops[position].fn == "mul"
+            and self.program.ops[position].dtype in (torch.float32, torch.float64)
+        }
+
     def address_spans(self, index: Affine) -> set[str]:
         found = self.directions(n for n in index.names if not n.startswith("%"))
         for value in index.values:
@@ -119,7 +136,10 @@ class KernelWriter:
     def write(self, position: int) -> None:
         """Write one operation that is no reduction and no scan."""
         op = self.program.ops[position]
-        text = getattr(self, f"_{op.kind}")(op)
+        if position in self._compared_products:
+            text = f"_product({', '.join(map(self.tensor, op.inputs))})"
+        else:
+            text = getattr(self, f"_{op.kind}")(op)
         if op.kind == "store":
             self.line(text)
         elif op.kind == "const":

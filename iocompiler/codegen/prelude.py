@@ -5,6 +5,23 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+_ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)  # which the interpreter does not
+
+
+@triton.jit
+def _product(a, b):
+    """a b, rounded on its own: never in a multiply-add."""
+    if _ASSEMBLES:
+        wide: tl.constexpr = a.dtype.primitive_bitwidth == 64
+        assembly: tl.constexpr = "mul.rn.f64 $0, $1, $2;" if wide else "mul.rn.f32 $0, $1, $2;"
+        operands: tl.constexpr = "=d,d,d" if wide else "=f,f,f"
+        found = tl.inline_asm_elementwise(
+            assembly, operands, [a, b], a.dtype, is_pure=True, pack=1
+        )
+    else:
+        found = a * b
+    return found
+
 
 @triton.jit
 def _maximum(a, b):

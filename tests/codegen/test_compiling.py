@@ -13,6 +13,7 @@ from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.program import Buffer, Builder
 from tests.codegen.cases import CASES
 from tests.codegen.compiling import compiled, instructions
+from tests.codegen.programs import R0, X0, axes, ins, outs
 
 RUNS = [
     pytest.param(name, schedule, id=f"{name}-{schedule.kind}-{schedule.x_block}x{schedule.r_block}")
@@ -61,3 +62,21 @@ def test_a_round_of_random_numbers_is_one_multiplication() -> None:
     text = instructions(compiled(program, schedule))
     # seven rounds, and one for the address if not a shift
     assert 7 <= len(re.findall(r"\bIMAD\.(?:WIDE|HI)", text)) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["persistent", "looped"])
+def test_a_maximum_is_subtracted_from_the_number_it_was_taken_of(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """A product less the maximum of products is no multiply-add: 0 at the maximum."""
+    build = Builder()
+    at = X0 * 1024 + R0
+    x = build.map("mul", build.load("a", at, dtype), build.load("b", at, dtype))
+    build.store("out", at, build.map("sub", x, build.reduce("max", x, dtype)))
+    buffers = ins(a=(dtype, 1 << 16), b=(dtype, 1 << 16)) + outs(out=(dtype, 1 << 16))
+    program = build.program(axes(64), axes(1024, reduced=True), buffers)
+    schedule = Schedule(kind, x_block=1, r_block=1024 if kind == "persistent" else 256, num_warps=4)  # type: ignore[arg-type]
+    text = instructions(compiled(program, schedule))
+    assert re.search(r"\b[FD]MUL\b", text)
+    assert not re.search(r"\b[FD]FMA\b", text)

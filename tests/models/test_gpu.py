@@ -183,6 +183,7 @@ def test_a_graph_on_the_second_device_runs_there() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # of eager's, too
 def test_a_graph_on_two_devices_runs_on_both() -> None:
     def two(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         here = (x @ w).sin() * 2

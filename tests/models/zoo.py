@@ -45,7 +45,7 @@ class Case:
     draw: Callable[[Size, torch.Generator], dict[str, Tensor]]
 
     def module(self, size: Size = TINY, dropout: float = 0.0) -> nn.Module:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
             torch.manual_seed(7)
             return self.make(size, dropout)
 
