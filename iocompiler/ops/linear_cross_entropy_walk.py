@@ -54,9 +54,8 @@ def of_row(vocabulary: int, itemsize: int, *, copied: bool, capped: bool) -> dic
         capped: logits are.
     """
     size = vocabulary * itemsize
-    plain = not copied and not capped
-    kinds = {"any", *(["plain"] if plain else []), *(["copied"] if copied and not capped else [])}
-    way = next(way for way in _WAYS if size <= way.most_bytes and way.kind in kinds)
+    kind = "any" if capped else "copied" if copied else "plain"
+    way = next(way for way in _WAYS if size <= way.most_bytes and way.kind in ("any", kind))
     wide = (_WORD if copied else ALIGNED) // itemsize
     # a row shorter than what the threads read together is less than one block
     block = min(way.warps * _LANES * wide, max(1 << vocabulary.bit_length(), wide))
