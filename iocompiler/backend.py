@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ from iocompiler.errors import (
     StrictFallback,
     UnboundedFallback,
 )
+from iocompiler.garbage import uncollected
 from iocompiler.graph import view
 from iocompiler.graph.autocast import region_entered
 from iocompiler.graph.capture import capture
@@ -139,8 +140,13 @@ class _Walk:
     folder: Path | None
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        place = self._place(gm, inputs)
-        return place.look(gm) or self._compile(gm, inputs, place)
+        with self._undisturbed():
+            place = self._place(gm, inputs)
+            return place.look(gm) or self._compile(gm, inputs, place)
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """What is measured makes tensors on the device: none may wait there for the collector."""
+        return nullcontext() if self.options.mode == "max-autotune" else uncollected()
 
     def _place(self, gm: GraphModule, inputs: Sequence[Any]) -> Slot:
         """Where the disk cache has this graph, or would have it."""
@@ -252,9 +258,12 @@ class _Walk:
         """
 
         def compiled(absent: tangents.Absent) -> Boxed:
-            graph, given = tangents.without(flat, inputs, absent) if optional else (flat, inputs)
-            run = self._run_flat(graph, given, "backward", late=optional)
-            place.add_backward(flat, absent, run)
+            with self._undisturbed():
+                graph, given = (
+                    tangents.without(flat, inputs, absent) if optional else (flat, inputs)
+                )
+                run = self._run_flat(graph, given, "backward", late=optional)
+                place.add_backward(flat, absent, run)
             return run
 
         if not optional:

@@ -16,8 +16,9 @@ SCRATCH_BYTES = 1 << 29
 # The same where the logits are kept, whole, by the user: there is room for their gradient too, and
 # each further chunk reads and writes the weight's gradient once more.
 KEPT_SCRATCH_BYTES = 1 << 31
-# The same where no gradient is asked for, and what is kept does not lie as products like it.
-COPIED_SCRATCH_BYTES = 1 << 28
+# The same where no gradient is asked for, and what is kept does not lie as products like it: chunks
+# of 256 MB are up to 3 % faster, those that fit L2 a quarter slower.
+COPIED_SCRATCH_BYTES = 1 << 27
 _ROWS = 128  # chunks are multiples of this many rows
 _LINE = 64  # rows of an odd vocabulary are filled up to multiples of this
 ALIGNED_DEVICES = ("cuda",)
