@@ -65,10 +65,11 @@ def _joined(processes: list[BaseProcess], deadline: float) -> list[str]:
         if any(process.exitcode for process in processes) and reason != _DEATH:
             reason, deadline = _DEATH, min(deadline, time.monotonic() + _GRACE)
         time.sleep(0.05)
-    ends = []
-    for process in processes:
-        alive = process.is_alive()
+    running = [process.is_alive() for process in processes]
+    for process in processes:  # all before one is waited for: the others would see it go
         process.kill()
+    ends = []
+    for process, alive in zip(processes, running, strict=True):
         process.join()
         ends.append(f"killed: {reason}" if alive else f"ended with exit code {process.exitcode}")
     return ends
