@@ -5,7 +5,6 @@ differ in their memory alone find it again.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from iocompiler.codegen.score_functions import module_text
 from iocompiler.cost_model.attention_order import heads_together
 from iocompiler.cost_model.attention_tiles import Row, padded, row
 from iocompiler.cost_model.device import DEVICES, Device, current_device
-from iocompiler.runtime.load import module_file
+from iocompiler.runtime.load import imported, module_file
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_operands import use
@@ -208,12 +207,7 @@ def functions(
 ) -> ModuleType:
     """The module with the Triton functions of a program, imported from a real file."""
     path = module_file(module_text(program, ranks, gradients, dropout_p, lifts=lifts), "score")
-    spec = importlib.util.spec_from_file_location("iocompiler_score", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported(path, "iocompiler_score")
 
 
 @functools.lru_cache(maxsize=512)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -99,6 +101,16 @@ def module_file(text: str, name: str) -> str:
     own.mkdir(exist_ok=True)
     (own / f"{name}.py").write_text(text)
     return str(own / f"{name}.py")
+
+
+def imported(path: str | Path, name: str) -> ModuleType:
+    """The module of a file: Triton reads the source of its functions there."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import torch
 from iocompiler.codegen.batch import emit_batch
 from iocompiler.codegen.triton import PRELUDE, emit, grid
 from iocompiler.plan.data import Schedule
+from iocompiler.runtime.load import imported
 from iocompiler.tile.program import TileProgram
 
 _count = itertools.count()
@@ -34,12 +34,7 @@ def _loaded(write: Callable[[str], str]) -> Any:
     name = f"kernel_{next(_count)}"
     path = Path(_folder.name) / f"{name}.py"
     path.write_text(PRELUDE + "\n\n" + write(name))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    return getattr(imported(path, name), name)
 
 
 def run_kernel(

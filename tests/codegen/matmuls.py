@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from iocompiler.plan.data import MatmulStep, Plan
 from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import sites
+from iocompiler.runtime.load import imported
 from iocompiler.runtime.reference import run_plan
 from iocompiler.runtime.values import size_value
 from tests.plan.graphs import H200, Planned
@@ -48,12 +48,7 @@ def kernel_of(step: MatmulStep) -> Any:
     name = f"kernel_{next(_count)}"
     path = Path(_folder.name) / f"{name}.py"
     path.write_text(f"{template_prelude()}\n\n{emit_matmul(step, name)}")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    return getattr(imported(path, name), name)
 
 
 def run_step(step: MatmulStep, buffers: list[Tensor], sizes: Mapping[str, int]) -> None:

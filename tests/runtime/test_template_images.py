@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from iocompiler.runtime import compile as compiling
 from iocompiler.runtime import kernels, template_images
 from iocompiler.runtime.cache import default_cache
 from iocompiler.runtime.compile import Compiled
+from iocompiler.runtime.load import imported
 from iocompiler.runtime.template_form import Form, form_of
 from iocompiler.runtime.template_images import image, prepare
 
@@ -55,12 +55,7 @@ def user(tmp_path: Path) -> Any:
     """The module of somebody's kernels."""
     path = tmp_path / "user.py"
     path.write_text(SOURCE)
-    spec = importlib.util.spec_from_file_location("user", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported(path, "user")
 
 
 def keys(count: int = 5, **options: Any) -> Form:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import re
 import tempfile
@@ -24,6 +23,7 @@ from iocompiler.codegen.module import emit_module
 from iocompiler.plan.data import BatchStep, Plan, all_steps
 from iocompiler.runtime import load
 from iocompiler.runtime.kernels import KernelSpec, cells
+from iocompiler.runtime.load import imported
 from iocompiler.runtime.reference import run_plan
 from tests.runtime.plans import interpreter
 
@@ -107,9 +107,4 @@ def _function(text: str, name: str) -> Any:
     module_name = f"interpreted_{next(_count)}"
     path = Path(_folder.name) / f"{module_name}.py"
     path.write_text(f"{prelude}\n\n{re.sub(' +$', '', kernels[name])}")
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    return getattr(imported(path, module_name), name)
