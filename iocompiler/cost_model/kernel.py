@@ -27,19 +27,19 @@ def kernel_seconds(program: TileProgram, device: Device, hints: Mapping[str, int
     """
     moved = traffic(program)
     read, written = _at(moved.read_bytes, hints), _at(moved.written_bytes, hints)
-    wasted = _at(_unread_bytes(program), hints)
+    merged = merge_axes(program)
+    wasted = _at(_unread_bytes(merged), hints)
     work = _at(moved.flops, hints) + _TRANSCENDENTAL_FLOPS * _at(moved.transcendentals, hints)
-    work = max(work, _FLOPS_OF_A_WORD * _at(_words(program), hints))
+    work = max(work, _FLOPS_OF_A_WORD * _at(_words(merged), hints))
     return device.launch_s + max(
         (read + written + wasted) / device.hbm_bytes_per_s, work / device.vector_flops
     )
 
 
-def _words(program: TileProgram) -> Size:
+def _words(merged: TileProgram) -> Size:
     """Instructions of threads that read or write: what a kernel computes again from elements that
     lie apart, it asks for one by one, if only from a cache.
     """
-    merged = merge_axes(program)
     asked: Size = 0
     for position, op in enumerate(merged.ops):
         if op.kind not in ("load", "store") or op.index is None:
@@ -60,14 +60,13 @@ def _names(axes: tuple[Axis, ...]) -> set[str]:
     return {a.name for a in axes}
 
 
-def _unread_bytes(program: TileProgram) -> Size:
+def _unread_bytes(merged: TileProgram) -> Size:
     """Bytes that come along unasked: in a kernel whose reductions read along rows, whatever runs
     down the columns moves a sector an element, and the other way round.
     """
-    if not any(op.kind in ("reduce", "scan") for op in program.ops):
+    if not any(op.kind in ("reduce", "scan") for op in merged.ops):
         return 0
-    merged = merge_axes(program)
-    reduced = {a.name for a in merged.reduced}
+    reduced = _names(merged.reduced)
     along_rows = rows_contiguous(merged)
     wasted: Size = 0
     for op in merged.ops:

@@ -67,7 +67,6 @@ class Grouper:
     rejected: dict[tuple[Node, Node], str] = field(default_factory=dict)
     _above: dict[int, int] = field(default_factory=dict)
     _queue: list[tuple[int, int, int]] = field(default_factory=list)
-    _trials: dict[frozenset[Node], Lowered | str] = field(default_factory=dict)
     _prices: dict[int, float] = field(default_factory=dict)
 
     def run(self) -> list[Group]:
@@ -262,12 +261,6 @@ class Grouper:
         return tuple(sorted(kept, key=lambda n: self.flow.order[n]))
 
     def _lower(self, nodes: frozenset[Node]) -> Lowered | str:
-        found = self._trials.get(nodes)
-        if found is None:
-            found = self._trials[nodes] = self._lower_fresh(nodes)
-        return found
-
-    def _lower_fresh(self, nodes: frozenset[Node]) -> Lowered | str:
         try:
             lowered = self.flow.memo.lower(nodes, self.flow.virtual, self.outputs(nodes))
         except Unsupported as error:
