@@ -11,6 +11,7 @@ from pathlib import Path
 from iocompiler.codegen import expressions
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.prelude import PRELUDE
+from iocompiler.plan.column_sums import rows_of_part
 from iocompiler.plan.data import MatmulStep, Schedule
 from iocompiler.plan.product import DIRECTIONS, MatmulTile, Product, along
 from iocompiler.tile.index import Size, ceil_div, product
@@ -49,7 +50,8 @@ def for_any_pointers(step: MatmulStep) -> MatmulStep | None:
     """
     if step.tile.loads == "pointers":
         return None
-    return replace(step, tile=replace(_ANY_POINTERS, programs=step.tile.programs))
+    rows = max(_ANY_POINTERS.m, rows_of_part(step.program))
+    return replace(step, tile=replace(_ANY_POINTERS, m=rows, programs=step.tile.programs))
 
 
 @lru_cache(maxsize=1)
@@ -68,9 +70,11 @@ class _Epilogue(KernelWriter):
 
     def __init__(self, step: MatmulStep):
         super().__init__(step.program, Schedule("pointwise"))
-        made, tile = step.product, step.tile
+        self._made, self._tile = made, tile = step.product, step.tile
+        self.line(f"m = (top + tl.arange(0, {tile.m}))[:, None]")
         for direction, dim in _TILE_DIRECTIONS.items():
-            self.flat_axes(along(step.program, direction), direction, dim)
+            within = step.program.reduced if direction == "m" else ()
+            self.flat_axes((*along(step.program, direction), *within), direction, dim)
         self.bounded("y", "m", made.m, tile.m)
         self.bounded("x", "n", made.n, tile.n)
 
@@ -79,6 +83,8 @@ class _Epilogue(KernelWriter):
 
     def _store(self, op: Op) -> str:
         """Every element of the tile, also where the product is a row or a column."""
+        if self.program.ops[op.inputs[0]].kind == "reduce":
+            return self._store_sums(op)
         assert op.index is not None
         address = self._address(op)
         if not {"x", "y"} <= self.address_spans(op.index):
@@ -86,6 +92,27 @@ class _Epilogue(KernelWriter):
         mask = self._mask({"x", "y"}, None)
         tail = f", {mask}" if mask else ""
         return f"tl.store({op.buffer}_ptr + {address}, {self.value(op.inputs[0])}{tail})"
+
+    def _reduce(self, op: Op) -> str:
+        """The sums of each column, in parts: [parts of the tile, columns]."""
+        tile, rows = self._tile, rows_of_part(self.program)
+        columns = tile.n // tile.parts
+        value = self.full(self.tensor(op.inputs[0]), f"[{tile.m}, {columns}]")
+        value = self.guarded(value, op.fn, op.dtype, ("y",))
+        parted = f"tl.reshape({value}, [{tile.m // rows}, {rows}, {columns}])"
+        return f"tl.sum({parted}, axis=1)"
+
+    def _store_sums(self, op: Op) -> str:
+        """To [parts, columns] of the whole product; parts below its last row are none."""
+        tile, rows, made = self._tile, rows_of_part(self.program), self._made
+        part = f"(top // {rows} + tl.arange(0, {tile.m // rows}))[:, None]"
+        wide = expressions.needs_wide(self.program.buffer(op.buffer).elements)
+        masks = [self.masks["x"]] if "x" in self.masks else []
+        if "y" in self.masks:
+            masks.append(f"({part} * {rows} < {expressions.extent(made.m)})")
+        place = f"({part}{'.to(tl.int64)' if wide else ''} * ({expressions.extent(made.n)}) + n)"
+        tail = f", {' & '.join(masks)}" if masks else ""
+        return f"tl.store({op.buffer}_ptr + {place}, {self.value(op.inputs[0])}{tail})"
 
 
 def _epilogue(step: MatmulStep, name: str) -> str:
@@ -95,7 +122,7 @@ def _epilogue(step: MatmulStep, name: str) -> str:
     operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
     head = [
         "@triton.jit",
-        f"def {name}_epilogue(sums, others, b, m, n, operands):",
+        f"def {name}_epilogue(sums, others, b, top, n, operands):",
         *(f"    {operand} = operands[{place}]" for place, operand in enumerate(operands)),
     ]
     return "\n".join(head + writer.lines) + "\n"

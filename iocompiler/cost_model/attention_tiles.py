@@ -67,8 +67,9 @@ ROWS = (
         Tile(32, 64, 4, 3, 168),
         _SQUARE,
     ),
-    # compiled for sm_90 these spill nothing to speak of; keys and values are two programs an SM
-    Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), _SQUARE),
+    # the fastest of eight to eleven on an H100, with ALiBi and with a causal mask (torch 2.11)
+    Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), _SQUARE),
+    # compiled for sm_90 these spill nothing to speak of
     Row((9, 0), 2, 256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), _SQUARE),
     Row((0, 0), 2, 64, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), _SQUARE),
     Row((0, 0), 2, 128, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), _SQUARE),

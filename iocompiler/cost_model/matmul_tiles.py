@@ -20,6 +20,7 @@ from iocompiler.cost_model.cost import value_of
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.matmul import epilogue_traffic, is_aligned
 from iocompiler.cost_model.roofline import TRANSCENDENTAL_FLOPS
+from iocompiler.plan.column_sums import rows_of_part
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.program import TileProgram
 
@@ -115,9 +116,12 @@ class Space:
     # --- which tiles there are
 
     def legal(self) -> Iterator[MatmulTile]:
-        """Every tile whose sums fit the registers and whose loads fit the shared memory."""
+        """Every tile whose sums fit the registers and whose loads fit the shared memory; parts of
+        column sums lie in one.
+        """
         m, n, k, _ = self.sizes
-        for rows in _around(_BLOCKS, m):
+        part = rows_of_part(self.program)
+        for rows in (block for block in _around(_BLOCKS, m) if block % part == 0):
             for columns in _around(_BLOCKS, n):
                 for depth in _around(_DEPTHS, k):
                     for warps in _WARPS:
@@ -154,7 +158,7 @@ class Space:
         """Tensors as large as the product that the epilogue loads and stores."""
         program = self.program
         sums = {buffer.name for buffer in program.buffers[: len(self.made.rights)]}
-        axes = {axis.name for axis in program.parallel}
+        axes = {axis.name for axis in program.axes}
         return sum(
             op.kind in ("load", "store") and op.buffer not in sums and program.varies[place] == axes
             for place, op in enumerate(program.ops)

@@ -1,4 +1,5 @@
-"""Products and the pointwise kernels that read them, folded into steps of the matmul template.
+"""Products and the kernels that read them element by element, folded into steps of the matmul
+template.
 
 Whether that is faster is not asked by `folded`: it folds the sites that somebody chose, by price
 (`priced.py`) or by the clock (`runtime/tune_matmul.py`).
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from iocompiler.plan.column_sums import Resized, folding
 from iocompiler.plan.data import (
     Plan,
     Step,
@@ -27,6 +29,7 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
         return plan
     steps: dict[int, list[Step]] = {n: [step] for n, step in enumerate(plan.steps)}
     gone: set[tuple[str, str]] = set()
+    parts: dict[str, Resized] = {}
     for site in sites(plan):
         tile = chosen.get(site.key)
         if tile is None:
@@ -34,12 +37,13 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
         *products, kernel = site.places
         steps[kernel] = [replace(site.step, tile=tile)]
         gone |= _edges(plan, site)
+        parts |= site.parts
         for place in products:
             steps[place] = []
             for later in _views(plan.steps, place, kernel):
                 steps[kernel] += steps[later]
                 steps[later] = []
-    ordered = tuple(step for place in sorted(steps) for step in steps[place])
+    ordered = tuple(folding(step, parts) for place in sorted(steps) for step in steps[place])
     kept = tuple(edge for edge in plan.unfused if (edge.producer, edge.consumer) not in gone)
     return replace(plan, steps=ordered, unfused=kept)
 

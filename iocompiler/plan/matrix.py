@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from iocompiler.plan.column_sums import apart, is_sum, together
 from iocompiler.plan.product import DIRECTIONS, along
 from iocompiler.plan.sizes import divide, equal, normal
 from iocompiler.tile.arrange import merge_axes
@@ -61,11 +62,14 @@ def epilogue(program: TileProgram, products: Sequence[Made]) -> TileProgram:
     "sums0" (and "sums1"), float32 [batch, m, n], its axes are named b.., m.. and n...
 
     Products have equal shapes. Rounding stays where it was: a product is rounded to its dtype
-    before the program computes with it.
+    before the program computes with it. Where the program sums columns in parts, its parts are of
+    as many rows as the axis it reduces then has (`column_sums.py`).
 
     Raises:
-        NoEpilogue: the program does more than a value of its own for each element of the products.
+        NoEpilogue: the program does more than a value of its own for each element of the products,
+            and sums of those.
     """
+    program = apart(program)
     if program.reduced or any(op.kind in ("reduce", "scan") for op in program.ops):
         raise NoEpilogue("it reduces")
     program = merge_axes(program)
@@ -74,7 +78,10 @@ def epilogue(program: TileProgram, products: Sequence[Made]) -> TileProgram:
     for made in products:
         program = _over_product(program, made)
     _check_stores(program)
-    return _with_sums(program, products)
+    found = together(_with_sums(program, products))
+    if found is None:
+        raise NoEpilogue("its sums are not down columns of the product, of whole parts of its rows")
+    return found
 
 
 # --- the axes
@@ -179,7 +186,7 @@ def _check_stores(program: TileProgram) -> None:
     for op in program.ops:
         if op.kind != "store":
             continue
-        if op.fn or len(op.inputs) > 1:
+        if (op.fn and not is_sum(op)) or len(op.inputs) > 1:
             raise NoEpilogue("it adds into memory, or stores under a condition")
         if op.index is None or op.index.values or set(op.index.names) != axes:
             raise NoEpilogue("it stores something else than a value for each element")

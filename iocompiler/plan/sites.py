@@ -1,14 +1,15 @@
-"""Products and the pointwise kernels that read them: which can be one step of the matmul template,
-and why others cannot.
+"""Products and the kernels that read them element by element: which can be one step of the matmul
+template, and why others cannot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from iocompiler.cost_model.call import call_of_step, resolve
+from iocompiler.plan.column_sums import Resized, folds_any, has_column_sums
 from iocompiler.plan.data import (
     AtenStep,
     KernelStep,
@@ -45,17 +46,19 @@ UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Site:
-    """A pointwise kernel that can be the epilogue of the products it reads.
+    """A kernel that can be the epilogue of the products it reads.
 
     Attributes:
         name: one for all equal sites of the plan, in every process.
         step: what would run instead; its tile is `UNCHOSEN`.
         places: of the products' steps and, last, of the kernel's, in the plan.
+        parts: the tensors of column sums in parts that have other parts then.
     """
 
     name: str
     step: MatmulStep
     places: tuple[int, ...]
+    parts: Mapping[str, Resized] = field(default_factory=dict)
 
     @property
     def key(self) -> SiteKey:
@@ -77,13 +80,13 @@ def sites(plan: Plan) -> tuple[Site, ...]:
 
 
 def survey(plan: Plan) -> Iterator[Site | Declined]:
-    """Every pointwise kernel that reads a product: a site, or why it is none. A result written over
-    what dies (`in_place`) comes too late for one.
+    """Every kernel that reads a product element by element: a site, or why it is none. A result
+    written over what dies (`in_place`) comes too late for one.
     """
     look = _Look(plan)
     names: dict[SiteKey, str] = {}
     for place, step in enumerate(plan.steps):
-        if not isinstance(step, KernelStep) or step.schedule.kind != "pointwise":
+        if not isinstance(step, KernelStep) or not _is_by_element(step):
             continue
         pairs = zip(step.args, step.buffers, strict=True)
         if any(buffer.role == "out" and name in look.views for name, buffer in pairs):
@@ -96,6 +99,10 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
             yield found
 
 
+def _is_by_element(step: KernelStep) -> bool:
+    return step.schedule.kind == "pointwise" or has_column_sums(step.program)
+
+
 def _unused(wish: str, names: Mapping[SiteKey, str]) -> str:
     taken, count, name = set(names.values()), 1, wish
     while name in taken:
@@ -105,7 +112,7 @@ def _unused(wish: str, names: Mapping[SiteKey, str]) -> str:
 
 
 class _Look:
-    """A plan seen from its pointwise kernels."""
+    """A plan seen from the kernels that may be epilogues."""
 
     def __init__(self, plan: Plan) -> None:
         self.steps = plan.steps
@@ -206,6 +213,7 @@ class _Look:
         stored = dict.fromkeys(name for name, _, row in rows if row.kept is not None)
         kept = [(name, self.specs[name]) for name in stored]
         own = program.buffers[len(rows) :]
+        parts = self._parts(step, program, names)
         folded = MatmulStep(
             f"{step.name}_of_{title}",
             product,
@@ -216,11 +224,29 @@ class _Look:
                 *(f.right[0] for _, f, _ in rows),
                 *(names[b.name] for b in own),
             ),
-            (*step.outputs, *kept),
+            (*(_resized(name, spec, parts) for name, spec in step.outputs), *kept),
             (*(call.node for call in calls), *step.nodes),
             tuple(dict.fromkeys([*(c.where for c in calls if c.where), *step.where])),
         )
-        return Site("", folded, (*places, place))
+        return Site("", folded, (*places, place), parts)
+
+    def _parts(
+        self, step: KernelStep, program: TileProgram, names: Mapping[str, str]
+    ) -> dict[str, Resized]:
+        """The tensors of column sums in parts that have other parts behind a product."""
+        before = {buffer.name: buffer.elements for buffer in step.program.buffers}
+        found = {
+            names[b.name]: Resized(before[b.name], b.elements)
+            for b in program.buffers
+            if b.name in before and not equal(b.elements, before[b.name])
+        }
+        if not found:
+            return found
+        for later in self.steps:
+            reads = not isinstance(later, ViewStep) and names_read(later) & found.keys()
+            if reads and not folds_any(later, found):
+                raise NoEpilogue("what folds its sums is made for their parts")
+        return found
 
     def _product(self, rows: Sequence[Factors]) -> Product:
         first = rows[0]
@@ -276,6 +302,10 @@ class _Look:
                 raise NoEpilogue("what the product is made of is overwritten before")
         if read & self._roots(written(step)):
             raise NoEpilogue("it overwrites what the product is made of")
+
+
+def _resized(name: str, spec: TensorSpec, parts: Mapping[str, Resized]) -> tuple[str, TensorSpec]:
+    return name, replace(spec, shape=(parts[name].after,)) if name in parts else spec
 
 
 def _length(size: object) -> float:

@@ -109,11 +109,11 @@ class PlanFile:
         kernels = {kernel: _row(schedule) for kernel, (_, schedule) in named.items()}
         names = {key: kernel for kernel, key in named.items()}
         tiles = {step.key: step.tile for step in plan.steps if isinstance(step, MatmulStep)}
-        # where nothing is folded, the steps of both are those that are not folded in either
-        for before, after in zip(folded(model, tiles).steps, plan.steps, strict=True):
-            if isinstance(before, (KernelStep, BatchStep)):
-                assert isinstance(after, (KernelStep, BatchStep))
-                kernels[names[before.program, before.schedule]] = _row(after.schedule)
+        chosen = {_work(s): s for s in plan.steps if isinstance(s, (KernelStep, BatchStep))}
+        for step in model.steps:
+            if isinstance(step, (KernelStep, BatchStep)) and _work(step) in chosen:
+                kernel = names[step.program, step.schedule]
+                kernels[kernel] = _row(chosen[_work(step)].schedule)
         there = sites(model) if tiles else ()
         matmuls = {s.name: _row(tiles[s.key]) for s in there if s.key in tiles}
         graphs = self._graphs()  # read again: another process may have added its own
@@ -171,6 +171,12 @@ def _kernels(plan: Plan) -> dict[str, _Key]:
         return {}
     own = {step.kernel: (step.program, step.schedule) for step in steps}
     return {kernel: own[key] for key, (kernel, _) in kernel_names(plan).items() if key in own}
+
+
+def _work(step: KernelStep | BatchStep) -> tuple[Any, ...]:
+    """What stays of a step, whatever its schedule and the parts of the sums it folds."""
+    members = step.members if isinstance(step, BatchStep) else step.args
+    return step.nodes, members, tuple(name for name, _ in step.outputs)
 
 
 def _row(chosen: Schedule | MatmulTile) -> dict[str, Any]:

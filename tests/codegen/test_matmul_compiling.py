@@ -109,6 +109,25 @@ def test_float32() -> None:
     assert "MMA" not in text_of(module), "nothing is rounded"
 
 
+@pytest.mark.parametrize("rows", [4096, 64 * 197])
+def test_with_sums_down_the_columns(rows: int) -> None:
+    """In parts as high as a tile, and half as high."""
+
+    def f(x: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        d = torch.ops.aten.gelu_backward(x @ w, h)
+        return d, d.sum(0)
+
+    plan = plan_on_fakes(f, (rows, 512), (512, 2048), (rows, 2048), dtype=torch.bfloat16)
+    (site,) = sites(plan)
+    row = DEVICES["h200"]
+    tile = candidates(*site.key, row)[0]
+    assert tile.loads == "descriptors"
+    module = prepare(folded(plan, {site.key: tile}), row)
+    assert len(module.resources) == 2, "and the kernel that folds the parts"
+    assert all(taken["spills"] == 0 for taken in module.resources.values())
+    assert all(taken["shared"] <= row.shared_bytes_per_sm for taken in module.resources.values())
+
+
 def test_the_file_reads_well() -> None:
     f, shapes = FUNCTIONS["gelu"]
     plan = plan_on_fakes(f, *shapes, dtype=torch.bfloat16)

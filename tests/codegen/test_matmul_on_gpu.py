@@ -204,6 +204,38 @@ def test_rows_that_are_a_symbol(rows: int) -> None:
     check(f, by_descriptors, x, w, b, dynamic=None)
 
 
+def with_column_sums(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    d = torch.ops.aten.gelu_backward(x @ w, h)
+    return torch.cat([d, d.sum(0, keepdim=True)])
+
+
+def by_pointers(tiles: list[MatmulTile]) -> MatmulTile:
+    return next(tile for tile in tiles if tile.loads == "pointers")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("pick", [ranked(0), ranked(4), by_pointers])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 768), (4096 + 64, 264), (8192, 48)])
+def test_sums_down_the_columns(rows: int, columns: int, pick: Pick, dtype: torch.dtype) -> None:
+    """Gradients of an activation and of the bias before it, in whole and in half tiles."""
+    shapes = ((rows, 200), (200, columns), (rows, columns))
+    given = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    check(with_column_sums, pick, *given)
+    once, again = (run_folded(with_column_sums, pick, *given)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
+def test_sums_of_what_is_not_finite() -> None:
+    given = [torch.randn(s, device="cuda").bfloat16() for s in ((4096, 64), (64, 72), (4096, 72))]
+    given[2][5, 6], given[2][4095, 8], given[0][9] = torch.nan, torch.inf, -torch.inf
+    got, count = run_folded(with_column_sums, ranked(0), *given)
+    assert count == 1
+    expected = with_column_sums(*given)
+    assert torch.equal(got.isfinite(), expected.isfinite())
+    kept = expected.isfinite().all(0)
+    torch.testing.assert_close(got[:, kept], expected[:, kept], rtol=2e-2, atol=0.5)
+
+
 def test_nan_and_infinity() -> None:
     x, w, r = (
         torch.randn(shape, device="cuda").bfloat16() for shape in ((100, 64), (64, 72), (100, 72))

@@ -91,8 +91,8 @@ def finish(
     as many times less registers. ``n`` is the tile's first column.
     """
     if PARTS == 1:
-        row = (m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        epilogue(sums, others, b, row, (n + tl.arange(0, BLOCK_N))[None, :], operands)
+        columns = (n + tl.arange(0, BLOCK_N))[None, :]
+        epilogue(sums, others, b, m * BLOCK_M, columns, operands)
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         sums_left, sums_right = halves(sums, BLOCK_M, BLOCK_N)
@@ -142,9 +142,9 @@ def matmul(
     """Products of Left [batch, M, K] and Right, Second [batch, K, N], any strides.
 
     Strides are (along rows, along columns, along the batch). The epilogue takes the sums of both
-    products (of one, twice), the number in the batch, rows and columns of the tile, and
-    ``operands``. EVEN_M, EVEN_N, EVEN_K: extents are multiples of the blocks. WALK: there
-    may be more tiles than programs.
+    products (of one, twice), the number in the batch, the first row and the columns of the tile,
+    and ``operands``. EVEN_M, EVEN_N, EVEN_K: extents are multiples of the blocks. WALK: there may
+    be more tiles than programs.
     """
     if WALK:
         tiles = batch * tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)

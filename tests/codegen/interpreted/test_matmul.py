@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,12 @@ def _results(run: Callable[..., Tensor], inputs: tuple[Tensor, ...], wide: bool)
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
     return torch.randn(*shape).to(dtype).requires_grad_(grad)
+
+
+def gelu_backward(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    """The gradient before an activation, and below it that of the bias."""
+    d = torch.ops.aten.gelu_backward(x @ w, h)
+    return torch.cat([d, d.sum(0, keepdim=True)])
 
 
 def bias_silu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -183,3 +190,10 @@ def test_descriptors(left: bool, right: bool) -> None:
 def test_descriptors_of_two_products() -> None:
     tile = replace(SMALL, programs=2, loads="descriptors")
     check(gated, rand(33, 24), rand(24, 36), rand(36, 24).t(), tile=tile)
+
+
+@pytest.mark.parametrize("rows", [4096, 4096 + 64])
+@pytest.mark.parametrize("change", [{}, {"parts": 2, "n": 32}, {"loads": "descriptors", "n": 32}])
+def test_sums_down_the_columns(rows: int, change: dict[str, Any]) -> None:
+    tile = replace(SMALL, m=128, programs=3, **change)
+    check(gelu_backward, rand(rows, 24), rand(24, 40), rand(rows, 40), tile=tile)
