@@ -7,8 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from iocompiler.ops import linear_cross_entropy_copied as copied
+from iocompiler.ops.linear_cross_entropy_products import (
+    ROWS,
+    add_outer,
+    filled,
+    is_aligned,
+    is_unlike_products,
+    project,
+    with_zeros,
+)
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
-from iocompiler.ops.linear_cross_entropy_walk import ALIGNED
 
 # What the logits of one chunk may take, in bytes: at a vocabulary of 128256 in bfloat16 these are
 # 2048 rows: on an H200 1.13 x the three products alone, where 1024 rows took 1.21 and 4096 1.13.
@@ -16,11 +25,6 @@ SCRATCH_BYTES = 1 << 29
 # The same where the logits are kept, whole, by the user: there is room for their gradient too, and
 # each further chunk reads and writes the weight's gradient once more.
 KEPT_SCRATCH_BYTES = 1 << 31
-# The same where no gradient is asked for, and what is kept does not lie as products like it: chunks
-# of 256 MB are up to 3 % faster, those that fit L2 a quarter slower.
-COPIED_SCRATCH_BYTES = 1 << 27
-_ROWS = 128  # chunks are multiples of this many rows
-_LINE = 64  # rows of an odd vocabulary are filled up to multiples of this
 ALIGNED_DEVICES = ("cuda",)
 
 
@@ -31,18 +35,20 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, scratch: int) -> int:
     """Rows of a chunk: as many as ``scratch`` bytes hold, then evened out over the chunks."""
-    most = max(scratch // (_filled(vocabulary) * itemsize) // _ROWS, 1) * _ROWS
+    most = max(scratch // (filled(vocabulary) * itemsize) // ROWS, 1) * ROWS
     chunks = -(-rows // most)
-    return min(rows, -(-rows // max(chunks, 1) // _ROWS) * _ROWS)
+    return min(rows, -(-rows // max(chunks, 1) // ROWS) * ROWS)
 
 
 def scratch_bytes(
     rows: int, vocabulary: int, width: int, itemsize: int, *, gradient: bool, kept: bool
 ) -> int:
     """What `walk` allocates on a GPU beside its results, x being [rows, width]."""
+    if kept and not (gradient or is_aligned(vocabulary, itemsize)):
+        return copied.scratch_bytes(rows, vocabulary, width, itemsize)
     held = _chunk(rows, vocabulary, itemsize, gradient=gradient, kept=kept)[1]
-    filled = _is_unlike_products(vocabulary, itemsize)
-    return _filled(vocabulary) * itemsize * (held + (width if filled else 0))
+    unlike = is_unlike_products(vocabulary, itemsize)
+    return filled(vocabulary) * itemsize * (held + (width if unlike else 0))
 
 
 def walk(
@@ -60,10 +66,13 @@ def walk(
     Args:
         x: [T, D]; weight: [V, D]; bias: [V]; target: [T] int64.
         needed: of x, weight, bias.
-        kept: [T, V], contiguous: the logits are written there.
+        kept: [T, V], contiguous, allocated by itself: the logits are written there.
     """
     rows, vocabulary = x.shape[0], weight.shape[0]
     x, target = x.contiguous(), target.contiguous()
+    if kept is not None and not (any(needed) or is_aligned(vocabulary, x.element_size())):
+        losses = copied.walk_copied(x, weight, bias, target, rows_of, setting, kept)
+        return losses, None, None, None
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     losses = x.new_zeros((rows,), dtype=wide)
     head = _Head(weight, bias)
@@ -72,7 +81,7 @@ def walk(
     for first in range(0, rows, max(room.chunk, 1)):
         some = slice(first, min(first + room.chunk, rows))
         made = room.logits(some)
-        head.project(x[some], made)
+        project(x[some], head.weight, head.bias, made)
         d = room.gradient(some)
         piece = Piece(made[:, :vocabulary], target[some], losses[some], d, room.copy(some))
         evaluate(piece, rows_of.part(some), setting)
@@ -81,7 +90,7 @@ def walk(
         if dx is not None:
             torch.mm(d, head.weight, out=dx[some])
         if dweight is not None:
-            _add_outer(d, x[some], dweight, first=not first)
+            add_outer(d, x[some], dweight, first=not first)
         if dbias is not None:
             dbias += d.sum(0, dtype=wide)
     dweight, dbias = (d if d is None else d[:vocabulary] for d in (dweight, dbias))
@@ -94,15 +103,15 @@ class _Head:
     On a GPU the extents of a product in half precision must be aligned (see `aligned_mm.py` for
     why): an odd vocabulary is filled up with zeros, once. A product over it in two parts would
     round in between, and what the second adds to a first that is nearly a row of the weight would
-    be lost in every row; and it adds the bias for nothing only to whole rows.
+    be lost in every row.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         columns = _columns(weight.shape[0], weight)
         if columns != weight.shape[0]:
-            self.weight = _with_zeros(weight, columns)
-            self.bias = None if bias is None else _with_zeros(bias, columns)
+            self.weight = with_zeros(weight, columns)
+            self.bias = None if bias is None else with_zeros(bias, columns)
 
     def empty_gradients(
         self, x: Tensor, wide: torch.dtype, needed: Sequence[bool]
@@ -117,28 +126,13 @@ class _Head:
             x.new_zeros(shape[:1], dtype=wide) if of_bias else None,
         )
 
-    def project(self, x: Tensor, logits: Tensor) -> None:
-        """Write the logits."""
-        if self.bias is None:
-            torch.mm(x, self.weight.t(), out=logits)
-        else:
-            torch.addmm(self.bias, x, self.weight.t(), out=logits)
-
-
-def _with_zeros(x: Tensor, rows: int) -> Tensor:
-    """``x`` with rows of zeros behind it. (`F.pad` writes everything twice.)"""
-    found = x.new_empty((rows, *x.shape[1:]))
-    found[: x.shape[0]].copy_(x)
-    found[x.shape[0] :].zero_()
-    return found
-
 
 class _Room:
     """Where the logits of a chunk are made and their gradient is written.
 
-    Logits that are kept are made in their place where its rows are aligned, else in the scratch,
-    from where the row kernel copies them. Their gradient is in the scratch, where it may take their
-    place.
+    Logits that are kept are made in their place where its rows are aligned, else, with a gradient
+    (without one: `walk_copied`), in the scratch, from where the row kernel copies them. Their
+    gradient is in the scratch, where it may take their place.
 
     Attributes:
         chunk: rows of one.
@@ -147,13 +141,13 @@ class _Room:
     def __init__(self, x: Tensor, vocabulary: int, gradient: bool, kept: Tensor | None) -> None:
         itemsize = x.element_size()
         self._kept, self._gradient = kept, gradient
-        self._in_place = kept is not None and _is_aligned(vocabulary, itemsize)
+        self._in_place = kept is not None and is_aligned(vocabulary, itemsize)
         self.chunk, held = _chunk(
             x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
         )
         columns = _columns(vocabulary, x)
-        aligned = x.device.type not in ALIGNED_DEVICES or _is_aligned(columns, itemsize)
-        row = columns if aligned else _filled(columns)
+        aligned = x.device.type not in ALIGNED_DEVICES or is_aligned(columns, itemsize)
+        row = columns if aligned else filled(columns)
         self._scratch = x.new_empty((held, row))[:, :columns]
 
     def logits(self, some: slice) -> Tensor:
@@ -178,39 +172,14 @@ def _chunk(
     rows: int, vocabulary: int, itemsize: int, *, gradient: bool, kept: bool
 ) -> tuple[int, int]:
     """(rows of a chunk, rows of the scratch)."""
-    if kept and not gradient and _is_aligned(vocabulary, itemsize):
+    if kept and not gradient:
         return rows, 0  # in place; one product is fastest, and nothing else is gained
-    budget = SCRATCH_BYTES
-    if kept:
-        budget = KEPT_SCRATCH_BYTES if gradient else COPIED_SCRATCH_BYTES
+    budget = KEPT_SCRATCH_BYTES if kept else SCRATCH_BYTES
     chunk = chunk_rows(rows, vocabulary, itemsize, budget)
     return chunk, chunk
 
 
-def _is_aligned(vocabulary: int, itemsize: int) -> bool:
-    """Whether rows of logits that follow each other begin where the row kernel reads them."""
-    return vocabulary * itemsize % ALIGNED == 0
-
-
-def _is_unlike_products(vocabulary: int, itemsize: int) -> bool:
-    """Whether a product over the vocabulary, on a GPU, would miss the library's fast kernels."""
-    return itemsize == 2 and vocabulary >= _LINE and not _is_aligned(vocabulary, itemsize)
-
-
 def _columns(vocabulary: int, x: Tensor) -> int:
     """Classes, with those that are filled up."""
-    odd = _is_unlike_products(vocabulary, x.element_size())
-    return _filled(vocabulary) if odd and x.device.type in ALIGNED_DEVICES else vocabulary
-
-
-def _filled(vocabulary: int) -> int:
-    return -(-vocabulary // _LINE) * _LINE
-
-
-def _add_outer(d: Tensor, x: Tensor, dweight: Tensor, *, first: bool) -> None:
-    if dweight.dtype != x.dtype:
-        dweight.copy_(d.t() @ x) if first else dweight.add_(d.t() @ x)
-    elif first:
-        torch.mm(d.t(), x, out=dweight)
-    else:
-        dweight.addmm_(d.t(), x)
+    odd = is_unlike_products(vocabulary, x.element_size())
+    return filled(vocabulary) if odd and x.device.type in ALIGNED_DEVICES else vocabulary

@@ -44,12 +44,15 @@ class Piece:
     """Some rows of logits, and where what is computed of them goes.
 
     Attributes:
-        logits: [rows, V], in rows that begin at multiples of `walk.ALIGNED` bytes.
+        logits: [rows, V], in rows that begin at multiples of `walk.ALIGNED` bytes; or, with
+            ``tails``, their first classes, a multiple of `walk.LINE`.
         target: [rows] int64.
         losses: [rows], written.
         gradient: [rows, V or more], written, with zeros behind V: the logits' own memory, or rows
             like theirs; None: none.
         copy: [rows, V], any rows; the logits are written there; None: nowhere.
+        tails: [rows, the other classes] of logits that are copied and have no gradient, in rows of
+            `walk.LINE` elements; None: there are none.
     """
 
     logits: Tensor
@@ -57,6 +60,12 @@ class Piece:
     losses: Tensor
     gradient: Tensor | None = None
     copy: Tensor | None = None
+    tails: Tensor | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.logits.shape[1] + (0 if self.tails is None else self.tails.shape[1])
 
 
 def evaluate(piece: Piece, rows: Rows, setting: Setting) -> None:
@@ -71,8 +80,10 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     logits, losses = piece.logits, piece.losses
     gradient = logits if piece.gradient is None else piece.gradient
     copy = logits if piece.copy is None else piece.copy
+    tails = logits if piece.tails is None else piece.tails
     tensors = {
         "logits": logits,
+        "tails": tails,
         "gradient": gradient,
         "copy": copy,
         "target": piece.target,
@@ -82,10 +93,11 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     }
     form = _Form(
         setting,
+        piece.vocabulary,
         logits.shape[1],
         gradient.shape[1],
-        (logits.stride(0), gradient.stride(0), copy.stride(0)),
-        (piece.gradient is not None, piece.copy is not None),
+        (logits.stride(0), tails.stride(0), gradient.stride(0), copy.stride(0)),
+        (piece.tails is not None, piece.gradient is not None, piece.copy is not None),
         (rows.coefficient is not None, rows.squared is not None),
         tuple([x.dtype for x in tensors.values()]),
         logits.device,
@@ -97,17 +109,19 @@ class _Form(NamedTuple):
     """All of a launch but its memory.
 
     Attributes:
+        cut: classes that are not among the tails.
         width: of the gradient's rows.
-        strides: of the rows of logits, gradient and copy.
-        has: whether there is a gradient, a copy.
+        strides: of the rows of logits, tails, gradient and copy.
+        has: whether there are tails, a gradient, a copy.
         weighed: whether there is a coefficient, a squared.
     """
 
     setting: Setting
     vocabulary: int
+    cut: int
     width: int
-    strides: tuple[int, int, int]
-    has: tuple[bool, bool]
+    strides: tuple[int, int, int, int]
+    has: tuple[bool, bool, bool]
     weighed: tuple[bool, bool]
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
@@ -119,14 +133,16 @@ def _launch(form: _Form) -> Any:
     from iocompiler.codegen.kernels.cross_entropy import cross_entropy_rows
     from iocompiler.runtime.template_launch import Launch
 
-    setting, (gradient, copy) = form.setting, form.has
+    setting, (tails, gradient, copy) = form.setting, form.has
     return Launch(
         cross_entropy_rows,
         vocabulary=form.vocabulary,
+        cut=form.cut,
         width=form.width,
         row_stride=form.strides[0],
-        gradient_stride=form.strides[1],
-        copy_stride=form.strides[2],
+        tails_stride=form.strides[1],
+        gradient_stride=form.strides[2],
+        copy_stride=form.strides[3],
         ignore_index=setting.ignore_index,
         smoothing=setting.smoothing,
         outer=setting.outer,
@@ -134,6 +150,7 @@ def _launch(form: _Form) -> Any:
         CAPPED=setting.capped,
         NEGATED=setting.outer < 0,
         SMOOTHED=setting.smoothing != 0.0,
+        TAILS=tails,
         GRADIENT=gradient,
         COPY=copy,
         SCALED=form.weighed[0],
@@ -145,7 +162,9 @@ def _launch(form: _Form) -> Any:
 def reference_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     """What the kernel `cross_entropy_rows` computes, in plain aten."""
     logits, target, losses = piece.logits, piece.target, piece.losses
-    vocabulary = logits.shape[1]
+    if piece.tails is not None:
+        logits = torch.cat([logits, piece.tails], 1)
+    vocabulary = piece.vocabulary
     if piece.copy is not None:
         piece.copy.copy_(logits)
     kept = target != setting.ignore_index

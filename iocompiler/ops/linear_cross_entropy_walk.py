@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 # What a thread reads at once, in bytes: rows the kernel reads begin at multiples of it.
 ALIGNED = 16
+# Elements: rows of an odd vocabulary are filled up to multiples of it, or cut at one. Blocks are
+# multiples of it.
+LINE = 64
 _WORD = 8  # and where they are copied
 _LANES = 32
 

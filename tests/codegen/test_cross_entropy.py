@@ -14,7 +14,7 @@ from iocompiler.ops.linear_cross_entropy_rows import (
     launch_rows,
     reference_rows,
 )
-from iocompiler.ops.linear_cross_entropy_walk import of_row
+from iocompiler.ops.linear_cross_entropy_walk import LINE, of_row
 from iocompiler.runtime.template_launch import Launch
 from tests.codegen.attention_compiling import resources_of
 
@@ -82,6 +82,7 @@ def test_every_element_is_walked_over(itemsize: int, copied: bool) -> None:
         given = of_row(vocabulary, itemsize, copied=copied, capped=False)
         block, held, depth = given["BLOCK"], given["HELD"], given["DEPTH"]
         assert block % given["WIDE"] == 0
+        assert block > vocabulary or block % LINE == 0  # whole blocks lie before the tails
         again = vocabulary // block - held
         assert again == 0 if depth == 0 else (again > 0 and again % depth == 0), vocabulary
         assert held >= 0

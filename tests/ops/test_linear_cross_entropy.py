@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iocompiler.ops import linear_cross_entropy as operators
 from iocompiler.ops import linear_cross_entropy_chunks as chunks
+from iocompiler.ops import linear_cross_entropy_copied as copied
 from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
 from tests.accuracy import relative_error
 
@@ -22,7 +23,7 @@ VOCABULARY, WIDTH = 300, 24
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", 1)  # the least: 128 rows
     monkeypatch.setattr(chunks, "KEPT_SCRATCH_BYTES", 1)
-    monkeypatch.setattr(chunks, "COPIED_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(copied, "SCRATCH_BYTES", 1)
 
 
 def inputs(rows: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:

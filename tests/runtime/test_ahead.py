@@ -14,7 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 pytest.importorskip("triton")
 
 from iocompiler.backend import Compiler
-from iocompiler.ops import embedding_gradient, library, linear_cross_entropy_rows, target
+from iocompiler.ops import (
+    embedding_gradient,
+    library,
+    linear_cross_entropy_copied,
+    linear_cross_entropy_rows,
+    target,
+)
 from iocompiler.passes.linear_cross_entropy import rewrite
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import AtenStep, Plan, Ref, Step, ViewStep, made
@@ -120,6 +126,23 @@ def test_a_training_step(
     kept = [x.entries for x in tables if isinstance(x, Table)]
     assert not any(isinstance(x, FakeTensor) for x in kept)
     assert kept or not kernels.keys() & {"attention_forward"}
+
+
+def test_a_forward_that_returns_its_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch a chunk; the logits of some are made where others will be kept."""
+    monkeypatch.setattr(linear_cross_entropy_copied, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(
+        linear_cross_entropy_copied, "evaluate", linear_cross_entropy_rows.launch_rows
+    )
+    torch._dynamo.reset()
+    case = CASES["gpt2-eager"]
+    model = case.module(SIZE, 0.1).bfloat16().eval()
+    with target.planned_for((9, 0)), torch.no_grad():
+        torch.compile(model, backend=Compiler(engine=engine, strict=True))(**case.inputs(SIZE))
+    rows = SIZE.batch * SIZE.length
+    chunks = linear_cross_entropy_copied.chunks_of(rows, SIZE.vocabulary, 2)
+    assert engine.counts["cross_entropy_rows"] == len(chunks) > 2
+    assert set(engine.ran) == set(engine.expected)
 
 
 class Biased(torch.nn.Module):

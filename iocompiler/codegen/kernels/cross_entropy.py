@@ -17,6 +17,7 @@ from iocompiler.codegen.kernels.cross_entropy_words import (
     copy_words,
     opened,
     place_of,
+    places,
     words_of,
 )
 
@@ -32,16 +33,17 @@ def _elements(block, dtype: tl.constexpr, COPY: tl.constexpr):
 
 @triton.jit
 def _leave_out(
-    start, source, into, place, missing, columns, at, piece, vocabulary, width,
+    source, behind, cut, into, place, missing, columns, at, piece, vocabulary, width,
     GRADIENT: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A row that is ignored: its logits still go where they belong, its gradient is zero."""
     if COPY:
         for first in range(0, vocabulary, BLOCK):
-            copy_words(source, place, missing, first // WIDE + at, vocabulary, WIDE)
+            here = first // WIDE + at
+            copy_words(source, behind, cut, place, missing, here, vocabulary, WIDE)
         tl.debug_barrier()
     if GRADIENT:
-        zeros = tl.zeros(columns.shape, start.dtype.element_ty)
+        zeros = tl.zeros(columns.shape, into.dtype.element_ty)
         for first in range(0, width, BLOCK):
             tl.store(into + first + columns, zeros, mask=first + piece < width)
 
@@ -49,6 +51,7 @@ def _leave_out(
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_rows(
     logits,
+    tails,
     gradient,
     copy,
     target,
@@ -56,8 +59,10 @@ def cross_entropy_rows(
     squared,
     loss,
     vocabulary,
+    cut,
     width,
     row_stride,
+    tails_stride,
     gradient_stride,
     copy_stride,
     ignore_index,
@@ -67,6 +72,7 @@ def cross_entropy_rows(
     CAPPED: tl.constexpr,
     NEGATED: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    TAILS: tl.constexpr,
     GRADIENT: tl.constexpr,
     COPY: tl.constexpr,
     SCALED: tl.constexpr,
@@ -92,23 +98,25 @@ def cross_entropy_rows(
     With GRADIENT, the last line is written to ``gradient``, which may be the logits' own memory, in
     a second pass; at the target it is written again, so that no other element is compared with it.
     With COPY, y is written to ``copy`` in the first, and rows are read in words
-    (`cross_entropy_words.py`) of WIDE elements. A row whose target is ``ignore_index`` has
-    c = 0; a target out of range has NaN for both (eager stops the device with an assertion). What
-    is multiplied by 0 is 0.
+    (`cross_entropy_words.py`) of WIDE elements. With TAILS (and COPY, and no GRADIENT), y from
+    column ``cut`` on is in ``tails``; whole blocks lie before it. A row whose target is
+    ``ignore_index`` has c = 0; a target out of range has NaN for both (eager stops the device with
+    an assertion). What is multiplied by 0 is 0.
 
     The first HELD whole blocks of a row stay in registers between the passes, and so does what is
     less than a block at its end. The whole blocks between are a multiple of DEPTH (0: there are
     none) and are read twice, DEPTH at a time. The second pass begins with them where the first
     ended: more of them is then still in L2.
 
-    Rows of ``logits`` and ``gradient`` begin at multiples of 16 bytes and are read and written up
-    to a multiple of WIDE elements; those of ``copy`` lie anywhere. The gradient is ``width`` wide,
-    with zeros behind the vocabulary.
+    Rows of ``logits``, ``tails`` and ``gradient`` begin at multiples of 16 bytes and are read and
+    written up to a multiple of WIDE elements; those of ``copy`` lie anywhere. The gradient is
+    ``width`` wide, with zeros behind the vocabulary.
     """
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * tl.multiple_of(row_stride, WIDE)
     into = gradient + row.to(tl.int64) * tl.multiple_of(gradient_stride, WIDE)
     kept = copy + row.to(tl.int64) * copy_stride
+    tail = tails + row.to(tl.int64) * tl.multiple_of(tails_stride, WIDE) if TAILS else None
     dtype: tl.constexpr = logits.dtype.element_ty
     label = tl.load(target + row)
     ignored = label == ignore_index
@@ -119,19 +127,20 @@ def cross_entropy_rows(
     UNIT: tl.constexpr = WIDE if COPY else 1
     source, at = (words_of(start), tl.arange(0, BLOCK // WIDE)) if COPY else (start, columns)
     place, missing = place_of(kept, WIDE) if COPY else (kept, 0)
+    behind, edge = words_of(tail) if TAILS else None, cut // UNIT
     if not SQUARED:  # noqa: SIM102  # the outer one is decided while compiling
         if ignored:
             tl.store(loss + row, 0.0)
             if COPY:
                 covered = (vocabulary + BLOCK - 1) // BLOCK * BLOCK
-                copy_ends(start, kept, missing, vocabulary, covered, WIDE)
+                copy_ends(start, tail, cut, kept, missing, vocabulary, covered, WIDE)
             _leave_out(
-                start, source, into, place, missing, columns, at, piece, vocabulary, width,
+                source, behind, edge, into, place, missing, columns, at, piece, vocabulary, width,
                 GRADIENT, COPY, BLOCK, WIDE,
             )  # fmt: skip
             return
     inside = (label >= 0) & (label < vocabulary)
-    chosen = tl.load(start + label, mask=inside, other=0.0)
+    chosen = tl.load(places(start, tail, label, cut), mask=inside, other=0.0)
     scale, rate = tl.abs(outer) * _LOG2_E, inner * (-2 * _LOG2_E)
     # of each thread's own, merged once at the end: no reduction across threads inside the loop
     none = tl.zeros([BLOCK // WIDE], tl.float32)
@@ -142,18 +151,18 @@ def cross_entropy_rows(
     last = whole // UNIT + at
     # what is copied is read again from L1
     once: tl.constexpr = "" if COPY else "evict_first"
-    rest = read(source, last, last * UNIT < vocabulary, once)
+    rest = read(places(source, behind, last, edge), last * UNIT < vocabulary, once)
     held = read_blocks(source, at, HELD, BLOCK // UNIT, once)
     if COPY:
-        copy_ends(start, kept, missing, vocabulary, whole + BLOCK, WIDE)
-        copy_words(source, place, missing, last, vocabulary, WIDE)
+        copy_ends(start, tail, cut, kept, missing, vocabulary, whole + BLOCK, WIDE)
+        copy_words(source, behind, edge, place, missing, last, vocabulary, WIDE)
     sums = add_block(
         sums, _elements(rest, dtype, COPY), live, rate, scale, CAPPED, NEGATED, SMOOTHED
     )
     for index in tl.static_range(HELD):
         if COPY:
             here = index * (BLOCK // UNIT) + at
-            copy_words(source, place, missing, here, vocabulary, WIDE)
+            copy_words(source, None, 0, place, missing, here, vocabulary, WIDE)
         block = _elements(held[index], dtype, COPY)
         sums = add_block(sums, block, None, rate, scale, CAPPED, NEGATED, SMOOTHED)
     if DEPTH:
@@ -163,7 +172,7 @@ def cross_entropy_rows(
             for index in tl.static_range(DEPTH):
                 if COPY:
                     here = first // UNIT + index * (BLOCK // UNIT) + at
-                    copy_words(source, place, missing, here, vocabulary, WIDE)
+                    copy_words(source, None, 0, place, missing, here, vocabulary, WIDE)
                 block = _elements(blocks[index], dtype, COPY)
                 sums = add_block(sums, block, None, rate, scale, CAPPED, NEGATED, SMOOTHED)
     greatest, total, summed = sums

@@ -8,12 +8,12 @@ _ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)  # which the inter
 
 
 @triton.jit
-def read(start, at, some, POLICY: tl.constexpr):
-    """What lies at ``at`` of a row, where ``some`` (None: everywhere)."""
+def read(there, some, POLICY: tl.constexpr):
+    """What lies ``there``, where ``some`` (None: everywhere)."""
     if some is None:
-        stored = tl.load(start + at, eviction_policy=POLICY)
+        stored = tl.load(there, eviction_policy=POLICY)
     else:
-        stored = tl.load(start + at, mask=some, other=0, eviction_policy=POLICY)
+        stored = tl.load(there, mask=some, other=0, eviction_policy=POLICY)
     return stored
 
 
@@ -22,7 +22,7 @@ def read_blocks(start, at, COUNT: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.
     """So many whole blocks that follow each other: all of their loads are on their way at once."""
     blocks = ()
     for index in tl.static_range(COUNT):
-        block = read(start, index * BLOCK + at, None, POLICY)
+        block = read(start + (index * BLOCK + at), None, POLICY)
         blocks = blocks + (block,)
     return blocks
 

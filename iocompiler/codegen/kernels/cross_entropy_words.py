@@ -22,6 +22,18 @@ def words_of(start):
 
 
 @triton.jit
+def places(start, tail, at, cut):
+    """Where elements or words ``at`` of a row lie: those from ``cut`` on in its ``tail`` (None:
+    there is none).
+    """
+    if tail is None:
+        found = start + at
+    else:
+        found = tl.where(at < cut, start + at, tail + (at - cut))
+    return found
+
+
+@triton.jit
 def opened(words, dtype: tl.constexpr):
     """The elements of words [N]: [N, elements of a word]."""
     low, high = words.to(tl.uint32), (words >> 32).to(tl.uint32)
@@ -52,28 +64,32 @@ def place_of(kept, PER: tl.constexpr):
 
 
 @triton.jit
-def copy_words(source, place, missing, at, vocabulary, PER: tl.constexpr):
+def copy_words(source, tail, cut, place, missing, at, vocabulary, PER: tl.constexpr):
     """Write those words ``at`` of the copy that belong to the row whole: `copy_ends` writes the
-    rest.
+    rest. What is read lies as `places` says, in words.
     """
     whole = (at * PER >= missing) & (at < (vocabulary + missing) // PER)
     last = at - missing // PER
     shift = (missing % PER * (64 // PER)).to(tl.uint64)
-    words = tl.load(source + last, mask=whole, other=0)
-    before = tl.load(source + last - 1, mask=whole & (last > 0), other=0)
+    there = places(source, tail, last, cut)
+    ahead = there - 1
+    if tail is not None:
+        ahead = tl.where(last == cut, source + last - 1, ahead)
+    words = tl.load(there, mask=whole, other=0)
+    before = tl.load(ahead, mask=whole & (last > 0), other=0)
     moved = (words << shift) | ((before >> 1) >> (63 - shift))
     tl.store(place + at, moved, mask=whole, eviction_policy="evict_first")
 
 
 @triton.jit
-def copy_ends(start, kept, missing, vocabulary, covered, PER: tl.constexpr):
+def copy_ends(start, tail, cut, kept, missing, vocabulary, covered, PER: tl.constexpr):
     """Write the elements of a row before its first whole word, and behind its last, or behind the
-    first ``covered`` elements of its lines.
+    first ``covered`` elements of its lines. What is read lies as `places` says.
     """
     each = tl.arange(0, PER)
     first = (each < (PER - missing % PER) % PER) & (each < vocabulary)
-    tl.store(kept + each, tl.load(start + each, mask=first), mask=first)
+    tl.store(kept + each, tl.load(places(start, tail, each, cut), mask=first), mask=first)
     end = tl.minimum((vocabulary + missing) // PER * PER, covered) - missing
     each = end + tl.arange(0, 2 * LINE * PER // WORD)
     last = (each >= 0) & (each < vocabulary)
-    tl.store(kept + each, tl.load(start + each, mask=last), mask=last)
+    tl.store(kept + each, tl.load(places(start, tail, each, cut), mask=last), mask=last)

@@ -30,7 +30,8 @@ pytestmark = [
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize(
-    ("gradient", "copied"), [("", False), ("", True), ("in place", True), ("apart", False)]
+    ("gradient", "copied"),
+    [("", ""), ("", "copy"), ("", "copy with tails"), ("in place", "copy"), ("apart", "")],
 )
 @pytest.mark.parametrize(
     "setting",
@@ -42,7 +43,7 @@ def test_losses_and_gradients(
     scaled: bool,
     squared: bool,
     gradient: str,
-    copied: bool,
+    copied: str,
     setting: Setting,
 ) -> None:
     torch.manual_seed(0)
@@ -62,7 +63,8 @@ def test_losses_and_gradients(
         copy = torch.full((5, vocabulary + 3), 7.0).to(dtype)
         into = {"": None, "in place": logits, "apart": apart}[gradient]
         kept = copy[:, :vocabulary] if copied else None
-        run(Piece(logits, target, losses, into, kept), rows_of, setting)
+        parts = _cut(logits) if copied == "copy with tails" else (logits, None)
+        run(Piece(parts[0], target, losses, into, kept, parts[1]), rows_of, setting)
         found.append((losses, logits, apart, copy))
     tolerance = {"rtol": 2e-3, "atol": 1e-3} if dtype == torch.float16 else {}
     (losses, logits, apart, copy), (their_losses, their_logits, their_apart, their_copy) = found
@@ -70,6 +72,15 @@ def test_losses_and_gradients(
     torch.testing.assert_close(logits, their_logits, equal_nan=True, **tolerance)
     torch.testing.assert_close(apart, their_apart, equal_nan=True, **tolerance)
     assert torch.equal(copy.nan_to_num(), their_copy.nan_to_num())
+
+
+def _cut(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits as they lie with tails, which stand in longer rows."""
+    line = linear_cross_entropy_walk.LINE
+    cut = logits.shape[1] // line * line
+    tails = torch.full((logits.shape[0], line), 7.0, dtype=logits.dtype)
+    tails[:, : logits.shape[1] - cut] = logits[:, cut:]
+    return logits[:, :cut].contiguous(), tails[:, : logits.shape[1] - cut]
 
 
 def _shares() -> torch.Tensor:
@@ -107,6 +118,28 @@ def test_every_walk_against_float64(vocabulary: int, setting: Setting) -> None:
     torch.testing.assert_close(gradient.double(), wide, rtol=3e-6, atol=1e-8)
     assert torch.equal(copy[:, :vocabulary], z)
     assert (copy[:, vocabulary:] == 7.0).all()
+
+
+@pytest.mark.usefixtures("blocks_of_128")
+@pytest.mark.parametrize("vocabulary", [1, 63, 65, 127, 129, 255, 257, 1025, 1407])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tails_are_as_if_they_stood_in_the_row(vocabulary: int, dtype: torch.dtype) -> None:
+    """Copies begin anywhere in a sector; targets are the classes beside the cut; one is ignored."""
+    torch.manual_seed(0)
+    z = torch.zeros(18, -(-vocabulary // 8) * 8, dtype=dtype)[:, :vocabulary]
+    z.copy_(3 * torch.randn(z.shape))
+    made, tails = _cut(z)
+    target = torch.tensor([made.shape[1] - 1, made.shape[1], vocabulary - 1, 0, -100, -1] * 3)
+    found = []
+    for parts in ((made, tails), (z, None)):
+        losses = torch.empty(18)
+        copy = torch.full((18, vocabulary + 3), 7.0, dtype=dtype)
+        piece = Piece(parts[0], target, losses, copy=copy[:, :vocabulary], tails=parts[1])
+        launch_rows(piece, Rows(), Setting(smoothing=0.1))
+        found.append((losses, copy))
+        assert torch.equal(copy[:, :vocabulary], z)
+        assert (copy[:, vocabulary:] == 7.0).all()
+    assert torch.equal(found[0][0].nan_to_num(-1.0), found[1][0].nan_to_num(-1.0))
 
 
 @pytest.mark.usefixtures("blocks_of_128")
