@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -223,12 +222,15 @@ def error(values: Sequence[Any], expected: Sequence[Any]) -> float:
     """The largest error of an output, in units of what is allowed; infinite where integers differ,
     or where something is no number in one and a number in the other.
 
-    Errors are relative to the root mean square of the expected values, or to a tenth of the median
-    over the outputs where that is more: the gradient of BERT's key bias is zero but for rounding.
+    Errors are relative to the root mean square of the expected values, or to a tenth of that of
+    the largest output of equal shape where that is more: the gradient of BERT's key bias is zero
+    but for rounding, that of its value bias is not.
     """
-    sizes = [_size(x) for x in expected if _is_real(x)]
-    least = statistics.median(sizes) / 10 if sizes else 0.0
-    return max(map(partial(_error, least), values, expected), default=math.inf)
+    sizes: dict[torch.Size, float] = {}
+    for x in filter(_is_real, expected):
+        sizes[x.shape] = max(sizes.get(x.shape, 0.0), _size(x) / 10)
+    least = [sizes[x.shape] if _is_real(x) else 0.0 for x in expected]
+    return max(map(_error, least, values, expected), default=math.inf)
 
 
 def _is_real(value: Any) -> bool:

@@ -96,13 +96,20 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         piece.vocabulary,
         logits.shape[1],
         gradient.shape[1],
-        (logits.stride(0), tails.stride(0), gradient.stride(0), copy.stride(0)),
+        (_stride(logits), tails.stride(0), _stride(gradient), copy.stride(0)),
         (piece.tails is not None, piece.gradient is not None, piece.copy is not None),
         (rows.coefficient is not None, rows.squared is not None),
         tuple([x.dtype for x in tensors.values()]),
         logits.device,
     )
     _launch(form).run(logits.shape[0], **tensors)
+
+
+def _stride(rows: Tensor) -> int:
+    """Of rows that begin at multiples of `walk.ALIGNED` bytes; any that says so where all of their
+    classes are among the tails.
+    """
+    return rows.stride(0) if rows.shape[1] else walk.LINE
 
 
 class _Form(NamedTuple):
