@@ -1,0 +1,177 @@
+"""A graph as a labelling: which values have two orders, who reads them how, what differing costs.
+
+A label is True for channels last.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from iocompiler.cost_model.convolution_order import computes_in_matrix_units, why_not_last
+from iocompiler.cost_model.device import Device
+from iocompiler.graph import view
+from iocompiler.graph.storage_order import Order, is_movable, order_of
+from iocompiler.passes.layouts.cut import Copy, Labelling
+from iocompiler.passes.layouts.prices import Prices
+from iocompiler.passes.layouts.rules import Rule, operands, rule_of
+
+# for leaving the order a value had: of two labellings of one price the one that changes less
+_CHANGE = 1000
+
+
+class Problem:
+    """The labelling of one graph.
+
+    Attributes:
+        free: the operators whose order is to be chosen, with their rows.
+        before: the label of each value as the graph was traced.
+        declined: the convolutions that stay as they are, and why.
+        wanting: those that compute with channels last.
+        labelling: the values and what they cost.
+    """
+
+    def __init__(self, gm: GraphModule, device: Device) -> None:
+        self.free: dict[Node, Rule] = {}
+        self.before: dict[Node, bool] = {}
+        self.declined: dict[Node, str] = {}
+        self.wanting: list[Node] = []
+        self.labelling = Labelling()
+        self._prices = Prices(device)
+        self._readers: dict[Node, dict[Any, int | None]] = defaultdict(dict)
+        self._differentiated = _differentiated(gm)
+        roots = view.roots(gm)
+        written = view.written(gm, roots)
+        for node in gm.graph.nodes:
+            self._enter(node, lambda each: bool(roots[each] & written))
+        for source, readers in self._readers.items():
+            self._copies(source, readers)
+
+    def _enter(self, node: Node, is_written: Any) -> None:
+        rule = rule_of(node)
+        given = [] if rule is None else operands(node, rule)
+        if rule is not None and rule.convolves:
+            self._convolution(node, any(map(is_written, (node, *given))))
+        open_ = not any(map(is_written, (node, *given))) and _has_hints(node, *given)
+        chosen = rule is not None and bool(given) and open_ and node not in self.declined
+        first = given[0] if given and not is_movable(view.value(node)) else node
+        order = _order(view.value(first))
+        self.before[node] = order is Order.LAST
+        if rule is None or not chosen or not _can_be_restored(view.value(node)):
+            self.labelling.fixed[node] = self.before[node]
+            for each in node.all_input_nodes:
+                self._readers[each][_as_traced(self.before.get(each, False))] = None
+            return
+        self.free[node] = rule
+        self.labelling.charge(node, not self.before[node], _CHANGE)
+        for each in given:
+            self._readers[each][node] = self._mixed(each) if rule.mixes else None
+        if rule.convolves:
+            self.wanting.append(node)
+            self.labelling.charge(node, False, self._relaid(node, *given))
+
+    def _convolution(self, node: Node, is_written: bool) -> None:
+        data, weight = (
+            operands(node, _PAIR)[:2] if len(operands(node, _PAIR)) == 2 else (None, None)
+        )
+        if data is None or weight is None:
+            self.declined[node] = "no batch, or one dimension of places"
+            return
+        reason = self._reason(node, view.value(data))
+        if is_written:
+            reason = "what it reads or makes is written in place"
+        if not _has_hints(node, data, weight):
+            reason = "sizes that only a run finds"
+        if reason:
+            self.declined[node] = reason
+
+    def _reason(self, node: Node, data: Tensor) -> str:
+        arguments = dict(zip(_names(node), view.spelled_out(node), strict=True))
+        channels = data.shape[1], view.value(node).shape[1]
+        reason = why_not_last(data.dtype, channels, arguments.get("groups", 1))
+        tf32 = bool(torch.backends.cudnn.allow_tf32)
+        if not reason and not computes_in_matrix_units(data.dtype, self._prices.device, tf32):
+            reason = f"{data.dtype} has no matrix units in convolutions"
+        return reason
+
+    def _relaid(self, node: Node, data: Node, weight: Node) -> int:
+        """What a library copies in forward and backward to compute with channels last."""
+        runs = 1 + sum(each in self._differentiated for each in (data, weight))
+        return runs * self._prices.relaid(*map(view.value, (data, weight, node)))
+
+    def _mixed(self, source: Node) -> int:
+        """What a reader that mixes pays for the other order of ``source``: where it would have been
+        in one kernel with what makes it, that is written and read.
+        """
+        apart = source in self.free and self.free[source].fuses
+        price = self._prices.written if apart else self._prices.mixed
+        return self._runs(source) * price(view.value(source))
+
+    def _copies(self, source: Node, readers: dict[Any, int | None]) -> None:
+        value = view.value(source)
+        if not is_movable(value):
+            return
+        for each in readers:
+            if isinstance(each, tuple):
+                self.labelling.fixed[each] = each[1]
+        held: Any = source
+        price = self._runs(source) * self._prices.copied(value)
+        if source in self.free and self.free[source].mixes:
+            # what it computes in one order it may write in the other, or in both
+            held = "stored", source
+            self._apart(source, {held: None}, self._runs(source) * self._prices.mixed(value))
+            price = self._prices.written(value) + self._runs(source) * self._prices.mixed(value)
+        self._apart(held, readers, price)
+
+    def _apart(self, source: Any, readers: dict[Any, int | None], price: int) -> None:
+        """What it costs that readers have another label than the source, one or the other."""
+        for label in (False, True):
+            self.labelling.copies.append(Copy(source, label, price, tuple(readers.items())))
+
+    def _runs(self, source: Node) -> int:
+        """In the forward, and its gradient in the backward."""
+        return 1 + (source in self._differentiated)
+
+
+_PAIR = Rule(operands=2)
+
+
+def _as_traced(label: bool) -> tuple[str, bool]:
+    """In the place of a reader that takes a value only in the order it had."""
+    return "as traced", label
+
+
+def _names(node: Node) -> list[str]:
+    return [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+
+
+def _order(value: Any) -> Order | None:
+    return order_of(value) if isinstance(value, Tensor) else None
+
+
+def _can_be_restored(value: Any) -> bool:
+    """Whether another order of it can be turned back exactly."""
+    return _order(value) is not None
+
+
+def _has_hints(*nodes: Node) -> bool:
+    sizes = (size for node in nodes for t in view.tensors(node) for size in t.shape)
+    return all(size.node.has_hint() for size in sizes if isinstance(size, torch.SymInt))
+
+
+def _differentiated(gm: GraphModule) -> set[Node]:
+    """The values that have a gradient."""
+    regions = view.regions(gm)
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            wanted = node.meta.get("requires_grad", True) and regions[node].grad
+        else:
+            wanted = regions[node].grad and any(x in found for x in node.all_input_nodes)
+        if wanted and any(t.is_floating_point() for t in view.tensors(node)):
+            found.add(node)
+    return found
