@@ -6,7 +6,7 @@ A label is True for channels last.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from iocompiler.passes.layouts.cut import Copy, Labelling
 from iocompiler.passes.layouts.prices import Prices
 from iocompiler.passes.layouts.rules import Rule, operands, rule_of
 
+Reader: TypeAlias = Node | str
+# in the place of readers that take a value only in the order it had
+_AS_TRACED = ("contiguous as traced", "channels last as traced")
 # for leaving the order a value had: of two labellings of one price the one that changes less
 _CHANGE = 1000
 
@@ -40,9 +43,9 @@ class Problem:
         self.before: dict[Node, bool] = {}
         self.declined: dict[Node, str] = {}
         self.wanting: list[Node] = []
-        self.labelling = Labelling()
+        self.labelling = Labelling(fixed=dict(zip(_AS_TRACED, (False, True), strict=True)))
         self._prices = Prices(device)
-        self._readers: dict[Node, dict[Any, int | None]] = defaultdict(dict)
+        self._readers: dict[Node, list[Reader]] = defaultdict(list)
         self._differentiated = _differentiated(gm)
         roots = view.roots(gm)
         written = view.written(gm, roots)
@@ -64,12 +67,12 @@ class Problem:
         if rule is None or not chosen or not _can_be_restored(view.value(node)):
             self.labelling.fixed[node] = self.before[node]
             for each in node.all_input_nodes:
-                self._readers[each][_as_traced(self.before.get(each, False))] = None
+                self._readers[each].append(_AS_TRACED[self.before.get(each, False)])
             return
         self.free[node] = rule
         self.labelling.charge(node, not self.before[node], _CHANGE)
         for each in given:
-            self._readers[each][node] = self._mixed(each) if rule.mixes else None
+            self._readers[each].append(node)
         if rule.convolves:
             self.wanting.append(node)
             self.labelling.charge(node, False, self._relaid(node, *given))
@@ -103,29 +106,43 @@ class Problem:
         runs = 1 + sum(each in self._differentiated for each in (data, weight))
         return runs * self._prices.relaid(*map(view.value, (data, weight, node)))
 
-    def _mixed(self, source: Node) -> int:
-        """What a reader that mixes pays for the other order of ``source``: where it would have been
-        in one kernel with what makes it, that is written and read.
-        """
-        apart = source in self.free and self.free[source].fuses
-        price = self._prices.written if apart else self._prices.mixed
-        return self._runs(source) * price(view.value(source))
-
-    def _copies(self, source: Node, readers: dict[Any, int | None]) -> None:
+    def _copies(self, source: Node, readers: list[Reader]) -> None:
+        """What it costs that readers of a value have another label than it."""
         value = view.value(source)
         if not is_movable(value):
             return
-        for each in readers:
-            if isinstance(each, tuple):
-                self.labelling.fixed[each] = each[1]
+        rule, runs = self.free.get(source), self._runs(source)
         held: Any = source
-        price = self._runs(source) * self._prices.copied(value)
-        if source in self.free and self.free[source].mixes:
-            # what it computes in one order it may write in the other, or in both
+        price = runs * self._prices.copied(value)
+        if rule is not None and rule.mixes:
+            # what is computed in one order may be written in the other, or in both
             held = "stored", source
-            self._apart(source, {held: None}, self._runs(source) * self._prices.mixed(value))
-            price = self._prices.written(value) + self._runs(source) * self._prices.mixed(value)
-        self._apart(held, readers, price)
+            self._apart(source, {held: None}, runs * self._prices.mixed(value))
+            price = self._prices.written(value) + runs * self._prices.mixed(value)
+            for each in filter(self._is_ours, readers):
+                self._apart(source, {each: None}, runs * self._between(source, each, value))
+            readers = [each for each in readers if not self._is_ours(each)]
+        self._apart(held, {each: self._without(source, each, value) for each in readers}, price)
+
+    def _between(self, source: Any, reader: Any, value: Tensor) -> int:
+        """Of two operators of ours, which one kernel computes in one order: it is cut, and what
+        goes from one to the other is written and read where sums are taken beside it.
+        """
+        if self.free[source].fuses or self.free[reader].fuses:
+            return self._prices.written(value)
+        return 2 * self._prices.mixed(value)
+
+    def _without(self, source: Node, reader: Reader, value: Tensor) -> int | None:
+        """What a reader pays that has no copy in its order; None: it cannot do without."""
+        if not isinstance(reader, Node) or not self.free[reader].mixes:
+            return None
+        if self._is_ours(source):
+            return self._runs(source) * self._between(source, reader, value)
+        return self._runs(source) * self._prices.mixed(value)
+
+    def _is_ours(self, reader: Any) -> bool:
+        rule = self.free.get(reader)
+        return rule is not None and (rule.mixes or rule.fuses)
 
     def _apart(self, source: Any, readers: dict[Any, int | None], price: int) -> None:
         """What it costs that readers have another label than the source, one or the other."""
@@ -138,11 +155,6 @@ class Problem:
 
 
 _PAIR = Rule(operands=2)
-
-
-def _as_traced(label: bool) -> tuple[str, bool]:
-    """In the place of a reader that takes a value only in the order it had."""
-    return "as traced", label
 
 
 def _names(node: Node) -> list[str]:
