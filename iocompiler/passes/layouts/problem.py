@@ -6,6 +6,7 @@ A label is True for channels last.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ Reader: TypeAlias = Node | str
 # in the place of readers that take a value only in the order it had
 _AS_TRACED = ("contiguous as traced", "channels last as traced")
 # for leaving the order a value had: of two labellings of one price the one that changes less
-_CHANGE = 1000
+_CHANGE = 1
 
 
 class Problem:
@@ -171,7 +172,7 @@ def _can_be_restored(value: Any) -> bool:
 
 
 def _has_hints(*nodes: Node) -> bool:
-    sizes = (size for node in nodes for t in view.tensors(node) for size in t.shape)
+    sizes: Iterable[Any] = (size for node in nodes for t in view.tensors(node) for size in t.shape)
     return all(size.node.has_hint() for size in sizes if isinstance(size, torch.SymInt))
 
 
