@@ -21,7 +21,8 @@ from iocompiler.plan.data import TensorSpec
 from iocompiler.tile.index import Size
 
 _VECTOR_BYTES = 16
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# the compute capability whose matrix units took the dtype first; float32 as TF32
+_SINCE = {torch.float16: (7, 0), torch.bfloat16: (8, 0), torch.float32: (8, 0)}
 
 
 def why_not_last(dtype: torch.dtype, channels: Sequence[Any], groups: Any) -> str:
@@ -30,7 +31,7 @@ def why_not_last(dtype: torch.dtype, channels: Sequence[Any], groups: Any) -> st
     Args:
         channels: how many go in, how many come out.
     """
-    if dtype not in _DTYPES:
+    if dtype not in _SINCE:
         return f"{dtype} has no matrix units in convolutions"
     if groups != 1:
         return "convolutions in groups have kernels of their own"
@@ -46,9 +47,10 @@ def computes_in_matrix_units(dtype: torch.dtype, device: Device, tf32: bool) -> 
     Args:
         tf32: float32 may be rounded to TF32 (``torch.backends.cudnn.allow_tf32``).
     """
-    if device.capability is None:
+    since = _SINCE.get(dtype)
+    if since is None or device.capability is None or device.capability < since:
         return False
-    return dtype.itemsize == 2 or (dtype == torch.float32 and tf32 and device.tf32_flops > 0)
+    return tf32 or dtype != torch.float32
 
 
 def relaid_bytes(data: TensorSpec, weight: TensorSpec, result: TensorSpec, groups: Any) -> Size:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -43,14 +44,27 @@ class Bottleneck(nn.Module):
         return result
 
 
+class Plain(nn.Module):
+    """One module, under the name of its input here."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x)
+        return result
+
+
 class Chain(nn.Module):
     """Convolutions of the given channels, one after the other, an activation between them."""
 
     def __init__(self, *channels: int, kernel: int = 3, **options: Any) -> None:
         super().__init__()
-        pairs = zip(channels, channels[1:], strict=False)
         options = {"padding": kernel // 2, **options}
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, kernel, **options) for a, b in pairs)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, kernel, **options) for a, b in pairwise(channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.convs:
@@ -153,7 +167,7 @@ class Volume(nn.Module):
 def launches_for_free(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """A GPU is planned for on which even the copies of small tensors pay."""
     row = replace(kin(capability), launch_s=0.0)
-    with target.planned_for(capability), mock.patch.object(target, "row", lambda x: row):
+    with target.planned_for(capability), mock.patch.object(target, "row", return_value=row):
         yield
 
 
@@ -215,8 +229,8 @@ def strides(f: Callable[..., Any], module: nn.Module, x: Tensor, train: bool) ->
     if train:
         wanted = {"x": x, **dict(module.named_parameters())}
         loss = sum((o.float().square().sum() for o in outs if o.requires_grad), x.new_zeros(()))
-        grads = torch.autograd.grad(loss, list(wanted.values()))
-        found |= {name: _counting(g) for name, g in zip(wanted, grads, strict=True)}
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        found |= {n: g if g is None else _counting(g) for n, g in zip(wanted, grads, strict=True)}
     return found
 
 
