@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -146,8 +147,9 @@ def test_one_convolution_alone_is_no_gain() -> None:
     records = check(lambda: Plain(nn.Conv2d(16, 16, 3)), 2, 16, 8, 6, train=False)
     assert not variants(records)
     (reason,) = reasons(records)
-    assert reason.startswith("channels last would take 0.0")
-    assert reason.endswith(" us more in copies")
+    more = re.fullmatch(r"channels last would take (\S+) us more in copies", reason)
+    assert more is not None
+    assert float(more[1]) < 1e-4
 
 
 def test_small_ones_do_not_pay_for_the_launches() -> None:
@@ -371,8 +373,8 @@ def test_convolutions_read_and_write_as_they_lie() -> None:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", TAKEN)
 def test_on_a_gpu(name: str, train: bool) -> None:
-    """Large enough that it pays there."""
     make, (_, channels, *places) = TAKEN[name]
-    shape = 32, channels, *(8 * place for place in places)
-    records = check(make, *shape, train=train, device="cuda", engine="auto", strict=True)
-    assert records
+    shape = 8, channels, *(4 * place for place in places)
+    with launches_for_free(None):
+        records = check(make, *shape, train=train, device="cuda", engine="auto")
+    assert variants(records)
