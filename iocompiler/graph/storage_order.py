@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 RANKS = (4, 5)
 """Images and volumes: [batch, channels, places ...], and weights [out, in, places ...]."""
@@ -47,9 +48,12 @@ def lies_in(tensor: Tensor, order: Order) -> bool:
 
 
 def is_movable(tensor: Any) -> bool:
-    """Whether it is a tensor of floats that has two orders."""
+    """Whether it is a plain tensor of floats that has two orders."""
+    if not isinstance(tensor, Tensor):
+        return False
+    plain: bool = not is_traceable_wrapper_subclass(tensor)
     return (
-        isinstance(tensor, Tensor)
+        plain
         and tensor.layout is torch.strided
         and tensor.dim() in RANKS
         and tensor.is_floating_point()

@@ -48,24 +48,22 @@ class Problem:
         self._prices = Prices(device)
         self._readers: dict[Node, list[Reader]] = defaultdict(list)
         self._differentiated = _differentiated(gm)
-        roots = view.roots(gm)
-        written = view.written(gm, roots)
+        self._roots = view.roots(gm)
+        self._written = view.written(gm, self._roots)
         for node in gm.graph.nodes:
-            self._enter(node, lambda each: bool(roots[each] & written))
+            self._enter(node)
         for source, readers in self._readers.items():
             self._copies(source, readers)
 
-    def _enter(self, node: Node, is_written: Any) -> None:
+    def _enter(self, node: Node) -> None:
         rule = rule_of(node)
         given = [] if rule is None else operands(node, rule)
-        if rule is not None and rule.convolves:
-            self._convolution(node, any(map(is_written, (node, *given))))
-        open_ = not any(map(is_written, (node, *given))) and _has_hints(node, *given)
-        chosen = rule is not None and bool(given) and open_ and node not in self.declined
         first = given[0] if given and not is_movable(view.value(node)) else node
-        order = _order(view.value(first))
-        self.before[node] = order is Order.LAST
-        if rule is None or not chosen or not _can_be_restored(view.value(node)):
+        self.before[node] = _order(first) is Order.LAST
+        reason = "" if rule is None else self._why_fixed(node, rule, given)
+        if reason and rule is not None and rule.convolves:
+            self.declined[node] = reason
+        if rule is None or reason:
             self.labelling.fixed[node] = self.before[node]
             for each in node.all_input_nodes:
                 self._readers[each].append(_AS_TRACED[self.before.get(each, False)])
@@ -78,29 +76,28 @@ class Problem:
             self.wanting.append(node)
             self.labelling.charge(node, False, self._relaid(node, *given))
 
-    def _convolution(self, node: Node, is_written: bool) -> None:
-        data, weight = (
-            operands(node, _PAIR)[:2] if len(operands(node, _PAIR)) == 2 else (None, None)
-        )
-        if data is None or weight is None:
-            self.declined[node] = "no batch, or one dimension of places"
-            return
-        reason = self._reason(node, view.value(data))
-        if is_written:
-            reason = "what it reads or makes is written in place"
-        if not _has_hints(node, data, weight):
-            reason = "sizes that only a run finds"
-        if reason:
-            self.declined[node] = reason
+    def _why_fixed(self, node: Node, rule: Rule, given: list[Node]) -> str:
+        """Why an operator stays in the order it was traced in; "" where it need not."""
+        if any(self._roots[each] & self._written for each in (node, *given)):
+            return "what it reads or makes is written in place"
+        if not _has_hints(node, *given):
+            return "sizes that only a run finds"
+        if not given or (rule.convolves and len(given) < 2):
+            return "no images"
+        if _order(node) is None:  # could not be turned back exactly
+            return "its result lies in neither order"
+        return self._why_not_last(node, given[0]) if rule.convolves else ""
 
-    def _reason(self, node: Node, data: Tensor) -> str:
-        arguments = dict(zip(_names(node), view.spelled_out(node), strict=True))
-        channels = data.shape[1], view.value(node).shape[1]
-        reason = why_not_last(data.dtype, channels, arguments.get("groups", 1))
+    def _why_not_last(self, node: Node, data: Node) -> str:
+        image = view.value(data)
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        groups = dict(zip(names, view.spelled_out(node), strict=True)).get("groups", 1)
+        channels = image.shape[1], view.value(node).shape[1]
+        reason = why_not_last(image.dtype, channels, groups)
         tf32 = bool(torch.backends.cudnn.allow_tf32)
-        if not reason and not computes_in_matrix_units(data.dtype, self._prices.device, tf32):
-            reason = f"{data.dtype} has no matrix units in convolutions"
-        return reason
+        if reason or computes_in_matrix_units(image.dtype, self._prices.device, tf32):
+            return reason
+        return f"{image.dtype} has no matrix units in convolutions"
 
     def _relaid(self, node: Node, data: Node, weight: Node) -> int:
         """What a library copies in forward and backward to compute with channels last."""
@@ -155,20 +152,9 @@ class Problem:
         return 1 + (source in self._differentiated)
 
 
-_PAIR = Rule(operands=2)
-
-
-def _names(node: Node) -> list[str]:
-    return [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-
-
-def _order(value: Any) -> Order | None:
+def _order(node: Node) -> Order | None:
+    value = view.value(node)
     return order_of(value) if isinstance(value, Tensor) else None
-
-
-def _can_be_restored(value: Any) -> bool:
-    """Whether another order of it can be turned back exactly."""
-    return _order(value) is not None
 
 
 def _has_hints(*nodes: Node) -> bool:

@@ -39,11 +39,12 @@ def layouts(gm: GraphModule) -> int:
     that is no gain.
     """
     convolutions = [node for node in view.calls(gm) if _convolves(node)]
-    if not convolutions or target.device_type(view.value(convolutions[0])) != "cuda":
+    if not convolutions or any(_is_elsewhere(node) for node in convolutions):
         return 0
     problem = Problem(gm, target.row(view.value(convolutions[0])))
     for node, reason in problem.declined.items():
-        record(gm, Miss("layout", view.where(node), reason))
+        if not problem.before[node]:
+            record(gm, Miss("layout", view.where(node), reason))
     if all(problem.before[node] for node in problem.wanting):
         return 0
     labels = problem.labelling.cheapest()
@@ -62,6 +63,10 @@ def layouts(gm: GraphModule) -> int:
 def _convolves(node: Node) -> bool:
     rule = rule_of(node)
     return rule is not None and rule.convolves
+
+
+def _is_elsewhere(node: Node) -> bool:
+    return target.device_type(view.value(node)) != "cuda"
 
 
 def _say_what_is_left(gm: GraphModule, problem: Problem, labels: dict[Value, bool]) -> None:
