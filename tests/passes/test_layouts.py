@@ -298,6 +298,33 @@ def test_around(make: Callable[[], nn.Module]) -> None:
     assert variants(check(make, 2, 16, 6, 6)) or make is Overwritten
 
 
+class Found(nn.Module):
+    """How many places are positive is known when it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = Chain(16, 16, 16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.convs(x)
+        return y, y[y > 0] * 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_sizes_that_a_run_finds() -> None:
+    torch.manual_seed(0)
+    module, records = Found().to(BF16), list[Compilation]()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        run = compiler(records)(module)
+        for _ in range(2):
+            x = torch.randn(2, 16, 6, 6).to(BF16)
+            for found, expected in zip(run(x), module(x), strict=True):
+                torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+                assert found.stride() == expected.stride()
+    assert len(records) == 1
+    assert variants(records)
+
+
 @pytest.mark.usefixtures("gpu")
 def test_under_autocast() -> None:
     """Parameters are float32: they are cast and laid out in one kernel."""

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.storage_order import Order, lies_in, memory_format, order_of
@@ -82,9 +84,9 @@ class Rewriter:
     def _renew(self, node: Node) -> None:
         """Its fake value again: other strides, or a view of other memory."""
         plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        if not plain:
-            return
         before = view.value(node)
+        if not plain or _is_found_by_a_run(before):
+            return
         rewrite.compute_value(node)
         after = view.value(node)
         if not isinstance(after, Tensor):
@@ -96,5 +98,13 @@ class Rewriter:
             self._renewed.add(node)
 
 
+def _is_found_by_a_run(value: Any) -> bool:
+    """Whether it has sizes without a hint: computed again, they would be other symbols."""
+    leaves = tree_leaves(value)
+    sizes = [s for x in leaves if isinstance(x, Tensor) for s in (*x.shape, *x.stride())]
+    numbers = [x for x in (*leaves, *sizes) if isinstance(x, (torch.SymInt, torch.SymFloat))]
+    return any(not x.node.has_hint() for x in numbers)
+
+
 def _equal(a: Any, b: Any) -> bool:
-    return torch.fx.experimental.symbolic_shapes.statically_known_true(a == b)
+    return statically_known_true(a == b)
