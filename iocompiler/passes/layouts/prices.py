@@ -24,21 +24,18 @@ class Prices:
 
     def copied(self, tensor: Tensor) -> int:
         """Read in one order, written in the other, by a kernel of its own."""
-        return self._moved(2 * bytes_of(tensor), launches=1)
+        return self.moved(2 * bytes_of(tensor), launches=1)
 
     def written(self, tensor: Tensor) -> int:
         """Written once more, by the kernel that makes it."""
-        return self._moved(bytes_of(tensor))
+        return self.moved(bytes_of(tensor))
 
     def mixed(self, tensor: Tensor) -> int:
         """Read or written by a kernel whose other tensors lie in the other order."""
-        return self._moved(_MIXED * 2 * bytes_of(tensor))
+        return self.moved(_MIXED * 2 * bytes_of(tensor))
 
-    def relaid(self, *tensors: Tensor) -> int:
-        """Copied by a library around its own kernel. Of its launches nothing is known."""
-        return self._moved(sum(2 * bytes_of(tensor) for tensor in tensors))
-
-    def _moved(self, size: float, launches: int = 0) -> int:
+    def moved(self, size: float, launches: int = 0) -> int:
+        """Bytes, and launches of ours; of a library's launches nothing is known."""
         if not size:
             return 0
         seconds = size / self.device.memory_rate + launches * self.device.launch_s

@@ -18,7 +18,7 @@ from iocompiler.cost_model.device import Device
 from iocompiler.graph import view
 from iocompiler.graph.storage_order import Order, is_movable, order_of
 from iocompiler.passes.layouts.cut import Copy, Labelling
-from iocompiler.passes.layouts.prices import Prices
+from iocompiler.passes.layouts.prices import Prices, bytes_of
 from iocompiler.passes.layouts.rules import Rule, operands, rule_of
 
 Reader: TypeAlias = Node | str
@@ -35,7 +35,8 @@ class Problem:
         free: the operators whose order is to be chosen, with their rows.
         before: the label of each value as the graph was traced.
         declined: the convolutions that stay as they are, and why.
-        wanting: those that compute with channels last.
+        wanting: those that compute with channels last, and the bytes that a library copies for it
+            in forward and backward where nothing lies so.
         labelling: the values and what they cost.
     """
 
@@ -43,7 +44,7 @@ class Problem:
         self.free: dict[Node, Rule] = {}
         self.before: dict[Node, bool] = {}
         self.declined: dict[Node, str] = {}
-        self.wanting: list[Node] = []
+        self.wanting: dict[Node, int] = {}
         self.labelling = Labelling(fixed=dict(zip(_AS_TRACED, (False, True), strict=True)))
         self._prices = Prices(device)
         self._readers: dict[Node, list[Reader]] = defaultdict(list)
@@ -73,8 +74,8 @@ class Problem:
         for each in given:
             self._readers[each].append(node)
         if rule.convolves:
-            self.wanting.append(node)
-            self.labelling.charge(node, False, self._relaid(node, *given))
+            self.wanting[node] = self._relaid_bytes(node, *given)
+            self.labelling.charge(node, False, self._prices.moved(self.wanting[node]))
 
     def _why_fixed(self, node: Node, rule: Rule, given: list[Node]) -> str:
         """Why an operator stays in the order it was traced in; "" where it need not."""
@@ -99,10 +100,10 @@ class Problem:
             return reason
         return f"{image.dtype} has no matrix units in convolutions"
 
-    def _relaid(self, node: Node, data: Node, weight: Node) -> int:
-        """What a library copies in forward and backward to compute with channels last."""
+    def _relaid_bytes(self, node: Node, data: Node, weight: Node) -> int:
+        """All three tensors, in the convolution and in each of its two gradients."""
         runs = 1 + sum(each in self._differentiated for each in (data, weight))
-        return runs * self._prices.relaid(*map(view.value, (data, weight, node)))
+        return runs * sum(2 * bytes_of(view.value(each)) for each in (data, weight, node))
 
     def _copies(self, source: Node, readers: list[Reader]) -> None:
         """What it costs that readers of a value have another label than it."""

@@ -54,9 +54,10 @@ def layouts(gm: GraphModule) -> int:
         return 0
     rewriter = Rewriter(gm, problem, labels)
     rewriter.run()
-    size = sum(2 * bytes_of(view.value(node)) for node in rewriter.copies)
-    variant = f"{len(changed)} values, {len(rewriter.copies)} copies of {size} bytes"
-    record(gm, Rewrite("layout", view.where(changed[0]), variant))
+    ours = sum(2 * bytes_of(view.value(node)) for node in rewriter.copies)
+    theirs = sum(size for node, size in problem.wanting.items() if labels[node])
+    copies = f"{len(rewriter.copies)} copies of {ours} bytes for {theirs} that the library made"
+    record(gm, Rewrite("layout", view.where(changed[0]), f"{len(changed)} values, {copies}"))
     return len(changed)
 
 
