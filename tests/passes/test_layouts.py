@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import iocompiler as ioc
 from iocompiler.compilation import Compilation
 from iocompiler.graph.findings import Rewrite
 from iocompiler.ops import target
+from iocompiler.ops.decomposed import norms
+from iocompiler.passes.layouts.rules import RULES
 from tests.passes.layout_cases import (
     BF16,
     Bottleneck,
@@ -323,6 +326,38 @@ def test_sizes_that_a_run_finds() -> None:
                 assert found.stride() == expected.stride()
     assert len(records) == 1
     assert variants(records)
+
+
+class Normed(nn.Module):
+    """Group norms before convolutions of one place, whose weights do not say in what order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(4))
+        self.norms = nn.ModuleList(nn.GroupNorm(4, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(norm(conv(x)))
+        return x
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_group_norms_of_all_versions(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
+    """On a GPU, before torch 2.15, its result is contiguous: it is copied, in the same kernel."""
+    rules = [replace(r, keeps=lambda x: keeps) if r.ops == "group_norm" else r for r in RULES]
+    by_name = {name: rule for rule in rules for name in rule.ops.split()}
+    monkeypatch.setattr("iocompiler.passes.layouts.rules._BY_NAME", by_name)
+    monkeypatch.setattr(norms, "group_norm_keeps_order", lambda x: keeps)
+    records = check(Normed, 2, 16, 6, 6)
+    assert variants(records)
+    (forward,) = {record.flat["forward"] for record in records[:1]}
+    convolutions = forward.graph.find_nodes(op="call_function", target=aten.convolution.default)
+    assert len(convolutions) == 4
+    for node in convolutions:
+        assert node.meta["val"].stride(1) == 1
+        assert node.args[0].meta["val"].stride(1) == 1
 
 
 @pytest.mark.usefixtures("gpu")

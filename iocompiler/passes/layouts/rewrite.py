@@ -87,7 +87,9 @@ class Rewriter:
         before = view.value(node)
         if not plain or _is_found_by_a_run(before):
             return
-        rewrite.compute_value(node)
+        rule = self._problem.free.get(node)
+        keeps = rule is None or rule.keeps(before)
+        rewrite.compute_value(node, None if keeps else torch.contiguous_format)
         after = view.value(node)
         if not isinstance(after, Tensor):
             self._renewed.add(node)

@@ -6,15 +6,18 @@ caller: views, library calls, what the user copies himself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import view
 from iocompiler.graph.storage_order import is_movable
+from iocompiler.ops.decomposed import norms
 
 aten = torch.ops.aten
 
@@ -25,10 +28,12 @@ class Rule:
 
     Attributes:
         ops: its names, blank-separated; with an overload, that one alone.
-        operands: how many of its first arguments lie in its order (a list counts as one).
+        operands: how many of its first arguments lie in its order (a list counts as one); -1: all
+            that have the shape of the result.
         mixes: a kernel of ours reads and writes each tensor in the order that it has.
         fuses: a kernel of ours computes it together with what mixes around it, in one order.
         convolves: computes in one order, whatever its tensors lie in.
+        keeps: whether what it makes of a tensor lies as that does; it is contiguous else.
     """
 
     ops: str = ""
@@ -36,14 +41,16 @@ class Rule:
     mixes: bool = False
     fuses: bool = False
     convolves: bool = False
+    keeps: Callable[[Tensor], bool] = lambda x: True
 
 
-_POINTWISE = Rule(operands=-1, mixes=True)  # of torch's tag: every operand of the result's shape
+_POINTWISE = Rule(operands=-1, mixes=True)  # of torch's tag
 
 RULES = (
     Rule("conv2d conv3d conv_transpose2d conv_transpose3d convolution", 2, convolves=True),
-    Rule("to.dtype hardswish prelu rsub", mixes=True),
-    Rule("batch_norm group_norm", fuses=True),
+    Rule("to.dtype hardswish prelu rsub", -1, mixes=True),
+    Rule("batch_norm", fuses=True),
+    Rule("group_norm", fuses=True, keeps=norms.group_norm_keeps_order),
     Rule("max_pool2d avg_pool2d adaptive_avg_pool2d"),
     Rule("upsample_nearest2d upsample_bilinear2d upsample_bicubic2d"),
     Rule("cat constant_pad_nd"),
