@@ -193,6 +193,15 @@ def test_float32_needs_tf32(monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None
     assert reasons(records) == left
 
 
+@pytest.mark.usefixtures("gpu")
+def test_without_cudnn_nothing_is_known() -> None:
+    records: list[Compilation] = []
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
+        compiler(records)(Chain(16, 16, 16, 16))(torch.randn(2, 16, 6, 6))
+    assert not variants(records)
+    assert reasons(records) == {"cuDNN is switched off"}
+
+
 def test_on_a_cpu_inductor_decides(captured: Callable[..., Any]) -> None:
     from iocompiler.passes.layouts import layouts
 

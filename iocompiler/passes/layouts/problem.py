@@ -94,6 +94,8 @@ class Problem:
         names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
         groups = dict(zip(names, view.spelled_out(node), strict=True)).get("groups", 1)
         channels = image.shape[1], view.value(node).shape[1]
+        if not torch.backends.cudnn.enabled:
+            return "cuDNN is switched off"
         reason = why_not_last(image.dtype, channels, groups)
         tf32 = bool(torch.backends.cudnn.allow_tf32)
         if reason or computes_in_matrix_units(image.dtype, self._prices.device, tf32):
