@@ -53,6 +53,7 @@ class Problem:
         self._written = view.written(gm, self._roots)
         for node in gm.graph.nodes:
             self._enter(node)
+        self._beside_sums = self._beside()
         for source, readers in self._readers.items():
             self._copies(source, readers)
 
@@ -112,38 +113,59 @@ class Problem:
         value = view.value(source)
         if not is_movable(value):
             return
-        rule, runs = self.free.get(source), self._runs(source)
         held: Any = source
-        price = runs * self._prices.copied(value)
-        if rule is not None and rule.mixes:
+        price = self._runs(source) * self._prices.copied(value)
+        if self._mixes(source):
             # what is computed in one order may be written in the other, or in both
-            held = "stored", source
-            self._apart(source, {held: None}, runs * self._prices.mixed(value))
-            price = self._prices.written(value) + runs * self._prices.mixed(value)
+            held, turned = ("stored", source), self._turned(source, source)
+            self._apart(source, {held: None}, turned)
+            price = self._prices.written(value) + turned
             for each in filter(self._is_ours, readers):
-                self._apart(source, {each: None}, runs * self._between(source, each, value))
+                self._apart(source, {each: None}, self._cut(source, each))
             readers = [each for each in readers if not self._is_ours(each)]
-        self._apart(held, {each: self._without(source, each, value) for each in readers}, price)
+        self._apart(held, {each: self._without(source, each) for each in readers}, price)
 
-    def _between(self, source: Any, reader: Any, value: Tensor) -> int:
-        """Of two operators of ours, which one kernel computes in one order: it is cut, and what
-        goes from one to the other is written and read where sums are taken beside it.
-        """
-        if self.free[source].fuses or self.free[reader].fuses:
-            return self._prices.written(value)
-        return 2 * self._prices.mixed(value)
-
-    def _without(self, source: Node, reader: Reader, value: Tensor) -> int | None:
+    def _without(self, source: Node, reader: Reader) -> int | None:
         """What a reader pays that has no copy in its order; None: it cannot do without."""
-        if not isinstance(reader, Node) or not self.free[reader].mixes:
+        if not isinstance(reader, Node) or not self._mixes(reader):
             return None
         if self._is_ours(source):
-            return self._runs(source) * self._between(source, reader, value)
-        return self._runs(source) * self._prices.mixed(value)
+            return self._cut(source, reader)
+        return self._turned(source, reader)
 
-    def _is_ours(self, reader: Any) -> bool:
-        rule = self.free.get(reader)
-        return rule is not None and (rule.mixes or rule.fuses)
+    def _cut(self, source: Node, reader: Any) -> int:
+        """Two operators of ours, which one kernel computes in one order, are in two: dearer than to
+        turn what leaves it.
+        """
+        return 2 * self._turned(source, source if source in self._beside_sums else reader)
+
+    def _turned(self, source: Node, kernel: Any) -> int:
+        """``source`` in another order than all else in a kernel of ours that reads or writes it.
+        One that also sums takes one order only: the value, and its gradient, are turned by another.
+        """
+        value, backward = view.value(source), source in self._differentiated
+        if kernel in self._beside_sums:
+            return (1 + 2 * backward) * self._prices.written(value)
+        return (1 + backward) * self._prices.mixed(value)
+
+    def _mixes(self, node: Any) -> bool:
+        rule = self.free.get(node)
+        return rule is not None and rule.mixes
+
+    def _is_ours(self, node: Any) -> bool:
+        return self._mixes(node) or node in self._beside_sums
+
+    def _beside(self) -> set[Node]:
+        """Norms, and what mixes before and behind them: one kernel computes them together."""
+        waiting = [node for node, rule in self.free.items() if rule.fuses]
+        found = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            around = {*node.all_input_nodes, *node.users} - found
+            more = [each for each in around if self._mixes(each)]
+            found.update(more)
+            waiting += more
+        return found
 
     def _apart(self, source: Any, readers: dict[Any, int | None], price: int) -> None:
         """What it costs that readers have another label than the source, one or the other."""

@@ -44,6 +44,7 @@ class Rule:
     keeps: Callable[[Tensor], bool] = lambda x: True
 
 
+_FROZEN = Rule(mixes=True)  # a batch norm whose statistics are given takes no sums
 _POINTWISE = Rule(operands=-1, mixes=True)  # of torch's tag
 
 RULES = (
@@ -68,6 +69,8 @@ def rule_of(node: Node) -> Rule | None:
     if _says_its_order(node):
         return None
     found = _BY_NAME.get(target._opname) or _BY_NAME.get(str(target).removeprefix("aten."))
+    if target is aten.batch_norm.default and not view.spelled_out(node)[5]:
+        return _FROZEN
     if found is None and torch.Tag.pointwise in target.tags:
         found = _POINTWISE
     return found
