@@ -186,6 +186,42 @@ class BlockButterflyAttention(nn.Module):
         return out
 
 
+class ResidualBlock(nn.Module):
+    """A bottleneck of a ResNet: convolutions of one, three and one places, each with batch norm,
+    around which the image goes."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, inner, 1, bias=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(inner, width, 1, bias=False)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(n) for n in (inner, inner, width))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x
+        result: Tensor = self.relu(out)
+        return result
+
+
+class Stem(nn.Module):
+    """What a ResNet begins with, and the first convolution behind it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv2(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return out
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -275,6 +311,15 @@ def _block_butterfly(quick: bool) -> tuple[nn.Module, Shapes]:
     return BlockButterflyAttention(width, heads, length, block), {"x": (batch, length, width)}
 
 
+def _residual(quick: bool) -> tuple[nn.Module, Shapes]:
+    width, inner = (32, 16) if quick else (256, 64)
+    return ResidualBlock(width, inner), {"x": (2, 32, 8, 8) if quick else (64, 256, 56, 56)}
+
+
+def _stem(quick: bool) -> tuple[nn.Module, Shapes]:
+    return Stem(16 if quick else 64), {"x": (2, 3, 32, 32) if quick else (64, 3, 224, 224)}
+
+
 CASES = (
     Case("encoder layer", _encoder),
     Case("linear + cross-entropy", _cross_entropy, classes=(128256, 128)),
@@ -286,4 +331,6 @@ CASES = (
     Case("mixture of experts", _experts),
     Case("butterfly", _butterfly),
     Case("block butterfly attention", _block_butterfly),
+    Case("residual block", _residual),
+    Case("stem of a ResNet", _stem),
 )

@@ -21,6 +21,7 @@ from iocompiler.passes.embedding_gradients import embedding_gradients
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
+from iocompiler.passes.layouts import layouts
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.patches import patches
 from iocompiler.passes.repeated import repeated
@@ -185,6 +186,7 @@ DEFAULT = Pipeline(
     gelu_by_tanh,  # one operator saves its input alone, and its derivative is cheap
     gelu_by_erf,
     patches,  # touches nothing the others look for
+    layouts,  # of the convolutions that are left, and of what stands between them
     known_indices,  # what attention reads as tables of distances stands no more
     repeated,  # what passes above have made for each of their sites is often the same
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches

@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 
+from iocompiler.cost_model import convolution_order
 from iocompiler.cost_model.call import Call, Operand
 from iocompiler.cost_model.cost import Contraction, Cost, nbytes
 from iocompiler.plan.data import TensorSpec
@@ -159,8 +160,16 @@ def _points(spec: TensorSpec) -> Size:
 def convolution(call: Call) -> Cost:
     """input [b, c, ..], weight [out, c / groups, ..]; transposed: weight [c, out / groups, ..]."""
     transposed, groups = call.argument("transposed", False), call.argument("groups", 1)
-    sampled = call.args[0].spec if transposed else call.results[0]
-    return _moved(call, (_convolved(_points(sampled), call.args[1].spec, groups),))
+    data, weight = call.args[0].spec, call.args[1].spec
+    sampled = data if transposed else call.results[0]
+    moved = _moved(call, (_convolved(_points(sampled), weight, groups),))
+    relaid = convolution_order.relaid_bytes(data, weight, call.results[0], groups)
+    return replace(moved, relaid_bytes=relaid)
+
+
+def transposed_convolution(call: Call) -> Cost:
+    """As `convolution`, by the name that says so."""
+    return convolution(replace(call, kwargs={**call.kwargs, "transposed": True}))
 
 
 def convolution_backward(call: Call) -> Cost:
@@ -168,9 +177,12 @@ def convolution_backward(call: Call) -> Cost:
     asks."""
     gradient, data, weight = (call.args[i].spec for i in range(3))
     sampled = data if call.argument("transposed", False) else gradient
-    inner = _convolved(_points(sampled), weight, call.argument("groups", 1))
+    groups = call.argument("groups", 1)
+    inner = _convolved(_points(sampled), weight, groups)
     mask = call.argument("output_mask", (True, True, True))
-    return _moved(call, (inner,) * sum(bool(m) for m in mask[:2]))
+    times = sum(bool(m) for m in mask[:2])
+    relaid = times * convolution_order.relaid_bytes(data, weight, gradient, groups)
+    return replace(_moved(call, (inner,) * times), relaid_bytes=relaid)
 
 
 def attention(call: Call) -> Cost:

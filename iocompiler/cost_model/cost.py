@@ -50,7 +50,8 @@ class Cost:
     """Bytes to and from device memory, FLOPs (multiply and add are two), and transcendental
     functions, which ``flops`` leaves out. ``flops`` counts the contractions' too. Of the written
     bytes, ``staged_bytes`` wait in L2 until the arithmetic that makes them is done, and are copied
-    from there.
+    from there. ``relaid_bytes`` a library moves before and after, to have its operands in the order
+    of storage it computes in.
     """
 
     read_bytes: Size = 0
@@ -59,6 +60,7 @@ class Cost:
     transcendentals: Size = 0
     contractions: tuple[Contraction, ...] = ()
     staged_bytes: Size = 0
+    relaid_bytes: Size = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -68,6 +70,7 @@ class Cost:
             self.transcendentals + other.transcendentals,
             self.contractions + other.contractions,
             self.staged_bytes + other.staged_bytes,
+            self.relaid_bytes + other.relaid_bytes,
         )
 
     @property

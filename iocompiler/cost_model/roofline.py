@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from iocompiler.cost_model.convolution_order import computes_in_matrix_units
 from iocompiler.cost_model.cost import Contraction, Cost, value_of
 from iocompiler.cost_model.device import Device
+from iocompiler.tile.index import Size
 
 TRANSCENDENTAL_FLOPS = 8
 """A special-function result takes the time of about this many additions."""
@@ -80,7 +82,13 @@ def time(
     contracting = sum(contraction_time(c, device, hints, tf32) for c in cost.contractions)
     copied = value_of(cost.staged_bytes, hints)
     copying = max(copied / device.l2_bytes_per_s, copied / device.memory_rate)
-    return device.launch_s + max(moving, computing, contracting) + copying
+    relaying = value_of(relaid_bytes(cost, device, dtype, tf32), hints) / device.memory_rate
+    return device.launch_s + max(moving, computing, contracting) + copying + relaying
+
+
+def relaid_bytes(cost: Cost, device: Device, dtype: torch.dtype, tf32: bool = False) -> Size:
+    """Bytes a library moves for the order of storage that this device's matrix units take."""
+    return cost.relaid_bytes if computes_in_matrix_units(dtype, device, tf32) else 0
 
 
 def vector_rate(device: Device, dtype: torch.dtype) -> float:

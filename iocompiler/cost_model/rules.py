@@ -176,6 +176,7 @@ ROWS: tuple[Row, ...] = (
     Row("iocompiler.linear_cross_entropy_losses", contractions.linear_losses),
     Row("iocompiler.linear_cross_entropy_gradients", contractions.linear_loss_gradients),
     Row("convolution conv1d conv2d conv3d", contractions.convolution),
+    Row("conv_transpose2d conv_transpose3d", contractions.transposed_convolution),
     Row("convolution_backward", contractions.convolution_backward),
     Row(
         """

@@ -37,7 +37,7 @@ def copies(gm: GraphModule) -> Iterator[Copy]:
         if operator in _OPERATORS and source is not None:
             given, made = source.meta.get("val"), node.meta.get("val")
             if isinstance(given, Tensor) and isinstance(made, Tensor) and not _shared(given, made):
-                bytes_ = (_elements(given) + _elements(made)) * made.element_size()
+                bytes_ = (elements(given) + elements(made)) * made.element_size()
                 yield Copy(operator, where(node), bytes_)
 
 
@@ -45,8 +45,8 @@ def _shared(a: Tensor, b: Tensor) -> bool:
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
-def _elements(x: Tensor) -> int:
-    """How many elements lie in memory: of a broadcast dimension one."""
+def elements(x: Tensor) -> int:
+    """How many elements lie in memory, symbols at their hints: of a broadcast dimension one."""
     count = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         if not _is_zero(stride):

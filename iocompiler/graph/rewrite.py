@@ -138,15 +138,19 @@ def fill_values(gm: GraphModule) -> None:
             compute_value(node)
 
 
-def compute_value(node: Node) -> None:
-    """Run the call on the fake values of its arguments and keep the result in ``meta["val"]``."""
+def compute_value(node: Node, memory_format: torch.memory_format | None = None) -> None:
+    """Run the call on the fake values of its arguments and keep the result in ``meta["val"]``; in
+    this order of storage, where a fake value has not that of the operator.
+    """
     if node.op != "call_function" or view.is_switch(node):
         return
     args, kwargs = map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
     mode = view.fake_mode(node.graph) or nullcontext()
     plain = torch.no_grad(), torch._C._DisableFuncTorch(), torch._C._DisableAutocast()
     with mode, enable_python_dispatcher(), plain[0], plain[1], plain[2]:
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        told = memory_format is None
+        node.meta["val"] = made if told else made.contiguous(memory_format=memory_format)
 
 
 def _inherit(node: Node, near: Node) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload, OpOverloadPacket
 
+from iocompiler.ops import laid_out
 from iocompiler.ops.decomposed import (
     activations,
     embeddings,
@@ -123,6 +124,7 @@ def _built() -> dict[OpOverload, Callable[..., Any]]:
         embeddings,
         products,
         recurrent,
+        laid_out,
     ):
         rules.update(family.DECOMPOSITIONS)
     return rules

@@ -12,7 +12,7 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul import matmul_cost
 from iocompiler.cost_model.matmul_price import matmul_seconds
-from iocompiler.cost_model.roofline import time
+from iocompiler.cost_model.roofline import relaid_bytes, time
 from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, TensorSpec, made
 from iocompiler.report.crossing import at_extents, crossing
@@ -116,7 +116,7 @@ def _generated(
         layout=", ".join(show_spec(spec) for _, spec in step.outputs[:4]),
         source=source,
         resources=resources,
-        formula=_formula(cost),
+        formula=_formula(cost.bytes),
         generated=True,
     )
 
@@ -143,7 +143,7 @@ def _template(
         layout=", ".join(show_spec(spec) for _, spec in step.outputs[:4]),
         source=source,
         resources=resources,
-        formula=_formula(cost),
+        formula=_formula(cost.bytes),
         generated=True,
     )
 
@@ -177,22 +177,22 @@ def _called(
         return cost, None  # a view, or memory handed out
     results = [spec for _, spec in step.outputs if spec is not None]
     dtype = (results or [o.spec for o in call.operands])[0].dtype
-    total = round(value_of(cost.bytes, part.hints))
+    moved = cost.bytes + relaid_bytes(cost, device, dtype)
     return cost, Kernel(
         name=step.target,
         graph=part.name,
         ops=(step.node,) if step.node else (),
         where=(step.where,) if step.where else (),
-        bytes=total,
-        bound=total,
+        bytes=round(value_of(moved, part.hints)),
+        bound=round(value_of(cost.bytes, part.hints)),
         flops=round(value_of(cost.flops, part.hints)),
         time_us=time(cost, device, dtype, part.hints) * 1e6,
         tile=step.reason,
         layout=", ".join(show_spec(spec) for spec in results[:4]),
         source=f"torch.ops.{step.target}",
-        formula=_formula(cost),
+        formula=_formula(moved),
     )
 
 
-def _formula(cost: Cost) -> str:
-    return "" if isinstance(cost.bytes, (int, float)) else str(cost.bytes)
+def _formula(moved: Size) -> str:
+    return "" if isinstance(moved, (int, float)) else str(moved)

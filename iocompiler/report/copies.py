@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
+
 from iocompiler.cost_model.cost import value_of
 from iocompiler.graph.copies import Copy
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, all_steps
@@ -62,11 +64,16 @@ def _kept(plan: Plan, hints: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 
 def _only_copies(program: TileProgram) -> bool:
-    """One load at places known beforehand, one store of what was loaded."""
-    if [op.kind for op in program.ops] != ["load", "store"]:
+    """One load at places known beforehand, one store of what was loaded; short floats are widened
+    between them, and are themselves again.
+    """
+    kinds = [op.kind for op in program.ops]
+    if kinds != ["load", *["cast"] * (len(kinds) - 2), "store"]:
         return False
-    load, store = program.ops
-    same = program.buffer(load.buffer).dtype == program.buffer(store.buffer).dtype
+    load, *casts, store = program.ops
+    dtype = program.buffer(load.buffer).dtype
+    same = dtype == program.buffer(store.buffer).dtype
+    same = same and all(torch.promote_types(op.dtype, dtype) == op.dtype for op in casts)
     return same and not load.reads and program.buffer(store.buffer).role == "out"
 
 

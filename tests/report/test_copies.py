@@ -51,6 +51,17 @@ def test_a_copy_that_is_returned_is_left() -> None:
     assert (row.asked, row.kept, row.bytes_kept) == (1, 1, SIZE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_so_is_one_of_any_dtype(dtype: torch.dtype) -> None:
+    """Short floats are widened on their way."""
+    (row,) = rows(lambda x: x.t().contiguous(), X.to(dtype))
+    assert (row.asked, row.kept, row.bytes_kept) == (1, 1, 2 * 24 * dtype.itemsize)
+
+
+def test_a_kernel_that_rounds_is_no_copy() -> None:
+    assert not rows(lambda x: x.bfloat16().float(), X)
+
+
 def test_views_are_no_copies() -> None:
     assert not rows(lambda x: x.reshape(24).exp() + x.contiguous().flatten(), X)
 

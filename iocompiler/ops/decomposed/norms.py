@@ -129,10 +129,15 @@ def native_group_norm_backward(
 
 def _laid_out(result: Tensor, x: Tensor) -> Tensor:
     """As aten's group norm lays out what it makes of ``x``."""
-    keeps = x.device.type == "cpu" or group_norm_keeps_channels_last()
+    keeps = group_norm_keeps_order(x)
     return (
         result.contiguous(memory_format=suggest_memory_format(x)) if keeps else result.contiguous()
     )
+
+
+def group_norm_keeps_order(x: Tensor) -> bool:
+    """Whether aten's group norm returns channels last for channels last. Fake tensors always do."""
+    return x.device.type == "cpu" or group_norm_keeps_channels_last()
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
