@@ -7,6 +7,7 @@ from iocompiler.ops import (
     attention,
     embedding_gradient,
     linear_cross_entropy,
+    packed_gradients,
     random,
     scored_attention,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "embedding_gradient",
     "function",
     "linear_cross_entropy",
+    "packed_gradients",
     "random",
     "scored_attention",
 ]
