@@ -300,6 +300,11 @@ def every_third(x: Tensor) -> Any:
     return map(by_heads, x.unflatten(-1, (FULL, 3)).unbind(-1))
 
 
+def odd_rows(x: Tensor) -> Any:
+    """Of 108 bytes."""
+    return (y.unflatten(-1, (3, 3)).transpose(1, 2) for y in x.chunk(3, -1))
+
+
 DECLINED: dict[str, nn.Module] = {
     "computed with on the way": Turned(split),
     "read twice": Twice(split),
@@ -309,6 +314,7 @@ DECLINED: dict[str, nn.Module] = {
     "values of their own": Apart(),
     "columns nobody reads": Part(split, 4 * FULL),
     "element by element": Projected(every_third),
+    "odd rows": Projected(odd_rows, 27),
 }
 
 

@@ -174,15 +174,16 @@ def test_sizes_that_are_symbols_are_taken_at_their_hints(length: int, engine: En
 
 
 class Projected(torch.nn.Module):
-    """Odd heads of one projection: the gradients of key and value begin at odd elements."""
+    """Odd heads of one projection: the gradients of key and value begin at any element."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.project = torch.nn.Linear(32, 9 * 33)
+        self.project = torch.nn.Linear(32, 8 * 33)
 
     def forward(self, x: torch.Tensor) -> SimpleNamespace:
-        parts = self.project(x).chunk(3, -1)
-        q, k, v = (each.unflatten(-1, (3, 33)).transpose(1, 2) for each in parts)
+        heads = self.project(x).unflatten(-1, (8, 33)).transpose(1, 2)
+        q, k, v = heads.split([4, 2, 2], 1)
+        k, v = (each.repeat_interleave(2, 1) for each in (k, v))
         scores = torch.tanh(q @ k.mT / 30.0) * 30.0
         return SimpleNamespace(loss=(scores.softmax(-1) @ v).sum())
 

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import graph_pass
+from iocompiler.ops.aligned_mm import ALIGNED
 from iocompiler.ops.packed_gradients import PACKED
 from iocompiler.ops.scored_attention import BACKWARD
 from iocompiler.passes.attention.axes import known
@@ -34,7 +35,7 @@ def packed_gradients(gm: GraphModule) -> int:
     Taken is what is put together by `cat`, or by sums of zeros with slices put in, through views
     and copies on the way, in any order of the three and of batch, heads and rows; keys may have
     fewer heads. Left as they are: gradients that somebody else reads, those that are computed with
-    on the way (rotary angles), and those of library kernels, which allocate them.
+    on the way (rotary angles), odd rows, and those of library kernels, which allocate them.
     """
     return sum(_pack(gm, node) for node in view.calls(gm, BACKWARD))
 
@@ -46,12 +47,18 @@ def _pack(gm: GraphModule, call: Node) -> int:
     root, packing = found
     arguments = (*view.spelled_out(call), str(packing))
     new = rewrite.call(gm, PACKED, arguments, {}, near=call)
-    seen = _seen(gm, new, shape(root), call)
+    seen = _seen(gm, new, shape(root), call) if _is_aligned(new) else None
     if seen is None:
         rewrite.erase(gm, new)
         return 0
     rewrite.bypass(gm, root, seen)
     return 1
+
+
+def _is_aligned(new: Node) -> bool:
+    """Whether products read its rows fast as they are: a copy may get padded ones instead."""
+    made = view.tensors(new)[0]
+    return known(made.shape[-1] * made.element_size() % ALIGNED == 0)
 
 
 def _seen(gm: GraphModule, new: Node, wanted: torch.Size, near: Node) -> Node | None:
