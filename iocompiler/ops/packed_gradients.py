@@ -53,22 +53,49 @@ class Packing(NamedTuple):
 
     def shape(self, given: Sequence[Tensor]) -> list[Any]:
         """That of the whole, for these query, key and value."""
-        return [*_sizes(given[0], self.front), sum(prod(_sizes(x, self.back)) for x in given)]
+        row = sum(prod(_sizes(x.shape, self.back)) for x in given)
+        return [*_sizes(given[0].shape, self.front), row]
 
     def slices(self, packed: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
-        """Where in ``packed`` the gradients of query, key and value lie, in the shapes of these."""
-        of_part = dict(zip(PARTS, given, strict=True))
-        whole = [prod(_sizes(of_part[part], self.back)) for part in self.parts]
-        pieces = dict(zip(self.parts, torch.split(packed, whole, -1), strict=True))
-        order = [(self.front + self.back).index(letter) for letter in DIMS]
-        return [
-            torch.unflatten(pieces[part], -1, _sizes(of_part[part], self.back)).permute(order)
-            for part in PARTS
-        ]
+        """Where in ``packed``, contiguous, the gradients of query, key and value lie, in the shapes
+        of these.
+        """
+        begin = packed.storage_offset()
+        found = _places(self, tuple([x.shape for x in given]))
+        return [packed.as_strided(size, stride, begin + start) for size, stride, start in found]
 
 
-def _sizes(x: Tensor, letters: str) -> list[Any]:
-    return [x.shape[DIMS.index(letter)] for letter in letters]
+class _Place(NamedTuple):
+    """A part of a tensor, ``start`` elements behind its first."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    start: int
+
+
+@functools.lru_cache(maxsize=512)
+def _places(packing: Packing, shapes: tuple[torch.Size, ...]) -> list[_Place]:
+    """Those of query, key and value, of these shapes; kept, as a step asks for each layer's."""
+    of_part = dict(zip(PARTS, shapes, strict=True))
+    row = sum(prod(_sizes(shape, packing.back)) for shape in shapes)
+    found: dict[str, _Place] = {}
+    start = 0
+    for part in packing.parts:
+        shape = of_part[part]
+        outer = _strides(_sizes(shape, packing.front), row)
+        back = _sizes(shape, packing.back)
+        stride = dict(zip(packing.front + packing.back, outer + _strides(back, 1), strict=True))
+        found[part] = _Place(shape, tuple(stride[letter] for letter in DIMS), start)
+        start += prod(back)
+    return [found[part] for part in PARTS]
+
+
+def _strides(sizes: list[Any], innermost: int) -> list[Any]:
+    return [innermost * prod(sizes[place + 1 :]) for place in range(len(sizes))]
+
+
+def _sizes(shape: torch.Size, letters: str) -> list[Any]:
+    return [shape[DIMS.index(letter)] for letter in letters]
 
 
 def _packed(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
