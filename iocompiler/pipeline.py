@@ -23,6 +23,7 @@ from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
 from iocompiler.passes.layouts import layouts
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
+from iocompiler.passes.packed_gradients import packed_gradients
 from iocompiler.passes.patches import patches
 from iocompiler.passes.repeated import repeated
 from iocompiler.passes.slices import slices
@@ -191,5 +192,6 @@ DEFAULT = Pipeline(
     repeated,  # what passes above have made for each of their sites is often the same
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
     activations,  # on the flat graph, where it shows whether the backward reads what they read
+    packed_gradients,  # on the flat graph, where the backward puts together what was split
     embedding_gradients,  # on the flat graph, where the gradients of one table are added
 )

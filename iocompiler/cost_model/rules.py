@@ -195,7 +195,7 @@ ROWS: tuple[Row, ...] = (
         _scaled_dot_product_cudnn_attention_backward
         _scaled_dot_product_flash_attention_for_cpu_backward
         _scaled_dot_product_fused_attention_overrideable_backward iocompiler.attention_backward
-        iocompiler.scored_attention_backward
+        iocompiler.scored_attention_backward iocompiler.scored_attention_backward_packed
         """,
         contractions.attention_backward,
     ),

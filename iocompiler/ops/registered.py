@@ -8,6 +8,7 @@ from iocompiler.ops import (
     embedding_gradient,
     laid_out,
     linear_cross_entropy,
+    packed_gradients,
     random,
     scored_attention,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "function",
     "laid_out",
     "linear_cross_entropy",
+    "packed_gradients",
     "random",
     "scored_attention",
 ]

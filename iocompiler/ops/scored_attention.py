@@ -22,16 +22,16 @@ from iocompiler.ops.attention_choice import MEMORY
 from iocompiler.ops.scored_blockwise import Blockwise
 from iocompiler.tile.score import ScoreProgram, parsed
 
-_GIVEN = (
+GIVEN = (
     "Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] numbers, str program, "
     "str kernel, str layout, Tensor? seed, float dropout_p"
 )
-_SAVED = "Tensor grad, Tensor out, Tensor logsumexp"
-FORWARD = library.define(f"scored_attention({_GIVEN}) -> (Tensor out, Tensor logsumexp)")
+SAVED = "Tensor grad, Tensor out, Tensor logsumexp"
+FORWARD = library.define(f"scored_attention({GIVEN}) -> (Tensor out, Tensor logsumexp)")
 BACKWARD = library.define(
-    f"scored_attention_backward({_SAVED}, {_GIVEN}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
+    f"scored_attention_backward({SAVED}, {GIVEN}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
 )
-OPERAND = library.define(f"scored_attention_operand({_SAVED}, {_GIVEN}, int which) -> Tensor")
+OPERAND = library.define(f"scored_attention_operand({SAVED}, {GIVEN}, int which) -> Tensor")
 WIDEST = 256
 
 
@@ -90,7 +90,7 @@ def _program(text: str) -> ScoreProgram:
     return parsed(text)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of an attention, as the schemas name them."""
 
     query: Tensor
@@ -103,6 +103,10 @@ class _Call(NamedTuple):
     layout: str
     seed: Tensor | None
     dropout_p: float
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
 
     @property
     def is_empty(self) -> bool:
@@ -119,7 +123,7 @@ class _Call(NamedTuple):
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Memory for the gradients of query, key and value."""
-        given = zip((self.query, self.key, self.value), self.layout, strict=False)
+        given = zip(self.inputs, self.layout, strict=False)
         return tuple(empty(x, x.shape, order) for x, order in given)
 
     def problem(self) -> Any:
@@ -136,9 +140,23 @@ class _Call(NamedTuple):
             *(self.operands, self.numbers, self.dropout_p, self.seed),
         )
 
+    def differentiate(
+        self, grad: Tensor, out: Tensor, logsumexp: Tensor, results: Sequence[Tensor]
+    ) -> None:
+        """Write the gradients of query, key and value to ``results``, of any strides."""
+        if self.is_empty:
+            for x in results:
+                x.zero_()
+        elif self.kernel == "template":
+            _templates().backward(self.problem(), grad, out, logsumexp, results)
+        else:
+            found = self.blockwise().backward(grad, logsumexp[0])
+            for x, y in zip(results, found, strict=True):
+                x.copy_(y)
+
 
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
-    call = _Call(*given)
+    call = Call(*given)
     out = call.output()
     if call.is_empty:
         shape, wide = call.logsumexp()
@@ -151,30 +169,25 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
-    call = _Call(*given)
+    call = Call(*given)
     shape, wide = call.logsumexp()
     return call.output(), call.query.new_empty(shape, dtype=wide)
 
 
 def _backward(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    call = _Call(*given)
+    call = Call(*given)
     results = call.gradients()
-    if call.is_empty:
-        return tuple(x.zero_() for x in results)
-    if call.kernel == "template":
-        _templates().backward(call.problem(), grad, out, logsumexp, results)
-        return results
-    found = call.blockwise().backward(grad, logsumexp[0])
-    return tuple(x.copy_(y) for x, y in zip(results, found, strict=True))
+    call.differentiate(grad, out, logsumexp, results)
+    return results
 
 
 def _backward_fake(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    return _Call(*given).gradients()
+    return Call(*given).gradients()
 
 
 def _operand(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
     *of_call, which = given
-    call = _Call(*of_call)
+    call = Call(*of_call)
     if call.is_empty:
         return torch.zeros_like(call.operands[which], memory_format=torch.contiguous_format)
     if call.kernel == "template":
@@ -186,7 +199,7 @@ def _operand(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tenso
 
 def _operand_fake(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
     *of_call, which = given
-    operand: Tensor = _Call(*of_call).operands[which]
+    operand: Tensor = Call(*of_call).operands[which]
     return operand.new_empty(operand.shape)
 
 

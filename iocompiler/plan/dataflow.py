@@ -53,7 +53,10 @@ _LIBRARY = {
         ("embedding_gradient", "embedding_gradient_onto"), "embedding gradient: our templates"
     ),
     **dict.fromkeys(
-        ("scored_attention", "scored_attention_backward", "scored_attention_operand"),
+        (
+            *("scored_attention", "scored_attention_backward", "scored_attention_operand"),
+            "scored_attention_backward_packed",
+        ),
         "attention: our template with a score program",
     ),
 }

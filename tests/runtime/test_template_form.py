@@ -23,6 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from iocompiler.codegen.kernels.attention_decode import attention_combine
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, launch_rows
+from iocompiler.ops.packed_gradients import Packing
 from iocompiler.runtime import attention, embedding_gradient
 from iocompiler.runtime.attention_form import functions
 from iocompiler.runtime.cache import key_of
@@ -106,6 +107,22 @@ def test_a_fake_tensor_lies_where_an_allocation_would() -> None:
     assert form_of(attention_combine, arguments(V=odd), 90) == form_of(
         attention_combine, arguments(V=_MEMORY[1:]), 90
     )
+
+
+@pytest.mark.parametrize("packing", ["bs|hd:qkv", "sb|hd:vqk", "bsh|d:qkv"])
+def test_gradients_in_one_tensor_are_written_by_the_same_kernels(packing: str) -> None:
+    given = problem("causal", 64, torch.bfloat16)
+    inputs = given.query, given.key, given.value
+    where = Packing.parsed(packing)
+    packed = given.query.new_empty(where.shape(inputs))
+    out, lse = torch.empty_like(given.query), torch.empty(1, *given.query.shape[:3])
+    found: list[set[Form]] = []
+    for results in ([torch.empty_like(x) for x in inputs], where.slices(packed, inputs)):
+        forms: set[Form] = set()
+        with watched(lambda launch, tensors, forms=forms: forms.add(launch.form(tensors, 90))):  # type: ignore[misc]
+            attention.backward(given, out, out, lse, results)
+        found.append(forms)
+    assert found[0] == found[1]
 
 
 def launches() -> list[tuple[Any, dict[str, Any]]]:

@@ -11,9 +11,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.cost_model.attention_tiles import Row, Tile
-from iocompiler.runtime import attention_form
+from iocompiler.ops.packed_gradients import Packing
+from iocompiler.runtime import attention, attention_form
 from tests.ops.score_checks import Shape, problems, some_slow
-from tests.ops.score_programs import CASES
+from tests.ops.score_programs import CASES, heads
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of NaN that is meant
@@ -60,3 +61,31 @@ def test_heads_take_turns(name: str, together: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention_form, "heads_together", lambda *_: together)
     monkeypatch.setattr(attention_form, "_forms", {})
     assert not problems(name, (2, 3, 1, 40, 33, 16, 16), torch.float32, tiles=TILES)
+
+
+@pytest.mark.parametrize(
+    ("packing", "groups", "width"),
+    [("bs|hd:qkv", 2, 16), ("bs|hd:qkv", 1, 16), ("sb|hd:vqk", 1, 20), ("bsh|d:kqv", 2, 20)],
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradients_in_one_tensor(packing: str, groups: int, width: int, dropout_p: float) -> None:
+    """The bits that stand alone, each where it belongs; nothing is left out or written beyond."""
+    torch.manual_seed(0)
+    given = [x.float() for x in heads(2, 2, groups, 40, 40, width, width)]
+    seed = torch.tensor(11) if dropout_p else None
+    problem = attention.Problem(
+        *given, CASES["causal"].program(0.3), tiles=TILES, dropout_p=dropout_p, seed=seed
+    )
+    out = torch.empty_like(given[0])
+    lse = attention.forward(problem, out)
+    grad = torch.randn_like(out)
+    apart = [torch.empty_like(x) for x in given]
+    attention.backward(problem, grad, out, lse, apart)
+    where = Packing.parsed(packing)
+    room = torch.full((3, *where.shape(given)), 12345.0)  # what lies around it, and it
+    attention.backward(problem, grad, out, lse, where.slices(room[1], given))
+    assert (room[::2] == 12345.0).all()
+    assert (room[1] != 12345.0).all()
+    assert room[1].numel() == sum(x.numel() for x in given)
+    for one, alone in zip(where.slices(room[1], given), apart, strict=True):
+        assert torch.equal(one, alone)

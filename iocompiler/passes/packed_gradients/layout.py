@@ -1,0 +1,176 @@
+"""Where in a contiguous tensor the results of one call lie that it is put together of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.fx import Node
+
+from iocompiler.graph import view
+from iocompiler.ops.packed_gradients import DIMS, PARTS, Packing
+from iocompiler.passes.attention import views
+from iocompiler.passes.attention.axes import Axis, Dims, Group, flat, fresh, known, resolve, size
+from iocompiler.passes.packed_gradients.pieces import ADD, CAT, SCATTERS, Piece, pieces, readers
+
+aten = torch.ops.aten
+
+_MOVES = frozenset(views.VIEWS) - {aten.expand.default, aten.slice.Tensor}
+"""What has every element of its input once."""
+_WRITES = (CAT, ADD, aten.clone.default)
+
+
+class _Otherwise(Exception):
+    """It is not put together so that a `Packing` says how."""
+
+
+class _Place(NamedTuple):
+    """The axes of a part's memory, outermost first: those outside of the parts, those inside."""
+
+    front: Group
+    back: Group
+
+
+class _Leaf(NamedTuple):
+    """A result of a call, what its dims mean, and how it lies in memory."""
+
+    call: Node
+    number: int
+    dims: Dims
+    place: _Place
+
+
+def packed(call: Node) -> tuple[Node, Packing] | None:
+    """The tensor that the three gradients ``call`` returns are copied into, all that is read of
+    them, and where in it they lie; None where there is none, or they lie as no `Packing` says.
+    """
+    gradients = {n.args[1]: n for n in call.users if n.target is operator.getitem}
+    if len(call.users) != len(PARTS) or len(gradients) != len(PARTS):
+        return None
+    for root in _copies(gradients[0]):
+        try:
+            return root, _packing(call, root)
+        except _Otherwise:
+            continue
+    return None
+
+
+def _copies(node: Node) -> list[Node]:
+    """What is written on the way of ``node``'s elements while each has one reader, last first."""
+    found: list[Node] = []
+    while len(readers(node)) == 1:
+        (node,) = readers(node)
+        if node.target in _WRITES:
+            found.append(node)
+        elif node.target not in _MOVES and node.target not in SCATTERS:
+            break
+    return found[::-1]
+
+
+def _packing(call: Node, root: Node) -> Packing:
+    whole = view.tensors(root)[0]
+    if not view.is_contiguous(whole):
+        raise _Otherwise
+    dims = fresh(whole.shape)
+    leaves = list(_leaves(root, dims, flat(dims), None))
+    if any(leaf.call is not call for leaf in leaves):
+        raise _Otherwise
+    numbers = [leaf.number for leaf in leaves]
+    if sorted(numbers) != list(range(len(PARTS))):
+        raise _Otherwise
+    front, back = _common([_letters(leaf) for leaf in leaves])
+    return Packing(front, back, "".join(PARTS[n] for n in numbers))
+
+
+def _leaves(node: Node, dims: Dims, memory: Group, place: _Place | None) -> Iterator[_Leaf]:
+    """The results of calls that ``node``, of these dims, is made of, in the order of memory.
+
+    Args:
+        memory: the axes of the whole, outermost first.
+        place: of the part that ``node`` is; None for the whole.
+    """
+    while node.target in _MOVES:
+        earlier = views.before(node, dims)
+        if earlier is None:
+            raise _Otherwise
+        node, dims = _only_read(node.args[0]), earlier
+    if node.target is operator.getitem and place is not None:
+        call, number = node.args
+        yield _Leaf(call, number, dims, place)  # type: ignore[arg-type]
+        return
+    found = pieces(node)
+    if found is None:
+        raise _Otherwise
+    for piece in found.pieces:
+        within = _within(piece, dims, found.dim, memory, place)
+        yield from _leaves(_only_read(piece.node), within[0], memory, within[1])
+
+
+def _only_read(node: object) -> Node:
+    if not isinstance(node, Node) or len(readers(node)) != 1:
+        raise _Otherwise
+    return node
+
+
+def _within(
+    piece: Piece, dims: Dims, dim: int, memory: Group, place: _Place | None
+) -> tuple[Dims, _Place]:
+    """The dims of a piece along ``dim`` of a tensor with ``dims``, and its place.
+
+    The outermost axis of the dim is the one that is cut: what lies inside of it in memory is whole
+    in each piece.
+    """
+    cut, *rest = resolve(dims[dim]) or (None,)
+    before, inside = ((), memory) if place is None else place
+    inside = resolve(inside)
+    if cut not in inside or (place is not None and inside[0] is not cut):
+        raise _Otherwise
+    at, inner, length = inside.index(cut), size(rest), piece.end - piece.start
+    count = length // inner
+    if not known(count * inner == length) or (piece.flat and rest):
+        raise _Otherwise
+    left: Group = () if known(count == 1) else (Axis(count),)
+    group = () if piece.flat else ((*left, *rest),)
+    return (
+        (*dims[:dim], *group, *dims[dim + 1 :]),
+        _Place((*before, *inside[:at]), (*left, *inside[at + 1 :])),
+    )
+
+
+def _letters(leaf: _Leaf) -> tuple[str, str]:
+    """The dims of a gradient in the order they lie in outside and inside of its part; those of size
+    1 left out.
+    """
+    groups = dict(zip(DIMS, map(resolve, leaf.dims), strict=True))
+    waiting = {letter: group for letter, group in groups.items() if group}
+    found = tuple(_taken(waiting, resolve(axes)) for axes in leaf.place)
+    if waiting:
+        raise _Otherwise
+    return found[0], found[1]
+
+
+def _taken(waiting: dict[str, Group], axes: Group) -> str:
+    """The dims that ``axes`` are, whole and one after the other; they wait no more."""
+    letters = ""
+    while axes:
+        found = next((x for x, group in waiting.items() if axes[: len(group)] == group), None)
+        if found is None:
+            raise _Otherwise
+        letters += found
+        axes = axes[len(waiting.pop(found)) :]
+    return letters
+
+
+def _common(orders: list[tuple[str, str]]) -> tuple[str, str]:
+    """The one order of all parts: dims of size 1 go where others have them, else outside."""
+    front, back = max(orders, key=lambda order: len("".join(order)))
+    for order in orders:
+        for whole, own in zip((front, back), order, strict=True):
+            if [letter for letter in whole if letter in own] != list(own):
+                raise _Otherwise
+    front = "".join(letter for letter in DIMS if letter not in front + back) + front
+    if not back.endswith(DIMS[-1]):  # elements of a row would be stored one by one
+        raise _Otherwise
+    return front, back
