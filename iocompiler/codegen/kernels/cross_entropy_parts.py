@@ -45,7 +45,7 @@ def bounded(stored, rate, CAPPED: tl.constexpr, NEGATED: tl.constexpr):
     """t of `cross_entropy_rows`, where tanh(inner * y) = 2 / (1 + exp2(rate * y)) - 1."""
     t = stored.to(tl.float32)
     if CAPPED:
-        t = 2 / (1 + tl.exp2(rate * t)) - 1
+        t = 2 / (1 + tl.exp2(t * rate)) - 1
     return -t if NEGATED else t
 
 
