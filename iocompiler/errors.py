@@ -79,6 +79,12 @@ class UnsupportedVersion(IOCompilerError):
     message = "iocompiler needs {name} {oldest} or later, this is {found}"
 
 
+class UnusualInput(IOCompilerError):
+    """A tensor is given whose memory does not hold its values as they are."""
+
+    message = "an input is {kind}"
+
+
 class CaptureFailed(IOCompilerError):
     """Dynamo's graph could not be traced again to pre-dispatch ATen."""
 
