@@ -48,7 +48,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[Tensor, ...]]]] = {
     "a number as a size": (lambda x, n: torch.ones(n.item(), device=x.device).sum() + x, COUNTED),
     "rows through a softmax": (lambda x: (_rows(x) @ _SQUARE).softmax(-1).square(), KEPT_ROWS),
     "rows concatenated": (lambda x: torch.cat([_rows(x), _rows(x) * 2]).sin(), KEPT_ROWS),
-    "rows as one of a batch": (lambda x: torch.bmm(_rows(x)[None], _SQUARE[None]), KEPT_ROWS),
+    "rows as one of a batch": (
+        lambda x: torch.bmm(_rows(x)[None], _SQUARE[None] * x[0, 0]),
+        KEPT_ROWS,
+    ),
     "rows repeated": (lambda x, n: x.repeat_interleave(n, 0).sin(), REPEATED),
 }
 
