@@ -177,13 +177,14 @@ def _in_place(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 def test_memory_that_does_not_hold_the_values(engine: str) -> None:
-    """Generated code would read the negatives of an imaginary part; it has no pointer at all to
-    what MKL-DNN laid out.
+    """Generated code would read the negatives of an imaginary part; there is no pointer at all to
+    what MKL-DNN laid out, or to zeros that stand for none.
     """
     backend = Compiler(engine=engine, cache=False)
     for make, function in (
         (lambda: torch.arange(4).to(torch.complex64).mul(1j).conj().imag, _in_place),
         (lambda: torch.ones(4, 4).to_mkldnn(), lambda x: x.to_dense() * 2),
+        (lambda: torch._efficientzerotensor((4,)), lambda x: x + 1),
     ):
         ours, theirs = make(), make()
         with pytest.warns(FallbackWarning, match="an input is"):

@@ -22,13 +22,15 @@ def refuse_unusual(inputs: Sequence[Any]) -> Sequence[Any]:
 
     Raises:
         UnusualInput: a tensor's values are the negatives of its memory (the imaginary part of a
-            lazy conjugate), or its memory is a library's own (MKL-DNN).
+            lazy conjugate), its memory is a library's own (MKL-DNN), or it has none.
     """
     for x in inputs:
         if not isinstance(x, Tensor):
             continue
         if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
             raise UnusualInput(kind="in a layout of MKL-DNN")
+        if x._is_zerotensor():
+            raise UnusualInput(kind="a tensor of zeros without memory")
         if x.is_neg():
             raise UnusualInput(kind="the lazy negative of what lies in its memory")
     return inputs
