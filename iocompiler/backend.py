@@ -20,6 +20,7 @@ from iocompiler.errors import (
     BudgetWarning,
     FallbackTooLarge,
     FallbackWarning,
+    InvalidOption,
     StrictFallback,
     UnboundedFallback,
 )
@@ -64,7 +65,7 @@ class Compiler:
         options: the names and values of `Options`.
 
     Raises:
-        UnknownOption, InvalidOption: as `Options.build`.
+        UnknownOption, InvalidOption: as `Options.build`; also of a ``pipeline`` that is none.
     """
 
     __name__ = "iocompiler"  # Dynamo shows it in logs
@@ -76,7 +77,7 @@ class Compiler:
         on_compiled: Callable[[Compilation], None] | None = None,
         **options: Any,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline = _pipeline(pipeline)
         self.options = Options.build(options)
         self.on_compiled = on_compiled
 
@@ -96,6 +97,13 @@ class Compiler:
         if self.on_compiled is not None:
             self.on_compiled(compilation)
         return run
+
+
+def _pipeline(given: Any) -> Pipeline:
+    if not isinstance(given, Pipeline):
+        expected = "a Pipeline, such as iocompiler.DEFAULT"
+        raise InvalidOption(name="pipeline", expected=expected, value=given)
+    return given
 
 
 def iocompiler(

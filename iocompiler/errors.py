@@ -43,6 +43,12 @@ class UnknownPass(IOCompilerError):
     message = "no pass named {name!r}{hint}; the passes are {known}"
 
 
+class NotAPass(IOCompilerError):
+    """A pipeline was given what is no pass."""
+
+    message = "a pass is what @iocompiler.graph_pass or @iocompiler.rewrite makes, not {value!r}"
+
+
 class DuplicatePass(IOCompilerError):
     """Two passes of one pipeline would have the same name."""
 
