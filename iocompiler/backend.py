@@ -20,6 +20,7 @@ from iocompiler.errors import (
     BudgetWarning,
     FallbackTooLarge,
     FallbackWarning,
+    InvalidOption,
     StrictFallback,
     UnboundedFallback,
 )
@@ -29,6 +30,7 @@ from iocompiler.graph.autocast import region_entered
 from iocompiler.graph.capture import capture
 from iocompiler.graph.copies import copies
 from iocompiler.graph.findings import findings
+from iocompiler.graph.inputs import come_in_a_list, refuse_unusual, without_subclasses
 from iocompiler.graph.printer import show
 from iocompiler.observe import Dump, Summary, Verify, dump_folder, dump_text
 from iocompiler.ops import target
@@ -63,7 +65,7 @@ class Compiler:
         options: the names and values of `Options`.
 
     Raises:
-        UnknownOption, InvalidOption: as `Options.build`.
+        UnknownOption, InvalidOption: as `Options.build`; also of a ``pipeline`` that is none.
     """
 
     __name__ = "iocompiler"  # Dynamo shows it in logs
@@ -75,7 +77,7 @@ class Compiler:
         on_compiled: Callable[[Compilation], None] | None = None,
         **options: Any,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline = _pipeline(pipeline)
         self.options = Options.build(options)
         self.on_compiled = on_compiled
 
@@ -95,6 +97,13 @@ class Compiler:
         if self.on_compiled is not None:
             self.on_compiled(compilation)
         return run
+
+
+def _pipeline(given: Any) -> Pipeline:
+    if not isinstance(given, Pipeline):
+        expected = "a Pipeline, such as iocompiler.DEFAULT"
+        raise InvalidOption(name="pipeline", expected=expected, value=given)
+    return given
 
 
 def iocompiler(
@@ -141,6 +150,8 @@ class _Walk:
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
         with self._undisturbed():
+            if self._try("graph", lambda: refuse_unusual(inputs)) is None:
+                return gm.forward
             place = self._place(gm, inputs)
             return place.look(gm) or self._compile(gm, inputs, place)
 
@@ -160,8 +171,12 @@ class _Walk:
             with suppress(Exception):  # where they are needed, a failure is told
                 warm_workers()  # they start while the graph is traced
         on_cpu = self.options.engine == "auto" and not engines.on_cuda(gm, inputs)
-        with target.inductor() if on_cpu else nullcontext():
-            graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten")
+        graph: GraphModule | None = None
+        if not come_in_a_list(inputs):  # else autograd wrote it, not the user
+            with target.inductor() if on_cpu else nullcontext():
+                graph = self._try(
+                    "rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten"
+                )
         graph = graph or gm
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us
@@ -170,9 +185,12 @@ class _Walk:
         else:
             place.lifted(graph, gm)
             run = self._try("graph", lambda: self._differentiate(graph, inputs, place))
+            run = run and without_subclasses(run, inputs)
         return run or gm.forward
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+        if come_in_a_list(inputs):
+            return gm  # autograd wrote it, not the user
         graph = capture(gm, inputs)
         self.compilation.copies = tuple(copies(graph))
         self.compilation.passes = Summary(_bytes_moved if self.folder is not None else None)

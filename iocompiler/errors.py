@@ -43,6 +43,12 @@ class UnknownPass(IOCompilerError):
     message = "no pass named {name!r}{hint}; the passes are {known}"
 
 
+class NotAPass(IOCompilerError):
+    """A pipeline was given what is no pass."""
+
+    message = "a pass is what @iocompiler.graph_pass or @iocompiler.rewrite makes, not {value!r}"
+
+
 class DuplicatePass(IOCompilerError):
     """Two passes of one pipeline would have the same name."""
 
@@ -77,6 +83,12 @@ class UnsupportedVersion(IOCompilerError):
     """torch or Triton is older than what the compiler works with."""
 
     message = "iocompiler needs {name} {oldest} or later, this is {found}"
+
+
+class UnusualInput(IOCompilerError):
+    """A tensor is given whose memory does not hold its values as they are."""
+
+    message = "an input is {kind}"
 
 
 class CaptureFailed(IOCompilerError):

@@ -10,7 +10,14 @@ from typing import Protocol, TypeAlias, overload
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
-from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass, add_note, close_match
+from iocompiler.errors import (
+    DuplicatePass,
+    InvalidGraph,
+    NotAPass,
+    UnknownPass,
+    add_note,
+    close_match,
+)
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import Stage
 from iocompiler.graph.normalise import normalise
@@ -46,6 +53,9 @@ class Pass(Protocol):
         ...
 
 
+_OF_A_PASS = ("name", "stage", "respells", "__call__")
+
+
 @dataclass(frozen=True)
 class Done:
     """One pass that has run: its name and place (number 0 is the graph before the first), its sites
@@ -64,11 +74,17 @@ Observer: TypeAlias = Callable[[GraphModule, Done], None]
 
 
 class Pipeline:
-    """An immutable sequence of passes; ``before``, ``after`` and ``without`` return another one."""
+    """An immutable sequence of passes; ``before``, ``after`` and ``without`` return another one.
+
+    Raises:
+        NotAPass, DuplicatePass: of what is to stand in it.
+    """
 
     def __init__(self, *passes: Pass) -> None:
         names: set[str] = set()
         for each in passes:
+            if not all(hasattr(each, name) for name in _OF_A_PASS):
+                raise NotAPass(value=each)
             if each.name in names:
                 raise DuplicatePass(name=each.name)
             names.add(each.name)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iocompiler.backend import Compiler
 from tests.compiling import check, compiled
+from tests.runtime.text_engine import TextEngine
 
 ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
     "atleast_3d": torch.atleast_3d,
@@ -220,3 +222,19 @@ def test_norms_of_equal_elements_are_zero(name: str) -> None:
         x = torch.tensor([0.1, 1.7, -2.3, 1e4]).view(4, 1, 1).expand(4, 2, size)
         run, _ = compiled(NORMS[name], engine="reference")
         assert bool((run(x.contiguous()) == 0).all()), size
+
+
+def _imaginary(x: Tensor) -> tuple[Tensor, ...]:
+    """Of a lazy conjugate: a view whose memory holds the negatives of its values."""
+    z = torch.view_as_complex(x)
+    return z.conj().imag + 1, z.conj().imag * z.real
+
+
+def test_the_imaginary_part_of_a_lazy_conjugate() -> None:
+    ours, theirs = (torch.arange(12.0).view(3, 2, 2).requires_grad_() for _ in range(2))
+    run = torch.compile(_imaginary, backend=Compiler(engine=TextEngine(), strict=True))
+    results, expected = run(ours), _imaginary(theirs)
+    torch.testing.assert_close(results, expected)
+    sum(results).sum().backward()
+    sum(expected).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

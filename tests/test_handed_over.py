@@ -154,6 +154,66 @@ def test_nested_tensors() -> None:
     torch.testing.assert_close(result.values(), (nested * 2).sin().values())
 
 
+class Image(torch.Tensor):
+    """A class that only overrides functions of torch, as those of torchvision do."""
+
+
+@pytest.mark.parametrize("engine", ["aten", "reference"])
+def test_classes_that_override_functions(engine: str) -> None:
+    ours, theirs = (torch.ones(4, 4).as_subclass(Image).requires_grad_() for _ in range(2))
+    run = torch.compile(lambda x: (x @ x).sin(), backend=Compiler(engine=engine, strict=True))
+    for _ in range(2):
+        result, expected = run(ours), (theirs @ theirs).sin()
+        assert type(result) is type(expected) is Image
+        torch.testing.assert_close(result, expected)
+        result.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def _in_place(x: Tensor) -> Tensor:
+    return x.add_(1) * 2
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_memory_that_does_not_hold_the_values(engine: str) -> None:
+    """Generated code would read the negatives of an imaginary part; there is no pointer at all to
+    what MKL-DNN laid out, or to zeros that stand for none.
+    """
+    backend = Compiler(engine=engine, cache=False)
+    for make, function in (
+        (lambda: torch.arange(4).to(torch.complex64).mul(1j).conj().imag, _in_place),
+        (lambda: torch.ones(4, 4).to_mkldnn(), lambda x: x.to_dense() * 2),
+        (lambda: torch._efficientzerotensor((4,)), lambda x: x + 1),
+    ):
+        ours, theirs = make(), make()
+        with pytest.warns(FallbackWarning, match="an input is"):
+            result = torch.compile(function, backend=backend)(ours)
+        torch.testing.assert_close(result, function(theirs))
+        torch.testing.assert_close(ours.to_dense(), theirs.to_dense())
+
+
+def test_a_step_under_compiled_autograd() -> None:
+    records: list[Compilation] = []
+    linear = torch.nn.Linear(4, 3)
+    backend = Compiler(engine="reference", strict=True, cache=False, on_compiled=records.append)
+
+    def step(x: Tensor) -> Tensor:
+        loss = linear(x).sin().sum()
+        loss.backward()
+        return loss
+
+    for x in torch.randn(3, 5, 4):
+        linear.zero_grad()
+        step(x)
+        expected = linear.weight.grad
+        linear.zero_grad()
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(step, backend=backend)(x)
+        torch.testing.assert_close(linear.weight.grad, expected)
+    assert [list(record.plans) for record in records] == [["forward"], ["inference"]]
+
+
 def test_a_second_derivative_is_refused_clearly() -> None:
     x = torch.randn(4, requires_grad=True)
     (slope,) = torch.autograd.grad(compiled(lambda x: (x**3).sum())(x), x, create_graph=True)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
 import iocompiler as ioc
-from iocompiler.errors import DuplicatePass, InvalidGraph, UnknownPass
+from iocompiler.errors import DuplicatePass, InvalidGraph, InvalidOption, NotAPass, UnknownPass
+from iocompiler.passes.attention import attention
 from iocompiler.pipeline import Done, Pipeline
 
 aten = torch.ops.aten
@@ -130,3 +134,24 @@ def test_a_call_that_cannot_be_made_is_refused() -> None:
 
     with pytest.raises(InvalidGraph, match="'wrong' left an invalid graph"):
         Pipeline(wrong).run(_graph())
+
+
+@pytest.mark.parametrize("wrong", [lambda gm: 0, "attention", None])
+def test_what_is_no_pass_is_refused(wrong: object) -> None:
+    with pytest.raises(NotAPass, match="graph_pass"):
+        ioc.DEFAULT.after("attention", wrong)  # type: ignore[arg-type]
+
+
+def test_a_pipeline_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="'pipeline' must be a Pipeline"):
+        ioc.Compiler([attention])  # type: ignore[arg-type]
+
+
+def test_compilers_are_pickled_by_the_names_of_their_passes() -> None:
+    compiler = ioc.Compiler(ioc.DEFAULT.without("patches"), strict=True)
+    again = pickle.loads(pickle.dumps(compiler))
+    assert again.pipeline == compiler.pipeline
+    assert again.options == compiler.options
+    with pytest.raises(pickle.PicklingError, match="the pass 'a' does not stand"):
+        pickle.dumps(ioc.Compiler(Pipeline(A)))
+    assert copy.deepcopy(ioc.Compiler(Pipeline(A))).pipeline == Pipeline(A)

@@ -4,8 +4,11 @@ the matcher.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import operator
+import pickle
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, overload
@@ -66,6 +69,12 @@ class GraphPass:
     def __call__(self, gm: GraphModule) -> int:
         return self.function(gm)
 
+    def __reduce__(self) -> Any:
+        return _by_name(self, self.function)
+
+    def __deepcopy__(self, memo: object) -> GraphPass:
+        return self
+
 
 @overload
 def graph_pass(function: Callable[[GraphModule], int]) -> GraphPass: ...
@@ -114,6 +123,12 @@ class RewritePass:
                     break
         return changed
 
+    def __reduce__(self) -> Any:
+        return _by_name(self, self.replacement)
+
+    def __deepcopy__(self, memo: object) -> RewritePass:
+        return self
+
     def _replace(self, gm: GraphModule, root: Node, match: Match) -> None:
         names = inspect.signature(self.replacement).parameters
         new = edit.insert(gm, self.replacement, *(match[name] for name in names), near=root)
@@ -127,6 +142,18 @@ class RewritePass:
             )
         record(gm, Rewrite(self.name, view.where(root)))
         edit.redirect(gm, root, new)
+
+
+def _by_name(made: GraphPass | RewritePass, function: Callable[..., Any]) -> Any:
+    """How a pass is pickled: as where it stands, under the name of the function it was made of."""
+    module, name = function.__module__, function.__qualname__
+    if getattr(sys.modules.get(module), name, None) is not made:
+        raise pickle.PicklingError(f"the pass {made.name!r} does not stand as {module}.{name}")
+    return _standing, (module, name)
+
+
+def _standing(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def rewrite(

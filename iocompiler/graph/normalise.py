@@ -219,9 +219,13 @@ def _does_nothing(gm: GraphModule, node: Node, old: torch.Tensor, new: torch.Ten
 def _kept_part(node: Node) -> Any:
     """The one tensor of a concatenation whose others are the empty vectors it ignores."""
     parts: Any = node.args[0]
-    kept = [part for part in parts if tuple(view.tensors(part)[0].shape) != (0,)]
+    kept = [part for part in parts if not _is_empty_vector(view.tensors(part)[0])]
     alike = len(kept) == 1 and view.tensors(kept[0])[0].dtype == view.tensors(node)[0].dtype
     return kept[0] if alike and view.is_contiguous(view.tensors(kept[0])[0]) else None
+
+
+def _is_empty_vector(x: torch.Tensor) -> bool:
+    return x.dim() == 1 and statically_known_true(x.shape[0] == 0)
 
 
 def _written(gm: GraphModule, node: Node) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.roofline import time
@@ -144,8 +145,9 @@ def report_strides(gm: GraphModule) -> None:
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     for arg in output.args[0]:
         value = arg.meta.get("val") if isinstance(arg, Node) else None
-        strides = tuple(value.stride()) if isinstance(value, torch.Tensor) else None
-        context.output_strides.append(strides)
+        strides = tuple(value.stride()) if isinstance(value, torch.Tensor) else ()
+        told = strides and not free_unbacked_symbols(strides)  # AOTAutograd asks for their numbers
+        context.output_strides.append(strides if told else None)
 
 
 def exact_outputs(name: str) -> int | None:
@@ -190,6 +192,7 @@ def _unaligned(value: torch.Tensor) -> bool:
         and isinstance(value.stride(-2), int)
         and value.stride(-2) == width
         and width * value.element_size() % _ALIGNED != 0
+        and not free_unbacked_symbols(value.stride())  # which the backward could not be told
         and _is_large(value)
         and is_contiguous(value)
     )

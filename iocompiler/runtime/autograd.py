@@ -99,7 +99,8 @@ def _differentiable(
             args[position] = args[position].detach()
         taken = tuple(args)
         args.clear()
-        return apply(*taken)
+        with torch.enable_grad():  # the program may do so itself, around a part, under no_grad
+            return apply(*taken)
 
     return run
 

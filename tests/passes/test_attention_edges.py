@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.passes.attention_cases import Compiled
+from tests.passes.attention_cases import Compiled, heads
 
 
 def draw(*shape: int) -> Tensor:
@@ -178,6 +178,71 @@ def test_a_cache_of_keys() -> None:
 
     one, many = (2, 4, 1, 8), (2, 4, 9, 8)
     assert check(function, *(draw(*s) for s in (one, one, one, many, many))) == ["full"]
+
+
+def _filled(q, k, v):
+    held = k.new_empty(k.shape)
+    held[..., :4].copy_(k[..., :4])
+    held[..., 4:].copy_(k[..., 4:] * 2)
+    return (q @ held.mT).softmax(-1) @ v
+
+
+def _filled_and_transposed(q, k, v):
+    held = k.new_zeros(2, 7, 4, 8)
+    held[:, :3] = k.transpose(1, 2)[:, :3]
+    return (q @ held.transpose(1, 2).mT).softmax(-1) @ v
+
+
+def _cached(q, k, v):
+    k[:, :, 3:4], v[:, :, 3:4] = q[:, :, :1], q[:, :, 1:2]
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _filled_too_late(q, k, v):
+    held = k * 1.0
+    copied = held.repeat(1, 1, 1, 1)
+    held[..., :4].mul_(5)
+    return (q @ copied.mT).softmax(-1) @ v + held.sum()
+
+
+def _filled_behind_a_copy(q, k, v):
+    held = k * 1.0
+    copied = held.transpose(1, 2).contiguous()
+    held[..., :4].mul_(5)
+    return (q @ copied.transpose(1, 2).mT).softmax(-1) @ v + held.sum()
+
+
+def _filled_behind_repeated_heads(q, k, v):
+    held = k[:, :2] * 1.0
+    copied = held.repeat_interleave(2, 1)
+    held[:, 0].mul_(5)
+    return (q @ copied.mT).softmax(-1) @ v + held.sum()
+
+
+def _filled_between(q, k, v):
+    held = v * 1.0
+    p = (q @ k.mT).softmax(-1)
+    held[:, :, 0].mul_(3)
+    return p @ held
+
+
+@pytest.mark.parametrize(
+    ("function", "variants"),
+    [
+        *((f, ["full"]) for f in (_filled, _filled_and_transposed, _cached)),
+        *((f, []) for f in (_filled_too_late, _filled_behind_a_copy)),
+        *((f, []) for f in (_filled_behind_repeated_heads, _filled_between)),
+    ],
+)
+def test_memory_that_is_filled_in_place(function: Callable[..., Any], variants: list[str]) -> None:
+    """Before anything reads it, it may be; after a copy was made of it, the attention would read
+    what the copy does not have.
+    """
+    ours, theirs = ({n: x.detach().clone() for n, x in heads().items()} for _ in range(2))
+    compiled = Compiled(function)
+    torch.testing.assert_close(compiled(**ours), function(**theirs))
+    torch.testing.assert_close(ours, theirs)
+    assert compiled.variants == variants
 
 
 @pytest.mark.parametrize("library", [False, True])

@@ -77,6 +77,13 @@ FAMILIES = {
         {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 101, "max_seq_len": 32,
          "use_cache": False},
     ),
+    "DeepSeek V3": Family(  # its keys are put together in place, before anything reads them
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**WIDE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+         "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+         "first_k_dense_replace": 2, "use_cache": False},
+    ),
     "Qwen 3": Family("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "use_cache": False}),
     "GPT-J": Family(
         "GPTJForCausalLM",

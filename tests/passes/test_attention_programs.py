@@ -87,6 +87,11 @@ def clamped(q, k, v):
     return (q @ k.mT).clamp(-1.0, 2.0).softmax(-1) @ v
 
 
+def finite_after_all(q, k, v):
+    s = (q @ k.mT).masked_fill(above(q @ k.mT), float("-inf"))
+    return torch.max(s, torch.tensor(torch.finfo(s.dtype).min)).softmax(-1) @ v
+
+
 def rectified(q, k, v):
     return F.relu(q @ k.mT).pow(2).softmax(-1) @ v
 
@@ -167,6 +172,7 @@ def _only() -> list[Any]:
         (mask_to_zero, square),
         (mild_mask, cross),
         (clamped, square),
+        (finite_after_all, square),
         (rectified, square),
         (alibi, cross),
         (learned_slopes, {**square, "slopes": torch.rand(4).requires_grad_()}),

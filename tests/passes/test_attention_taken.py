@@ -175,6 +175,22 @@ def late_division(q, k, v):
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
+def by_hand_unsqueezed(q, k, v):
+    s = scores(q, k)
+    e = torch.exp(s - s.max(-1)[0][..., None])
+    return (e / e.sum(-1)[..., None]) @ v
+
+
+def late_division_unsqueezed(q, k, v):
+    e = torch.exp(scores(q, k))
+    return (e @ v) / e.sum(-1).unsqueeze(-1)
+
+
+def late_reciprocal(q, k, v):
+    e = torch.exp(scores(q, k))
+    return torch.einsum("bhij,bhjd->bhid", e, v) * e.sum(-1, keepdim=True).reciprocal()
+
+
 def by_logsumexp(q, k, v):
     s = scores(q, k)
     return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
@@ -341,6 +357,9 @@ def cases() -> list[Any]:
                 by_hand_max,
                 by_hand_unshifted,
                 late_division,
+                by_hand_unsqueezed,
+                late_reciprocal,
+                late_division_unsqueezed,
                 by_logsumexp,
                 by_log_softmax,
                 library,

@@ -29,6 +29,12 @@ def _expert(x: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, rows, x[rows].sin())
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x[(x[:, 0] > 0).nonzero().squeeze(1)]
+
+
+_SQUARE = torch.randn(6, 6)
+KEPT_ROWS = [(torch.randn(n, 6),) for n in (3, 4, 9)] + [(-torch.rand(4, 6),)]
 TABLES = [(torch.randn(n, m),) for n, m in ((3, 6), (4, 8), (5, 9))]
 KEPT = [*TABLES, (-torch.rand(4, 8),), (torch.rand(5, 5),)]  # none kept, all kept
 COUNTED = [(table, torch.tensor(n)) for n, (table,) in zip((2, 3, 5), TABLES, strict=True)]
@@ -40,6 +46,12 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[Tensor, ...]]]] = {
     "rows of an expert": (_expert, KEPT),
     "a number": (lambda x, n: x * n.item() + 1, COUNTED),
     "a number as a size": (lambda x, n: torch.ones(n.item(), device=x.device).sum() + x, COUNTED),
+    "rows through a softmax": (lambda x: (_rows(x) @ _SQUARE).softmax(-1).square(), KEPT_ROWS),
+    "rows concatenated": (lambda x: torch.cat([_rows(x), _rows(x) * 2]).sin(), KEPT_ROWS),
+    "rows as one of a batch": (
+        lambda x: torch.bmm(_rows(x)[None], _SQUARE[None] * x[0, 0]),
+        KEPT_ROWS,
+    ),
     "rows repeated": (lambda x, n: x.repeat_interleave(n, 0).sin(), REPEATED),
 }
 

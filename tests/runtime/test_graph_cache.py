@@ -163,6 +163,15 @@ def test_inference() -> None:
         found_again(mlp, torch.randn(4, 8), torch.randn(8, 6), torch.randn(6))
 
 
+def test_a_part_with_gradients_under_no_grad() -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return (x * w).sin()
+
+    with torch.no_grad():
+        found_again(f, grad(3), torch.randn(3))
+
+
 def test_an_input_is_overwritten() -> None:
     def f(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         z = x.mul_(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from iocompiler.ops.decomposed.arithmetic import cast, wide
 
@@ -16,7 +17,7 @@ def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     """
     result = torch.float32 if half_to_float else x.dtype
     x = wide(x).contiguous()  # as eager lays out its result
-    if x.numel() == 0:
+    if x.dim() and guard_or_false(x.shape[dim] == 0):  # rows that only a run counts are not asked
         return cast(x.exp(), result)
     powers = (x - x.amax(dim, keepdim=True)).exp()
     return cast(powers * powers.sum(dim, keepdim=True).reciprocal(), result)

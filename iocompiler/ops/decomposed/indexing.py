@@ -132,7 +132,15 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return result
 
 
+def negated(x: Tensor) -> Tensor:
+    """aten._neg_view (the imaginary part of a lazy conjugate) says that memory holds the negatives
+    of the values, which kernels would not know.
+    """
+    return -x
+
+
 DECOMPOSITIONS = {
+    aten._neg_view.default: negated,
     aten.take.default: take,
     aten.scatter.value: scatter_value,
     aten.scatter.src: scatter_src,

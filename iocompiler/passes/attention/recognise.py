@@ -28,6 +28,7 @@ from iocompiler.passes.attention.rows import Softmax
 
 aten = torch.ops.aten
 _CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+_JOINS = (aten.cat.default, aten.pad.default, aten.constant_pad_nd.default)
 _NEAR = 4  # this far before a contraction a softmax is looked for to name what is in the way
 
 
@@ -92,6 +93,15 @@ def _softmax_near(node: Node, far: int = _NEAR) -> bool:
     return any(_softmax_near(read, far - 1) for read in node.all_input_nodes)
 
 
+def _widened(node: Node, far: int = _NEAR) -> bool:
+    """Whether scores, and what is put beside them, are near behind a node."""
+    if node.op != "call_function" or far == 0:
+        return False
+    if node.target in _JOINS:
+        return any(scores.read(part) is not None for part in node.all_input_nodes)
+    return any(_widened(read, far - 1) for read in node.all_input_nodes)
+
+
 def _from_scores(softmax: Softmax | None) -> bool:
     try:
         return softmax is not None and scores.read(softmax.scores) is not None
@@ -106,6 +116,8 @@ def _attention(
     if program is None:
         if _softmax_near(found.softmax.scores):
             raise Declined("a softmax of a softmax")
+        if _widened(found.softmax.scores):
+            raise Declined("the softmax is over more than the scores, such as a sink beside them")
         return None
     first, dims = program.contraction, resolved(program.dims)
     column = _column(dims, found.softmax.dim)
@@ -176,10 +188,10 @@ def _end(node: Node, softmax: Softmax) -> tuple[Node, tuple[Node, ...]]:
     if softmax.total is None or softmax.total in softmax.nodes[:-1]:
         return node, ()
     for user in node.users:
-        divides = user.target is aten.div.Tensor and user.args == (node, softmax.total)
+        top, bottom, between = rows.quotient(user) or (None, None, ())
         same_rank = len(views.shape(node)) == len(views.shape(softmax.total))
-        if divides and not user.kwargs and same_rank:
-            return user, (user,)
+        if top is node and bottom is softmax.total and same_rank:
+            return user, (*between, user)
     raise Declined("the powers of the scores are not divided by their sums")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TypeAlias
 
 from torch.fx import GraphModule, Node
 
@@ -20,10 +23,12 @@ from iocompiler.passes.attention import (
     seeds,
     strides,
 )
-from iocompiler.passes.attention.description import Attention, Declined
+from iocompiler.passes.attention.description import Attention, Declined, Operand
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
 from iocompiler.passes.attention.scored import ScoredCall
+
+Roots: TypeAlias = Mapping[Node, frozenset[Node]]
 
 _PATTERN = "attention"
 
@@ -113,15 +118,38 @@ def _check_alone(gm: GraphModule, found: Attention) -> None:
         return
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     roots = view.roots(gm)
-    read = [node for operand in (found.query, found.key, found.value) for node, _ in operand.stages]
-    held = [getattr(each, "of", each) for step in found.steps for each in vars(step).values()]
-    read += [each for each in held if isinstance(each, Node)]
-    storages = frozenset().union(*(roots[node] for node in read))
-    start, end = min(order[node] for node in (*read, *found.interior)), order[found.anchor]
+    start, end = min(order[node] for node in found.interior), order[found.anchor]
+    looked = _looked(found, roots)
     for node in writes:
         written = frozenset().union(*(roots[target] for target in view.mutates(node)))
-        if start <= order[node] <= end and written & storages:
+        since = [order[each] for each, memory in looked if written & memory]
+        read = since or written & _storages(found, roots)
+        if read and min([*since, start]) <= order[node] <= end:
             raise Declined(f"{view.where(node) or node.name} writes what the attention reads")
         if order[node] > end and written & roots[found.anchor]:
             # our backward reads the output, that of a product does not
             raise Declined(f"{view.where(node) or node.name} writes into the output")
+
+
+def _storages(found: Attention, roots: Roots) -> frozenset[Node]:
+    """Those the operands lie in."""
+    return frozenset().union(*(roots[each.stages[-1][0]] for each in _operands(found)))
+
+
+def _looked(found: Attention, roots: Roots) -> list[tuple[Node, frozenset[Node]]]:
+    """The nodes that have looked at memory which the attention will read, and at which: all that
+    the operands are views or copies of, and the masks. What makes an operand's memory looks at
+    nothing: that may be filled (a cache of keys) before anything does.
+    """
+    looked: list[tuple[Node, frozenset[Node]]] = []
+    for operand in _operands(found):
+        nodes = [node for node, _ in operand.stages]
+        looked += [(node, roots[node] | roots[of]) for node, of in pairwise(nodes)]
+        if roots[nodes[-1]] != {nodes[-1]}:
+            looked.append((nodes[-1], roots[nodes[-1]]))
+    held = [getattr(each, "of", each) for step in found.steps for each in vars(step).values()]
+    return looked + [(each, roots[each]) for each in held if isinstance(each, Node)]
+
+
+def _operands(found: Attention) -> tuple[Operand, ...]:
+    return found.query, found.key, found.value

@@ -42,15 +42,15 @@ def read(node: Node) -> Softmax | None:
     if node.target in _SOFTMAX:
         scores: Any = node.args[0]
         return Softmax(node, scores, _dim(node, node.args[1]), (node,))
-    quotient = _quotient(node)
-    if quotient is not None:
-        top, bottom, between = quotient
-        total = _sum_of(bottom, top)
+    divided = quotient(node)
+    if divided is not None:
+        top, bottom, between = divided
+        totals = _totals(bottom, top)
         powers = _powers(top)
-        if total is not None and powers is not None and _kept(total):
-            found = _over(powers, total)
+        if totals and powers is not None:
+            found = _over(powers, totals[0])
             return found and Softmax(
-                node, found.scores, found.dim, (*found.nodes, total, *between, node)
+                node, found.scores, found.dim, (*found.nodes, *totals, *between, node)
             )
         return None
     if node.target is aten.exp.default:
@@ -63,14 +63,16 @@ def late(node: Node) -> Softmax | None:
     powers = _powers(node)
     if powers is None:
         return None
-    totals = [user for user in node.users if user.target is aten.sum.dim_IntList]
-    if len(totals) != 1:
+    sums = [user for user in node.users if user.target is aten.sum.dim_IntList]
+    if len(sums) != 1:
         return None
+    last = sums[0] if _keepdim(sums[0]) or len(sums[0].users) != 1 else next(iter(sums[0].users))
+    totals = _totals(last, node) or (sums[0],)
     found = _over(powers, totals[0])
-    return found and Softmax(node, found.scores, found.dim, (*found.nodes, totals[0]), totals[0])
+    return found and Softmax(node, found.scores, found.dim, (*found.nodes, *totals), totals[-1])
 
 
-def _quotient(node: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
+def quotient(node: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
     """Numerator and denominator of a division, also of a product with a reciprocal."""
     if node.target is aten.div.Tensor and len(node.args) == 2 and not node.kwargs:
         top, bottom = node.args
@@ -139,14 +141,19 @@ def _keepdim(node: Node) -> bool:
     return bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
 
 
-def _sum_of(node: Node, powers: Node) -> Node | None:
-    if node.target is aten.sum.dim_IntList and node.args[0] is powers:
-        return node
-    return None
-
-
-def _kept(total: Node) -> bool:
-    return _keepdim(total)
+def _totals(node: Node, powers: Node) -> tuple[Node, ...]:
+    """The nodes by which ``node`` is the sum of the powers over one dim, which it keeps: also by
+    inserting it again. Empty where it is no such sum.
+    """
+    inserted = (node,) if node.target is aten.unsqueeze.default else ()
+    total: Any = node.args[0] if inserted else node
+    if total.target is not aten.sum.dim_IntList or total.args[0] is not powers:
+        return ()
+    if not inserted:
+        return (total,) if _keepdim(total) else ()
+    over = [int(dim) % len(shape(powers)) for dim in total.args[1] or ()]
+    again = over == [int(node.args[1]) % len(shape(node))]  # type: ignore[arg-type]
+    return (total, node) if again and not _keepdim(total) else ()
 
 
 def _over(powers: _Powers, total: Node) -> Softmax | None:

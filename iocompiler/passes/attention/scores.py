@@ -31,6 +31,8 @@ _DIV = (aten.div.Tensor, aten.div.Scalar)
 _CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device)
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _WHERES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+_MAXIMA = (aten.max.other, aten.maximum.default)
+_LEAST = -1e30  # and below: what hides a score
 _UNARY = (
     aten.tanh.default,
     aten.neg.default,
@@ -80,6 +82,8 @@ def read(node: Node, fuel: int = _LONGEST) -> Scores | None:
         return _binary(node, fuel - 1)
     if node.target in _WHERES:
         return _where(node, fuel - 1)
+    if node.target in _MAXIMA:
+        return _bounded(node, fuel - 1)
     source = node.args[0] if node.args else None
     if not isinstance(source, Node) or not _is_tensor(source):
         return None
@@ -166,6 +170,21 @@ def _where(node: Node, fuel: int) -> Scores | None:
             scores = read(source, fuel)
             if scores is not None:
                 return _fill(scores, node, condition, value, keep=keep)
+    return None
+
+
+def _bounded(node: Node, fuel: int) -> Scores | None:
+    """Scores that are finite after all: the maximum of them and the least number there is. Of other
+    numbers the gradient of a maximum is shared where both are equal, which a clamp's is not.
+    """
+    for source, least in (node.args, node.args[::-1]):
+        scores = read(source, fuel) if isinstance(source, Node) else None
+        if scores is None:
+            continue
+        number = constant(least)
+        if number is None or number > _LEAST:
+            raise Declined("the maximum of the scores and of others")
+        return scores.then(node, Pointwise(aten.clamp_min.default, (number,)))
     return None
 
 
