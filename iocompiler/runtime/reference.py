@@ -23,6 +23,7 @@ from iocompiler.plan.data import (
     Region,
     ViewStep,
 )
+from iocompiler.runtime.last_reader import is_last_reader
 from iocompiler.runtime.values import (
     found_sizes,
     fresh,
@@ -81,8 +82,12 @@ def operator_named(target: str) -> Any:
 
 
 def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
+    over = dict(step.over) if step.over and is_last_reader() else {}
     for name, spec in step.outputs:
-        values[name] = fresh(spec, sizes, CPU)
+        if name in over:
+            values[name] = _view(ViewStep(name, over[name], spec), values[over[name]], sizes)
+        else:
+            values[name] = fresh(spec, sizes, CPU)
     run(step.program, _buffers(step.program, step.args, values, sizes), sizes, step.schedule)
 
 
