@@ -148,8 +148,6 @@ class Body:
             lines.append("args.clear()")
         if any(isinstance(step, (KernelStep, MatmulStep, BatchStep)) for step in plan.steps):
             lines.append("stream = current_stream()")
-        if any(isinstance(step, KernelStep) and step.over for step in plan.steps):
-            lines.append("last = is_last_reader()")
         self._emit(lines, set(variables))
 
     def _found_sizes(self, spec: TensorSpec | None, variable: str) -> list[str]:
@@ -170,7 +168,8 @@ class Body:
             if name in over:
                 given = self._names.of[over[name]]
                 shape, stride = tuple_text(spec.shape), tuple_text(spec.stride)
-                made = f"reinterpret({given}, {shape}, {stride}, 0) if last else {made}"
+                shown = f"reinterpret({given}, {shape}, {stride}, 0)"
+                made = f"{shown} if is_last_reader({given}) else {made}"
                 variables.add(given)
             lines.append(f"{self._names.add(name)} = {made}")
         launcher = self._launchers.launcher(step, self._signature(step))
