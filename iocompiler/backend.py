@@ -285,8 +285,8 @@ class _Walk:
         return engines.boxed(runs.__call__)
 
     def _left_alone(self, backward: GraphModule, handed_over: Mapping[str, int]) -> frozenset[str]:
-        """The inputs of a backward that it may write over. Where a CUDA graph is recorded, none: its
-        memory is the graph's own.
+        """The inputs that a backward may write over: none where CUDA graphs are recorded, whose
+        memory is their own.
         """
         forward = self.compilation.plans.get("forward")
         failed = any(lost.region == "forward" for lost in self.compilation.fallbacks)

@@ -129,7 +129,9 @@ class _Memory:
         self._specs |= made(step)
         match step:
             case KernelStep() | MatmulStep() | BatchStep():
-                self._made(step.outputs)
+                over = dict(step.over) if isinstance(step, KernelStep) else {}
+                self._roots |= {name: self._root(of) for name, of in over.items()}
+                self._made([each for each in step.outputs if each[0] not in over])
                 members = step.members if isinstance(step, BatchStep) else ((step.args, 0),)
                 names = [name for args, _ in members for name in args]
                 return {self._root(n) for n in (*names, *(n for n, _ in step.outputs))}

@@ -6,18 +6,22 @@ from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+_USES: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
+
+
 def is_last_reader(x: Tensor, others: int = 0) -> bool:
     """True in a backward whose graph is not kept, where nobody else has the tensor or its memory.
 
-    A graph is kept under ``retain_graph=True`` and ``create_graph=True``. Outside of autograd, where
-    somebody calls a backward by hand or a generated file is run by itself, it counts as kept; and so
-    it does while a CUDA graph is recorded, which replays without autograd. Others may have what
-    hooks on saved tensors have seen (`torch.autograd.graph.saved_tensors_hooks`).
+    A graph is kept under ``retain_graph=True`` and ``create_graph=True``. It counts as kept outside
+    of autograd, where somebody calls a backward by hand or runs a generated file, and while a CUDA
+    graph is recorded, which replays without autograd. Others may have what hooks on saved tensors
+    have seen (`torch.autograd.graph.saved_tensors_hooks`).
 
     Args:
         x: what one variable of the caller's holds.
@@ -25,17 +29,22 @@ def is_last_reader(x: Tensor, others: int = 0) -> bool:
     """
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return False
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if _is_recorded():
         return False
     objects, *memory = _references(x)
     alone, *own = _of_one_variable()
     return objects - others <= alone and memory == own
 
 
+def _is_recorded() -> bool:
+    cuda: Any = torch.cuda
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
+
+
 def _references(x: Tensor) -> tuple[int, int, int]:
     """To the Python object, to the tensor behind it, to its storage."""
-    storage = x.untyped_storage()
-    return sys.getrefcount(x), x._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    storage, tensor = x.untyped_storage(), _USES(x)
+    return sys.getrefcount(x), tensor, torch._C._storage_Use_Count(storage._cdata)
 
 
 @functools.cache

@@ -24,9 +24,11 @@ from iocompiler.plan.data import KernelStep
 from iocompiler.runtime.last_reader import is_last_reader
 from tests.compiling import compiled
 from tests.passes.test_linear_cross_entropy import PIPELINE
+from tests.runtime.text_engine import TextEngine
 
 T, D, V = 12, 8, 50
 Run = Callable[..., Tensor]
+Made = Callable[..., tuple[Any, Run, list[Compilation]]]
 
 
 class Head(nn.Module):
@@ -55,11 +57,18 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-def made(model: type[nn.Module] = Head, **options: Any) -> tuple[Any, Run, list[Compilation]]:
-    torch.manual_seed(0)
-    module = model()
-    run, records = compiled(module, PIPELINE, engine="reference", cache=False, **options)
-    return module, run, records
+@pytest.fixture(params=["reference", "text"])
+def made(request: pytest.FixtureRequest) -> Made:
+    """Compiles a model for an engine: the reference, or the emitted file's own way."""
+
+    def make(model: type[nn.Module] = Head, **options: Any) -> tuple[Any, Run, list[Compilation]]:
+        torch.manual_seed(0)
+        module = model()
+        engine = "reference" if request.param == "reference" else TextEngine()
+        run, records = compiled(module, PIPELINE, **{"engine": engine, "cache": False, **options})
+        return module, run, records
+
+    return make
 
 
 def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -94,7 +103,7 @@ def over(records: list[Compilation]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("model", [Head, Tied])
 @pytest.mark.parametrize("g", [1.0, 0.37])
-def test_a_gradient_is_what_was_saved(model: type[nn.Module], g: float) -> None:
+def test_a_gradient_is_what_was_saved(made: Made, model: type[nn.Module], g: float) -> None:
     module, run, records = made(model)
     loss = run(*batch())
     saved = places(loss)
@@ -104,7 +113,7 @@ def test_a_gradient_is_what_was_saved(model: type[nn.Module], g: float) -> None:
     check(module, expected(module, lambda m: m(*batch()) * g))
 
 
-def test_numbers_are_those_of_a_new_tensor() -> None:
+def test_numbers_are_those_of_a_new_tensor(made: Made) -> None:
     module, run, _ = made()
     for g in (1.0, 0.37, float("inf"), 0.0):
         loss, leaves = run(*batch()), list(module.parameters())
@@ -115,7 +124,7 @@ def test_numbers_are_those_of_a_new_tensor() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_graph_that_is_freed_cannot_be_run_again() -> None:
+def test_a_graph_that_is_freed_cannot_be_run_again(made: Made) -> None:
     module, run, _ = made()
     loss = run(*batch())
     loss.backward()
@@ -124,7 +133,7 @@ def test_a_graph_that_is_freed_cannot_be_run_again() -> None:
     check(module, expected(module, lambda m: m(*batch())))
 
 
-def test_a_graph_that_is_kept_is_as_it_was() -> None:
+def test_a_graph_that_is_kept_is_as_it_was(made: Made) -> None:
     module, run, _ = made()
     run(*batch()).backward()  # one that is not kept comes first
     module.zero_grad()
@@ -138,7 +147,7 @@ def test_a_graph_that_is_kept_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("kept", [None, False])
-def test_create_graph(kept: bool | None) -> None:
+def test_create_graph(made: Made, kept: bool | None) -> None:
     module, run, _ = made()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a cycle
@@ -150,20 +159,20 @@ def test_create_graph(kept: bool | None) -> None:
 
 
 @pytest.mark.parametrize("model", [Head, Tied])
-def test_gradients_add_up(model: type[nn.Module]) -> None:
+def test_gradients_add_up(made: Made, model: type[nn.Module]) -> None:
     module, run, _ = made(model)
     for seed in range(3):
         (run(*batch(seed)) / 3).backward()
     check(module, expected(module, *(lambda m, s=s: m(*batch(s)) / 3 for s in range(3))))
 
 
-def test_two_losses_in_one_backward() -> None:
+def test_two_losses_in_one_backward(made: Made) -> None:
     module, run, _ = made()
     (run(*batch(0)) + 2 * run(*batch(1))).backward()
     check(module, expected(module, lambda m: m(*batch(0)), lambda m: 2 * m(*batch(1))))
 
 
-def test_hooks_on_a_parameter() -> None:
+def test_hooks_on_a_parameter(made: Made) -> None:
     module, run, _ = made()
     seen: list[Tensor] = []
     module.head.weight.register_hook(seen.append)
@@ -180,7 +189,7 @@ def test_hooks_on_a_parameter() -> None:
         torch.testing.assert_close(each, wanted[2])
 
 
-def test_a_gradient_halved_by_a_hook() -> None:
+def test_a_gradient_halved_by_a_hook(made: Made) -> None:
     module, run, _ = made()
     handle = module.head.weight.register_hook(lambda g: g / 2)
     run(*batch()).backward()
@@ -189,7 +198,7 @@ def test_a_gradient_halved_by_a_hook() -> None:
     torch.testing.assert_close(module.head.weight.grad, wanted[2] / 2)
 
 
-def test_what_hooks_have_seen_is_left_alone() -> None:
+def test_what_hooks_have_seen_is_left_alone(made: Made) -> None:
     module, run, _ = made()
     held: list[Tensor] = []
 
@@ -207,7 +216,7 @@ def test_what_hooks_have_seen_is_left_alone() -> None:
     check(module, expected(module, lambda m: m(*batch()) * 0.37))
 
 
-def test_saved_on_the_cpu() -> None:
+def test_saved_on_the_cpu(made: Made) -> None:
     module, run, _ = made()
     with save_on_cpu():
         loss = run(*batch())
@@ -216,7 +225,7 @@ def test_saved_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_in_a_checkpoint(reentrant: bool) -> None:
+def test_in_a_checkpoint(made: Made, reentrant: bool) -> None:
     module, run, _ = made()
     x, y = batch()
     x.requires_grad_()
@@ -225,7 +234,7 @@ def test_in_a_checkpoint(reentrant: bool) -> None:
     check(module, expected(module, lambda m: m(*batch()) * 0.37))
 
 
-def test_under_compiled_autograd() -> None:
+def test_under_compiled_autograd(made: Made) -> None:
     module, run, _ = made()
     loss = run(*batch())
 
@@ -238,7 +247,7 @@ def test_under_compiled_autograd() -> None:
 
 
 def test_under_a_transform() -> None:
-    module, _, _ = made()
+    module = Head()
     parameters = {name: p.detach() for name, p in module.named_parameters()}
 
     def gradients(p: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -258,8 +267,8 @@ def test_it_is_nobodys_last_outside_of_autograd() -> None:
     assert not is_last_reader(torch.empty(1))
 
 
-def test_a_backward_by_hand() -> None:
-    module, run, _ = made()
+def test_a_backward_by_hand(made: Made) -> None:
+    _, run, _ = made()
     loss = run(*batch())
     saved = [t.clone() for t in loss.grad_fn.saved_tensors]  # type: ignore[union-attr]
     first = loss.grad_fn.apply(torch.tensor(0.37))  # type: ignore[union-attr]
@@ -293,8 +302,102 @@ def test_activations_are_written_over_too() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(f(*given), given))
 
 
-def test_cuda_graphs_keep_what_is_theirs() -> None:
+def test_a_graph_from_the_cache(made: Made) -> None:
+    """It runs under an autograd function of ours."""
+    for _ in range(2):
+        torch._dynamo.reset()
+        module, run, records = made(engine=TextEngine(), cache=True)
+        loss = run(*batch())
+        saved = places(loss)
+        loss.backward(torch.tensor(0.37), retain_graph=True)
+        assert weight(module).grad.data_ptr() not in saved  # type: ignore[union-attr]
+        module.zero_grad()
+        loss.backward(torch.tensor(0.37))
+        assert weight(module).grad.data_ptr() in saved  # type: ignore[union-attr]
+        check(module, expected(module, lambda m: m(*batch()) * 0.37))
+    assert records[0].cache == "found"
+
+
+def test_cuda_graphs_keep_what_is_theirs(made: Made) -> None:
     module, run, records = made(mode="reduce-overhead")
     run(*batch()).backward()
     assert not over(records)
     check(module, expected(module, lambda m: m(*batch())))
+
+
+class Wide(nn.Module):
+    """A head whose weight takes 32 MiB in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(512), nn.Linear(512, 1 << 15, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.norm(x)).float(), y)
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> tuple[Wide, Run, tuple[Tensor, Tensor]]:
+    """On a GPU, as it is used."""
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = Wide().to("cuda", torch.bfloat16)
+    run, _ = compiled(module, engine="auto")
+    x = torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16)
+    return module, run, (x, torch.randint(0, 1 << 15, (4096,), device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("g", [1.0, 0.37])
+def test_the_same_bits_on_a_gpu(wide: tuple[Wide, Run, tuple[Tensor, Tensor]], g: float) -> None:
+    module, run, given = wide
+    leaves, number = list(module.parameters()), torch.tensor(g, device="cuda")
+    loss = run(*given)
+    saved = places(loss)
+    kept = torch.autograd.grad(loss, leaves, number, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, number, retain_graph=True)
+    assert not saved & {each.data_ptr() for each in (*kept, *again)}
+    loss.backward(number)
+    assert module.head.weight.grad is not None
+    assert module.head.weight.grad.data_ptr() in saved
+    for parameter, one, other in zip(leaves, kept, again, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, one)
+        assert torch.equal(parameter.grad, other)
+
+
+@pytest.mark.gpu
+def test_a_weights_gradient_less_on_a_gpu(wide: tuple[Wide, Run, tuple[Tensor, Tensor]]) -> None:
+    module, run, given = wide
+
+    def peak(kept: bool) -> int:
+        module.zero_grad()
+        loss = run(*given)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss.backward(retain_graph=kept)
+        return torch.cuda.max_memory_allocated() - before
+
+    size = module.head.weight.numel() * 2
+    for kept in (False, True):
+        peak(kept)  # what is loaded once
+    assert peak(True) - peak(False) >= size
+
+
+@pytest.mark.gpu
+def test_while_a_cuda_graph_is_recorded(wide: tuple[Wide, Run, tuple[Tensor, Tensor]]) -> None:
+    module, run, given = wide
+    leaves = list(module.parameters())
+    wanted = torch.autograd.grad(run(*given), leaves)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(run(*given), leaves)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(run(*given), leaves)
+    for _ in range(2):
+        graph.replay()
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
