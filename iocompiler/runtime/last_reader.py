@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _USES: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 
