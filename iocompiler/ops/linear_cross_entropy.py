@@ -7,8 +7,9 @@
 
 Rows are worked off in chunks (`linear_cross_entropy_chunks.py`). For "mean" and "sum" the forward
 computes the gradients too, those of the loss itself, chunk by chunk, and the backward multiplies
-them by the loss's gradient, which nearly always is 1: three matrix products in all. For "none", each row has a gradient of its own and the backward computes the logits again.
-Where nothing needs a gradient, only losses are computed.
+them by the loss's own, which nearly always is 1: three matrix products in all. For "none", each row
+has a gradient of its own and the backward computes the logits again. Where nothing needs a
+gradient, only losses are computed.
 
 `iocompiler::linear_cross_entropy_and_logits` also returns x @ weight.T + bias, for programs that
 keep it: the same pass over the rows puts it in its place.

@@ -22,6 +22,7 @@ from iocompiler.compilation import Compilation
 from iocompiler.plan import inplace
 from iocompiler.plan.data import KernelStep
 from iocompiler.runtime.last_reader import is_last_reader
+from iocompiler.tile.scaling import scaling
 from tests.compiling import compiled
 from tests.passes.test_linear_cross_entropy import PIPELINE
 from tests.runtime.text_engine import TextEngine
@@ -111,6 +112,73 @@ def test_a_gradient_is_what_was_saved(made: Made, model: type[nn.Module], g: flo
     assert weight(module).grad.data_ptr() in saved  # type: ignore[union-attr]
     assert over(records)
     check(module, expected(module, lambda m: m(*batch()) * g))
+
+
+class Both(Head):
+    """Returns its logits too, which nobody differentiates: the backward is compiled late."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits, y), logits
+
+
+def test_beside_logits(made: Made) -> None:
+    module, run, _ = made(Both)
+    loss, _ = run(*batch())
+    saved = places(loss)
+    loss.backward()
+    assert weight(module).grad.data_ptr() in saved  # type: ignore[union-attr]
+    check(module, expected(module, lambda m: m(*batch())[0]))
+
+
+def mean(z: Tensor, y: Tensor, n: Tensor) -> Tensor:
+    return F.cross_entropy(z, y)
+
+
+def over_a_count(z: Tensor, y: Tensor, n: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, reduction="sum") / n
+
+
+def over_a_number(z: Tensor, y: Tensor, n: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, label_smoothing=0.1) / 4
+
+
+def mean_of_rows(z: Tensor, y: Tensor, n: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, reduction="none").mean()
+
+
+def of_weighted_classes(z: Tensor, y: Tensor, n: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, weight=torch.arange(1.0, V + 1))
+
+
+@pytest.mark.parametrize(
+    "loss", [mean, over_a_count, over_a_number, mean_of_rows, of_weighted_classes]
+)
+def test_a_loss_by_itself_has_nothing_to_multiply_by(loss: Callable[..., Tensor]) -> None:
+    """The gradient made in the forward meets the loss's own, as it comes, and nothing else."""
+
+    def f(x: Tensor, w: Tensor, y: Tensor, n: Tensor) -> Tensor:
+        return loss(F.linear(x, w), y, n)
+
+    x, y = batch()
+    w, n = torch.randn(V, D, requires_grad=True), torch.tensor(9)
+    run, records = compiled(f, PIPELINE, engine="reference", cache=False)
+    ours, theirs = (torch.autograd.grad(g(x, w, y, n), w)[0] for g in (run, f))
+    torch.testing.assert_close(ours, theirs)
+    plan = records[0].plans["backward"]
+    (step,) = (step for step in plan.steps if isinstance(step, KernelStep))
+    assert scaling(step.program) is not None
+    assert step.args[1].startswith("tangents")
+
+
+def test_nothing_over_no_count_is_nan() -> None:
+    def f(x: Tensor, w: Tensor, y: Tensor, n: Tensor) -> Tensor:
+        return over_a_count(F.linear(x, w), y, n)
+
+    x, y = batch()
+    w = torch.randn(V, D, requires_grad=True)
+    run, _ = compiled(f, PIPELINE, engine="reference", cache=False)
+    assert run(x, w, torch.full_like(y, -100), torch.tensor(0)).isnan()
 
 
 def test_numbers_are_those_of_a_new_tensor(made: Made) -> None:
