@@ -215,15 +215,18 @@ class _Walk:
     def _differentiate(self, graph: GraphModule, inputs: Sequence[Any], place: Slot) -> Compiled:
         """AOTAutograd, which hands back functional graphs with nothing but tensors in and out."""
         optional: list[int] = []
+        handed_over: dict[str, int] = {}
 
         def forward(flat: GraphModule, given: Sequence[Any]) -> Boxed:
             optional[:] = tangents.optional(flat)
+            handed_over.update(view.results(flat))  # by the names they have before passes
             run = self._run_flat(flat, given, "forward")
             place.add("forward", flat, run)
             return run
 
         def backward(flat: GraphModule, given: Sequence[Any]) -> Boxed:
-            return self._backward(flat, given, place, bool(optional))
+            tangents.keep_graphs()
+            return self._backward(flat, given, place, bool(optional), handed_over)
 
         def inference(flat: GraphModule, given: Sequence[Any]) -> Boxed:
             run = self._run_flat(flat, given, "inference")
@@ -269,18 +272,27 @@ class _Walk:
         self.pipeline.stage("flat").run(flat, start=name)
 
     def _backward(
-        self, flat: GraphModule, inputs: Sequence[Any], place: Slot, optional: bool
+        self,
+        flat: GraphModule,
+        inputs: Sequence[Any],
+        place: Slot,
+        optional: bool,
+        handed_over: Mapping[str, int],
     ) -> Boxed:
         """The backward; where tangents are ``optional``, compiled when it is first known which of
         them come.
+
+        Args:
+            handed_over: the results of the forward by name, among them what the backward takes.
         """
+        own = self._left_alone(flat, handed_over)
 
         def compiled(absent: tangents.Absent) -> Boxed:
             with self._undisturbed():
                 graph, given = (
                     tangents.without(flat, inputs, absent) if optional else (flat, inputs)
                 )
-                run = self._run_flat(graph, given, "backward", late=optional)
+                run = self._run_flat(graph, given, "backward", late=optional, own=own)
                 place.add_backward(flat, absent, run)
             return run
 
@@ -290,19 +302,39 @@ class _Walk:
         runs = tangents.Backward(tangents.of(flat), lambda absent: resumed(compiled, absent))
         return engines.boxed(runs.__call__)
 
+    def _left_alone(self, backward: GraphModule, handed_over: Mapping[str, int]) -> frozenset[str]:
+        """The inputs that a backward may write over: none where CUDA graphs are recorded, whose
+        memory is their own.
+        """
+        forward = self.compilation.plans.get("forward")
+        failed = any(lost.region == "forward" for lost in self.compilation.fallbacks)
+        if forward is None or failed or self.options.mode == "reduce-overhead":
+            return frozenset()
+        from iocompiler.plan.donated import donated
+        from iocompiler.plan.peak import taken
+
+        return donated(forward, taken(backward, handed_over))
+
     def _run_flat(
-        self, flat: GraphModule, inputs: Sequence[Any], name: str, late: bool = False
+        self,
+        flat: GraphModule,
+        inputs: Sequence[Any],
+        name: str,
+        late: bool = False,
+        own: frozenset[str] = frozenset(),
     ) -> Boxed:
         if self.options.engine == "aten":
             return engines.aten(flat)
 
         def step() -> Boxed:
             with tangents.no_new_guards() if late else nullcontext():
-                return self._plan(flat, inputs, name)
+                return self._plan(flat, inputs, name, own)
 
         return self._try(name, step) or engines.aten(flat)
 
-    def _plan(self, flat: GraphModule, inputs: Sequence[Any], name: str) -> Boxed:
+    def _plan(
+        self, flat: GraphModule, inputs: Sequence[Any], name: str, own: frozenset[str]
+    ) -> Boxed:
         # a CPU graph never needs the planner
         from iocompiler.plan.build import build_plan
         from iocompiler.plan.fallbacks import check_fallbacks
@@ -317,7 +349,7 @@ class _Walk:
         plan = build_plan(flat, device, name)
         if self.options.no_fallback is not None:
             check_fallbacks(plan, flat, self.options.no_fallback)
-        plan, measured, run = engines.scheduled(plan, flat, self.options, name)
+        plan, measured, run = engines.scheduled(plan, flat, self.options, name, own)
         if measured:
             self.compilation.tuned[label] = measured
         self.compilation.plans[label] = plan

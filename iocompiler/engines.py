@@ -4,7 +4,7 @@ tests, aten last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -84,10 +84,13 @@ def by_price(plan: Plan, gm: GraphModule, options: Options) -> Plan:
 
 
 def scheduled(
-    plan: Plan, gm: GraphModule, options: Options, name: str
+    plan: Plan, gm: GraphModule, options: Options, name: str, donated: Collection[str] = ()
 ) -> tuple[Plan, tuple[Measured, ...], Boxed]:
     """The plan as it runs, what was measured, and what runs it: with the schedules of the plan
     file where that has the graph, else as `tuned` chooses, which then goes into the file.
+
+    Args:
+        donated: as of `plan.inplace.in_place`.
 
     Raises:
         BadPlanFile: the file cannot be replayed.
@@ -98,18 +101,18 @@ def scheduled(
 
     if not options.plan:
         chosen, measured = tuned(plan, gm, options)
-        chosen = in_place(chosen)
+        chosen = in_place(chosen, donated)
         return chosen, measured, load(chosen, gm, options, name)
     file, device = PlanFile(Path(options.plan)), device_row(gm, options).name
     replayed_plan = file.replayed(plan, name, device)
     if replayed_plan is not None:
         try:
-            replayed_plan = in_place(replayed_plan)
+            replayed_plan = in_place(replayed_plan, donated)
             return replayed_plan, (), load(replayed_plan, gm, options, name)
         except Exception as error:
             raise file.refused(name, error) from error
     chosen, measured = tuned(plan, gm, options)
-    settled = in_place(chosen)
+    settled = in_place(chosen, donated)
     run = load(settled, gm, options, name)
     file.add(chosen, plan, name, device)
     return settled, measured, run

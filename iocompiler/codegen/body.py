@@ -162,8 +162,16 @@ class Body:
     def _kernel(self, step: KernelStep | MatmulStep) -> None:
         lines = [f"# {', '.join(step.where)}"] if step.where else []
         variables: set[str] = set()
+        over = dict(step.over) if isinstance(step, KernelStep) else {}
         for name, spec in step.outputs:
-            lines.append(f"{self._names.add(name)} = {self._empty(spec)}")
+            made = self._empty(spec)
+            if name in over:
+                given = self._names.of[over[name]]
+                shape, stride = tuple_text(spec.shape), tuple_text(spec.stride)
+                shown = f"reinterpret({given}, {shape}, {stride}, 0)"
+                made = f"{shown} if is_last_reader({given}) else {made}"
+                variables.add(given)
+            lines.append(f"{self._names.add(name)} = {made}")
         launcher = self._launchers.launcher(step, self._signature(step))
         arguments = ["stream", *map(size_text, launcher.grid)]
         for buffer, name in zip(step.buffers, step.args, strict=True):

@@ -44,7 +44,7 @@ _SETUP = """\
 # %% call
 {imports}import torch
 
-{operators}from iocompiler.runtime.module import open_module
+{operators}{readers}from iocompiler.runtime.module import open_module
 
 module = open_module(__file__, globals(), "{device}")
 empty, reinterpret, laid_out, current_stream = module.tools()
@@ -52,6 +52,8 @@ empty, reinterpret, laid_out, current_stream = module.tools()
 
 # another process may know none of our operators
 _OURS = "from iocompiler.ops.registered import function\n"
+
+_READERS = "from iocompiler.runtime.last_reader import is_last_reader\n"
 
 _MAIN = """\
 if __name__ == "__main__":
@@ -96,7 +98,13 @@ def emit_module(plan: Plan, name: str) -> str:
     imports = "import math\n\n" if any("math." in text for text in functions) else ""
     made = shared.globals + [k.registration for k in kernels.launchers.values()]
     ours = any(' = function("' in line for line in made)
-    setup = _SETUP.format(device=plan.device, imports=imports, operators=_OURS if ours else "")
+    over = any(isinstance(step, KernelStep) and step.over for step in plan.steps)
+    setup = _SETUP.format(
+        device=plan.device,
+        imports=imports,
+        operators=_OURS if ours else "",
+        readers=_READERS if over else "",
+    )
     setup += "".join(line + "\n" for line in made)
     cells += [setup, *functions, _example_inputs(plan), _MAIN]
     return "\n\n".join(cell.strip("\n") + "\n" for cell in cells)

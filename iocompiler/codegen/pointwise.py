@@ -8,10 +8,13 @@ from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import pointwise_tiling
 from iocompiler.tile.index import Size, ceil_div, product
 from iocompiler.tile.program import TileProgram
+from iocompiler.tile.scaling import scaling
 
 
 def pointwise_grid(program: TileProgram, schedule: Schedule) -> tuple[Size, Size, Size]:
     """Launch grid of a merged program: x blocks, y blocks, remaining axes."""
+    if schedule.programs:
+        return schedule.programs, 1, 1
     tiling = pointwise_tiling(program)
     columns = ceil_div(product([a.size for a in tiling.x]), schedule.x_block)
     if tiling.y is None:
@@ -23,11 +26,33 @@ def pointwise_grid(program: TileProgram, schedule: Schedule) -> tuple[Size, Size
 
 def write_pointwise(writer: KernelWriter) -> None:
     """Write the kernel of a program without reductions."""
-    if pointwise_tiling(writer.program).y is None:
+    if writer.schedule.programs:
+        _walk(writer)
+    elif pointwise_tiling(writer.program).y is None:
         write_row_of_points(writer, "tl.program_id(0)")
     else:
         _two_dimensions(writer)
         _operations(writer)
+
+
+def _walk(writer: KernelWriter) -> None:
+    """A product with one number, which may be written over what is multiplied: its programs walk
+    the tiles, so that they are few where there is nothing to do.
+    """
+    found = scaling(writer.program)
+    assert found is not None
+    writer.line("# a product with 1, written over its operand, stands there already")
+    writer.line(f"factor = tl.load({found.factor}_ptr + {found.at})")
+    same = f"{found.source}_ptr.to(tl.int64) == {found.out}_ptr.to(tl.int64)"
+    writer.line(f"if (factor == 1) & ({same}):")
+    writer.line("    return")
+    tiles = expressions.size(
+        ceil_div(writer.points(writer.program.parallel), writer.schedule.x_block)
+    )
+    writer.line(f"for tile in range(tl.program_id(0), {tiles}, {writer.schedule.programs}):")
+    writer.depth += 1
+    write_row_of_points(writer, "tile")
+    writer.depth -= 1
 
 
 def _operations(writer: KernelWriter) -> None:

@@ -39,6 +39,12 @@ def calls(gm: GraphModule, *targets: Any) -> Iterator[Node]:
             yield node
 
 
+def results(gm: GraphModule) -> dict[str, int]:
+    """The nodes that a graph returns, by name, each with its position among the outputs."""
+    (output,) = gm.graph.find_nodes(op="output")
+    return {node.name: at for at, node in enumerate(output.args[0]) if isinstance(node, Node)}
+
+
 def value(node: Node) -> Any:
     """What the node computes, as fake tensors and sizes; None where it is not known."""
     return node.meta.get("val")

@@ -6,9 +6,10 @@
     loss = row, its sum, or its sum over the number of targets that are not ignored
 
 Rows are worked off in chunks (`linear_cross_entropy_chunks.py`). For "mean" and "sum" the forward
-computes the gradients too, chunk by chunk, and the backward only scales them: three matrix products
-in all. For "none", each row has a gradient of its own and the backward computes the logits again.
-Where nothing needs a gradient, only losses are computed.
+computes the gradients too, those of the loss itself, chunk by chunk, and the backward multiplies
+them by the loss's own, which nearly always is 1: three matrix products in all. For "none", each row
+has a gradient of its own and the backward computes the logits again. Where nothing needs a
+gradient, only losses are computed.
 
 `iocompiler::linear_cross_entropy_and_logits` also returns x @ weight.T + bias, for programs that
 keep it: the same pass over the rows puts it in its place.
@@ -97,20 +98,24 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keep: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *_, target, _, _ = tensors = inputs[:6]
+        *tensors, coefficient, squared = inputs[:6]
         *setting, ctx.reduction = inputs[6:]
         ctx.setting, ctx.dtypes = setting, [t if t is None else t.dtype for t in inputs[:3]]
         ctx.keep, needed = keep, ctx.needs_input_grad[1:4]
         if ctx.reduction == "none":
             losses, logits = LOSSES(*inputs[:-1], keep)
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*tensors, coefficient, squared)
             return losses, logits
-        *shares, scale = _scaled(tensors[4], tensors[5], tensors[0].dtype)
-        losses, logits, *gradients = GRADIENTS(*tensors[:4], *shares, *setting, keep, *needed)
-        ctx.save_for_backward(*gradients, target, scale, *(inputs[:2] if keep else ()))
-        if scale is not None:
-            losses = losses * scale
-        return _reduced(losses, target, setting[0], ctx.reduction), logits
+        x, target = inputs[0], inputs[3]
+        count = _count(target, setting[0]) if ctx.reduction == "mean" else None
+        if count is not None:
+            coefficient, squared = _averaged(coefficient, squared, target, count.to(_wide(x)))
+        *shares, scale = _scaled(coefficient, squared, x.dtype)
+        losses, logits, *gradients = GRADIENTS(*tensors, *shares, *setting, keep, *needed)
+        ctx.save_for_backward(*gradients, scale, *(inputs[:2] if keep else ()))
+        total = losses.sum() if scale is None else (losses * scale).sum()
+        # as eager: a mean of nothing is NaN, and has a gradient of zeros
+        return total if count is None else torch.where(count == 0, torch.nan, total), logits
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_logits: Tensor) -> tuple[Any, ...]:
@@ -125,13 +130,10 @@ class _Loss(torch.autograd.Function):
             found = list(GRADIENTS(*inputs, *scaled, *ctx.setting, False, *needed)[2:])
             operands = inputs[:2]
         else:
-            *found, target, scale = ctx.saved_tensors[:5]
-            operands = ctx.saved_tensors[5:]
+            *found, scale = ctx.saved_tensors[:4]
+            operands = ctx.saved_tensors[4:]
             if scale is not None:
                 grad = grad * scale
-            if ctx.reduction == "mean":
-                count = _count(target, ctx.setting[0])
-                grad = torch.where(count == 0, 0.0, grad / count)  # as eager: nothing, not NaN
             found = [d * grad for d in found]
         if ctx.keep:
             x, weight = operands
@@ -153,6 +155,17 @@ def _added(
         lambda: grad.sum(0),
     ]
     return [d + more() if need else d for d, more, need in zip(found, through, needed, strict=True)]
+
+
+def _averaged(
+    coefficient: Tensor | None, squared: Tensor | None, target: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Shares of the rows in a mean over ``count`` of them: the gradients made in the forward are
+    then the mean's own, and a backward that begins with 1 leaves them as they are.
+    """
+    share = torch.where(count == 0, 0.0, 1 / count)
+    whole = share.expand(target.shape).contiguous() if coefficient is None else coefficient * share
+    return whole, None if squared is None else squared * share
 
 
 def _scaled(

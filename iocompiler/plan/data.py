@@ -43,6 +43,8 @@ class Schedule:
 
     - "pointwise": no reduction; a tile of ``x_block`` points of the inner parallel axis group, or
       ``y_block`` x ``x_block`` over two groups where accesses disagree on the contiguous axis.
+      With ``programs``, so many walk all tiles of a product with one number, and none of them
+      does anything where that is 1 and the result stands over what is multiplied.
     - "persistent": a tile of ``x_block`` x ``r_block``, the whole reduced extent in registers.
     - "looped": ``x_block`` x ``r_block`` at a time, one loop over the reduced
       extent per dependent reduction.
@@ -82,7 +84,9 @@ class KernelStep:
 
     ``outputs`` are allocated just before. ``nodes`` are the names of the FX nodes computed here,
     ``where`` the user's source lines, ``floor_bytes`` the least bytes these nodes' inputs and
-    outputs allow (for the ledger).
+    outputs allow (for the ledger). ``over`` has (result, input of the plan) where a result is not
+    allocated but written over an input, if the call is the last that reads it
+    (`runtime/last_reader.py`).
     """
 
     name: str
@@ -92,6 +96,7 @@ class KernelStep:
     outputs: tuple[tuple[str, TensorSpec], ...]
     nodes: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
+    over: tuple[tuple[str, str], ...] = ()
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:

@@ -2,11 +2,14 @@
 where it writes one of its result, may write there. So may the gradient of an embedding table that
 is added to another: all rows but those of its tokens stay as they are. The result then takes no
 memory of its own.
+
+So may results of a backward be written over what its forward saved for it and nobody else has
+(`donated.py`), at run time, if the graph is not kept: a step says both ways (`KernelStep.over`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from iocompiler.plan.data import (
@@ -17,6 +20,7 @@ from iocompiler.plan.data import (
     MatmulStep,
     Plan,
     Ref,
+    Schedule,
     Step,
     TensorSpec,
     ViewStep,
@@ -26,8 +30,10 @@ from iocompiler.plan.data import (
 from iocompiler.plan.moving import bases_of, names_read, storage
 from iocompiler.plan.ordered import is_collective
 from iocompiler.plan.sizes import equal
+from iocompiler.tile.arrange import merge_axes, pointwise_tiling
 from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
+from iocompiler.tile.scaling import scaling
 
 FRESH = frozenset(
     f"aten.{name}.default"
@@ -36,30 +42,60 @@ FRESH = frozenset(
 """Products whose result is memory of its own, in whole."""
 _ONTO = "iocompiler.embedding_gradient_onto.default"
 _INTO = "iocompiler.embedding_gradient_.default"
-_OWNING = FRESH | {
-    "iocompiler.aligned_mm.default", "iocompiler.embedding_gradient.default", _ONTO
+OWNING = FRESH | {
+    "iocompiler.aligned_mm.default", "iocompiler.embedding_gradient.default", _ONTO,
+    "iocompiler.linear_cross_entropy_gradients.default",
 }  # fmt: skip
-"""All calls we know that of."""
+"""All calls we know that of, each of their results by itself."""
+LEAST_BYTES = 1 << 24
+"""Of what a forward saved, smaller tensors are left alone: to know whether they are read for the
+last time costs the host some microseconds.
+"""
+_WALKING = 2048
+"""Programs that scale a tensor: as many as any device holds at once, and few enough to start and
+end for nothing where nothing is to be done.
+"""
 
 
-def in_place(plan: Plan) -> Plan:
-    """The plan, its schedules settled, with such results as views of what they are written over."""
-    return replace(plan, steps=tuple(_Rewriter(plan.steps, plan.outputs).run()))
+def in_place(plan: Plan, donated: Collection[str] = ()) -> Plan:
+    """The plan, its schedules settled, with such results as views of what they are written over.
+
+    Args:
+        donated: inputs that nobody reads after the last call for them.
+    """
+    worth = {
+        name: spec
+        for name, spec in plan.inputs
+        if spec is not None and name in donated and _is_worth(spec)
+    }
+    return replace(plan, steps=tuple(_Rewriter(plan.steps, plan.outputs, worth).run()))
+
+
+def _is_worth(spec: TensorSpec) -> bool:
+    size = product(spec.shape) * spec.dtype.itemsize
+    return isinstance(size, int) and size >= LEAST_BYTES
 
 
 class _Rewriter:
     """Attributes:
-    specs: of all values. owned: the specs of tensors that a step of the plan allocates.
+    specs: of all values. owned: the specs of tensors that a step of the plan allocates, and of
+        those that are ``donated`` to it.
     bases: the value whose storage each view, and each result in another's place, shows.
     last: the last step that reads or writes each storage.
     kept: the storages that nothing is written over: the caller has them, or a collective reads
         them, which goes on behind its step, on a stream of its own.
     """
 
-    def __init__(self, steps: Sequence[Step], outputs: tuple[Argument, ...]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        outputs: tuple[Argument, ...],
+        donated: dict[str, TensorSpec],
+    ) -> None:
         self.steps = steps
         self.specs: dict[str, TensorSpec] = {}
-        self.owned: dict[str, TensorSpec] = {}
+        self.donated = frozenset(donated)
+        self.owned: dict[str, TensorSpec] = dict(donated)
         self.bases = bases_of(steps)
         self.last: dict[str, int] = {}
         self.kept = {self._root(ref.name) for ref in references(outputs)}
@@ -83,7 +119,7 @@ class _Rewriter:
         match step:
             case KernelStep() | MatmulStep() | BatchStep():
                 self.owned |= dict(step.outputs)
-            case AtenStep() if step.target in _OWNING:
+            case AtenStep() if step.target in OWNING:
                 self.owned |= made(step)
             case AtenStep() if is_collective(step.target):
                 self.kept |= {self._root(name) for name in names_read(step)}
@@ -97,16 +133,30 @@ class _Rewriter:
         """Views for the results that are written over an argument, and the kernel without them."""
         views: list[Step] = []
         outputs = list(step.outputs)
+        over: list[tuple[str, str]] = []
         for name, spec in step.outputs:
-            out = step.args.index(name)
-            for place, given in enumerate(step.args):
-                if self._root(given) in dict(step.outputs):
-                    continue
-                if self._dies(at, step.args, given, spec) and _in_step(step, place, out):
-                    views.append(self._shared(at, name, given, spec))
-                    outputs.remove((name, spec))
-                    break
-        return views, replace(step, outputs=tuple(outputs))
+            given = self._taken(at, step, name, spec)
+            root = self._root(given)
+            if root in self.donated:
+                over.append((name, root))
+                self.kept.add(root)  # by one result
+            elif given:
+                views.append(self._shared(at, name, given, spec))
+                outputs.remove((name, spec))
+        schedule = _walking(step) if over else step.schedule
+        return views, replace(step, outputs=tuple(outputs), over=tuple(over), schedule=schedule)
+
+    def _taken(self, at: int, step: KernelStep, name: str, spec: TensorSpec) -> str:
+        """The argument that a result is written over, rather one that dies in any call; "": none"""
+        out = step.args.index(name)
+        for place, given in sorted(
+            enumerate(step.args), key=lambda each: self._root(each[1]) in self.donated
+        ):
+            if self._root(given) in dict(step.outputs):
+                continue
+            if self._dies(at, step.args, given, spec) and _in_step(step, place, out):
+                return given
+        return ""
 
     def _onto(self, at: int, step: AtenStep) -> tuple[list[Step], AtenStep]:
         """The gradient of an embedding table put onto another as one written into that."""
@@ -114,7 +164,9 @@ class _Rewriter:
         read = [ref.name for ref in references(step.args)]
         if name is None or spec is None or not isinstance(base, Ref):
             return [], step
-        if self.specs.get(base.name) != spec or not self._dies(at, read, base.name, spec):
+        if self._root(base.name) in self.donated or self.specs.get(base.name) != spec:
+            return [], step
+        if not self._dies(at, read, base.name, spec):
             return [], step
         view = self._shared(at, name, base.name, spec)
         return [view], replace(step, target=_INTO, args=(Ref(name), *lookup), outputs=())
@@ -139,6 +191,18 @@ class _Rewriter:
         if [self._root(name) for name in read].count(root) != 1:
             return False
         return whole.dtype == spec.dtype and _is_dense_like(whole, spec)
+
+
+def _walking(step: KernelStep) -> Schedule:
+    """For a product with one number, written over what is multiplied: a schedule that makes nothing
+    of a product with 1.
+    """
+    schedule = step.schedule
+    if schedule.kind != "pointwise" or scaling(step.program) is None:
+        return schedule
+    if pointwise_tiling(merge_axes(step.program)).y is not None:
+        return schedule
+    return replace(schedule, programs=_WALKING)
 
 
 def _is_dense_like(a: TensorSpec, b: TensorSpec) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from iocompiler.cost_model.call import call_of_step
+from iocompiler.graph.view import results
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -40,10 +41,13 @@ def kept(forward: GraphModule, backward: GraphModule) -> dict[str, int]:
     """The inputs of a flat backward graph that its forward hands over: by name, the position among
     the forward's outputs.
     """
-    (output,) = forward.graph.find_nodes(op="output")
-    names = {getattr(node, "name", ""): at for at, node in enumerate(output.args[0])}
-    taken = (node.name for node in backward.graph.find_nodes(op="placeholder"))
-    return {name: names[name] for name in taken if name in names}
+    return taken(backward, results(forward))
+
+
+def taken(backward: GraphModule, returned: Mapping[str, int]) -> dict[str, int]:
+    """Of what a forward returned, by name, the inputs of a flat backward graph."""
+    inputs = (node.name for node in backward.graph.find_nodes(op="placeholder"))
+    return {name: returned[name] for name in inputs if name in returned}
 
 
 def scheduled_peak(
@@ -125,7 +129,9 @@ class _Memory:
         self._specs |= made(step)
         match step:
             case KernelStep() | MatmulStep() | BatchStep():
-                self._made(step.outputs)
+                over = dict(step.over) if isinstance(step, KernelStep) else {}
+                self._roots |= {name: self._root(of) for name, of in over.items()}
+                self._made([each for each in step.outputs if each[0] not in over])
                 members = step.members if isinstance(step, BatchStep) else ((step.args, 0),)
                 names = [name for args, _ in members for name in args]
                 return {self._root(n) for n in (*names, *(n for n, _ in step.outputs))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -16,6 +16,7 @@ from iocompiler.graph.view import copied, where
 from iocompiler.ops.partition import Saved, partition, partition_again, saved
 from iocompiler.plan.build import build_plan, size_hints
 from iocompiler.plan.data import Plan
+from iocompiler.plan.donated import donated
 from iocompiler.plan.inplace import in_place
 from iocompiler.plan.padding import adopt_strides, pad_rows
 from iocompiler.plan.peak import kept, scheduled_peak
@@ -105,11 +106,12 @@ class Budgeted:
         pad_rows(backward, None, device)
         hints = {**size_hints(forward), **size_hints(backward)}
 
-        def planned(gm: GraphModule, name: str) -> Plan:
+        def planned(gm: GraphModule, name: str, own: Collection[str] = ()) -> Plan:
             plan = build_plan(gm, device, name)
-            return in_place(chosen_by_price(plan, priced(plan, device, hints, tiles)))
+            return in_place(chosen_by_price(plan, priced(plan, device, hints, tiles)), own)
 
-        plans = planned(forward, "forward"), planned(backward, "backward")
+        first = planned(forward, "forward")
+        plans = first, planned(backward, "backward", donated(first, handed_over))
         named = zip(("forward", "backward"), plans, strict=True)
         report = build_report([Part(name, plan, hints) for name, plan in named], device)
         return Point(

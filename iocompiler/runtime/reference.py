@@ -23,6 +23,7 @@ from iocompiler.plan.data import (
     Region,
     ViewStep,
 )
+from iocompiler.runtime.last_reader import is_last_reader
 from iocompiler.runtime.values import (
     found_sizes,
     fresh,
@@ -81,8 +82,15 @@ def operator_named(target: str) -> Any:
 
 
 def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
+    over = dict(step.over)
     for name, spec in step.outputs:
-        values[name] = fresh(spec, sizes, CPU)
+        given = values.get(over.get(name, ""))
+        # the list of arguments and the values have it too
+        if given is not None and is_last_reader(given, others=2):
+            values[name] = _view(ViewStep(name, over[name], spec), given, sizes)
+        else:
+            values[name] = fresh(spec, sizes, CPU)
+        del given
     run(step.program, _buffers(step.program, step.args, values, sizes), sizes, step.schedule)
 
 

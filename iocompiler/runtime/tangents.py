@@ -113,6 +113,16 @@ def without(
     return graph, [each for at, each in enumerate(inputs) if at not in absent]
 
 
+def keep_graphs() -> None:
+    """AOTAutograd refuses ``retain_graph=True`` to a backward that may write over what was saved:
+    those compiled here look at run time whether they may.
+    """
+    context = TracingContext.try_get()
+    metadata: Any = context.fw_metadata if context is not None else None
+    if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
+        metadata.bw_donated_idxs = []
+
+
 def resumption() -> Callable[..., Any]:
     """A function that calls another, later and in any thread, as if it were called now."""
     context = TracingContext.try_get()

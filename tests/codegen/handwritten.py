@@ -11,6 +11,7 @@ from iocompiler.tile.program import Buffer, Builder
 from tests.codegen.programs import (
     BF16,
     BOOL,
+    F16,
     F32,
     I64,
     R0,
@@ -222,6 +223,21 @@ def in_place(fn: str = "") -> Case:
         lambda: {"a": torch.arange(10.0), "factor": torch.tensor([0.5]), "b": torch.randn(10)},
         lambda t: {"a": t["a"].double() + 0.5 * t["b"]},
         pointwise(4, 16),
+    )
+
+
+def scaled() -> Case:
+    """out = a * factor, in float16 by way of float32, by programs that walk the tiles."""
+    build = Builder()
+    wide = build.cast(build.load("a", X0, F16), F32)
+    product = build.map("mul", wide, build.load("factor", Affine(), F32))
+    build.store("out", X0, build.cast(product, F16))
+    return Case(
+        build.program(axes(37), (), ins(a=(F16, 37), factor=(F32, 1)) + outs(out=(F16, 37))),
+        lambda: {"a": torch.randn(37).half(), "factor": torch.tensor([0.37])},
+        lambda t: {"out": (t["a"].float() * t["factor"]).half()},
+        (Schedule("pointwise", x_block=8, num_warps=1, programs=2), *pointwise(8)),
+        exact=True,
     )
 
 

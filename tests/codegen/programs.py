@@ -13,10 +13,11 @@ from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine, Axis, Size, product
 from iocompiler.tile.program import Buffer, Builder, TileProgram
 
-F32, F64, BF16, I32, I64, BOOL = (
+F32, F64, BF16, F16, I32, I64, BOOL = (
     torch.float32,
     torch.float64,
     torch.bfloat16,
+    torch.float16,
     torch.int32,
     torch.int64,
     torch.bool,

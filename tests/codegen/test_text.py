@@ -89,3 +89,27 @@ def kernel(a_ptr, out_ptr, s0, s1):
         tl.store(out_ptr + (r.to(tl.int64) + x.to(tl.int64) * (s1)), div_5, x_mask & r_mask)
 """
     )
+
+
+def test_a_product_that_may_have_nothing_to_do() -> None:
+    assert (
+        text("scaled", 0)
+        == """\
+@triton.jit
+def kernel(a_ptr, factor_ptr, out_ptr):
+    '''pointwise over x0<37'''
+    # a product with 1, written over its operand, stands there already
+    factor = tl.load(factor_ptr + 0)
+    if (factor == 1) & (a_ptr.to(tl.int64) == out_ptr.to(tl.int64)):
+        return
+    for tile in range(tl.program_id(0), 5, 2):
+        x = tile * 8 + tl.arange(0, 8)
+        x_mask = x < 37
+        load_0 = tl.load(a_ptr + (x), x_mask, other=0.0)
+        cast_1 = load_0.to(tl.float32)
+        load_2 = tl.load(factor_ptr + (0))
+        mul_3 = cast_1 * load_2
+        cast_4 = mul_3.to(tl.float16)
+        tl.store(out_ptr + (x), cast_4, x_mask)
+"""
+    )

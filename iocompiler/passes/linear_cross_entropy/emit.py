@@ -19,7 +19,7 @@ from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term
 aten = torch.ops.aten
 # no target is this: every row has a cross-entropy
 _NEVER = -(1 << 62)
-_KEPT = Factor("kept")
+_MEAN = Term(1.0, (Factor("kept"),))
 
 
 class Emitter:
@@ -65,24 +65,31 @@ class Emitter:
         return self._call(aten.reshape.default, self._logits, sizes)
 
     def _value(self, form: Form, weight: Node) -> Node:
-        """The sum over rows, or each row's value [T]."""
+        """The sum over rows, or each row's value [T].
+
+        What a sum is multiplied by goes into it: its gradients, made in the forward, are then those
+        of the whole, and a backward that begins with 1 has nothing left to do.
+        """
         cross, square = form.terms["cross"], form.terms.get("square", ())
-        reduction = "sum" if form.reduced else "none"
         if len(cross) == 1 and not square:
-            factors = cross[0].factors
-            inside = tuple(f for f in factors if self._is_of_rows(f) or f.kind == "classes")
-            outside = [f for f in factors if f not in inside]
-            coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
-            if not inside and _KEPT in outside:
-                outside.remove(_KEPT)
-                reduction = "mean"
-            result = self._operator(weight, coefficient, None, reduction)
-            if reduction == "sum":
-                result = self._or_nan(result, cross)
-            return self._times(result, cross[0].number, outside)
+            (term,) = cross
+            if not form.reduced:
+                return self._row_by_row(term, weight)
+            if term in (Term(), _MEAN):
+                reduction = "mean" if term == _MEAN else "sum"
+                return self._operator(weight, None, None, reduction)
         coefficients = [self._coefficient(terms) for terms in (cross, square)]
+        reduction = "sum" if form.reduced else "none"
         result = self._operator(weight, coefficients[0], coefficients[1], reduction)
         return self._or_nan(result, cross)
+
+    def _row_by_row(self, term: Term, weight: Node) -> Node:
+        """Rows have their gradients in the backward, be they multiplied before or behind."""
+        inside = tuple(f for f in term.factors if self._is_of_rows(f) or f.kind == "classes")
+        outside = [f for f in term.factors if f not in inside]
+        coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
+        result = self._operator(weight, coefficient, None, "none")
+        return self._times(result, term.number, outside)
 
     def _operator(
         self, weight: Node, coefficient: Node | None, squared: Node | None, reduction: str
@@ -101,12 +108,16 @@ class Emitter:
         return factor.kind == "class" or factor.shape is not None
 
     def _or_nan(self, result: Node, cross: Sequence[Term]) -> Node:
-        """A mean over no rows is NaN, whatever is added to it."""
+        """A mean over no rows is NaN, whatever is added to it; so is nothing over zero."""
         factors = dict.fromkeys(f for term in cross for f in term.factors)
-        for factor in (f for f in factors if f.kind in ("kept", "classes")):
+        for factor in (f for f in factors if self._may_divide_by_zero(f)):
             nothing = self._call(aten.new_zeros.default, result, [])
             result = self._call(aten.add.Tensor, result, self._by(nothing, factor))
         return result
+
+    @staticmethod
+    def _may_divide_by_zero(factor: Factor) -> bool:
+        return factor.kind in ("kept", "classes") or (factor.kind == "over" and not factor.shape)
 
     # --- coefficients
 
