@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.schedule import choose, points
 from iocompiler.tile.arrange import merge_axes, rows_contiguous
 from iocompiler.tile.index import Axis, Size, product
 from iocompiler.tile.program import TileProgram
+from iocompiler.tile.split import can_split
 from iocompiler.tile.traffic import traffic
 
 # A special function unit result costs about this many additions.
@@ -19,11 +21,15 @@ _WORD_BYTES = 16
 # Of floating-point operations, a multiply-add is two, in the time of one such instruction: a
 # multiprocessor has a quarter as many units for it.
 _FLOPS_OF_A_WORD = 8
+# What one multiprocessor alone may take of the memory's bandwidth, over its part of it.
+_BURST = 2.0
+# Columns of a program that reduces down them.
+_MOST_SIDE_BY_SIDE = 128
 
 
 def kernel_seconds(program: TileProgram, device: Device, hints: Mapping[str, int]) -> float:
-    """Roofline time: the longest of moving its bytes, of doing its arithmetic, and of asking for
-    them, after one launch.
+    """Roofline time: the longest of moving its bytes, through as many multiprocessors as have a
+    program, of doing its arithmetic, and of asking for them, after one launch.
     """
     moved = traffic(program)
     read, written = _at(moved.read_bytes, hints), _at(moved.written_bytes, hints)
@@ -31,9 +37,24 @@ def kernel_seconds(program: TileProgram, device: Device, hints: Mapping[str, int
     wasted = _at(_unread_bytes(merged), hints)
     work = _at(moved.flops, hints) + _TRANSCENDENTAL_FLOPS * _at(moved.transcendentals, hints)
     work = max(work, _FLOPS_OF_A_WORD * _at(_words(merged), hints))
-    return device.launch_s + max(
-        (read + written + wasted) / device.hbm_bytes_per_s, work / device.vector_flops
-    )
+    rate = device.hbm_bytes_per_s
+    programs = _most_programs(merged, device, hints)
+    if programs is not None:
+        rate = min(rate, programs * _BURST * rate / device.sm_count)
+    return device.launch_s + max((read + written + wasted) / rate, work / device.vector_flops)
+
+
+def _most_programs(merged: TileProgram, device: Device, hints: Mapping[str, int]) -> int | None:
+    """Programs of a kernel that has few, because what it stores along its rows waits for their
+    reductions; None where there are enough, or it would be cut into parts.
+    """
+    kinds = {(op.kind, op.over) for op in merged.ops if op.kind in ("reduce", "scan")}
+    rows = points(merged.parallel, hints)
+    if not kinds or ("reduce", "parallel") in kinds or rows >= device.sm_count * _MOST_SIDE_BY_SIDE:
+        return None
+    if can_split(merged):
+        return None
+    return -(-rows // choose(merged, device, hints).x_block)
 
 
 def _words(merged: TileProgram) -> Size:

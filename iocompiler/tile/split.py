@@ -22,7 +22,7 @@ def split_reduction(program: TileProgram, parts: int) -> tuple[TileProgram, Tile
     rows and does what came after.
     """
     program = merge_axes(program)
-    if parts < 2 or not _can_split(program):
+    if parts < 2 or not can_split(program):
         return None
     axis = program.reduced[0]
     parts = _near_divisor(axis.size, parts)
@@ -39,7 +39,8 @@ def split_reduction(program: TileProgram, parts: int) -> tuple[TileProgram, Tile
     )
 
 
-def _can_split(program: TileProgram) -> bool:
+def can_split(program: TileProgram) -> bool:
+    """Whether its reductions can be cut into parts: nothing along them waits for their results."""
     after = _after_reductions(program)
     reduced = {a.name for a in program.reduced}
     for position, op in enumerate(program.ops):

@@ -42,3 +42,29 @@ def test_what_all_columns_share_is_not_asked_for_anew() -> None:
     program = build.program(axes(ROWS), axes(4096, reduced=True), buffers)
     moved = ROWS * 4096 * 4 / H200.hbm_bytes_per_s
     assert kernel_seconds(program, H200, {}) < 1.1 * moved
+
+
+def less_its_sum(rows: int, length: int, stored: bool) -> TileProgram:
+    """The sums of rows, and where ``stored`` what is left of each element without its row's."""
+    build = Builder()
+    x = build.load("a", X0 * length + R0, F32)
+    total = build.reduce("sum", x, F32)
+    build.store("sums", X0, total)
+    kinds = {"sums": (F32, rows)}
+    if stored:
+        build.store("out", X0 * length + R0, build.map("sub", x, total))
+        kinds["out"] = (F32, rows * length)
+    buffers = ins(a=(F32, rows * length)) + outs(**kinds)
+    return build.program(axes(rows), axes(length, reduced=True), buffers)
+
+
+def test_few_rows_that_wait_for_their_reductions_leave_most_of_a_device_idle() -> None:
+    """Batch norms have a row for each channel; a reduction alone is cut into parts."""
+    length = 1 << 20
+    moved = 4 * length * 4 / H200.hbm_bytes_per_s
+    assert kernel_seconds(less_its_sum(4, length, False), H200, {}) < 1.3 * moved + H200.launch_s
+    assert kernel_seconds(less_its_sum(4, length, True), H200, {}) > 10 * moved
+    many = kernel_seconds(less_its_sum(1024, 4096, True), H200, {})
+    assert many < 1.3 * 2 * moved + H200.launch_s
+    # one row of a decoded token is not worth three launches
+    assert kernel_seconds(less_its_sum(1, 4096, True), H200, {}) < 2 * H200.launch_s

@@ -194,3 +194,17 @@ def test_a_long_chain_is_several_kernels() -> None:
         sys.setrecursionlimit(limit)
     torch.testing.assert_close(found, fn(x))
     assert 1 < len(planned.kernels) < 20
+
+
+def test_a_norm_of_few_long_rows_is_no_one_kernel() -> None:
+    """Of 32 channels that lie apart one program would read all, three times; of many it is one."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.batch_norm(x, None, None, training=True).relu()
+
+    few, many = Planned(), Planned()
+    few(f)(torch.randn(4, 32, 64, 64).contiguous(memory_format=torch.channels_last))
+    many(f)(torch.randn(2, 2048, 8))
+    assert len(few.kernels) > 2
+    assert all(k.schedule.kind == "pointwise" for k in few.kernels if "relu" in k.name)
+    assert len(many.kernels) == 1
