@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,8 @@ from iocompiler.runtime.module import Module
 from tests.codegen.compiling import instructions
 from tests.codegen.matmuls import plan_on_fakes
 
+# to shared memory, 16 bytes at once; with Triton 3.9 a line of L2 is named
+COPIES = r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128"
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), ((4096, 512), (2048, 512), (2048,))),
     "residual": (lambda x, w, r: x @ w + r, ((4096, 512), (512, 2048), (4096, 2048))),
@@ -64,12 +67,12 @@ def test_the_chosen_tile(name: str, device: str) -> None:
     assert ("HGMMA" if device == "h200" else "HMMA") in text
     assert ("UTMALDG" in text) == (tile.loads == "descriptors")
     if name != "odd" and tile.loads == "pointers":  # without alignment no 16 bytes are copied
-        assert "LDGSTS.E.BYPASS.128" in text
+        assert re.search(COPIES, text)
 
 
 def test_by_pointers_on_hopper() -> None:
     module, _ = prepared("residual", "h200", 0, torch.bfloat16, "pointers")
-    assert "LDGSTS.E.BYPASS.128" in text_of(module)
+    assert re.search(COPIES, text_of(module))
     (taken,) = module.resources.values()
     assert taken["spills"] == 0
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 
 def _with_masks_of_bools() -> None:
     """Triton 3.9 broadcasts a scalar condition as int8, and refuses that as a mask."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    from triton.runtime.interpreter import TensorHandle
 
-    for name in ("create_masked_load", "create_masked_store"):
-        setattr(InterpreterBuilder, name, _converting(getattr(InterpreterBuilder, name)))
+    def as_bools(mask: Any) -> Any:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
 
-
-def _converting(method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(builder: Any, *args: Any) -> Any:
-        for arg in args:
-            if str(getattr(getattr(arg, "dtype", None), "scalar", "")) == "int1":
-                arg.data = arg.data.astype(bool)
-        return method(builder, *args)
-
-    return call
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+    Builder.create_masked_load = lambda self, pointers, mask, *rest: load(
+        self, pointers, as_bools(mask), *rest
+    )
+    Builder.create_masked_store = lambda self, pointers, value, mask, *rest: store(
+        self, pointers, value, as_bools(mask), *rest
+    )
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
