@@ -12,14 +12,16 @@ def _with_masks_of_bools() -> None:
     from triton.runtime.interpreter import TensorHandle
 
     def as_bools(mask: Any) -> Any:
+        if not isinstance(mask, TensorHandle):
+            return mask  # of a descriptor
         return TensorHandle(mask.data.astype(bool), mask.dtype)
 
     load, store = Builder.create_masked_load, Builder.create_masked_store
-    Builder.create_masked_load = lambda self, pointers, mask, *rest: load(
-        self, pointers, as_bools(mask), *rest
+    Builder.create_masked_load = lambda self, pointers, mask, *rest, **named: load(
+        self, pointers, as_bools(mask), *rest, **named
     )
-    Builder.create_masked_store = lambda self, pointers, value, mask, *rest: store(
-        self, pointers, value, as_bools(mask), *rest
+    Builder.create_masked_store = lambda self, pointers, value, mask, *rest, **named: store(
+        self, pointers, value, as_bools(mask), *rest, **named
     )
 
 
