@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import library
+from iocompiler.ops.attempt import template_or
 
 aten = torch.ops.aten
 
@@ -25,6 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 # tokens, and rows: places behind the last one are 32-bit numbers too
 _MOST = 2**31 - 2**16
+_WHAT = "the gradient of an embedding table"
 
 GRADIENT = library.define(
     "embedding_gradient(Tensor grad, Tensor indices, SymInt rows, int padding_idx) -> Tensor",
@@ -43,11 +45,16 @@ INTO = library.define(
 def _gradient(grad: Tensor, indices: Tensor, rows: int, padding_idx: int) -> Tensor:
     """[rows, D]: grad [*, D], indices [*], of any shape and strides."""
     grad, indices = _flat(grad, indices)
-    if not _has_template(grad, indices, rows):
+
+    def plain() -> Tensor:
         return _plain(grad, indices, rows, padding_idx).to(grad.dtype)
-    table = grad.new_zeros((rows, grad.shape[1]))
-    _launch(table, grad, indices, padding_idx, added=False)
-    return table
+
+    def template() -> Tensor:
+        table = grad.new_zeros((rows, grad.shape[1]))
+        _launch(table, grad, indices, padding_idx, added=False)
+        return table
+
+    return template_or(_WHAT, template, plain) if _has_template(grad, indices, rows) else plain()
 
 
 def _onto(base: Tensor, grad: Tensor, indices: Tensor, padding_idx: int) -> Tensor:
@@ -60,10 +67,14 @@ def _onto(base: Tensor, grad: Tensor, indices: Tensor, padding_idx: int) -> Tens
 def _into(base: Tensor, grad: Tensor, indices: Tensor, padding_idx: int) -> None:
     """base [rows, D] becomes base plus the gradient; contiguous on a GPU."""
     grad, indices = _flat(grad, indices)
-    if _has_template(grad, indices, base.shape[0]):
-        _launch(base, grad, indices, padding_idx, added=True)
-    else:
+
+    def plain() -> None:
         base.copy_(_plain(grad, indices, base.shape[0], padding_idx) + base)
+
+    if _has_template(grad, indices, base.shape[0]):
+        template_or(_WHAT, lambda: _launch(base, grad, indices, padding_idx, added=True), plain)
+    else:
+        plain()
 
 
 def _flat(grad: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

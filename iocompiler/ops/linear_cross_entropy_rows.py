@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import linear_cross_entropy_walk as walk
+from iocompiler.ops.attempt import template_or
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,17 @@ class Piece:
 
 def evaluate(piece: Piece, rows: Rows, setting: Setting) -> None:
     """Write the losses, the gradient and the copy of a piece."""
-    on_gpu = piece.logits.is_cuda and piece.logits.dtype != torch.float64
-    run = launch_rows if on_gpu else reference_rows
-    run(piece, rows, setting)
+    if not _has_template(piece.logits):
+        return reference_rows(piece, rows, setting)
+    return template_or(
+        "a cross-entropy",
+        lambda: launch_rows(piece, rows, setting),
+        lambda: reference_rows(piece, rows, setting),
+    )
+
+
+def _has_template(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.dtype != torch.float64
 
 
 def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:

@@ -11,6 +11,7 @@ Gradients flow to query, key, value and to operands of floating point.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import library, target
+from iocompiler.ops.attempt import template_or
 from iocompiler.ops.attention_choice import MEMORY
 from iocompiler.ops.scored_blockwise import Blockwise
 from iocompiler.tile.score import ScoreProgram, parsed
@@ -33,6 +35,7 @@ BACKWARD = library.define(
 )
 OPERAND = library.define(f"scored_attention_operand({SAVED}, {GIVEN}, int which) -> Tensor")
 WIDEST = 256
+_LOG2_E = math.log2(math.e)
 
 
 def scored_attention(
@@ -148,11 +151,18 @@ class Call(NamedTuple):
             for x in results:
                 x.zero_()
         elif self.kernel == "template":
-            _templates().backward(self.problem(), grad, out, logsumexp, results)
+            template_or(
+                "the gradient of an attention",
+                lambda: _templates().backward(self.problem(), grad, out, logsumexp, results),
+                lambda: self._differentiate(grad, _natural(logsumexp), results),
+            )
         else:
-            found = self.blockwise().backward(grad, logsumexp[0])
-            for x, y in zip(results, found, strict=True):
-                x.copy_(y)
+            self._differentiate(grad, logsumexp[0], results)
+
+    def _differentiate(self, grad: Tensor, lse: Tensor, results: Sequence[Tensor]) -> None:
+        """Block by block."""
+        for x, y in zip(results, self.blockwise().backward(grad, lse), strict=True):
+            x.copy_(y)
 
 
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
@@ -162,10 +172,26 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor]:
         shape, wide = call.logsumexp()
         return out.zero_(), call.query.new_zeros(shape, dtype=wide)
     if call.kernel == "template":
-        return out, _templates().forward(call.problem(), out)
+        return template_or(
+            "an attention",
+            lambda: (out, _templates().forward(call.problem(), out)),
+            lambda: _forward_by_blocks(call, out),
+        )
+    return _forward_by_blocks(call, out)
+
+
+def _forward_by_blocks(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
+    """With a logsumexp as the call's kernel has it."""
     shape, _ = call.logsumexp()
     found, lse = call.blockwise().forward()
+    if call.kernel == "template":
+        lse = torch.cat([lse[None] * _LOG2_E, lse.new_zeros((shape[0] - 1, *lse.shape))])
     return out.copy_(found), lse.expand(shape).contiguous()
+
+
+def _natural(logsumexp: Tensor) -> Tensor:
+    """That of a template, which is to the base of two, and with sinks in two summands."""
+    return logsumexp.sum(0) / _LOG2_E
 
 
 def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
@@ -193,7 +219,11 @@ def _operand(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tenso
     if call.kernel == "template":
         from iocompiler.runtime.attention_operands import operand_gradient
 
-        return operand_gradient(call.problem(), grad, out, logsumexp, which)
+        return template_or(
+            "the gradient of what an attention's scores read",
+            lambda: operand_gradient(call.problem(), grad, out, logsumexp, which),
+            lambda: call.blockwise().operand_gradient(grad, _natural(logsumexp), which),
+        )
     return call.blockwise().operand_gradient(grad, logsumexp[0], which)
 
 

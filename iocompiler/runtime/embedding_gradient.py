@@ -77,9 +77,13 @@ def accumulate(
     chunks = -(-count // CHUNK)
     programs = chunks * -(-width // found.tiles.columns)
     parts = grad.new_empty((chunks, 2, width) if chunks > 1 else (1,), dtype=torch.float32)
-    found.sums.run(programs, grad=grad, order=order, keys=keys, table=table, parts=parts)
+    summed = {"grad": grad, "order": order, "keys": keys, "table": table, "parts": parts}
+    folded = {"keys": keys, "table": table, "parts": parts}
     if chunks > 1:
-        found.fold.run(programs, keys=keys, table=table, parts=parts)
+        found.fold.ready(**folded)  # a table is written by both or by none
+    found.sums.run(programs, **summed)
+    if chunks > 1:
+        found.fold.run(programs, **folded)
 
 
 def _ordered(found: _Launches, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Tile
+from iocompiler.errors import CompileError, IOCompilerError, LaunchError
 from iocompiler.runtime import launch as launching
 from iocompiler.runtime.driver import driver
 from iocompiler.runtime.launch import Parameter, Signature, loaded
@@ -43,6 +44,7 @@ class Launch:
         self.kernel, self.fixed = kernel, fixed
         self._compiles = isinstance(kernel, JITFunction)
         self._bound: dict[tuple[bool, ...], launching.Launch] = {}
+        self._failed: dict[tuple[bool, ...], IOCompilerError] = {}
 
     def run(self, programs: int, **tensors: _Given) -> None:
         """Run so many programs.
@@ -76,10 +78,36 @@ class Launch:
 
     def _run(self, programs: int, device: int, tensors: Mapping[str, _Given]) -> None:
         pointers, aligned = _pointers(tensors)
-        bound = self._bound.get(aligned)
-        if bound is None:
-            bound = self._bound[aligned] = self._bind(device, tensors)
+        bound = self._bound.get(aligned) or self._first(aligned, device, tensors)
         bound(torch._C._cuda_getCurrentRawStream(device), programs, 1, 1, *pointers)
+
+    def ready(self, **tensors: _Given) -> None:
+        """Have what `run` launches with tensors like these, or fail as that would.
+
+        Raises:
+            CompileError, LaunchError: as `run`.
+        """
+        device = next(iter(tensors.values())).device  # type: ignore[union-attr]
+        if _watcher.get() is not None or device.type != "cuda" or not self._compiles:
+            return
+        _, aligned = _pointers(tensors)
+        if aligned not in self._bound:
+            with torch.cuda.device(device):
+                self._first(aligned, device.index, tensors)
+
+    def _first(
+        self, aligned: tuple[bool, ...], device: int, tensors: Mapping[str, _Given]
+    ) -> launching.Launch:
+        """What does not compile is not tried again."""
+        failed = self._failed.get(aligned)
+        if failed is not None:
+            raise failed
+        try:
+            bound = self._bound[aligned] = self._bind(device, tensors)
+        except (CompileError, LaunchError) as error:
+            self._failed[aligned] = error
+            raise
+        return bound
 
     def _bind(self, device: int, tensors: Mapping[str, _Given]) -> launching.Launch:
         """The function that takes the pointers of tensors like these in their order."""
