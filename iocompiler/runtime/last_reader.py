@@ -14,7 +14,7 @@ from torch import Tensor
 _USES: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 
-def is_last_reader(x: Tensor, others: int = 0) -> bool:
+def is_last_reader(x: Tensor) -> bool:
     """True in a backward whose graph is not kept, where nobody else has the tensor or its memory.
 
     A graph is kept under ``retain_graph=True`` and ``create_graph=True``. It counts as kept outside
@@ -24,7 +24,6 @@ def is_last_reader(x: Tensor, others: int = 0) -> bool:
 
     Args:
         x: what one variable of the caller's holds.
-        others: references to it that the caller holds beside.
     """
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return False
@@ -32,7 +31,7 @@ def is_last_reader(x: Tensor, others: int = 0) -> bool:
         return False
     objects, *memory = _references(x)
     alone, *own = _of_one_variable()
-    return objects - others <= alone and memory == own
+    return objects <= alone and memory == own
 
 
 def _is_recorded() -> bool:

@@ -23,7 +23,6 @@ from iocompiler.plan.data import (
     Region,
     ViewStep,
 )
-from iocompiler.runtime.last_reader import is_last_reader
 from iocompiler.runtime.values import (
     found_sizes,
     fresh,
@@ -82,15 +81,8 @@ def operator_named(target: str) -> Any:
 
 
 def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    over = dict(step.over)
     for name, spec in step.outputs:
-        given = values.get(over.get(name, ""))
-        # the list of arguments and the values have it too
-        if given is not None and is_last_reader(given, others=2):
-            values[name] = _view(ViewStep(name, over[name], spec), given, sizes)
-        else:
-            values[name] = fresh(spec, sizes, CPU)
-        del given
+        values[name] = fresh(spec, sizes, CPU)
     run(step.program, _buffers(step.program, step.args, values, sizes), sizes, step.schedule)
 
 
