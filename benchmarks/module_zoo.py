@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.passes.layout_cases import Bottleneck
+
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(batch, length, width) as (batch, heads, length, width / heads)."""
@@ -186,27 +188,6 @@ class BlockButterflyAttention(nn.Module):
         return out
 
 
-class ResidualBlock(nn.Module):
-    """A bottleneck of a ResNet: convolutions of one, three and one places, each with batch norm,
-    around which the image goes."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, inner, 1, bias=False)
-        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
-        self.conv3 = nn.Conv2d(inner, width, 1, bias=False)
-        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(n) for n in (inner, inner, width))
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += x
-        result: Tensor = self.relu(out)
-        return result
-
-
 class Stem(nn.Module):
     """What a ResNet begins with, and the first convolution behind it."""
 
@@ -313,7 +294,7 @@ def _block_butterfly(quick: bool) -> tuple[nn.Module, Shapes]:
 
 def _residual(quick: bool) -> tuple[nn.Module, Shapes]:
     width, inner = (32, 16) if quick else (256, 64)
-    return ResidualBlock(width, inner), {"x": (2, 32, 8, 8) if quick else (64, 256, 56, 56)}
+    return Bottleneck(width, inner), {"x": (2, 32, 8, 8) if quick else (64, 256, 56, 56)}
 
 
 def _stem(quick: bool) -> tuple[nn.Module, Shapes]:

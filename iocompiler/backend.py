@@ -171,12 +171,8 @@ class _Walk:
             with suppress(Exception):  # where they are needed, a failure is told
                 warm_workers()  # they start while the graph is traced
         on_cpu = self.options.engine == "auto" and not engines.on_cuda(gm, inputs)
-        graph: GraphModule | None = None
-        if not come_in_a_list(inputs):  # else autograd wrote it, not the user
-            with target.inductor() if on_cpu else nullcontext():
-                graph = self._try(
-                    "rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten"
-                )
+        with target.inductor() if on_cpu else nullcontext():
+            graph = self._try("rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten")
         graph = graph or gm
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us

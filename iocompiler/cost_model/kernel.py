@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.roofline import BURST, TRANSCENDENTAL_FLOPS
 from iocompiler.cost_model.schedule import choose, points
 from iocompiler.tile.arrange import merge_axes, rows_contiguous
 from iocompiler.tile.index import Axis, Size, product
@@ -12,8 +13,6 @@ from iocompiler.tile.program import TileProgram
 from iocompiler.tile.split import can_split
 from iocompiler.tile.traffic import traffic
 
-# A special function unit result costs about this many additions.
-_TRANSCENDENTAL_FLOPS = 8
 # What memory gives where one element is asked for.
 _SECTOR_BYTES = 32
 # What a thread reads or writes in one instruction at most.
@@ -21,8 +20,6 @@ _WORD_BYTES = 16
 # Of floating-point operations, a multiply-add is two, in the time of one such instruction: a
 # multiprocessor has a quarter as many units for it.
 _FLOPS_OF_A_WORD = 8
-# What one multiprocessor alone may take of the memory's bandwidth, over its part of it.
-_BURST = 2.0
 # Columns of a program that reduces down them.
 _MOST_SIDE_BY_SIDE = 128
 
@@ -35,12 +32,12 @@ def kernel_seconds(program: TileProgram, device: Device, hints: Mapping[str, int
     read, written = _at(moved.read_bytes, hints), _at(moved.written_bytes, hints)
     merged = merge_axes(program)
     wasted = _at(_unread_bytes(merged), hints)
-    work = _at(moved.flops, hints) + _TRANSCENDENTAL_FLOPS * _at(moved.transcendentals, hints)
+    work = _at(moved.flops, hints) + TRANSCENDENTAL_FLOPS * _at(moved.transcendentals, hints)
     work = max(work, _FLOPS_OF_A_WORD * _at(_words(merged), hints))
     rate = device.hbm_bytes_per_s
     programs = _most_programs(merged, device, hints)
     if programs is not None:
-        rate = min(rate, programs * _BURST * rate / device.sm_count)
+        rate = min(rate, programs * BURST * rate / device.sm_count)
     return device.launch_s + max((read + written + wasted) / rate, work / device.vector_flops)
 
 

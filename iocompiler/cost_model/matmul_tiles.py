@@ -19,7 +19,7 @@ import torch
 from iocompiler.cost_model.cost import value_of
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.matmul import epilogue_traffic, is_aligned
-from iocompiler.cost_model.roofline import TRANSCENDENTAL_FLOPS
+from iocompiler.cost_model.roofline import BURST, TRANSCENDENTAL_FLOPS
 from iocompiler.plan.column_sums import rows_of_part
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.program import TileProgram
@@ -52,8 +52,6 @@ _DESCRIPTORS_S = 1e-6
 _BY_POINTERS = 0.9
 # of their rate, what the instructions of the generation before reach on Hopper
 _OLD_UNITS = 0.6
-# what one multiprocessor alone may take of the memory's bandwidth, over its part of it
-_BURST = 2.0
 # what the threads of a tile wait for each other in a step
 _MEETING_S = 4e-8
 # each further tile of a shape must promise this much
@@ -287,7 +285,7 @@ class Space:
         part = moved * share
         device = self.device
         computing = work * share * device.sm_count / device.vector_flops
-        moving = part * device.sm_count / (device.memory_rate * _BURST)
+        moving = part * device.sm_count / (device.memory_rate * BURST)
         return _LATENCY_S + max(computing, moving)
 
     def _moving(self, tile: MatmulTile) -> float:

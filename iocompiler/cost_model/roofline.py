@@ -22,6 +22,8 @@ from iocompiler.tile.index import Size
 
 TRANSCENDENTAL_FLOPS = 8
 """A special-function result takes the time of about this many additions."""
+BURST = 2.0
+"""What one multiprocessor alone may take of the memory's bandwidth, over its part of it."""
 
 UNALIGNED = 0.35
 """The share of its speed a matmul keeps when a leading stride is no multiple of 16 bytes (measured,

@@ -23,10 +23,6 @@ class Order(Enum):
     FIRST = "contiguous"
     LAST = "channels last"
 
-    @property
-    def other(self) -> Order:
-        return Order.LAST if self is Order.FIRST else Order.FIRST
-
 
 def memory_format(order: Order, rank: int) -> torch.memory_format:
     """Torch's name of an order; `KeyError` where a rank has no channels last."""

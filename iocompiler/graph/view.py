@@ -162,6 +162,13 @@ def spelled_out(node: Node) -> list[Any]:
     return values
 
 
+def named(node: Node) -> dict[str, Any]:
+    """The arguments of a call of an operator by the names in its schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    return dict(zip(names, spelled_out(node), strict=True))
+
+
 def mutates(node: Node) -> tuple[Node, ...]:
     """The nodes whose tensors this call writes into."""
     if higher_order(node) == "triton_kernel_wrapper_mutation":

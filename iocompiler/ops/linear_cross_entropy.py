@@ -25,6 +25,7 @@ from torch import Tensor
 
 from iocompiler.ops import library
 from iocompiler.ops.linear_cross_entropy_chunks import accumulated, walk
+from iocompiler.ops.linear_cross_entropy_products import wide
 from iocompiler.ops.linear_cross_entropy_rows import Rows, Setting
 
 _SETTING = "int ignore_index, float smoothing, float outer, float inner, bool capped"
@@ -109,7 +110,7 @@ class _Loss(torch.autograd.Function):
         x, target = inputs[0], inputs[3]
         count = _count(target, setting[0]) if ctx.reduction == "mean" else None
         if count is not None:
-            coefficient, squared = _averaged(coefficient, squared, target, count.to(_wide(x)))
+            coefficient, squared = _averaged(coefficient, squared, target, count.to(wide(x)))
         *shares, scale = _scaled(coefficient, squared, x.dtype)
         losses, logits, *gradients = GRADIENTS(*tensors, *shares, *setting, keep, *needed)
         ctx.save_for_backward(*gradients, scale, *(inputs[:2] if keep else ()))
@@ -197,7 +198,7 @@ def _losses(
 def _losses_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0],), dtype=_wide(x)), _kept(x, weight, rest[-1])
+    return x.new_empty((x.shape[0],), dtype=wide(x)), _kept(x, weight, rest[-1])
 
 
 def _kept(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
@@ -222,18 +223,14 @@ def _gradients_fake(
     keep, x_grad, weight_grad, bias_grad = rest[-4:]
     nothing = (0,)
     return (
-        x.new_empty((x.shape[0],), dtype=_wide(x)),
+        x.new_empty((x.shape[0],), dtype=wide(x)),
         _kept(x, weight, keep),
         x.new_empty(x.shape if x_grad else nothing),
         weight.new_empty(weight.shape, dtype=accumulated(weight.dtype))
         if weight_grad
         else x.new_empty(nothing),
-        x.new_empty((weight.shape[0],), dtype=_wide(x)) if bias_grad else x.new_empty(nothing),
+        x.new_empty((weight.shape[0],), dtype=wide(x)) if bias_grad else x.new_empty(nothing),
     )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 library.compose("linear_cross_entropy", _linear_cross_entropy)

@@ -15,6 +15,7 @@ from iocompiler.ops.linear_cross_entropy_products import (
     is_aligned,
     is_unlike_products,
     project,
+    wide,
     with_zeros,
 )
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
@@ -73,10 +74,9 @@ def walk(
     if kept is not None and not (any(needed) or is_aligned(vocabulary, x.element_size())):
         losses = copied.walk_copied(x, weight, bias, target, rows_of, setting, kept)
         return losses, None, None, None
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    losses = x.new_zeros((rows,), dtype=wide)
+    losses = x.new_zeros((rows,), dtype=wide(x))
     head = _Head(weight, bias)
-    dx, dweight, dbias = head.empty_gradients(x, wide, needed)
+    dx, dweight, dbias = head.empty_gradients(x, needed)
     room = _Room(x, vocabulary, any(needed), kept)
     for first in range(0, rows, max(room.chunk, 1)):
         some = slice(first, min(first + room.chunk, rows))
@@ -92,7 +92,7 @@ def walk(
         if dweight is not None:
             add_outer(d, x[some], dweight, first=not first)
         if dbias is not None:
-            dbias += d.sum(0, dtype=wide)
+            dbias += d.sum(0, dtype=wide(x))
     dweight, dbias = (d if d is None else d[:vocabulary] for d in (dweight, dbias))
     return losses, dx, dweight, dbias
 
@@ -114,7 +114,7 @@ class _Head:
             self.bias = None if bias is None else with_zeros(bias, columns)
 
     def empty_gradients(
-        self, x: Tensor, wide: torch.dtype, needed: Sequence[bool]
+        self, x: Tensor, needed: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of x, weight and bias; the weight's is written whole by the first chunk there is."""
         of_x, of_weight, of_bias = needed
@@ -123,7 +123,7 @@ class _Head:
         return (
             x.new_empty(x.shape) if of_x else None,
             new(shape, dtype=dtype) if of_weight else None,
-            x.new_zeros(shape[:1], dtype=wide) if of_bias else None,
+            x.new_zeros(shape[:1], dtype=wide(x)) if of_bias else None,
         )
 
 

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from iocompiler.ops.linear_cross_entropy_products import ROWS, project, with_zeros
+from iocompiler.ops.linear_cross_entropy_products import ROWS, project, wide, with_zeros
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
 from iocompiler.ops.linear_cross_entropy_walk import LINE
 
@@ -63,7 +62,7 @@ def walk_copied(
     """
     rows, vocabulary = kept.shape
     cut = _cut(vocabulary)
-    losses = x.new_empty((rows,), dtype=_wide(x))
+    losses = x.new_empty((rows,), dtype=wide(x))
     tails = _tails(x, weight, bias)
     weight, bias = weight[:cut], None if bias is None else bias[:cut]
     for some in chunks_of(rows, vocabulary, x.element_size()):
@@ -97,7 +96,3 @@ def _tails(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _cut(vocabulary: int) -> int:
     return vocabulary // LINE * LINE
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

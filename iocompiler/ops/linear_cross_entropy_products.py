@@ -11,6 +11,11 @@ from iocompiler.ops.linear_cross_entropy_walk import ALIGNED, LINE
 ROWS = 128
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """What losses are computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
     """Write x [rows, D] @ weight [N, D] transposed + bias [N] to ``logits`` [rows, N].
 

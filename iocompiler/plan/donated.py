@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Ref, made
-from iocompiler.plan.inplace import OWNING
+from iocompiler.plan.data import Plan, Ref
+from iocompiler.plan.inplace import allocated
 from iocompiler.plan.moving import bases_of, storage
 
 
@@ -23,17 +23,7 @@ def donated(forward: Plan, handed_over: Mapping[str, int]) -> frozenset[str]:
     bases = bases_of(forward.steps)
     roots = [storage(o.name, bases) if isinstance(o, Ref) else "" for o in forward.outputs]
     shown = Counter(roots)
-    own = _allocated(forward)
+    own = {name for step in forward.steps for name in allocated(step)}
     return frozenset(
         name for name, at in handed_over.items() if roots[at] in own and shown[roots[at]] == 1
     )
-
-
-def _allocated(plan: Plan) -> set[str]:
-    found: set[str] = set()
-    for step in plan.steps:
-        if isinstance(step, (KernelStep, MatmulStep, BatchStep)):
-            found |= {name for name, _ in step.outputs}
-        elif isinstance(step, AtenStep) and step.target in OWNING:
-            found |= set(made(step))
-    return found

@@ -42,7 +42,7 @@ FRESH = frozenset(
 """Products whose result is memory of its own, in whole."""
 _ONTO = "iocompiler.embedding_gradient_onto.default"
 _INTO = "iocompiler.embedding_gradient_.default"
-OWNING = FRESH | {
+_OWNING = FRESH | {
     "iocompiler.aligned_mm.default", "iocompiler.embedding_gradient.default", _ONTO,
     "iocompiler.linear_cross_entropy_gradients.default",
 }  # fmt: skip
@@ -69,6 +69,15 @@ def in_place(plan: Plan, donated: Collection[str] = ()) -> Plan:
         if spec is not None and name in donated and _is_worth(spec)
     }
     return replace(plan, steps=tuple(_Rewriter(plan.steps, plan.outputs, worth).run()))
+
+
+def allocated(step: Step) -> dict[str, TensorSpec]:
+    """The values of a step in memory that it allocates, of which nothing else is known to show
+    any.
+    """
+    if isinstance(step, AtenStep):
+        return made(step) if step.target in _OWNING else {}
+    return made(step) if isinstance(step, (KernelStep, MatmulStep, BatchStep)) else {}
 
 
 def _is_worth(spec: TensorSpec) -> bool:
@@ -116,13 +125,9 @@ class _Rewriter:
 
     def _enter(self, at: int, step: Step) -> None:
         self.specs |= made(step)
-        match step:
-            case KernelStep() | MatmulStep() | BatchStep():
-                self.owned |= dict(step.outputs)
-            case AtenStep() if step.target in OWNING:
-                self.owned |= made(step)
-            case AtenStep() if is_collective(step.target):
-                self.kept |= {self._root(name) for name in names_read(step)}
+        self.owned |= allocated(step)
+        if isinstance(step, AtenStep) and is_collective(step.target):
+            self.kept |= {self._root(name) for name in names_read(step)}
         for name in names_read(step) | set(made(step)):
             self.last[self._root(name)] = at
 

@@ -31,9 +31,7 @@ def read(node: Node) -> Attention:
     Raises:
         Declined: its operands are of a form that is not understood.
     """
-    arguments = dict(
-        zip((a.name for a in TARGET._schema.arguments), view.spelled_out(node), strict=True)
-    )
+    arguments = view.named(node)
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     dropout_p = number(arguments["dropout_p"])
     if dropout_p is None:

@@ -92,8 +92,7 @@ class Problem:
 
     def _why_not_last(self, node: Node, data: Node) -> str:
         image = view.value(data)
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        groups = dict(zip(names, view.spelled_out(node), strict=True)).get("groups", 1)
+        groups = view.named(node).get("groups", 1)
         channels = image.shape[1], view.value(node).shape[1]
         if not torch.backends.cudnn.enabled:
             return "cuDNN is switched off"

@@ -66,20 +66,14 @@ def rule_of(node: Node) -> Rule | None:
         return None
     if target.namespace != "aten" or target._schema.is_mutable or view.is_random(node):
         return None
-    if _says_its_order(node):
-        return None
+    if view.named(node).get("memory_format") is not None:
+        return None  # it says its order
     found = _BY_NAME.get(target._opname) or _BY_NAME.get(str(target).removeprefix("aten."))
     if target is aten.batch_norm.default and not view.spelled_out(node)[5]:
         return _FROZEN
     if found is None and torch.Tag.pointwise in target.tags:
         found = _POINTWISE
     return found
-
-
-def _says_its_order(node: Node) -> bool:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, view.spelled_out(node), strict=True))
-    return given.get("memory_format") is not None
 
 
 def operands(node: Node, rule: Rule) -> list[Node]:
