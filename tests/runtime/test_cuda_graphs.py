@@ -1,0 +1,272 @@
+"""mode="reduce-overhead" on a GPU: what may go wrong where memory belongs to a pool of graphs.
+
+Each step is held against eager on the same inputs; parameters, so gradients too, are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from iocompiler import Compiler
+from iocompiler.compilation import Compilation
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+class Block(nn.Module):
+    """A norm, two products, a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def block(width: int = 48) -> Block:
+    return Block(width).to(DEVICE)
+
+
+def rows(number: int = 33, width: int = 48) -> Tensor:
+    return torch.randn(number, width, device=DEVICE)
+
+
+@pytest.fixture
+def records() -> list[Compilation]:
+    """Of what the test compiles."""
+    return []
+
+
+def graphed(
+    f: Callable[..., Any], records: list[Compilation], dynamic: bool | None = None
+) -> Callable[..., Any]:
+    backend = Compiler(mode="reduce-overhead", strict=True, on_compiled=records.append)
+    compiled: Callable[..., Any] = torch.compile(f, backend=backend, dynamic=dynamic)
+    return compiled
+
+
+def all_recorded(records: list[Compilation]) -> bool:
+    return bool(records) and all(record.recorded and not record.fallbacks for record in records)
+
+
+def step(f: Callable[..., Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The loss and every gradient, of memory that no graph owns."""
+    torch.compiler.cudagraph_mark_step_begin()
+    module.zero_grad(set_to_none=True)
+    loss = f(x).square().mean()
+    loss.backward()
+    return [loss.detach().clone(), *(p.grad.clone() for p in module.parameters())]
+
+
+def same(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_shapes_that_change_and_come_back(records: list[Compilation]) -> None:
+    module = block()
+    run = graphed(module, records, dynamic=True)
+    for number in (33, 7, 64, 33, 7, 64, 33, 7):
+        x = rows(number)
+        same(step(run, module, x), step(module, module, x))
+    assert all_recorded(records)
+
+
+def test_training_and_inference_in_turns(records: list[Compilation]) -> None:
+    module = block()
+    run = graphed(module, records)
+    for _ in range(5):
+        x, y = rows(), rows()
+        same(step(run, module, x), step(module, module, x))
+        with torch.no_grad():
+            torch.compiler.cudagraph_mark_step_begin()
+            same(run(y), module(y))
+        with torch.inference_mode():
+            torch.compiler.cudagraph_mark_step_begin()
+            same(run(y), module(y))
+    assert all_recorded(records)
+
+
+def test_an_inference_between_a_forward_and_its_backward(records: list[Compilation]) -> None:
+    module = block()
+    run = graphed(module, records)
+    for _ in range(5):
+        x, y = rows(), rows()
+        torch.compiler.cudagraph_mark_step_begin()
+        module.zero_grad(set_to_none=True)
+        loss = run(x).square().mean()
+        with torch.no_grad():
+            same(run(y), module(y))
+        loss.backward()
+        found = [p.grad.clone() for p in module.parameters()]
+        same(found, step(module, module, x)[1:])
+
+
+def test_models_that_share_the_pool_train_in_turns(records: list[Compilation]) -> None:
+    modules = [block(), block(64), block()]
+    runs = [graphed(module, records) for module in modules]
+    for _ in range(5):
+        for module, run in zip(modules, runs, strict=True):
+            x = rows(width=module.norm.normalized_shape[0])
+            same(step(run, module, x), step(module, module, x))
+    assert all_recorded(records)
+
+
+def test_one_model_reads_what_another_made(records: list[Compilation]) -> None:
+    """Both graphs of one step: the second's input lies in the pool."""
+    first, second = block(), block()
+    both = nn.Sequential(first, second)
+    one, two = graphed(first, records), graphed(second, records)
+    for _ in range(6):
+        x = rows()
+        same(step(lambda x: two(one(x)), both, x), step(both, both, x))
+    assert all_recorded(records)
+
+
+def test_two_forwards_then_two_backwards(records: list[Compilation]) -> None:
+    module = block()
+    run = graphed(module, records)
+    for _ in range(5):
+        x, y = rows(), rows()
+        grads = []
+        for f in (run, module):
+            torch.compiler.cudagraph_mark_step_begin()
+            module.zero_grad(set_to_none=True)
+            losses = [f(x).square().mean(), f(y).sin().mean()]
+            for loss in losses:
+                loss.backward()
+            grads.append([p.grad.clone() for p in module.parameters()])
+        same(*grads)
+
+
+def test_outputs_within_one_step_stay(records: list[Compilation]) -> None:
+    module = block()
+    run = graphed(module, records)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        inputs = [rows() for _ in range(4)]
+        with torch.no_grad():
+            kept = [run(x) for x in inputs]
+            for x, y in zip(inputs, kept, strict=True):
+                same(y, module(x))
+
+
+def test_an_output_of_an_earlier_step_is_never_another_value(records: list[Compilation]) -> None:
+    """What a later step wrote over says so when it is read; a copy of it is the reader's own."""
+    module = block()
+    run = graphed(module, records)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        for _ in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            x = rows()
+            y = run(x)
+            kept.append((y, y.clone(), module(x)))
+    lost = 0
+    for y, copy, expected in kept:
+        same(copy, expected)
+        try:
+            read = y.clone()
+        except RuntimeError as error:
+            if "overwritten" not in str(error):
+                raise
+            lost += 1
+        else:
+            same(read, expected)
+    assert lost < len(kept), "the last step's own output"
+
+
+def test_gradients_accumulate_over_steps(records: list[Compilation]) -> None:
+    """A gradient that is kept must not lie where the next step writes."""
+    module = block()
+    run = graphed(module, records)
+    inputs = [rows() for _ in range(5)]
+    grads = []
+    for f in (run, module):
+        module.zero_grad(set_to_none=True)
+        for x in inputs:
+            torch.compiler.cudagraph_mark_step_begin()
+            f(x).square().mean().backward()
+        grads.append([p.grad.clone() for p in module.parameters()])
+    same(*grads)
+
+
+def test_an_optimizer_moves_the_parameters(records: list[Compilation]) -> None:
+    ours, theirs = block(), block()
+    theirs.load_state_dict(ours.state_dict())
+    run = graphed(ours, records)
+    steps = []
+    for module, f in ((ours, run), (theirs, theirs)):
+        torch.manual_seed(3)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(8):
+            losses.append(step(f, module, rows())[0])
+            optimizer.step()
+        steps.append(torch.stack(losses))
+    same(*steps)
+
+
+def test_a_buffer_is_written_in_place(records: list[Compilation]) -> None:
+    """Running statistics, over recorded and replayed steps."""
+    ours, theirs = (nn.Sequential(nn.Linear(48, 24), nn.BatchNorm1d(24)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    ours, theirs = ours.to(DEVICE), theirs.to(DEVICE)
+    run = graphed(ours, records)
+    for _ in range(6):
+        x = rows()
+        same(step(run, ours, x), step(theirs, theirs, x))
+    same(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_inputs_that_move_and_inputs_that_stay(records: list[Compilation]) -> None:
+    module = block()
+    run = graphed(module, records)
+    still = rows()
+    with torch.no_grad():
+        for number in range(8):
+            torch.compiler.cudagraph_mark_step_begin()
+            still.normal_()
+            x = still if number % 2 else rows()
+            same(run(x), module(x))
+    assert all_recorded(records)
+
+
+def test_dropout_draws_anew_in_every_replay(records: list[Compilation]) -> None:
+    run = graphed(lambda x: nn.functional.dropout(x.exp(), 0.5, True), records)
+    x = rows(257)
+    masks = []
+    with torch.no_grad():
+        for _ in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
+            masks.append((run(x) == 0).clone())
+    assert all(not torch.equal(a, b) for a, b in pairwise(masks))
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda x: x[x > 0].sum() * 2, "hands a value or a shape to the host"),
+        (lambda x: torch.linalg.inv(x[:, :33] + 9 * torch.eye(33, device=DEVICE)), "went wrong"),
+    ],
+    ids=["found sizes", "errors of the host"],
+)
+def test_what_cannot_be_recorded_runs_without(
+    f: Callable[[Tensor], Tensor], reason: str, records: list[Compilation]
+) -> None:
+    run = graphed(f, records)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            x = rows()
+            same(run(x), f(x))
+    assert not any(record.recorded for record in records)
+    assert any(reason in lost.cause for record in records for lost in record.fallbacks)
