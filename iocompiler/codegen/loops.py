@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from iocompiler.codegen import expressions, rescaled
+from iocompiler.codegen import expressions, moments, rescaled
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.row_tile import (
     ROW_POSITION,
@@ -16,6 +16,7 @@ from iocompiler.codegen.row_tile import (
     name_reduced,
     tile,
 )
+from iocompiler.tile.online import Online, levels, online
 from iocompiler.tile.program import Op
 
 _VECTOR = 16  # elements of one byte in the widest access
@@ -49,14 +50,15 @@ def _scan_tile(writer: KernelWriter, position: int, op: Op) -> None:
 def write_looped(
     writer: KernelWriter, block: str = "tl.program_id(0)", masked: bool = True
 ) -> None:
-    """One loop over the row for each level of reductions on reductions; each loads values again.
+    """One loop over the row for each level of reductions on reductions, but for those that go on in
+    one (`tile/online.py`); each loads values again.
 
     ``block`` is the text of its number, ``masked`` False where its points are known to be there.
     """
     name_parallel(writer, f"{block} * {writer.schedule.x_block}", masked)
     program = writer.program
-    maxima = rescaled.maxima(program)
-    level = _levels(writer, maxima)
+    beside = online(program)
+    level = levels(program)
     along_r: list[bool] = []
     for position in range(len(program.ops)):
         along_r.append(_along_row(writer, position, along_r))
@@ -70,7 +72,7 @@ def write_looped(
     )
     for number in range(last + 1):
         _write_settled(writer, level, along_r, number)
-        _write_pass(writer, level, along_r, number, maxima)
+        _write_pass(writer, level, along_r, number, beside)
     _write_settled(writer, level, along_r, last + 1)
 
 
@@ -96,19 +98,6 @@ def _row_spans(writer: KernelWriter, position: int) -> set[str]:
     return spans
 
 
-def _levels(writer: KernelWriter, maxima: dict[int, int]) -> list[int]:
-    """For each operation, how many loops over the row must be done before it can be computed."""
-    found: list[int] = []
-    for position, op in enumerate(writer.program.ops):
-        level = max((found[r] for r in op.reads), default=0)
-        if position in maxima:
-            level = found[maxima[position]]
-        elif op.kind == "reduce":
-            level += 1
-        found.append(level)
-    return found
-
-
 def _write_settled(
     writer: KernelWriter, level: list[int], along_r: list[bool], number: int
 ) -> None:
@@ -127,12 +116,11 @@ def _write_pass(
     level: list[int],
     along_r: list[bool],
     number: int,
-    maxima: dict[int, int],
+    beside: dict[int, Online],
 ) -> None:
     program = writer.program
     reductions = [i for i, op in enumerate(program.ops) if op.kind == "reduce"]
     folds = [i for i in reductions if level[i] == number + 1]
-    shrinking = [i for i in folds if i in maxima]
     stores = [
         i
         for i, op in enumerate(program.ops)
@@ -140,9 +128,10 @@ def _write_pass(
     ]
     if not folds and not stores:
         return
-    needed = _needed(writer, [i for i in folds if i not in maxima] + stores, along_r)
+    needed = _needed(writer, [i for i in folds if i not in beside] + stores, along_r)
     for position in folds:
-        _start_accumulator(writer, position)
+        if position not in beside or beside[position].kind != "rests":
+            _start_accumulator(writer, position)
     scans = [i for i in needed if program.ops[i].kind == "scan"]
     for position in scans:
         op = program.ops[position]
@@ -158,16 +147,30 @@ def _write_pass(
                 _scan_piece(writer, position)
             elif program.ops[position].kind != "reduce":
                 writer.write(position)
-        for position in shrinking:
-            rescaled.accumulate(writer, position, maxima[position])
-        for position in folds:
-            if position not in maxima:
-                _accumulate(writer, position)
+        _take_in(writer, folds, beside)
         writer.names = dict(outside)
 
     _write_pieces(writer, piece)
-    for position in folds:  # a maximum stands before the sums below it
-        _finish_accumulator(writer, position, maxima.get(position))
+    for position in folds:  # what another goes on beside stands before it
+        _finish_accumulator(writer, position, beside)
+
+
+def _take_in(writer: KernelWriter, folds: list[int], beside: dict[int, Online]) -> None:
+    """Write how the lanes of each reduction take in a piece of the row."""
+    squares = {its.beside: i for i, its in beside.items() if its.kind == "squares"}
+    for position in folds:  # before the maximum's own lanes hold the piece
+        if position in beside and beside[position].kind == "powers":
+            rescaled.accumulate(writer, position, beside[position].beside)
+    for position in folds:
+        if position in _means(beside):
+            moments.accumulate(writer, position, squares.get(position))
+        elif position not in beside:
+            _accumulate(writer, position)
+
+
+def _means(beside: dict[int, Online]) -> dict[int, int]:
+    """The sums of which lanes keep a mean instead, and where that of the row stands."""
+    return {its.beside: its.against for its in beside.values() if its.kind != "powers"}
 
 
 def _write_pieces(writer: KernelWriter, piece: Callable[[bool], None]) -> None:
@@ -235,13 +238,19 @@ def _accumulate(writer: KernelWriter, position: int) -> None:
     )
 
 
-def _finish_accumulator(writer: KernelWriter, position: int, top: int | None) -> None:
-    """Fold the lanes; those of a sum below the maximum at ``top`` as they were kept."""
+def _finish_accumulator(writer: KernelWriter, position: int, beside: dict[int, Online]) -> None:
+    """Fold the lanes, each as it was kept."""
     op = writer.program.ops[position]
     name = f"{op.fn}_{position}"
     writer.names[f"%{position}"] = name
-    if top is not None:
-        writer.line(f"{name} = {rescaled.total(writer, position, top)}")
+    means = _means(beside)
+    if position in means:
+        moments.finish(writer, position, means[position])
+        return
+    if position in beside:
+        its = beside[position]
+        total = rescaled.total if its.kind == "powers" else moments.total
+        writer.line(f"{name} = {total(writer, position, its)}")
         return
     if op.fn in ("argmax", "argmin"):
         pair, fn = f"(acc_{position}, place_{position})", extremum(op.fn.removeprefix("arg"))

@@ -11,32 +11,7 @@ import torch
 
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.row_tile import tile
-from iocompiler.tile.program import TileProgram
-
-
-def maxima(program: TileProgram) -> dict[int, int]:
-    """For each sum over the reduced axes of exp(x - max x), float32, the place of that maximum."""
-    found = {}
-    for position, op in enumerate(program.ops):
-        if op.kind == "reduce" and op.fn == "sum" and op.over == "reduced":
-            top = _maximum_below(program, op.inputs[0])
-            if top is not None:
-                found[position] = top
-    return found
-
-
-def _maximum_below(program: TileProgram, power: int) -> int | None:
-    ops = program.ops
-    if (ops[power].kind, ops[power].fn, ops[power].dtype) != ("map", "exp", torch.float32):
-        return None
-    difference = ops[ops[power].inputs[0]]
-    if (difference.kind, difference.fn) != ("map", "sub"):
-        return None
-    value, top = difference.inputs
-    maximum = ops[top]
-    if (maximum.kind, maximum.fn, maximum.over) != ("reduce", "max", "reduced"):
-        return None
-    return top if maximum.inputs == (value,) and maximum.dtype == torch.float32 else None
+from iocompiler.tile.online import Online
 
 
 def accumulate(writer: KernelWriter, position: int, top: int) -> None:
@@ -46,7 +21,7 @@ def accumulate(writer: KernelWriter, position: int, top: int) -> None:
     writer.line(f"acc_{position} = _rescaled(acc_{position}, acc_{top}, {value})")
 
 
-def total(writer: KernelWriter, position: int, top: int) -> str:
+def total(writer: KernelWriter, position: int, powers: Online) -> str:
     """The sum over the lanes, each brought below the row's maximum."""
-    shrink = f"tl.exp(acc_{top} - {writer.value(top)})"
+    shrink = f"tl.exp(acc_{powers.beside} - {writer.value(powers.against)})"
     return writer.folded("sum", f"acc_{position} * {shrink}", 1)

@@ -18,6 +18,7 @@ from iocompiler.cost_model.schedule import choose, points, power_of_two
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.index import product
+from iocompiler.tile.online import levels
 from iocompiler.tile.program import TileProgram
 
 MOST = 8
@@ -213,13 +214,9 @@ class _Space:
         """How often a walk reads its row; a row read again comes from L2 in good part."""
         if schedule.kind != "looped":
             return 1.0
-        level: list[int] = []
-        for op in self.program.ops:
-            level.append(max((level[r] for r in op.reads), default=0) + (op.kind == "reduce"))
-        readers = [op for op in self.program.ops if op.kind == "reduce"]
-        last = max(
-            [level[op.inputs[0]] for op in readers] + self._wide_store_levels(level), default=0
-        )
+        level = levels(self.program)
+        reductions = [level[i] - 1 for i, op in enumerate(self.program.ops) if op.kind == "reduce"]
+        last = max(reductions + self._wide_store_levels(level), default=0)
         return 1 + last * self.device.memory_rate / self.device.l2_bytes_per_s / 2
 
     def _wide_store_levels(self, level: list[int]) -> list[int]:

@@ -82,12 +82,12 @@ def _lower_in(
 def _check_mutation(
     lowering: Lowering, outputs: tuple[Node, ...], stored: Mapping[Node, Affine]
 ) -> None:
-    """A kernel may read an argument it overwrites only where it writes, and in one pass."""
+    """A kernel may read an argument it overwrites only where it writes, and before."""
     for output in outputs:
         target = stored_into(output)
         if target is output:
             continue
-        if lowering.space.reduced:
+        if lowering.space.reduced and not _once_a_row(lowering, stored[target]):
             raise Unsupported(
                 target, " is overwritten in place and the kernel makes several passes"
             )
@@ -97,6 +97,16 @@ def _check_mutation(
             for op in lowering.builder.ops
         ):
             raise Unsupported(target, " is overwritten in place and read at other elements")
+
+
+def _once_a_row(lowering: Lowering, address: Affine) -> bool:
+    """Whether an address is that of one row, whose program alone reads and writes it, once each."""
+    rows = {a.name for a in lowering.space.part(reduced=False) if not equal(a.size, 1)}
+    loads = [op for op in lowering.builder.ops if op.kind == "load" and op.index == address]
+    reduced = {a.name for a in lowering.space.part(reduced=True)}
+    masked_along = any(lowering.varies(i) & reduced for op in loads for i in op.inputs)
+    down = any(op.kind == "reduce" and op.over == "parallel" for op in lowering.builder.ops)
+    return set(address.names) == rows and not masked_along and not down
 
 
 def _finish(lowering: Lowering, outputs: tuple[Node, ...]) -> Lowered:

@@ -43,6 +43,7 @@ from tests.codegen.programs import (
     scan,
     softmax,
     unary,
+    variance,
 )
 
 INF, NAN = float("inf"), float("nan")
@@ -66,6 +67,13 @@ def _extreme() -> torch.Tensor:
 
 def density(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(-x.double().square() / 2).div((2 * torch.pi) ** 0.5).to(x.dtype)
+
+
+def _far_from_zero() -> torch.Tensor:
+    """Rows with a mean far above their deviation, and one of equal elements."""
+    a = torch.randn(6, 29) + 100 * torch.randn(6, 1)
+    a[3] = 0.1
+    return a
 
 
 def _ties() -> torch.Tensor:
@@ -107,6 +115,22 @@ CASES: dict[str, Case] = {
     "layer norm": rows(normalise(13), lambda a: torch.layer_norm(a, (13,)), (6, 13), both(4, 16)),
     "layer norm, any size": rows(
         normalise(M), lambda a: torch.layer_norm(a, (13,)), (6, 13), looped(4, 1, 4), symbolic=True
+    ),
+    "variance": rows(
+        variance(29),
+        lambda a: a.var(1, correction=0),
+        (6, 29),
+        both(4, 32),
+        row_result=True,
+        values=_far_from_zero,
+    ),
+    "variance, any size": rows(
+        variance(M),
+        lambda a: a.var(1, correction=0),
+        (6, 3),
+        looped(4, 1, 4),
+        row_result=True,
+        symbolic=True,
     ),
     "max with NaN": rows(
         fold("max", F32),

@@ -159,6 +159,20 @@ def normalise(width: Size) -> Callable[[Builder, int], int]:
     return body
 
 
+def variance(width: Size) -> Callable[[Builder, int], int]:
+    """Corrected for what rounding the mean left, as ops/decomposed/moments.py has it."""
+
+    def body(build: Builder, x: int) -> int:
+        n = number(build, width)
+        d = build.map("sub", x, build.map("div", build.reduce("sum", x, F32), n))
+        rest = build.reduce("sum", d, F32)
+        squares = build.reduce("sum", build.map("mul", d, d), F32)
+        left = build.map("mul", rest, build.map("div", rest, n))
+        return build.map("div", build.map("sub", squares, left), n)
+
+    return body
+
+
 def fold(fn: str, dtype: torch.dtype) -> Callable[[Builder, int], int]:
     return lambda build, x: build.reduce(fn, x, dtype)
 

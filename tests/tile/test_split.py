@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.interpret import run
+from iocompiler.tile.online import levels
 from iocompiler.tile.program import Builder, TileProgram
 from iocompiler.tile.split import split_reduction
 from tests.codegen.cases import CASES
 from tests.codegen.checks import assert_results
-from tests.codegen.programs import F32, X0, Case, axes, ins, outs, rows, softmax
+from tests.codegen.programs import F32, X0, Case, axes, ins, outs, rows, softmax, variance
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,6 +102,54 @@ def test_what_follows_the_reduction_is_in_the_second_half(parts: int) -> None:
     assert halves is not None
     assert "b" not in {b.name for b in halves[0].buffers}
     both(case, *halves)
+
+
+def logsumexp(build: Builder, x: int) -> int:
+    top = build.reduce("max", x, F32)
+    powers = build.map("exp", build.map("sub", x, top))
+    return build.map("add", top, build.map("log", build.reduce("sum", powers, F32)))
+
+
+def with_empty_parts() -> torch.Tensor:
+    a = 40 * torch.randn(5, 24)
+    a[1, :12] = a[2, 12:] = a[3] = -torch.inf
+    a[4, 5] = torch.nan
+    return a
+
+
+def far_from_zero() -> torch.Tensor:
+    a = torch.randn(5, 24) + 100 * torch.randn(5, 1)
+    a[2] = 0.1
+    return a
+
+
+BESIDE = {
+    "variance": rows(
+        variance(24), lambda a: a.var(1, correction=0), (5, 24), (), row_result=True,
+        values=far_from_zero,
+    ),
+    "logsumexp": rows(
+        logsumexp, lambda a: a.logsumexp(1), (5, 24), (), row_result=True, values=with_empty_parts
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("parts", [2, 3, 4, 7, 24])
+def test_reductions_that_go_on_beside_another(name: str, parts: int) -> None:
+    case = replace(BESIDE[name], schedules=CASES["softmax"].schedules)
+    assert levels(case.program)[-1] == 1
+    halves = split_reduction(case.program, parts)
+    assert halves is not None
+    assert halves[0].parallel[0].size == {7: 8}.get(parts, parts)  # parts of one size
+    assert levels(halves[0])[-1] == 1
+    both(case, *halves)
+
+
+def test_no_parts_of_one_size() -> None:
+    long = rows(variance(2 * 1087), lambda a: a.var(1), (2, 2 * 1087), (), row_result=True)
+    assert split_reduction(long.program, 4) is None
+    assert split_reduction(CASES["variance, any size"].program, 4) is None
 
 
 @pytest.mark.parametrize(
