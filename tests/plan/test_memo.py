@@ -70,14 +70,17 @@ def assert_same_plans(
     assert graphs
 
 
+QUICK = {("bert-eager", False), ("residual-block", False), ("encoder-layer", True)}
+
+
 def _models() -> list[object]:
-    """With sizes that are symbols one of them stands for all: planning these takes its time."""
+    """A model of equal layers, convolutions, and sizes that are symbols; the rest is slow."""
     found = []
-    for name in ("bert-eager", "gpt2-eager", "t5-eager", "residual-block"):
+    for name in ("bert-eager", "gpt2-eager", "t5-eager", "residual-block", "encoder-layer"):
         for dynamic in (False, True):
-            slow = (pytest.mark.slow,) if dynamic and name != "gpt2-eager" else ()
+            marks = () if (name, dynamic) in QUICK else (pytest.mark.slow,)
             label = f"{name}-{'dynamic' if dynamic else 'static'}"
-            found.append(pytest.param(name, dynamic, marks=slow, id=label))
+            found.append(pytest.param(name, dynamic, marks=marks, id=label))
     return found
 
 
