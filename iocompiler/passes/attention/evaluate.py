@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from iocompiler.graph import view
 from iocompiler.passes.attention import gather, views
 from iocompiler.passes.attention.arithmetic import COMPARISONS, combine, compare, plain, power
-from iocompiler.passes.attention.places import At, arange, attribute, filled, moved, scalar, zero
+from iocompiler.passes.attention.places import At, arange, filled, given, moved, scalar, zero
 from iocompiler.passes.attention.values import (
     FORMULAS,
     Bounds,
@@ -86,7 +86,8 @@ class _Reading:
         if self._evaluator.is_written(node) or self._depth > _DEEPEST:
             return self.opaque(node, at)
         self._depth += 1
-        found = self._call(node, at) if node.op == "call_function" else attribute(node)
+        called = node.op == "call_function"
+        found = self._call(node, at) if called else given(node, at, self.bounds)
         self._depth -= 1
         if found is None or (views.dtype(node) == torch.bool and not isinstance(found, FORMULAS)):
             return self.opaque(node, at)

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 
 import sympy
 
+from iocompiler.graph.patterns import HIDES
+
 
 @dataclass(frozen=True)
 class Index:
@@ -170,3 +172,12 @@ def magnitude(value: Value) -> float:
         terms = sympy.Add.make_args(sympy.expand(value.expr))
         return float(sum(abs(t.subs(dict.fromkeys(t.free_symbols, LONGEST))) for t in terms))
     return 1.0
+
+
+def spread(value: Value) -> float:
+    """`magnitude`, but for what hides the scores that it is added to."""
+    if isinstance(value, Select):
+        sides = (value.then, value.other)
+        left = [x for x in sides if not isinstance(x, Number) or x.value > HIDES]
+        return max((spread(x) for x in left), default=0.0)
+    return magnitude(value)
