@@ -1,19 +1,19 @@
-"""Masks that a module holds, and passes them to its attentions: their values are looked at when a
-graph is compiled, and Dynamo compiles again once they are others.
+"""Masks that a module holds, for its attentions: their values are looked at when a graph is
+compiled, and Dynamo compiles again once they are others. (What is written through ``.data`` counts
+as no change, as autograd has it.)
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch._guards import CompileContext, TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
-from torch.nn import Parameter
 
 from iocompiler.graph.patterns import Pattern, pattern
 
@@ -69,9 +69,9 @@ def _module_source(node: Node) -> Any:
     return None if written else source
 
 
-def _may_be_mask(value: Any) -> bool:
-    plain = type(value) is Tensor and not value.requires_grad and value.layout is torch.strided
-    return plain and not isinstance(value, Parameter) and not value.is_inference()
+def _may_be_mask(value: Any) -> TypeGuard[Tensor]:
+    plain = type(value) is Tensor and value.layout is torch.strided
+    return plain and not value.requires_grad and not value.is_inference()
 
 
 def _guard(value: Tensor, expected: Pattern) -> Callable[[Any, Any], None]:
@@ -80,11 +80,12 @@ def _guard(value: Tensor, expected: Pattern) -> Callable[[Any, Any], None]:
 
     def unchanged(now: Any) -> bool:
         nonlocal seen
-        if seen[0]() is now and seen[1] == now._version:
-            return True
-        if not _may_be_mask(now) or pattern(now) != expected:
+        if not _may_be_mask(now):
             return False
-        seen = (weakref.ref(now), now._version)
+        if seen[0]() is not now or seen[1] != now._version:
+            if pattern(now) != expected:
+                return False
+            seen = (weakref.ref(now), now._version)
         return True
 
     def install(builder: Any, guard: Any) -> None:

@@ -11,8 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-HIDES = -1e4
-"""No bias is as negative: what is hides the score that it is added to."""
+HIDES = -9.9e3
+"""No bias is as negative: what is hides the score that it is added to. (-1e4 in bfloat16 is -9984.)
+"""
 _LARGEST = 1 << 26  # elements that are looked at
 _DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

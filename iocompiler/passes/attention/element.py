@@ -252,7 +252,9 @@ class Elements:
         terms = sympy.Add.make_args(sympy.expand(expr))
         below = [term for term in terms if term.could_extract_minus_sign()]
         above = [term for term in terms if term not in below]
-        high, low = (self.integer(sum(each, sympy.Integer(0))) for each in (above, [-t for t in below]))
+        high, low = (
+            self.integer(sum(each, sympy.Integer(0))) for each in (above, [-t for t in below])
+        )
         return self.build.map("le", low, high)
 
     def _term(self, term: sympy.Expr) -> tuple[int, bool]:
