@@ -147,6 +147,27 @@ def causal_twice(q, k, v):
     )
 
 
+def causal_tutorial(q, k, v):
+    keep = (torch.triu(torch.ones(q.shape[-2], k.shape[-2])) == 1).transpose(0, 1)
+    mask = keep.float().masked_fill(keep == 0, float("-inf")).masked_fill(keep == 1, 0.0)
+    return (scores(q, k) + mask.to(q.dtype)).softmax(-1) @ v
+
+
+def causal_logarithm(q, k, v):
+    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=q.dtype).tril()
+    return (scores(q, k) + keep.log()).softmax(-1) @ v
+
+
+def causal_clamped(q, k, v):
+    mask = torch.full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
+    return (scores(q, k) + mask.clamp(min=-1e9).to(q.dtype)).softmax(-1) @ v
+
+
+def causal_subsequent(q, k, v):
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(q.shape[-2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+
+
 def full_mask(q, k, v):
     s = scores(q, k)
     return s.masked_fill(torch.arange(s.shape[-1]) < 0, float("-inf")).softmax(-1) @ v
@@ -223,6 +244,11 @@ def window(q, k, v):
     s = scores(q, k)
     i, j = torch.arange(s.shape[-2])[:, None], torch.arange(s.shape[-1])
     return s.masked_fill((j > i) | (j < i - 3), float("-inf")).softmax(-1) @ v
+
+
+def window_added(q, k, v):
+    masked = torch.full((q.shape[-2], k.shape[-2]), float("-inf"), dtype=q.dtype)
+    return (scores(q, k) + masked.triu(1) + masked.tril(-4)).softmax(-1) @ v
 
 
 def repeated_heads(q, k, v):
@@ -378,6 +404,10 @@ def cases() -> list[Any]:
                 causal_finfo_tensor,
                 causal_cast,
                 causal_twice,
+                causal_tutorial,
+                causal_logarithm,
+                causal_clamped,
+                causal_subsequent,
                 library_causal_mask,
             )
         ),
@@ -397,6 +427,7 @@ def cases() -> list[Any]:
         (alibi_repeated, "causal+bias", square),
         (library_bias, "bias", {**square, "table": _table()}),
         (window, "causal+mask", square),
+        (window_added, "causal+mask", square),
         *(
             (f, "gqa", grouped)
             for f in (repeated_heads, repeat_interleave, tiled_heads, grouped_einsum)

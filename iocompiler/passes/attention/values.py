@@ -149,6 +149,8 @@ def conjuncts(formula: Formula) -> list[Formula]:
 
 
 def select(condition: Formula, then: Value, other: Value) -> Value:
+    opposite = negate(condition, {})
+    then, other = _where(condition, then), _where(opposite, other)
     if condition is True or then == other:
         return then
     if condition is False:
@@ -158,6 +160,14 @@ def select(condition: Formula, then: Value, other: Value) -> Value:
             return condition
         return both(condition, then) if other is False else Unknown()
     return Select(condition, then, other)
+
+
+def _where(formula: Formula, value: Value) -> Value:
+    """What the value is where a formula holds."""
+    opposite = negate(formula, {})
+    while isinstance(value, Select) and value.condition in (formula, opposite):
+        value = value.then if value.condition == formula else value.other
+    return value
 
 
 def magnitude(value: Value) -> float:
