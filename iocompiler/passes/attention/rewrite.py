@@ -25,8 +25,10 @@ from iocompiler.passes.attention import (
 )
 from iocompiler.passes.attention.description import Attention, Declined, Operand
 from iocompiler.passes.attention.evaluate import Evaluator
+from iocompiler.passes.attention.joined import Joined, join
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
 from iocompiler.passes.attention.scored import ScoredCall
+from iocompiler.passes.attention.scores import Sum
 
 Roots: TypeAlias = Mapping[Node, frozenset[Node]]
 
@@ -60,8 +62,9 @@ def attention(gm: GraphModule) -> int:
 
 
 def _rewrite(gm: GraphModule, node: Node) -> int:
+    joins: list[Joined] = []
     try:
-        found = recognise(node)
+        found = _joining(gm, node, joins)
         if found is None:
             return 0
         where = view.where(node)
@@ -70,14 +73,27 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
         if target.is_inductor():
             inductor.check(gm, call)
     except Declined as reason:
+        for each in reversed(joins):
+            each.undo(gm)
         record(gm, Miss(_PATTERN, view.where(node), str(reason)))
         return 0
     if isinstance(call, ScoredCall):
         scored.apply(gm, call)
     else:
         execute.apply(gm, call)
+    for each in joins:
+        edit.erase(gm, each.total)
     record(gm, Rewrite(_PATTERN, where, call.variant))
     return 1
+
+
+def _joining(gm: GraphModule, node: Node, joins: list[Joined]) -> Attention | None:
+    """`recognise`, with sums of products in the scores made one; ``joins``: those that were."""
+    while True:
+        try:
+            return recognise(node)
+        except Sum as scores:
+            joins.append(join(gm, scores.node))
 
 
 def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCall:
