@@ -94,6 +94,31 @@ def two_dims(q, k, v):
     return torch.softmax(q[0, 0] @ k[0, 0].mT * 0.4, -1) @ v[0, 0]
 
 
+def two_dims_linear(q, k, v):
+    return F.linear(F.linear(q[0, 0], k[0, 0]).mul(0.4).softmax(-1), v[0, 0].mT)
+
+
+def two_dims_mm(q, k, v):
+    return torch.mm(torch.mm(q[0, 0], k[0, 0].t()).div(2.0).softmax(1), v[0, 0])
+
+
+def two_dims_inner(q, k, v):
+    return torch.tensordot(torch.inner(q[0, 0], k[0, 0]).mul(0.4).softmax(-1), v[0, 0], dims=1)
+
+
+def two_dims_tensordot(q, k, v):
+    return torch.tensordot(q[0, 0], k[0, 0].mT, dims=([1], [0])).softmax(-1) @ v[0, 0]
+
+
+def two_dims_addmm(q, k, v, table):
+    s = torch.addmm(table[0, 0], q[0, 0], k[0, 0].t(), beta=0.5, alpha=0.4)
+    return s.softmax(-1) @ v[0, 0]
+
+
+def linear_with_bias(q, k, v, table):
+    return F.linear(q[0, 0], k[0, 0], table[0, 0, 0]).softmax(-1) @ v[0, 0]
+
+
 def causal_inf(q, k, v):
     s = scores(q, k)
     return s.masked_fill(above(s), float("-inf")).softmax(-1) @ v
@@ -378,6 +403,10 @@ def cases() -> list[Any]:
                 bmm,
                 three_dims,
                 two_dims,
+                two_dims_linear,
+                two_dims_mm,
+                two_dims_inner,
+                two_dims_tensordot,
                 full_mask,
                 by_hand,
                 by_hand_max,
@@ -417,7 +446,10 @@ def cases() -> list[Any]:
         (padding_and_causal, "causal+mask", {**square, "mask": _mask()}),
         (added_mask, "bias", {**square, "mask": _mask()}),
         (bias, "bias", {**square, "table": _table()}),
-        *((f, "bias", {**square, "table": _table()}) for f in (windows,)),
+        *(
+            (f, "bias", {**square, "table": _table()})
+            for f in (windows, two_dims_addmm, linear_with_bias)
+        ),
         (learned_temperature, "full", {**square, "table": _table()}),
         (packed_projection, "full", square),
         (alibi, "causal+bias", square),
@@ -458,7 +490,18 @@ def test_taken(
 
 
 @pytest.mark.parametrize(
-    "function", [plain, causal_inf, causal_where, bmm, einsum, padding_and_causal, repeated_heads]
+    "function",
+    [
+        plain,
+        causal_inf,
+        causal_where,
+        bmm,
+        einsum,
+        padding_and_causal,
+        repeated_heads,
+        two_dims_linear,
+        two_dims_inner,
+    ],
 )
 def test_lengths_change_without_recompiling(function: Callable[..., Any]) -> None:
     compiled = Compiled(function, dynamic=True)

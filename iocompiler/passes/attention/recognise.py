@@ -57,6 +57,8 @@ def recognise(node: Node) -> Attention | None:
     for side, other in (("left", "right"), ("right", "left")):
         found = _probabilities(second.operand(side)[0])
         if found is not None:
+            if second.added is not None or second.alpha != 1.0:
+                raise Declined("the product with the values is scaled, or added to another tensor")
             return _attention(second, second.operand(side), second.operand(other), found)
     return None
 
