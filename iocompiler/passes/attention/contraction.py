@@ -89,7 +89,7 @@ def _outer(node: Node) -> Contraction | None:
     ranks = [len(shape(each)) for each in (left, right)]
     if min(ranks) < 2 or any(len(each) != 1 for each in places):
         return None
-    if node.target is aten.linear.default and _is_learned(right):
+    if node.target is aten.linear.default and is_learned(right):
         return None
     one, other = (each[0] % rank for each, rank in zip(places, ranks, strict=True))
     over = Axis(shape(left)[one])
@@ -103,7 +103,7 @@ def _outer(node: Node) -> Contraction | None:
     return Contraction(node, left, right, tuple(first), tuple(last), dims, over, added=added)
 
 
-def _is_learned(node: Any) -> bool:
+def is_learned(node: Any) -> bool:
     """Whether the tensor is a parameter, as it is or cast or transposed."""
     while isinstance(node, Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
