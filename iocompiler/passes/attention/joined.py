@@ -96,7 +96,7 @@ def join(gm: GraphModule, total: Node) -> Joined:
         product = arranger.call(
             aten.permute.default, product, [*(places.index(d) for d in range(rank - 1)), rank - 1]
         )
-    if views.shape(product) != views.shape(total):
+    if not views.alike(product, total):
         raise Declined("the scores are widened by a sum")
     if views.dtype(product) != views.dtype(total):
         product = arranger.call(aten.to.dtype, product, views.dtype(total))
@@ -121,7 +121,9 @@ def _terms(total: Node) -> list[tuple[Scores, float]]:
     left, right = (scores.read(each) for each in total.args[:2])  # type: ignore[arg-type]
     assert left is not None
     assert right is not None
-    alpha: Any = total.kwargs.get("alpha", 1)
+    alpha = total.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        raise Declined("a part of the scores is scaled by what is known at run time only")
     sign = -1.0 if total.target is aten.sub.Tensor else 1.0
     return [(left, 1.0), (right, sign * float(alpha))]
 

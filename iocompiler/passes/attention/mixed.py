@@ -14,7 +14,7 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.passes.attention import contraction, views
 from iocompiler.passes.attention.arrange import Arranger
-from iocompiler.passes.attention.axes import broadcast, flat, known, resolve, resolved
+from iocompiler.passes.attention.axes import broadcast, flat, resolve, resolved
 from iocompiler.passes.attention.contraction import Contraction
 from iocompiler.passes.attention.description import Declined, Operand
 
@@ -87,9 +87,9 @@ class _Parting:
 
     def term(self, node: Any) -> Node:
         """The product of one term with the values."""
-        if not isinstance(node, Node) or not isinstance(view.value(node), torch.Tensor):
+        if not _is_tensor(node):
             raise Declined("a number is added to the probabilities")
-        if views.shape(node) != views.shape(self.second.operand(self.side)[0]):
+        if not views.alike(node, self.second.operand(self.side)[0]):
             raise Declined("the probabilities are broadcast")
         if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return self._scaled(node)
@@ -121,18 +121,18 @@ class _Parting:
         return edit.call(self.gm, self.whole.target, pair, {}, near=self.whole)
 
     def _scaled(self, node: Node) -> Node:
-        shape = views.shape(node)
         behind: list[Any] = list(node.args[:2])
-        if not isinstance(behind[0], Node) or not _is_probabilities(behind[0], shape):
+        full = [_is_tensor(each) and views.alike(each, node) for each in behind]
+        if not full[0]:
             behind.reverse()
         source, factor = behind
         divided = node.target in (aten.div.Tensor, aten.div.Scalar)
-        if not isinstance(source, Node) or views.shape(source) != shape:
+        if not any(full):
             raise Declined("the probabilities are broadcast")
         if divided and source is not node.args[0]:
             raise Declined("the probabilities are divided by")
         product = self.term(source)
-        if isinstance(factor, Node) and isinstance(view.value(factor), torch.Tensor):
+        if _is_tensor(factor):
             factor = self._factor(factor)
         return edit.call(self.gm, node.target, (product, factor), {}, near=self.whole)
 
@@ -170,7 +170,5 @@ class _Parting:
         )
 
 
-def _is_probabilities(node: Node, shape: torch.Size) -> bool:
-    value = view.value(node)
-    same = isinstance(value, torch.Tensor) and len(value.shape) == len(shape)
-    return same and all(known(a == b) for a, b in zip(value.shape, shape, strict=True))
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and isinstance(view.value(value), torch.Tensor)
