@@ -153,7 +153,7 @@ class _Walk:
         with self._undisturbed():
             if self._try("graph", lambda: refuse_unusual(inputs)) is None:
                 return gm.forward
-            look(gm, inputs)
+            self._try("rewriting", lambda: look(gm, inputs), "reads its masks as tensors")
             place = self._place(gm, inputs)
             return place.look(gm) or self._compile(gm, inputs, place)
 

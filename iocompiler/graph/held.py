@@ -25,9 +25,10 @@ _OFTEN = 3
 def look(gm: GraphModule, inputs: Sequence[Any]) -> None:
     """Note on the placeholders of Dynamo's graph what the masks among them hold, under guards."""
     context = TracingContext.try_get()
-    if context is None or _is_compiled_often():
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if context is None or transformed or _is_compiled_often():
         return
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
         source = _module_source(node)
         if source is None or not _may_be_mask(value):
             continue

@@ -137,7 +137,23 @@ def output_scaled(q, k, v):
     return torch.addmm(v[0, 1], p, v[0, 0], beta=0, alpha=0.5)
 
 
+def scores_gathered(q, k, v):
+    places = torch.arange(6, -1, -1).expand(2, 4, 7, 7)
+    return (q @ k.mT).gather(-1, places).softmax(-1) @ v
+
+
+def scores_picked(q, k, v):
+    return (q @ k.mT)[..., torch.arange(6, -1, -1)].softmax(-1) @ v
+
+
+def scores_normalised(q, k, v):
+    return F.layer_norm(q @ k.mT, (7,)).softmax(-1) @ v
+
+
 NEARLY = [
+    scores_gathered,
+    scores_picked,
+    scores_normalised,
     added_to_the_output,
     output_scaled,
     softmax_over_queries,
@@ -194,6 +210,20 @@ def test_a_layer_with_a_softmax_is_no_attention() -> None:
     compiled = Compiled(router)
     torch.testing.assert_close(compiled(x), router(x))
     assert compiled.findings == []
+
+
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [(scores_gathered, "gather"), (scores_picked, "index"), (scores_normalised, "layer_norm")],
+)
+def test_what_is_not_understood_is_named_with_its_line(
+    function: Callable[..., Any], operator: str
+) -> None:
+    compiled = Compiled(function)
+    compiled(**heads())
+    (miss,) = compiled.misses
+    assert f"aten.{operator}." in miss
+    assert "on the scores, at test_attention_declined.py:" in miss
 
 
 def test_written_in_between_stays_right() -> None:

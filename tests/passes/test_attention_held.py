@@ -151,14 +151,30 @@ def test_what_is_no_band_skips_what_it_hides(
     assert bool(found.loads(found.score)) == biased
 
 
-@pytest.mark.usefixtures("told")
-@pytest.mark.parametrize("value", [-INF, -1e9, LOWEST])
-def test_a_row_that_is_hidden_altogether(value: float) -> None:
-    """Of one finite number the softmax is uniform, of -inf it is NaN, as in eager."""
-    mask = blocks(value)
-    mask[3] = value
-    module, inputs = Holding(added, mask), heads()
-    torch.testing.assert_close(Compiled(module)(**inputs), module(**inputs), equal_nan=True)
+def row_hidden(value: float) -> Tensor:
+    return blocks(value).index_fill(0, torch.tensor([3]), value)
+
+
+def strictly_causal(value: float) -> Tensor:
+    return torch.full((LENGTH, LENGTH), value).triu(0)
+
+
+@pytest.mark.parametrize("as_program", [True, False])
+@pytest.mark.parametrize("value", [-1e9, LOWEST, -INF])
+@pytest.mark.parametrize("mask", [row_hidden, strictly_causal])
+def test_a_row_that_is_hidden_altogether(
+    mask: Callable[[float], Tensor], value: float, as_program: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one finite number the softmax is uniform, of -inf it is NaN, as in eager; a library makes
+    zeros of the latter.
+    """
+    if as_program:
+        monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    module, inputs = Holding(added, mask(value)), heads()
+    expected = module(**inputs)
+    if not as_program:
+        expected = expected.nan_to_num(0.0)
+    torch.testing.assert_close(Compiled(module)(**inputs), expected, equal_nan=True)
 
 
 def test_lengths_change_without_recompiling() -> None:

@@ -149,8 +149,10 @@ def conjuncts(formula: Formula) -> list[Formula]:
 
 
 def select(condition: Formula, then: Value, other: Value) -> Value:
-    opposite = negate(condition, {})
-    then, other = _where(condition, then), _where(opposite, other)
+    if isinstance(then, Select):
+        then = _where(condition, then)
+    if isinstance(other, Select):
+        other = _where(negate(condition, {}), other)
     if condition is True or then == other:
         return then
     if condition is False:
