@@ -30,6 +30,7 @@ from iocompiler.graph.autocast import region_entered
 from iocompiler.graph.capture import capture
 from iocompiler.graph.copies import copies
 from iocompiler.graph.findings import findings
+from iocompiler.graph.held import look
 from iocompiler.graph.inputs import come_in_a_list, refuse_unusual, without_subclasses
 from iocompiler.graph.printer import show
 from iocompiler.observe import Dump, Summary, Verify, dump_folder, dump_text
@@ -152,6 +153,7 @@ class _Walk:
         with self._undisturbed():
             if self._try("graph", lambda: refuse_unusual(inputs)) is None:
                 return gm.forward
+            self._try("rewriting", lambda: look(gm, inputs), "reads its masks as tensors")
             place = self._place(gm, inputs)
             return place.look(gm) or self._compile(gm, inputs, place)
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.fx.node import _get_qualified_name
 
 from iocompiler.errors import NotCacheable
+from iocompiler.graph.held import held
 
 _NAMESPACES = ("aten", "prims", "prim", "iocompiler")
 _MODULES = ("torch", "operator", "_operator", "math", "builtins")
@@ -84,7 +85,7 @@ class _Writer:
         kind = getattr(source, "guard_source", "")
         origin = str(kind() if callable(kind) else kind)
         if isinstance(real, torch.Tensor):
-            return f"tensor {self._tensor(fake, real)} {origin}"
+            return f"tensor {self._tensor(fake, real)} {origin} {held(node) or ''}"
         if isinstance(real, (torch.SymInt, int)) and not isinstance(real, bool):
             return f"size {self._size(real if fake is None else fake)}"
         raise NotCacheable(cause=f"an input is a {type(real).__name__}")

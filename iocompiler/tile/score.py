@@ -18,6 +18,7 @@ Types are "float" (float32 in kernels), "int" (as wide as loaded; 32 bits otherw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -217,6 +218,7 @@ class ScoreBuilder:
             chosen = self.literal(inputs[0])
             if chosen is not None:
                 return inputs[1] if chosen else inputs[2]
+            inputs = (inputs[0], *(self._settled(inputs[0], n, inputs[n]) for n in (1, 2)))
             if inputs[1] == inputs[2]:
                 return inputs[1]
         elif len(inputs) == 2:
@@ -230,6 +232,18 @@ class ScoreBuilder:
         if fn in _ALWAYS_BOOL:
             type_ = "bool"
         return self.add(ScoreOp("map", type_, fn, tuple(inputs)))
+
+    def _settled(self, condition: int, place: int, branch: int) -> int:
+        """A branch of a choice, without choices by the same condition or its opposite."""
+        while self.ops[branch].fn == "where":
+            inner = self.ops[branch].inputs
+            if inner[0] == condition:
+                branch = inner[place]
+            elif inner[0] == self._negated(condition):
+                branch = inner[3 - place]
+            else:
+                break
+        return branch
 
     def _negated(self, value: int) -> int:
         """The opposite of a condition, moved to its comparisons where no NaN can be."""
@@ -290,6 +304,7 @@ def _is_neutral(fn: str, literal: float) -> bool:
 
 
 _FOLDS: dict[str, Any] = {
+    "log": lambda a: math.log(a) if a > 0.0 else -inf if a == 0.0 else math.nan,
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,

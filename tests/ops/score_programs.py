@@ -78,6 +78,17 @@ def tile_mask(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     return s, b.load(0, (b.index("i"), b.index("j")), "bool")
 
 
+def hiding(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    """A bias that hides where it is negative enough."""
+    added = b.load(0, (b.index("i"), b.index("j")), "float")
+    return b.map("add", s, added), b.map("gt", added, b.const(-9.9e3))
+
+
+def _hiding(b: int, h: int, s: int, k: int) -> list[Tensor]:
+    (kept,) = _block_mask(b, h, s, k)
+    return [torch.where(kept, torch.randn(s, k, dtype=torch.float64), float("-inf"))]
+
+
 def _block_mask(b: int, h: int, s: int, k: int) -> list[Tensor]:
     some = torch.rand(-(-s // 16), -(-k // 16)) > 0.4
     some[:, 0] = True
@@ -107,6 +118,7 @@ CASES = {
     "padding, zero": Case(padding, _padding, "zero"),
     "padding, uniform": Case(padding, _padding, "uniform"),
     "sunk": Case(sunk, _padding),
+    "hiding bias": Case(hiding, _hiding),
     "block mask": Case(tile_mask, _block_mask, "zero"),
 }
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from iocompiler.graph.capture import capture
 from iocompiler.graph.findings import Miss, Rewrite, findings
+from iocompiler.graph.held import look
 from iocompiler.graph.normalise import normalise
 from iocompiler.passes.attention import attention
 
@@ -31,6 +32,7 @@ class Compiled:
         self._run = torch.compile(function, backend=self._backend, dynamic=dynamic, fullgraph=True)
 
     def _backend(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        look(gm, inputs)
         graph = capture(gm, inputs)
         normalise(graph)
         sites = attention(graph)

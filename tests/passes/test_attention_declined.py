@@ -128,7 +128,34 @@ def weighted_average(q, k, v):
     return (p / p.sum(-2, keepdim=True)) @ v
 
 
+def added_to_the_output(q, k, v):
+    return torch.addmm(v[0, 1], (q[0, 0] @ k[0, 0].mT).softmax(-1), v[0, 0])
+
+
+def output_scaled(q, k, v):
+    p = (q[0, 0] @ k[0, 0].mT).softmax(-1)
+    return torch.addmm(v[0, 1], p, v[0, 0], beta=0, alpha=0.5)
+
+
+def scores_gathered(q, k, v):
+    places = torch.arange(6, -1, -1).expand(2, 4, 7, 7)
+    return (q @ k.mT).gather(-1, places).softmax(-1) @ v
+
+
+def scores_picked(q, k, v):
+    return (q @ k.mT)[..., torch.arange(6, -1, -1)].softmax(-1) @ v
+
+
+def scores_normalised(q, k, v):
+    return F.layer_norm(q @ k.mT, (7,)).softmax(-1) @ v
+
+
 NEARLY = [
+    scores_gathered,
+    scores_picked,
+    scores_normalised,
+    added_to_the_output,
+    output_scaled,
     softmax_over_queries,
     softmax_over_heads,
     probabilities_returned,
@@ -168,6 +195,35 @@ def test_declined(function: Callable[..., Any]) -> None:
     assert compiled.calls == []
     if function in NEARLY:
         assert len(compiled.misses) == 1
+
+
+def test_a_layer_with_a_softmax_is_no_attention() -> None:
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = torch.nn.Linear(8, 5), torch.nn.Linear(5, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.experts(self.gate(x).softmax(-1))
+
+    router, x = Router(), torch.randn(2, 7, 8)
+    compiled = Compiled(router)
+    torch.testing.assert_close(compiled(x), router(x))
+    assert compiled.findings == []
+
+
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [(scores_gathered, "gather"), (scores_picked, "index"), (scores_normalised, "layer_norm")],
+)
+def test_what_is_not_understood_is_named_with_its_line(
+    function: Callable[..., Any], operator: str
+) -> None:
+    compiled = Compiled(function)
+    compiled(**heads())
+    (miss,) = compiled.misses
+    assert f"aten.{operator}." in miss
+    assert "on the scores, at test_attention_declined.py:" in miss
 
 
 def test_written_in_between_stays_right() -> None:

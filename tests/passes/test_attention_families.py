@@ -104,6 +104,18 @@ FAMILIES = {
         "DebertaV2Config",
         {**WIDE, **STILL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     ),
+    "XLNet": Family(
+        "XLNetLMHeadModel",
+        "XLNetConfig",
+        {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 101,
+         "dropout": 0.0},
+    ),
+    "DiffLlama": Family(  # a difference of two attentions
+        "DiffLlamaForCausalLM",
+        "DiffLlamaConfig",
+        {**WIDE, "num_key_value_heads": 2, "use_cache": False},
+        sites=4,
+    ),
     "Whisper": Family(
         "WhisperForConditionalGeneration",
         "WhisperConfig",

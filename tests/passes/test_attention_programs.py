@@ -18,7 +18,16 @@ from iocompiler.passes.attention import scored
 from iocompiler.tile.score import ScoreProgram, parsed
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling, heads
-from tests.passes.test_attention_taken import cases, causal_inf, padding_and_causal, window
+from tests.passes.test_attention_taken import (
+    cases,
+    causal_clamped,
+    causal_inf,
+    causal_logarithm,
+    causal_tutorial,
+    padding_and_causal,
+    window,
+    window_added,
+)
 
 
 @pytest.fixture
@@ -226,7 +235,8 @@ def test_lengths_change_without_recompiling(function: Callable[..., Any]) -> Non
 
 @pytest.mark.usefixtures("told")
 def test_structure_reads_no_tensor() -> None:
-    for function in (causal_inf, window, softcap, alibi, dilated):
+    spellings = (causal_clamped, causal_logarithm, causal_tutorial, window_added)
+    for function in (causal_inf, window, softcap, alibi, dilated, *spellings):
         (program,) = programs(check(function, heads(), torch.float32))
         assert program.keep is not None
         assert program.loads(program.keep) == ()

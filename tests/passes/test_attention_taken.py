@@ -94,6 +94,31 @@ def two_dims(q, k, v):
     return torch.softmax(q[0, 0] @ k[0, 0].mT * 0.4, -1) @ v[0, 0]
 
 
+def two_dims_linear(q, k, v):
+    return F.linear(F.linear(q[0, 0], k[0, 0]).mul(0.4).softmax(-1), v[0, 0].mT)
+
+
+def two_dims_mm(q, k, v):
+    return torch.mm(torch.mm(q[0, 0], k[0, 0].t()).div(2.0).softmax(1), v[0, 0])
+
+
+def two_dims_inner(q, k, v):
+    return torch.tensordot(torch.inner(q[0, 0], k[0, 0]).mul(0.4).softmax(-1), v[0, 0], dims=1)
+
+
+def two_dims_tensordot(q, k, v):
+    return torch.tensordot(q[0, 0], k[0, 0].mT, dims=([1], [0])).softmax(-1) @ v[0, 0]
+
+
+def two_dims_addmm(q, k, v, table):
+    s = torch.addmm(table[0, 0], q[0, 0], k[0, 0].t(), beta=0.5, alpha=0.4)
+    return s.softmax(-1) @ v[0, 0]
+
+
+def linear_with_bias(q, k, v, table):
+    return F.linear(q[0, 0], k[0, 0], table[0, 0, 0]).softmax(-1) @ v[0, 0]
+
+
 def causal_inf(q, k, v):
     s = scores(q, k)
     return s.masked_fill(above(s), float("-inf")).softmax(-1) @ v
@@ -145,6 +170,27 @@ def causal_twice(q, k, v):
         ).softmax(-1)
         @ v
     )
+
+
+def causal_tutorial(q, k, v):
+    keep = (torch.triu(torch.ones(q.shape[-2], k.shape[-2])) == 1).transpose(0, 1)
+    mask = keep.float().masked_fill(keep == 0, float("-inf")).masked_fill(keep == 1, 0.0)
+    return (scores(q, k) + mask.to(q.dtype)).softmax(-1) @ v
+
+
+def causal_logarithm(q, k, v):
+    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=q.dtype).tril()
+    return (scores(q, k) + keep.log()).softmax(-1) @ v
+
+
+def causal_clamped(q, k, v):
+    mask = torch.full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
+    return (scores(q, k) + mask.clamp(min=-1e9).to(q.dtype)).softmax(-1) @ v
+
+
+def causal_subsequent(q, k, v):
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(q.shape[-2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
 
 
 def full_mask(q, k, v):
@@ -223,6 +269,11 @@ def window(q, k, v):
     s = scores(q, k)
     i, j = torch.arange(s.shape[-2])[:, None], torch.arange(s.shape[-1])
     return s.masked_fill((j > i) | (j < i - 3), float("-inf")).softmax(-1) @ v
+
+
+def window_added(q, k, v):
+    masked = torch.full((q.shape[-2], k.shape[-2]), float("-inf"), dtype=q.dtype)
+    return (scores(q, k) + masked.triu(1) + masked.tril(-4)).softmax(-1) @ v
 
 
 def repeated_heads(q, k, v):
@@ -352,6 +403,10 @@ def cases() -> list[Any]:
                 bmm,
                 three_dims,
                 two_dims,
+                two_dims_linear,
+                two_dims_mm,
+                two_dims_inner,
+                two_dims_tensordot,
                 full_mask,
                 by_hand,
                 by_hand_max,
@@ -378,6 +433,10 @@ def cases() -> list[Any]:
                 causal_finfo_tensor,
                 causal_cast,
                 causal_twice,
+                causal_tutorial,
+                causal_logarithm,
+                causal_clamped,
+                causal_subsequent,
                 library_causal_mask,
             )
         ),
@@ -387,7 +446,10 @@ def cases() -> list[Any]:
         (padding_and_causal, "causal+mask", {**square, "mask": _mask()}),
         (added_mask, "bias", {**square, "mask": _mask()}),
         (bias, "bias", {**square, "table": _table()}),
-        *((f, "bias", {**square, "table": _table()}) for f in (windows,)),
+        *(
+            (f, "bias", {**square, "table": _table()})
+            for f in (windows, two_dims_addmm, linear_with_bias)
+        ),
         (learned_temperature, "full", {**square, "table": _table()}),
         (packed_projection, "full", square),
         (alibi, "causal+bias", square),
@@ -397,6 +459,7 @@ def cases() -> list[Any]:
         (alibi_repeated, "causal+bias", square),
         (library_bias, "bias", {**square, "table": _table()}),
         (window, "causal+mask", square),
+        (window_added, "causal+mask", square),
         *(
             (f, "gqa", grouped)
             for f in (repeated_heads, repeat_interleave, tiled_heads, grouped_einsum)
@@ -427,7 +490,18 @@ def test_taken(
 
 
 @pytest.mark.parametrize(
-    "function", [plain, causal_inf, causal_where, bmm, einsum, padding_and_causal, repeated_heads]
+    "function",
+    [
+        plain,
+        causal_inf,
+        causal_where,
+        bmm,
+        einsum,
+        padding_and_causal,
+        repeated_heads,
+        two_dims_linear,
+        two_dims_inner,
+    ],
 )
 def test_lengths_change_without_recompiling(function: Callable[..., Any]) -> None:
     compiled = Compiled(function, dynamic=True)

@@ -107,6 +107,20 @@ def combine(name: str, left: Value, right: Value, alpha: float) -> Value:
     return Unknown(max(x, y) if name in ("minimum", "maximum") else x + y)
 
 
+def applied(function: Callable[[float], float], value: Value) -> Value | None:
+    """A function of a number, or of a choice between numbers; None of all else."""
+    if isinstance(value, Number):
+        return Number(function(value.value))
+    if not isinstance(value, Select):
+        return None
+    then, other = applied(function, value.then), applied(function, value.other)
+    return None if then is None or other is None else select(value.condition, then, other)
+
+
+def logarithm(x: float) -> float:
+    return math.log(x) if x > 0.0 else -math.inf if x == 0.0 else math.nan
+
+
 def affine(value: Value) -> sympy.Expr | None:
     """The value as an affine integer expression."""
     if isinstance(value, Index):

@@ -14,7 +14,8 @@ from iocompiler.passes.attention.views import shape
 aten = torch.ops.aten
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 _SUMS = (aten.baddbmm.default, aten.addmm.default)
-TARGETS = (*_PRODUCTS, *_SUMS, aten.einsum.default)
+_OUTER = (aten.linear.default, aten.inner.default, aten.tensordot.default)
+TARGETS = (*_PRODUCTS, *_SUMS, *_OUTER, aten.einsum.default)
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def read(node: Node) -> Contraction | None:
         return found and Contraction(
             **{**vars(found), "alpha": alpha, "beta": beta, "added": added}
         )
-    if node.target is aten.einsum.default:
-        return _einsum(node)
-    return None
+    if node.target in _OUTER:
+        return _outer(node)
+    return _einsum(node) if node.target is aten.einsum.default else None
 
 
 def _product(node: Node, left: Any, right: Any) -> Contraction | None:
@@ -76,6 +77,38 @@ def _product(node: Node, left: Any, right: Any) -> Contraction | None:
         dims,
         over,
     )
+
+
+def _outer(node: Node) -> Contraction | None:
+    """All dims of one tensor but that contracted, then those of the other. A layer of a network,
+    whose weight is learned, is none.
+    """
+    arguments: Any = node.args
+    left, right, *rest = arguments
+    places: Any = rest if node.target is aten.tensordot.default else [[-1], [-1]]
+    ranks = [len(shape(each)) for each in (left, right)]
+    if min(ranks) < 2 or any(len(each) != 1 for each in places):
+        return None
+    if node.target is aten.linear.default and is_learned(right):
+        return None
+    one, other = (each[0] % rank for each, rank in zip(places, ranks, strict=True))
+    over = Axis(shape(left)[one])
+    if known(over.size == 1):
+        return None
+    dims = fresh(shape(node))
+    first, last = list(dims[: ranks[0] - 1]), list(dims[ranks[0] - 1 :])
+    first.insert(one, (over,))
+    last.insert(other, (over,))
+    added = rest[0] if rest and node.target is aten.linear.default else None
+    return Contraction(node, left, right, tuple(first), tuple(last), dims, over, added=added)
+
+
+def is_learned(node: Any) -> bool:
+    """Whether the tensor is a parameter, as it is or cast or transposed."""
+    while isinstance(node, Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    origin = getattr(node, "meta", {}).get("grapharg")
+    return isinstance(getattr(origin, "fake_tensor", None), torch.nn.Parameter)
 
 
 def _einsum(node: Node) -> Contraction | None:

@@ -12,6 +12,8 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
+from iocompiler.graph.held import held
+from iocompiler.graph.patterns import HIDES, Band, Hiding
 from iocompiler.passes.attention import views
 from iocompiler.passes.attention.arrange import Frame
 from iocompiler.passes.attention.axes import (
@@ -28,7 +30,7 @@ from iocompiler.passes.attention.description import Attention, Declined
 from iocompiler.passes.attention.distances import Distances, by_distance
 from iocompiler.passes.attention.element_rules import RULES, NotExpressed
 from iocompiler.passes.attention.evaluate import Evaluator
-from iocompiler.passes.attention.places import At, filled, moved, whole, zero
+from iocompiler.passes.attention.places import At, ends, filled, moved, whole, zero
 from iocompiler.passes.attention.scores import constant, number
 from iocompiler.passes.attention.values import Bounds
 from iocompiler.tile.score import ScoreBuilder, Type
@@ -127,7 +129,7 @@ class Elements:
 
     def _walked(self, node: Node, at: At) -> int:
         if node.op != "call_function":
-            raise NotExpressed
+            return self._held(node, at)
         if node.target in views.COPIES:
             return self.value(node.args[0], at)
         if node.target in views.CASTS:
@@ -146,6 +148,23 @@ class Elements:
             raise NotExpressed
         return rule(self, node, at)
 
+    def _held(self, node: Node, at: At) -> int:
+        """Of an input or a constant, as far as it is known what that holds."""
+        found, build = held(node), self.build
+        if isinstance(found, Band):
+            inside = build.const(True)
+            for end in ends(found, at):
+                inside = build.map("and", inside, self._not_negative(end))
+            if views.dtype(node) == torch.bool:
+                return inside if found.inside else build.map("logical_not", inside)
+            return build.map("where", inside, build.const(found.inside), build.const(found.outside))
+        if isinstance(found, Hiding):
+            loaded = self._as_is(node, at)
+            kept = build.map("gt", loaded, build.const(HIDES))
+            other = loaded if found.bound else build.const(0.0)
+            return build.map("where", kept, other, build.const(found.value))
+        raise NotExpressed
+
     def _arange(self, node: Node, at: At) -> int:
         values = [whole(each) for each in node.args]
         if any(each is None for each in values):
@@ -157,13 +176,15 @@ class Elements:
     # loads
 
     def _load(self, node: Node, at: At) -> int:
+        return self.finite(self._as_is(node, at), node, at)
+
+    def _as_is(self, node: Node, at: At) -> int:
         row, column = self._found.row, self._found.column
         distances = by_distance(node, at, row, column, self.evaluator, self.bounds)
         if distances is not None and self._is_head(at, distances.head):
-            return self.finite(self._loaded(distances, views.dtype(node)), node, at)
+            return self._loaded(distances, views.dtype(node))
         groups = tuple(self._group(x, n) for x, n in zip(at, views.shape(node), strict=True))
-        source = Loaded(node, groups)
-        return self.finite(self._loaded(source, views.dtype(node)), node, at)
+        return self._loaded(Loaded(node, groups), views.dtype(node))
 
     def _is_head(self, at: At, dim: int | None) -> bool:
         return dim is None or sympy.expand(index(self.frame.heads) - at[dim]) == 0
@@ -225,6 +246,16 @@ class Elements:
                 total = self.build.map("sub" if negative else "add", total, part)
         assert total is not None
         return total
+
+    def _not_negative(self, expr: sympy.Expr) -> int:
+        """Whether an affine expression is not negative, as a comparison of what is added in it."""
+        terms = sympy.Add.make_args(sympy.expand(expr))
+        below = [term for term in terms if term.could_extract_minus_sign()]
+        above = [term for term in terms if term not in below]
+        high, low = (
+            self.integer(sum(each, sympy.Integer(0))) for each in (above, [-t for t in below])
+        )
+        return self.build.map("le", low, high)
 
     def _term(self, term: sympy.Expr) -> tuple[int, bool]:
         factor, rest = term.as_coeff_Mul()

@@ -47,10 +47,18 @@ def _unary(fn: str) -> Rule:
     def rule(elements: Elements, node: Node, at: At) -> int:
         value = elements.operand(node.args[0], at)
         if elements.build.type(value) != "float" and fn not in ("neg", "abs"):
-            value = elements.build.cast(value, "float")
+            value = elements.cast(value, torch.float32)
+        op = elements.build.ops[value]
+        if op.fn == "where" and all(_is_literal(elements, x) for x in op.inputs[1:]):
+            parts = [elements.build.map(fn, each) for each in op.inputs[1:]]
+            return elements.build.map("where", op.inputs[0], *parts)
         return elements.build.map(fn, value)
 
     return rule
+
+
+def _is_literal(elements: Elements, value: int) -> bool:
+    return elements.build.literal(value) is not None
 
 
 def apply(elements: Elements, fn: str, left: int, right: int) -> int:
@@ -97,6 +105,8 @@ def _reversed(elements: Elements, node: Node, at: At) -> int:
 def _comparison(fn: str) -> Rule:
     def rule(elements: Elements, node: Node, at: At) -> int:
         left, right = (elements.operand(each, at) for each in _arguments(node, 2))
+        if elements.build.type(left) == "bool" and elements.build.type(right) == "int":
+            left = elements.cast(left, torch.int64)
         if elements.build.ops[left].fn == "where" and elements.build.literal(right) is not None:
             return _chosen(elements, fn, left, right)
         return elements.build.map(fn, left, right)
@@ -137,14 +147,14 @@ def _clamp(elements: Elements, node: Node, at: At) -> int:
     )
     for bound, fn in ((low, "maximum"), (high, "minimum")):
         if bound is not None:
-            value = elements.build.map(fn, value, elements.operand(bound, at))
+            value = apply(elements, fn, value, elements.operand(bound, at))
     return value
 
 
 def _bound(fn: str) -> Rule:
     def rule(elements: Elements, node: Node, at: At) -> int:
         bound = elements.operand(_arguments(node, 2)[1], at)
-        return elements.build.map(fn, elements.operand(node.args[0], at), bound)
+        return apply(elements, fn, elements.operand(node.args[0], at), bound)
 
     return rule
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import NoneType
 from typing import Any
 
 import sympy
@@ -14,8 +16,16 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
 from iocompiler.passes.attention import gather, views
-from iocompiler.passes.attention.arithmetic import COMPARISONS, combine, compare, plain, power
-from iocompiler.passes.attention.places import At, arange, attribute, filled, moved, scalar, zero
+from iocompiler.passes.attention.arithmetic import (
+    COMPARISONS,
+    applied,
+    combine,
+    compare,
+    logarithm,
+    plain,
+    power,
+)
+from iocompiler.passes.attention.places import At, arange, filled, given, moved, scalar, zero
 from iocompiler.passes.attention.values import (
     FORMULAS,
     Bounds,
@@ -86,7 +96,8 @@ class _Reading:
         if self._evaluator.is_written(node) or self._depth > _DEEPEST:
             return self.opaque(node, at)
         self._depth += 1
-        found = self._call(node, at) if node.op == "call_function" else attribute(node)
+        called = node.op == "call_function"
+        found = self._call(node, at) if called else given(node, at, self.bounds)
         self._depth -= 1
         if found is None or (views.dtype(node) == torch.bool and not isinstance(found, FORMULAS)):
             return self.opaque(node, at)
@@ -193,9 +204,14 @@ class _Reading:
 
     def _no_larger(self, name: str, node: Node, at: At) -> Value | None:
         values = [self._operand(node, each, at) for each in node.args]
-        if name != "neg":
-            return Unknown(max(magnitude(each) for each in values))
-        return combine("mul", values[0], Number(-1.0), 1.0)
+        if name == "neg":
+            return combine("mul", values[0], Number(-1.0), 1.0)
+        limits = _limits(node) if "clamp" in name else None
+        exact = applied(partial(_clamped, limits), plain(values[0])) if limits else None
+        return exact or Unknown(max(magnitude(each) for each in values))
+
+    def _log(self, node: Node, at: At) -> Value | None:
+        return applied(logarithm, plain(self._operand(node, node.args[0], at)))
 
     def _where(self, node: Node, at: At) -> Value | None:
         if len(node.args) != 3:
@@ -234,7 +250,21 @@ _RULES: dict[str, Callable[[_Reading, Node, At], Value | None]] = {
     "index": gather.picked,
     "diff": gather.differences,
     "cumsum": gather.cumulated,
+    "log": _Reading._log,
 }
+
+
+def _limits(node: Node) -> tuple[float, float] | None:
+    """Between which numbers a clamp leaves its input as it is; None where these are not known."""
+    given = view.named(node)
+    low, high = given.get("min"), given.get("max")
+    if not all(isinstance(each, (int, float, NoneType)) for each in (low, high)):
+        return None
+    return (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+
+
+def _clamped(limits: tuple[float, float], number: float) -> float:
+    return min(max(number, limits[0]), limits[1])
 
 
 def _diagonal(node: Node) -> int:

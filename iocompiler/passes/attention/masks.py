@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
+from iocompiler.graph.patterns import HIDES
 from iocompiler.passes.attention import views
 from iocompiler.passes.attention.axes import Dims, broadcast, expression, index
 from iocompiler.passes.attention.description import Attention, Bias, Causal, Declined, Fill, Step
@@ -33,7 +34,7 @@ from iocompiler.passes.attention.values import (
 )
 
 aten = torch.ops.aten
-MASKS = -1e4
+MASKS = HIDES
 """A score set to this or less, or that has this added, is out: what scores themselves never come
 near.
 """

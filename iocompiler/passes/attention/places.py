@@ -9,10 +9,25 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
+from iocompiler.graph.held import held
+from iocompiler.graph.patterns import Band, Hiding
 from iocompiler.passes.attention import views
 from iocompiler.passes.attention.axes import Axis, expression, fresh, known, resolve
 from iocompiler.passes.attention.scores import constant
-from iocompiler.passes.attention.values import Bounds, Index, Number, Unknown, Value, extremes
+from iocompiler.passes.attention.values import (
+    Bounds,
+    Formula,
+    Index,
+    Number,
+    Opaque,
+    Unknown,
+    Value,
+    at_least,
+    both,
+    extremes,
+    negate,
+    select,
+)
 
 aten = torch.ops.aten
 At: TypeAlias = tuple[sympy.Expr, ...]
@@ -121,9 +136,36 @@ def filled(node: Node) -> Value | None:
     return None
 
 
-def attribute(node: Node) -> Value | None:
+def given(node: Node, at: At, bounds: Bounds) -> Value | None:
+    """The element of an input or a constant, as far as it is known what that holds."""
     number = constant(node) if node.op == "get_attr" else None
-    return None if number is None else Number(number)
+    if number is not None:
+        return Number(number)
+    match held(node):
+        case Band(inside, outside) as band:
+            within = _within(band, at, bounds)
+            if views.dtype(node) == torch.bool:
+                return within if inside else negate(within, bounds)
+            return select(within, Number(inside), Number(outside))
+        case Hiding(value, bound):
+            other: Value = Unknown(bound) if bound else Number(0.0)
+            return select(Opaque((node, at)), other, Number(value))
+    return None
+
+
+def ends(band: Band, at: At) -> tuple[sympy.Expr, ...]:
+    """What is not negative inside of the band."""
+    apart = at[-1] - at[-2]
+    low = () if band.low is None else (apart - band.low,)
+    high = () if band.high is None else (band.high - apart,)
+    return tuple(sympy.expand(end) for end in (*high, *low))
+
+
+def _within(band: Band, at: At, bounds: Bounds) -> Formula:
+    found: Formula = True
+    for end in ends(band, at):
+        found = both(found, at_least(end, bounds))
+    return found
 
 
 def scalar(node: Node) -> Value:

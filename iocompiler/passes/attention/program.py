@@ -27,7 +27,7 @@ from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import DROWNS, MASKS
 from iocompiler.passes.attention.places import At
 from iocompiler.passes.attention.scores import Inverse
-from iocompiler.passes.attention.values import magnitude
+from iocompiler.passes.attention.values import spread
 from iocompiler.tile.score import Empty, ScoreBuilder, ScoreProgram
 from iocompiler.tile.score_algebra import NotDifferentiable, derivative
 from iocompiler.tile.score_operands import use
@@ -145,7 +145,7 @@ class _Extraction:
     def _size(self, step: Bias) -> float:
         places: At = tuple(index(group) for group in step.dims)
         found = self.elements.evaluator.element(step.node, places, self.elements.bounds)
-        return abs(step.factor) * magnitude(found)
+        return abs(step.factor) * spread(found)
 
     def _terms(self, value: int) -> list[int]:
         """The terms of a sum; of ``where(keep, x, -1e9)`` x and the mask that it adds."""

@@ -24,6 +24,7 @@ from iocompiler.passes.attention.description import (
     Attention,
     Declined,
 )
+from iocompiler.passes.attention.mixed import SUMS, Mix
 from iocompiler.passes.attention.rows import Softmax
 
 aten = torch.ops.aten
@@ -57,6 +58,8 @@ def recognise(node: Node) -> Attention | None:
     for side, other in (("left", "right"), ("right", "left")):
         found = _probabilities(second.operand(side)[0])
         if found is not None:
+            if second.added is not None or second.alpha != 1.0:
+                raise Declined("the product with the values is scaled, or added to another tensor")
             return _attention(second, second.operand(side), second.operand(other), found)
     return None
 
@@ -79,6 +82,8 @@ def _probabilities(node: Node) -> _Probabilities | None:
             dropout_p = p if train and p else dropout_p
         elif node.target not in (*views.VIEWS, *_CONVERT):
             if _softmax_near(node):
+                if node.target in SUMS:
+                    raise Mix(node)
                 raise Declined(f"{node.target} between the softmax and the second contraction")
             return None
         path.append(node)
@@ -102,11 +107,34 @@ def _widened(node: Node, far: int = _NEAR) -> bool:
     return any(_widened(read, far - 1) for read in node.all_input_nodes)
 
 
-def _from_scores(softmax: Softmax | None) -> bool:
+def _unread(node: Node, far: int = _NEAR) -> Node | None:
+    """What is not understood between the softmax and scores near behind it: heads that are mixed,
+    say.
+    """
+    if node.op != "call_function" or far == 0:
+        return None
+    if any(_are_scores(each) for each in node.all_input_nodes):
+        return node
+    behind = (_unread(each, far - 1) for each in node.all_input_nodes)
+    return next((each for each in behind if each is not None), None)
+
+
+def _are_scores(node: Node) -> bool:
+    """Whether a node is made of the product of two tensors neither of which is a layer's weight."""
     try:
-        return softmax is not None and scores.read(softmax.scores) is not None
+        found = scores.read(node)
     except Declined:
         return True
+    first = found.contraction if found is not None else None
+    return first is not None and not any(map(contraction.is_learned, (first.left, first.right)))
+
+
+def _from_scores(softmax: Softmax | None) -> bool:
+    try:
+        found = softmax is not None and scores.read(softmax.scores) is not None
+    except Declined:
+        return True
+    return found or (softmax is not None and _unread(softmax.scores) is not None)
 
 
 def _attention(
@@ -118,10 +146,16 @@ def _attention(
             raise Declined("a softmax of a softmax")
         if _widened(found.softmax.scores):
             raise Declined("the softmax is over more than the scores, such as a sink beside them")
+        unread = _unread(found.softmax.scores)
+        if unread is not None:
+            raise Declined(f"{unread.target} on the scores, at {view.where(unread)}")
         return None
     first, dims = program.contraction, resolved(program.dims)
     column = _column(dims, found.softmax.dim)
     query, key = _query_and_key(first, column)
+    shared = set(flat(query[1])) & set(flat(key[1])) - set(resolve((first.contracted,)))
+    if not shared and _are_scores(key[0]):
+        raise Declined("the heads of the scores are mixed before the softmax")
     _join(weights[1], _along(found.path, dims))
     if resolve((second.contracted,)) != (column,):
         raise Declined("the values are not summed over the softmax's dim")
@@ -195,10 +229,16 @@ def _end(node: Node, softmax: Softmax) -> tuple[Node, tuple[Node, ...]]:
     raise Declined("the powers of the scores are not divided by their sums")
 
 
+def _is_dead(node: Node, far: int = 2 * _NEAR) -> bool:
+    """Whether nobody reads a node, nor what is made of it, as what was just respelled."""
+    kept = node.op != "call_function" or node.is_impure() or bool(view.mutates(node))
+    return far > 0 and not kept and all(_is_dead(user, far - 1) for user in node.users)
+
+
 def interior_is_private(found: Attention) -> str:
     """Why the nodes in between must be kept, or ""."""
     for node in found.interior - {found.anchor}:
-        strangers = [user for user in node.users if user not in found.interior]
+        strangers = [u for u in node.users if u not in found.interior and not _is_dead(u)]
         if strangers:
             kind = "returned" if any(user.op == "output" for user in strangers) else "used"
             return f"{view.where(node) or node.name}: {node.name} is {kind} elsewhere"

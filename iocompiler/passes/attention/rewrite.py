@@ -25,8 +25,11 @@ from iocompiler.passes.attention import (
 )
 from iocompiler.passes.attention.description import Attention, Declined, Operand
 from iocompiler.passes.attention.evaluate import Evaluator
+from iocompiler.passes.attention.joined import Joined, join
+from iocompiler.passes.attention.mixed import Mix, Parted, part
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
 from iocompiler.passes.attention.scored import ScoredCall
+from iocompiler.passes.attention.scores import Sum
 
 Roots: TypeAlias = Mapping[Node, frozenset[Node]]
 
@@ -60,24 +63,77 @@ def attention(gm: GraphModule) -> int:
 
 
 def _rewrite(gm: GraphModule, node: Node) -> int:
+    joins: list[Joined] = []
     try:
-        found = recognise(node)
-        if found is None:
-            return 0
-        where = view.where(node)
-        _check_alone(gm, found)
-        call = _planned(found, Evaluator(gm))
-        if target.is_inductor():
-            inductor.check(gm, call)
+        call = _call(gm, node, joins)
+    except Mix as mix:
+        return _rewrite_parts(gm, node, mix)
     except Declined as reason:
+        _undo(gm, joins)
         record(gm, Miss(_PATTERN, view.where(node), str(reason)))
         return 0
+    if call is None:
+        return 0
+    where = view.where(node)
     if isinstance(call, ScoredCall):
         scored.apply(gm, call)
     else:
         execute.apply(gm, call)
+    for each in joins:
+        edit.erase(gm, each.total)
     record(gm, Rewrite(_PATTERN, where, call.variant))
     return 1
+
+
+def _call(gm: GraphModule, node: Node, joins: list[Joined]) -> execute.Call | ScoredCall | None:
+    """What runs the attention that ends in a node; ``joins``: what was made one in its scores.
+
+    Raises:
+        Declined: it is nearly one.
+    """
+    found = _joining(gm, node, joins)
+    if found is None:
+        return None
+    _check_alone(gm, found)
+    call = _planned(found, Evaluator(gm))
+    if target.is_inductor():
+        inductor.check(gm, call)
+    return call
+
+
+def _undo(gm: GraphModule, joins: list[Joined]) -> None:
+    for each in reversed(joins):
+        each.undo(gm)
+
+
+def _rewrite_parts(gm: GraphModule, node: Node, mix: Mix) -> int:
+    """A sum of probabilities, times the values: all of its parts are attentions, or none is."""
+    parted: Parted | None = None
+    try:
+        parted = part(gm, node, mix.node)
+        for each in parted.products:
+            joins: list[Joined] = []
+            try:
+                if _call(gm, each, joins) is None:
+                    raise Declined("a term of the probabilities is no softmax of scores")
+            finally:
+                _undo(gm, joins)
+    except Declined as reason:
+        if parted is not None:
+            parted.undo(gm)
+        record(gm, Miss(_PATTERN, view.where(node), str(reason)))
+        return 0
+    edit.erase(gm, node)
+    return sum(_rewrite(gm, each) for each in parted.products)
+
+
+def _joining(gm: GraphModule, node: Node, joins: list[Joined]) -> Attention | None:
+    """`recognise`, with sums of products in the scores made one; ``joins``: those that were."""
+    while True:
+        try:
+            return recognise(node)
+        except Sum as scores:
+            joins.append(join(gm, scores.node))
 
 
 def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCall:

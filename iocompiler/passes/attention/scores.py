@@ -67,15 +67,24 @@ class Scores:
         )
 
 
-def read(node: Node, fuel: int = _LONGEST) -> Scores | None:
-    """The scores a node computes; None where no contraction is behind it.
+class Sum(Declined):
+    """The scores are a sum of two contractions, ``node``: they may be one (`joined.join`)."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__("the scores are a sum of two contractions")
+        self.node = node
+
+
+def read(node: Node, fuel: int = _LONGEST, *, adds: bool = True) -> Scores | None:
+    """The scores a node computes; None where no contraction is behind it. Without ``adds``, what
+    `torch.baddbmm` adds is left out.
 
     Raises:
         Declined: a contraction is behind it, but not through steps that are understood.
     """
     found = contraction.read(node)
     if found is not None:
-        return _from_contraction(found)
+        return _from_contraction(found if adds else replace(found, added=None))
     if node.op != "call_function" or fuel == 0:
         return None
     if node.target in (*_ADD, *_SUB, *_MUL, *_DIV):
@@ -109,19 +118,34 @@ def _from_contraction(found: Contraction) -> Scores:
     if found.alpha != 1.0:
         scores = replace(scores, steps=(Scale(found.alpha),))
     if found.added is not None:
+        if _is_scores(found.added):
+            raise Sum(found.node)
         bias = Bias(found.added, _against(scores.dims, found.added), found.beta)
         scores = replace(scores, steps=(*scores.steps, bias))
     return scores
 
 
+def _is_scores(node: Node) -> bool:
+    try:
+        return read(node) is not None
+    except Sum:
+        return True
+    except Declined:
+        return False  # whatever it is, it can be added
+
+
 def _binary(node: Node, fuel: int) -> Scores | None:
     left, right = node.args[0], node.args[1]
     sides = [side for side in (left, right) if isinstance(side, Node) and _is_tensor(side)]
-    behind = [(side, scores) for side in sides if (scores := read(side, fuel)) is not None]
+    behind = _behind(sides, fuel, adds=node.target in (*_ADD, *_SUB))
     if not behind:
         return None
     if len(behind) == 2:
-        raise Declined("the scores join two contractions")
+        raise (
+            Sum(node)
+            if node.target in (aten.add.Tensor, aten.sub.Tensor)
+            else Declined("the scores are a product or a quotient of two contractions")
+        )
     side, scores = behind[0]
     other = right if side is left else left
     if len(scores.dims) != len(views.shape(node)):
@@ -134,6 +158,28 @@ def _binary(node: Node, fuel: int) -> Scores | None:
     )
 
 
+def _behind(sides: list[Node], fuel: int, *, adds: bool) -> list[tuple[Node, Scores]]:
+    """The sides that are scores. What is ``added`` to scores may itself be made of a contraction in
+    a way that is not understood.
+    """
+    found: list[tuple[Node, Scores]] = []
+    unread: Declined | None = None
+    for side in sides:
+        try:
+            scores = read(side, fuel)
+        except Sum:
+            raise
+        except Declined as reason:
+            if not adds:
+                raise
+            unread = reason
+        else:
+            found += [] if scores is None else [(side, scores)]
+    if unread is not None and not found:
+        raise unread
+    return found
+
+
 def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool) -> list[Step]:
     """The steps of ``scores (op) other``, or of ``other (op) scores`` where not ``first``."""
     single = not isinstance(other, Node) or not _is_tensor(other) or _is_single(other)
@@ -143,6 +189,8 @@ def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool
         factor = _inverse(other) if node.target in _DIV else other
         return [Scale(factor) if single else Scale(factor, _against(dims, other))]
     if not isinstance(other, Node) or not _is_tensor(other):
+        if constant(other) == 0.0 and (first or node.target in _ADD):
+            return []
         raise Declined("a number is added to the scores")
     if node.target in _ADD:
         factors = (1.0, alpha) if first else (alpha, 1.0)

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 
 import sympy
 
+from iocompiler.graph.patterns import HIDES
+
 
 @dataclass(frozen=True)
 class Index:
@@ -147,6 +149,10 @@ def conjuncts(formula: Formula) -> list[Formula]:
 
 
 def select(condition: Formula, then: Value, other: Value) -> Value:
+    if isinstance(then, Select):
+        then = _where(condition, then)
+    if isinstance(other, Select):
+        other = _where(negate(condition, {}), other)
     if condition is True or then == other:
         return then
     if condition is False:
@@ -156,6 +162,14 @@ def select(condition: Formula, then: Value, other: Value) -> Value:
             return condition
         return both(condition, then) if other is False else Unknown()
     return Select(condition, then, other)
+
+
+def _where(formula: Formula, value: Value) -> Value:
+    """What the value is where a formula holds."""
+    opposite = negate(formula, {})
+    while isinstance(value, Select) and value.condition in (formula, opposite):
+        value = value.then if value.condition == formula else value.other
+    return value
 
 
 def magnitude(value: Value) -> float:
@@ -170,3 +184,12 @@ def magnitude(value: Value) -> float:
         terms = sympy.Add.make_args(sympy.expand(value.expr))
         return float(sum(abs(t.subs(dict.fromkeys(t.free_symbols, LONGEST))) for t in terms))
     return 1.0
+
+
+def spread(value: Value) -> float:
+    """`magnitude`, but for what hides the scores that it is added to."""
+    if isinstance(value, Select):
+        sides = (value.then, value.other)
+        left = [x for x in sides if not isinstance(x, Number) or x.value > HIDES]
+        return max((spread(x) for x in left), default=0.0)
+    return magnitude(value)

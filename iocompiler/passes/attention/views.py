@@ -190,5 +190,10 @@ def _inserted(node: Node) -> int:
 
 
 def _same_shape(node: Node) -> bool:
-    old, new = shape(node.args[0]), shape(node)
+    return alike(node.args[0], node)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two tensors are known to have one shape."""
+    old, new = shape(one), shape(other)
     return len(old) == len(new) and all(known(a == b) for a, b in zip(old, new, strict=True))
