@@ -65,14 +65,18 @@ class Blockwise:
             out[:, :, part] = torch.where(nothing.unsqueeze(-1), mean, found).to(out.dtype)
         return out, lse
 
-    def backward(self, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of query, key and value, in their dtypes."""
+    def backward(
+        self, grad: Tensor, lse: Tensor, of_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of query, key and value, in their dtypes, from those of the output and of
+        lse.
+        """
         dq = torch.empty_like(self.query)
         dk, dv = torch.zeros_like(self.keys), torch.zeros_like(self.values)
         product = next(n for n, op in enumerate(self.program.ops) if op.kind == "score")
         widened, slope = derivative(self.program, product)
         wanted = (widened.score,) if slope is None else (widened.score, slope)
-        for part, p, ds, slopes in self._gradients(grad, lse, widened, wanted):
+        for part, p, ds, slopes in self._gradients(grad, lse, of_lse, widened, wanted):
             g = grad[:, :, part].to(self.wide)
             dv += self._dropped(p, part).transpose(2, 3) @ g
             ds = ds * slopes[0] if slopes else ds
@@ -83,7 +87,9 @@ class Blockwise:
             dv += through / dv.shape[2]
         return dq, self._gathered(dk), self._gathered(dv)
 
-    def operand_gradient(self, grad: Tensor, lse: Tensor, which: int) -> Tensor:
+    def operand_gradient(
+        self, grad: Tensor, lse: Tensor, of_lse: Tensor | None, which: int
+    ) -> Tensor:
         """The gradient of one operand, over all places it is loaded at."""
         operand = self.operands[which]
         total = torch.zeros(operand.shape, dtype=self.wide, device=operand.device)
@@ -93,7 +99,7 @@ class Blockwise:
                 continue
             widened, slope = derivative(self.program, load)
             wanted = [widened.score, *([] if slope is None else [slope]), *op.inputs]
-            for _, _, ds, found in self._gradients(grad, lse, widened, wanted):
+            for _, _, ds, found in self._gradients(grad, lse, of_lse, widened, wanted):
                 ds = ds if slope is None else ds * found[0]
                 places = found[0 if slope is None else 1 :]
                 if places:
@@ -107,6 +113,7 @@ class Blockwise:
         self,
         grad: Tensor,
         lse: Tensor,
+        of_lse: Tensor | None,
         program: ScoreProgram,
         wanted: Sequence[int],
     ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor]]]:
@@ -120,7 +127,10 @@ class Blockwise:
             p = scores.softmax(-1).masked_fill(nothing, 0.0)
             dp = grad[:, :, part].to(self.wide) @ self.values.transpose(2, 3)
             dp = self._dropped(dp, part)
-            ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(p == 0.0, 0.0)
+            delta = (p * dp).sum(-1, keepdim=True)
+            if of_lse is not None:
+                delta = delta - of_lse[:, :, part].unsqueeze(-1)
+            ds = (p * (dp - delta)).masked_fill(p == 0.0, 0.0)
             yield part, p, ds, others
 
     def _scores(

@@ -69,7 +69,7 @@ class ScoreProgram:
         return f"{ops} -> {self.score}{keep} else {self.empty}"
 
     @cached_property
-    def sinks(self) -> bool:
+    def deep(self) -> bool:
         """Whether a row may consist of finite scores so negative that the logarithm of their sum is
         lost beside them: it is then kept apart.
         """
@@ -77,6 +77,13 @@ class ScoreProgram:
         return any(
             op.kind == "const" and op.type == "float" and -inf < op.value < -1e6 for op in ops
         )
+
+    @property
+    def planes(self) -> int:
+        """How many numbers say the log-sum-exp of a row: where it is `deep`, the largest score, and
+        the logarithm of what is left.
+        """
+        return 2 if self.deep else 1
 
     def behind(self, *values: int | None) -> frozenset[int]:
         """The values that these are computed from, these included."""

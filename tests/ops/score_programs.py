@@ -123,6 +123,22 @@ def reference(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Every matrix made."""
+    drop = {"seed": seed, "dropout_p": dropout_p}
+    return reference_rows(q, k, v, program, operands, numbers, **drop)[0]  # type: ignore[arg-type]
+
+
+def reference_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: ScoreProgram,
+    operands: Sequence[Tensor] = (),
+    numbers: Sequence[int] = (),
+    *,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of each row."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2)
     shapes = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "i": (-1, 1), "j": (-1,)}
@@ -143,7 +159,7 @@ def reference(
     if seed is not None:
         spared = kept(seed, **places, dropout_p=dropout_p)
         weights = weights.masked_fill(~spared, 0.0) / (1.0 - dropout_p)
-    return weights @ v
+    return weights @ v, score.logsumexp(-1)
 
 
 def heads(

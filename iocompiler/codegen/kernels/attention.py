@@ -58,7 +58,7 @@ def attention_forward(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, EMPTY: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head.
 
@@ -102,9 +102,9 @@ def attention_forward(
         mean = tl.load(
             head_of(Mean, mean_strides, b, g) + e * mean_strides[3], mask=e < E, other=0.0
         ).to(tl.float32)[None, :]
-    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, SINKS)
+    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, PLANES)
     line = z.to(tl.int64) * rows + start + row
-    if SINKS:
+    if PLANES == 2:
         tl.store(Rest + line, rest, mask=start + row < rows)
     tl.store(Lse + line, lse, mask=start + row < rows)
     Out = row_of(Out, out_strides, b, h, start)

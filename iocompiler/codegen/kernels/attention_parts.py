@@ -53,17 +53,17 @@ def padded_line(z, rows):
 @triton.jit
 def powers(
     s, lse, rest, b, h, i, j, o, operands, strides, numbers,
-    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, SINKS: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities of dot products: with SINKS, lse is the largest score and rest log2 of the
-    other factor.
+    """The probabilities of dot products: of two PLANES lse is the largest score and rest log2 of
+    the other factor.
     """
     if score is not None:
         s = score(s, b, h, i, j, o, operands, strides, numbers)
     if lift is not None:
         lse = lse - lift(b, h, i, o, operands, strides, numbers)
     s = s * FACTOR - lse
-    if SINKS:
+    if PLANES == 2:
         s = s - rest
     return tl.exp2(s)
 
@@ -130,12 +130,12 @@ def attend(
 
 @triton.jit
 def finished(
-    acc, total, top, mean, KEPT: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr
+    acc, total, top, mean, KEPT: tl.constexpr, EMPTY: tl.constexpr, PLANES: tl.constexpr
 ):  # fmt: skip
     """(output, Lse, Rest) of a tile of queries that has seen all keys.
 
     Lse is log2 of the sum of the powers of two, +inf for a row with no score that counts; with
-    SINKS only the largest score, and Rest is log2 of what is left. A row in which nothing counts
+    two PLANES only the largest score, and Rest is log2 of what is left. A row in which nothing counts
     becomes NaN, zero, or (EMPTY "uniform") ``mean``, [1, E]. KEPT: 1 / (1 - p) of dropout.
     """
     empty = total == 0.0
@@ -149,6 +149,6 @@ def finished(
         acc = tl.where(empty[:, None], mean, acc)
     rest = tl.log2(divisor)
     lse = top
-    if not SINKS:
+    if PLANES != 2:
         lse = top + rest
     return acc, tl.where(empty, float("inf"), lse), rest

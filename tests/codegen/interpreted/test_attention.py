@@ -45,6 +45,14 @@ def test_dropout(name: str) -> None:
     assert not problems(name, shape, torch.float32, tiles=TILES, dropout_p=0.3)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["alibi", "softcap", "sunk"])
+def test_rows_with_a_gradient(name: str, dropout_p: float) -> None:
+    shape = (2, 4, 2, 40, 50, 16, 16)
+    drop = {"dropout_p": dropout_p, "by_rows": True}
+    assert not problems(name, shape, torch.float32, tiles=TILES, **drop)
+
+
 @pytest.mark.parametrize("name", ["window", "alibi", "document", "padding, uniform", "relative"])
 @pytest.mark.parametrize(
     "shape",
@@ -80,10 +88,10 @@ def test_gradients_in_one_tensor(packing: str, groups: int, width: int, dropout_
     lse = attention.forward(problem, out)
     grad = torch.randn_like(out)
     apart = [torch.empty_like(x) for x in given]
-    attention.backward(problem, grad, out, lse, apart)
+    attention.backward(problem, grad, out, lse, None, apart)
     where = Packing.parsed(packing)
     room = torch.full((3, *where.shape(given)), 12345.0)  # what lies around it, and it
-    attention.backward(problem, grad, out, lse, where.slices(room[1], given))
+    attention.backward(problem, grad, out, lse, None, where.slices(room[1], given))
     assert (room[::2] == 12345.0).all()
     assert (room[1] != 12345.0).all()
     assert room[1].numel() == sum(x.numel() for x in given)
