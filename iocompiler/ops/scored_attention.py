@@ -225,8 +225,9 @@ def _rows(logsumexp: Tensor, kernel: str) -> Tensor:
     returns, which is as its backward reads it: +inf there, a template's to the base of two and
     where a program is deep in two summands.
     """
-    natural = logsumexp.sum(0) / _LOG2_E if kernel == "template" else logsumexp[0]
-    return natural.masked_fill(logsumexp[0] == math.inf, -math.inf)
+    first, *rest = logsumexp.unbind(0)
+    natural = functools.reduce(torch.add, rest, first) / _LOG2_E if kernel == "template" else first
+    return natural.masked_fill(first == math.inf, -math.inf)
 
 
 def _backward(*given: Any) -> tuple[Tensor, ...]:

@@ -200,9 +200,7 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     dv += through.unsqueeze(2).to(dv.dtype)
 
 
-def row_sums(
-    form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor | None
-) -> Tensor:
+def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor | None) -> Tensor:
     """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
     sums over the output's width of gradient times output, then the planes of ``lse``, both as
     `attention_delta` changes them for a dropout and the gradient of ``lse``.

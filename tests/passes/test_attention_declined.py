@@ -57,28 +57,8 @@ def values_on_rows(q, k, v):
     return (q @ k.mT).softmax(-1).mT @ v
 
 
-def sum_with_epsilon(q, k, v):
-    e = torch.exp(q @ k.mT)
-    return (e / (e.sum(-1, keepdim=True) + 1e-3)) @ v
-
-
-def softmax_plus_one(q, k, v):
-    e = torch.exp(q @ k.mT)
-    return (e / (1.0 + e.sum(-1, keepdim=True))) @ v
-
-
 def maximum_of_others(q, k, v):
     return torch.maximum(q @ k.mT, torch.zeros(7, 7)).softmax(-1) @ v
-
-
-def sink_beside_the_scores(q, k, v):
-    s = q @ k.mT
-    s = torch.cat([s, torch.ones(4).view(1, 4, 1, 1).expand(2, 4, 7, 1)], -1)
-    return (s - s.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
-
-
-def zero_beside_the_scores(q, k, v):
-    return F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v
 
 
 def late_division_by_others(q, k, v):
@@ -141,12 +121,8 @@ NEARLY = [
     no_grad_in_between,
     weighted_average,
     maximum_of_others,
-    sink_beside_the_scores,
-    zero_beside_the_scores,
 ]
 UNLIKE = [
-    sum_with_epsilon,
-    softmax_plus_one,
     sum_over_queries,
     sum_unsqueezed_elsewhere,
     max_over_queries,

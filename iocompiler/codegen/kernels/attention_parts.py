@@ -134,8 +134,8 @@ def finished(
 ):  # fmt: skip
     """(output, Lse, Rest) of a tile of queries that has seen all keys.
 
-    Lse is log2 of the sum of the powers of two, +inf for a row with no score that counts; with
-    two PLANES only the largest score, and Rest is log2 of what is left. A row in which nothing counts
+    Lse is log2 of the sum of the powers of two, +inf for a row with no score that counts; of two
+    PLANES only the largest score, and Rest is log2 of what is left. A row in which nothing counts
     becomes NaN, zero, or (EMPTY "uniform") ``mean``, [1, E]. KEPT: 1 / (1 - p) of dropout.
     """
     empty = total == 0.0

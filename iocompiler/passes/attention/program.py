@@ -12,6 +12,7 @@ from iocompiler.passes.attention import library
 from iocompiler.passes.attention.axes import Axis, Dims, index, known
 from iocompiler.passes.attention.description import (
     Attention,
+    Beside,
     Bias,
     Cast,
     Causal,
@@ -21,7 +22,7 @@ from iocompiler.passes.attention.description import (
     Scale,
     Step,
 )
-from iocompiler.passes.attention.element import Elements, Source
+from iocompiler.passes.attention.element import Elements, Source, reach
 from iocompiler.passes.attention.element_rules import NotExpressed, apply
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import DROWNS, MASKS
@@ -208,7 +209,9 @@ class _Extraction:
         """What counts at all, and what a row is in which nothing does."""
         hidden = [mask for mask in self.masks if mask.value == -math.inf]
         finite = [mask for mask in self.masks if mask.value > -math.inf]
-        nothing: Empty = "zero" if self.found.anchor.target is library.TARGET else "nan"
+        sink = self.found.sink
+        guarded = self.found.anchor.target is library.TARGET or (sink is not None and sink.guards)
+        nothing: Empty = "zero" if guarded else "nan"
         if not finite:
             return self._all(hidden), nothing
         everything = self._all(self.masks)
@@ -218,12 +221,24 @@ class _Extraction:
             return everything, nothing
         same = len({mask.value for mask in finite}) == 1 and not any(m.added for m in finite)
         alone = len(finite) == 1 and (not finite[0].added or finite[0].value <= DROWNS)
+        if sink is not None and drowned and self._outweighs(sink, finite):
+            return everything, "zero"
         # with dropout such a row is no mean
-        if drowned and not hidden and (same or alone) and not self.found.dropout_p:
+        mean = not self.found.dropout_p and not self.found.reads_rows
+        if drowned and not hidden and (same or alone) and mean:
             return everything, "uniform"
+        if self.found.row_sums and any(mask.value < _MOST_NEGATIVE for mask in finite):
+            raise Declined("the log-sum-exp of a row that a mask may hide altogether is read")
         for mask in finite:
             self.score = self._masked(self.score, mask)
         return (self._all(hidden) if hidden else None), nothing
+
+    def _outweighs(self, sink: Beside, masks: list[_Mask]) -> bool:
+        """Whether a row that is hidden altogether is the sink's."""
+        places: At = tuple(index(group) for group in sink.dims)
+        within = (self.elements.evaluator, self.elements.bounds)
+        size = reach(sink.of, places, *within) if isinstance(sink.of, Node) else abs(sink.of)
+        return all(mask.value <= min(DROWNS, -4.0 * size) for mask in masks)
 
     def _all(self, masks: list[_Mask]) -> int:
         total = masks[0].keeps if masks else self.build.const(True)

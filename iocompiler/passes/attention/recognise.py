@@ -10,11 +10,20 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.passes.attention import contraction, library, rows, scores, views
+from iocompiler.passes.attention import (
+    contraction,
+    library,
+    powers,
+    results,
+    rows,
+    scores,
+    views,
+)
 from iocompiler.passes.attention.assemble import assemble
 from iocompiler.passes.attention.axes import (
     Axis,
     Dims,
+    broadcast,
     flat,
     resolve,
     resolved,
@@ -22,6 +31,7 @@ from iocompiler.passes.attention.axes import (
 from iocompiler.passes.attention.contraction import Contraction
 from iocompiler.passes.attention.description import (
     Attention,
+    Beside,
     Declined,
 )
 from iocompiler.passes.attention.rows import Softmax
@@ -65,7 +75,7 @@ def _probabilities(node: Node) -> _Probabilities | None:
     path: list[Node] = []
     dropout_p = 0.0
     while True:
-        softmax = rows.read(node) or rows.late(node)
+        softmax = rows.read(node) or rows.late(node) or rows.without_sink(node)
         if softmax is not None:
             return _Probabilities(softmax, tuple(reversed(path)), dropout_p)
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
@@ -130,6 +140,8 @@ def _attention(
     if late and (found.softmax.dim != len(dims) - 1 or output[:-1] != dims[:-1]):
         raise Declined("the sums of the powers do not go with the rows of the output")
     interior = {*program.nodes, *found.softmax.nodes, *found.path, second.node, *late}
+    sums = results.row_sums(found.softmax, program, interior)
+    interior.update(*(each.nodes for each in sums))
     operands = assemble(query, key, value, output, weights[1], column, first.contracted)
     row = operands.row
     if found.softmax.dim == len(dims) - 1 and len(dims) > 2 and not dims[-2]:
@@ -142,7 +154,21 @@ def _attention(
         dtype=views.dtype(second.node),
         anchor=anchor,
         interior=frozenset(interior),
+        sink=_beside(found.softmax, dims),
+        row_sums=tuple(each.described for each in sums),
     )
+
+
+def _beside(softmax: Softmax, dims: Dims) -> Beside | None:
+    if softmax.sink is None:
+        return None
+    of = softmax.sink.of
+    if isinstance(of, float):
+        return Beside(of, (), softmax.sink.guards)
+    its = broadcast((*dims[: softmax.dim], (), *dims[softmax.dim + 1 :]), views.shape(of))
+    if its is None:
+        raise Declined("what is beside the scores is no number of each row")
+    return Beside(of, its, softmax.sink.guards)
 
 
 def _column(dims: Dims, dim: int) -> Axis:
@@ -188,7 +214,7 @@ def _end(node: Node, softmax: Softmax) -> tuple[Node, tuple[Node, ...]]:
     if softmax.total is None or softmax.total in softmax.nodes[:-1]:
         return node, ()
     for user in node.users:
-        top, bottom, between = rows.quotient(user) or (None, None, ())
+        top, bottom, between = powers.quotient(user) or (None, None, ())
         same_rank = len(views.shape(node)) == len(views.shape(softmax.total))
         if top is node and bottom is softmax.total and same_rank:
             return user, (*between, user)
@@ -197,7 +223,10 @@ def _end(node: Node, softmax: Softmax) -> tuple[Node, tuple[Node, ...]]:
 
 def interior_is_private(found: Attention) -> str:
     """Why the nodes in between must be kept, or ""."""
-    for node in found.interior - {found.anchor}:
+    replaced = {found.anchor, *(each.node for each in found.row_sums)}
+    for node in found.interior - replaced:
+        if results.is_of_rows(node, found.interior, replaced):
+            continue
         strangers = [user for user in node.users if user not in found.interior]
         if strangers:
             kind = "returned" if any(user.op == "output" for user in strangers) else "used"

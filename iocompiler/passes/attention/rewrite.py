@@ -19,10 +19,12 @@ from iocompiler.passes.attention import (
     execute,
     inductor,
     library,
+    results,
     scored,
     seeds,
     strides,
 )
+from iocompiler.passes.attention.arrange import forward_views
 from iocompiler.passes.attention.description import Attention, Declined, Operand
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.recognise import interior_is_private, recognise
@@ -66,6 +68,7 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
             return 0
         where = view.where(node)
         _check_alone(gm, found)
+        results.check_readers(gm, found, forward_views(found)[0])
         call = _planned(found, Evaluator(gm))
         if target.is_inductor():
             inductor.check(gm, call)
@@ -92,10 +95,12 @@ def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCal
         call = execute.plan(found, evaluator)
     except Declined as reason:
         declined = reason
-    if scored.wanted(call, found):
+    if found.reads_rows or scored.wanted(call, found):
         try:
             return scored.plan(scored.proved(found, call), evaluator)
         except Declined as reason:
+            if found.reads_rows:
+                raise
             declined = declined and Declined(f"{declined}; {reason}")
     if call is None:
         assert declined is not None
