@@ -3,8 +3,8 @@ planner.
 
     out = dropout(softmax(score(query @ key^T, b, h, i, j) where keep(b, h, i, j))) @ value
 
-beside the log-sum-exp of each row of scores, by which a caller may go on (a sink's share of the
-row, a loss).
+or, of a program whose scores are weights, with no softmax. Beside it stands the log-sum-exp of each
+row of scores, by which a caller may go on (a sink's share of the row, a loss).
 
 The program (``tile/score.py``) travels as text; the tensors it loads stand beside query, key and
 value. On a GPU the Triton templates of ``codegen/kernels/`` run it, else aten, block by block.
@@ -73,10 +73,11 @@ def scored_attention(
         [B, H, S, E] in the inputs' dtype.
 
     Raises:
-        ValueError: dropout without a seed, or of a program whose rows may be a mean of the values.
+        ValueError: dropout without a seed, or of a program whose rows may be a mean of the values,
+            or that has no softmax.
     """
-    if dropout_p and (seed is None or program.empty == "uniform"):
-        raise ValueError("dropout takes a seed, and a program that is not 'uniform'")
+    if dropout_p and (seed is None or program.empty in ("uniform", "weights")):
+        raise ValueError("dropout takes a seed, and no program that is 'uniform' or 'weights'")
     out: Tensor = FORWARD(
         *(query, key, value, list(operands), list(numbers), program.key),
         *(kernel or choose(query, value), layout or "ssss", seed, dropout_p),
@@ -184,6 +185,8 @@ class Saved(NamedTuple):
     def of_blocks(self, kernel: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output's gradient, the log-sum-exp to the base of e, [B, H, S], and its gradient."""
         given = self.grad_logsumexp
+        if not len(self.logsumexp):
+            return self.grad, self.logsumexp.sum(0), None
         if kernel != "template":
             return self.grad, self.logsumexp[0], None if given is None else given[0]
         slope = None if given is None else given[0] * _LOG2_E
@@ -209,6 +212,8 @@ def _forward_by_blocks(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
     """With a logsumexp as the call's kernel has it."""
     shape, _ = call.logsumexp()
     found, lse = call.blockwise().forward()
+    if not shape[0]:
+        return out.copy_(found), lse.new_empty(shape)
     if call.kernel == "template":
         lse = torch.cat([lse[None] * _LOG2_E, lse.new_zeros((shape[0] - 1, *lse.shape))])
     return out.copy_(found), lse.expand(shape).contiguous()

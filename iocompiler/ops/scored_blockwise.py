@@ -49,6 +49,8 @@ class Blockwise:
         """The output [B, H, S, E] in the inputs' dtype, and log-sum-exp [B, H, S] of each row,
         +inf where no score counts.
         """
+        if self.program.empty == "weights":
+            return self._weighted()
         rows = self.query.shape[2]
         out = self.query.new_empty((*self.query.shape[:3], self.values.shape[3]))
         lse = self.query.new_empty(self.query.shape[:3], dtype=self.wide)
@@ -64,6 +66,14 @@ class Blockwise:
             found = p @ self.values
             out[:, :, part] = torch.where(nothing.unsqueeze(-1), mean, found).to(out.dtype)
         return out, lse
+
+    def _weighted(self) -> tuple[Tensor, Tensor]:
+        """The output where there is no softmax, and nothing of the rows."""
+        out = self.query.new_empty((*self.query.shape[:3], self.values.shape[3]))
+        for part in self._blocks(self.query.shape[2]):
+            weights = self._scores(part, (self.program.score,), self.program)[0]
+            out[:, :, part] = (weights @ self.values).to(out.dtype)
+        return out, self.query.new_empty((0, *self.query.shape[:3]), dtype=self.wide)
 
     def backward(
         self, grad: Tensor, lse: Tensor, of_lse: Tensor | None
@@ -122,6 +132,9 @@ class Blockwise:
         """
         for part in self._blocks(self.query.shape[2]):
             scores, *others = self._scores(part, wanted, program)
+            if program.empty == "weights":
+                yield part, scores, self._of_weights(part, grad), others
+                continue
             # rows are whole here: their sums need no rounded log-sum-exp
             nothing = (lse[:, :, part] == float("inf")).unsqueeze(-1)
             p = scores.softmax(-1).masked_fill(nothing, 0.0)
@@ -133,17 +146,29 @@ class Blockwise:
             ds = (p * (dp - delta)).masked_fill(p == 0.0, 0.0)
             yield part, p, ds, others
 
+    def _of_weights(self, part: slice, grad: Tensor) -> Tensor:
+        """The gradient of the weights that count, where there is no softmax."""
+        dp = grad[:, :, part].to(self.wide) @ self.values.transpose(2, 3)
+        if self.program.keep is None:
+            return dp
+        given = (None, self._places(part), self.operands, self.numbers, self.wide)
+        (kept,) = evaluate(self.program, [self.program.keep], *given)
+        return dp.masked_fill(~kept, 0.0)
+
     def _scores(
         self, part: slice, wanted: Sequence[int], program: ScoreProgram
     ) -> tuple[Tensor, ...]:
-        """The wanted values, the first of which is the score: -inf where it does not count."""
+        """The wanted values, the first of which is the score; where it does not count, -inf, or 0
+        if scores are weights.
+        """
         products = self.query[:, :, part].to(self.wide) @ self.keys.transpose(2, 3)
         given = (products, self._places(part), self.operands, self.numbers, self.wide)
         kept = [] if program.keep is None else [program.keep]
         score, *others = evaluate(program, [*wanted, *kept], *given)
         score = score.expand(products.shape)
         if kept:
-            score = score.masked_fill(~others.pop(), float("-inf"))
+            nothing = 0.0 if program.empty == "weights" else float("-inf")
+            score = score.masked_fill(~others.pop(), nothing)
         return score, *others
 
     def _places(self, part: slice) -> dict[str, Tensor]:

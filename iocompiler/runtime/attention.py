@@ -89,12 +89,13 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
     Returns:
         of each row log2 of the sum of the powers of two, +inf where nothing counts, [1, B, H, S]
         float32; where the program is `deep`, the largest score and log2 of what is left, in two
-        planes.
+        planes; in none where there is no softmax.
     """
     planes = problem.program.planes
     lse = problem.query.new_empty((planes, *problem.query.shape[:3]), dtype=torch.float32)
+    first = lse if planes else problem.query  # not written
     tensors = problem.tensors
-    tensors |= {"Out": out, "Lse": lse, "Rest": lse[1] if planes > 1 else lse}
+    tensors |= {"Out": out, "Lse": first, "Rest": lse[1] if planes > 1 else first}
     if few_queries(problem.form):
         split_forward(problem.form, tensors)
     else:
@@ -203,8 +204,11 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
 def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor | None) -> Tensor:
     """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
     sums over the output's width of gradient times output, then the planes of ``lse``, both as
-    `attention_delta` changes them for a dropout and the gradient of ``lse``.
+    `attention_delta` changes them for a dropout and the gradient of ``lse``. With no softmax there
+    is nothing to read.
     """
+    if not form.program.planes:
+        return lse
     batch, heads, rows, width = out.shape
     room = -(-rows // _ROWS) * _ROWS
     sums = lse.new_empty((1 + lse.shape[0], batch, heads, room))
@@ -229,5 +233,7 @@ def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor 
 
 def backward_tensors(problem: Problem, grad: Tensor, sums: Tensor) -> dict[str, Any]:
     """The tensors every kernel of the backward reads."""
-    made = {"Grad": grad, "Lse": sums[1], "Rest": sums[-1], "Delta": sums}
-    return {**problem.tensors, **made}
+    given = {**problem.tensors, "Grad": grad}
+    if not problem.program.planes:
+        return {**given, **dict.fromkeys(("Lse", "Rest", "Delta"), grad)}  # not read
+    return {**given, "Lse": sums[1], "Rest": sums[-1], "Delta": sums}

@@ -12,6 +12,8 @@ through its lse and delta_i is divided by it, so that
 
     dv_j = sum_i m_ij p_ij dout_i         ds_ij = p_ij (m_ij dout_i . v_j - delta_i)
 
+With no softmax (no PLANES of an lse) p_ij = s_ij and ds_ij = dout_i . v_j.
+
 Tri Dao,
 "FlashAttention-2", arXiv 2307.08691, algorithm 2, with a kernel of its own for dq: no atomic
 additions, so that results repeat bit for bit.
@@ -26,6 +28,7 @@ from iocompiler.codegen.kernels.attention_parts import (
     padded_line,
     powers,
     row_of,
+    score_gradients,
     store_tile,
 )
 from iocompiler.codegen.kernels.attention_table import (
@@ -109,7 +112,7 @@ def _into_queries(
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if drop is not None:
             dp = dp * drop(seed, b, h, i, start, column[None, :])
-        ds = p * (dp - delta)
+        ds = score_gradients(p, dp, delta, PLANES)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
         if PARTIAL:
@@ -152,9 +155,9 @@ def attention_dq(
     grad = load_tile(row_of(Grad, grad_strides, b, h, start), inside, grad_strides[2], e,
                      grad_strides[3], E, BLOCK_E)  # fmt: skip
     line = padded_line(z, rows) + start + inside
-    lse = tl.load(Lse + line)[:, None]
+    lse = tl.load(Lse + line)[:, None] if PLANES > 0 else 0.0
     rest = tl.load(Rest + line)[:, None] if PLANES == 2 else lse
-    delta = tl.load(Delta + line)[:, None]
+    delta = tl.load(Delta + line)[:, None] if PLANES > 0 else 0.0
     K = head_of(K, k_strides, b, g)
     V = head_of(V, v_strides, b, g)
     i = (start + inside)[:, None]
@@ -203,14 +206,18 @@ def _into_keys(
         q = load_tile(q_row, inside, q_strides[2], d, q_strides[3], D, BLOCK_D)
         grad_row = Grad + start.to(tl.int64) * grad_strides[2]
         grad = load_tile(grad_row, inside, grad_strides[2], e, grad_strides[3], E, BLOCK_E)
-        lse = tl.load(Lse + start + row)[None, :]
+        lse = tl.load(Lse + start + row)[None, :] if PLANES > 0 else 0.0
         rest = tl.load(Rest + start + row)[None, :] if PLANES == 2 else lse
-        delta = tl.load(Delta + start + row)[None, :]
+        delta = tl.load(Delta + start + row)[None, :] if PLANES > 0 else 0.0
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = powers(s, lse, rest, b, h, i, j, start, operands, strides, numbers,
                    score, lift, FACTOR, PLANES)  # fmt: skip
-        if PARTIAL and keep is not None:
-            kept = keep(b, h, i, j, operands, strides, numbers)
+        if PARTIAL and (keep is not None or PLANES == 0):
+            kept = True
+            if keep is not None:
+                kept = keep(b, h, i, j, operands, strides, numbers)
+            if PLANES == 0:  # else an lse of +inf does the same
+                kept = kept & (start + row < rows)[None, :]
             p = tl.where(kept, p, 0.0)
         left = p
         if drop is not None:
@@ -220,10 +227,10 @@ def _into_keys(
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         if drop is not None:
             dp = dp * spared
-        ds = p * (dp - delta)
+        ds = score_gradients(p, dp, delta, PLANES)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
-            if PARTIAL and keep is not None:
+            if PARTIAL and (keep is not None or PLANES == 0):
                 ds = tl.where(kept, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv

@@ -114,7 +114,7 @@ def attention_split(
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line,
             operands, strides, numbers, seed, (block * parts + part) * BLOCK_N, columns,
-            score, lift, FACTOR, keep, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PRECISION,
+            score, lift, FACTOR, keep, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PLANES, PRECISION,
         )  # fmt: skip
     own = query < packed
     e = tl.arange(0, BLOCK_E)
@@ -125,7 +125,8 @@ def attention_split(
             mean = _mean_if(tl.min(total, 0) == 0.0, V, v_strides[2], v_strides[3], columns,
                             E, BLOCK_E, BLOCK_N)  # fmt: skip
         out, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, PLANES)
-        tl.store(Lse + row, lse, mask=own)
+        if PLANES > 0:
+            tl.store(Lse + row, lse, mask=own)
         if PLANES == 2:
             tl.store(Rest + row, rest, mask=own)
         place = row_of(Out, out_strides, b, h, i) + e[None, :] * out_strides[3]
@@ -180,7 +181,8 @@ def attention_combine(
                         E, BLOCK_E, BLOCK_N)  # fmt: skip
     acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, PLANES)
     one = tl.arange(0, 1)
-    tl.store(Lse + line + one, lse)
+    if PLANES > 0:
+        tl.store(Lse + line + one, lse)
     if PLANES == 2:
         tl.store(Rest + line + one, rest)
     store_tile(row_of(Out, out_strides, b, h, i), one, out_strides[2], e, out_strides[3], acc, 1,

@@ -11,7 +11,13 @@ results repeat bit for bit. CLASSES says of each block of scores whether it is e
 import triton
 import triton.language as tl
 
-from iocompiler.codegen.kernels.attention_parts import load_tile, padded_line, powers, row_of
+from iocompiler.codegen.kernels.attention_parts import (
+    load_tile,
+    padded_line,
+    powers,
+    row_of,
+    score_gradients,
+)
 
 
 @triton.jit
@@ -41,9 +47,9 @@ def _gradients(
     v = load_tile(row_of(V, v_strides, b, g, column_start), inside, v_strides[2], e,
                   v_strides[3], E, BLOCK_E)  # fmt: skip
     line = padded_line(b * heads + h, rows) + row_start + row_inside
-    lse = tl.load(Lse + line)[:, None]
+    lse = tl.load(Lse + line)[:, None] if PLANES > 0 else 0.0
     rest = tl.load(Rest + line)[:, None] if PLANES == 2 else lse
-    delta = tl.load(Delta + line)[:, None]
+    delta = tl.load(Delta + line)[:, None] if PLANES > 0 else 0.0
     i = (row_start + row_inside)[:, None]
     j = (column_start + inside)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -52,7 +58,7 @@ def _gradients(
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if drop is not None:
         dp = dp * drop(tl.load(Seed), b, h, i, column_start, column[None, :])
-    ds = p * (dp - delta)
+    ds = score_gradients(p, dp, delta, PLANES)
     if gradient is not None:
         ds = ds * gradient(s, b, h, i, j, operands, strides, numbers)
     kept = (row_start + row < rows)[:, None] & (column_start + column < columns)[None, :]
