@@ -60,10 +60,11 @@ def module_text(
     """A Python module with the functions of a program.
 
     ``FACTOR * new_score + lift`` and ``keep`` are the program, the first in units of log2(e) (with
-    no softmax: of 1) and with any position ``o`` (`lifted`); ``slope`` is the new score's derivative by ``SCALE`` times
-    the dot product; ``gradient_<load>`` its derivative by a load; ``drop`` says which probabilities
-    dropout leaves, and ``KEPT`` what they are multiplied by. What is not needed (the score as it
-    is, nothing lifted, masked or dropped, a derivative of 1) is None.
+    no softmax: of 1) and with any position ``o`` (`lifted`); ``slope`` is the new score's
+    derivative by ``SCALE`` times the dot product; ``gradient_<load>`` its derivative by a load;
+    ``drop`` says which probabilities dropout leaves, and ``KEPT`` what they are multiplied by. What
+    is not needed (the score as it is, nothing lifted, masked or dropped, a derivative of 1) is
+    None.
 
     Args:
         ranks: the number of dims of each operand.

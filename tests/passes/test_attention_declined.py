@@ -82,10 +82,6 @@ def max_over_queries(q, k, v):
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
-def sigmoid_attention(q, k, v):
-    return torch.sigmoid(q @ k.mT) @ v
-
-
 def no_grad_in_between(q, k, v):
     with torch.no_grad():
         p = (q @ k.mT).softmax(-1)
@@ -126,7 +122,6 @@ UNLIKE = [
     sum_over_queries,
     sum_unsqueezed_elsewhere,
     max_over_queries,
-    sigmoid_attention,
     dropped_scores,
     unknown_function,
     late_division_by_others,

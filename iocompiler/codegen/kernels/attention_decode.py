@@ -114,7 +114,8 @@ def attention_split(
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line,
             operands, strides, numbers, seed, (block * parts + part) * BLOCK_N, columns,
-            score, lift, FACTOR, keep, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PLANES, PRECISION,
+            score, lift, FACTOR, keep, drop,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PLANES, PRECISION,
         )  # fmt: skip
     own = query < packed
     e = tl.arange(0, BLOCK_E)

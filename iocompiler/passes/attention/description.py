@@ -121,6 +121,8 @@ class Attention:
         interior: the nodes that need not be computed any more.
         sink: what is beside the scores.
         row_sums: what else is made of the scores and read outside of it.
+        weights: where there is no softmax, what the function is called that makes weights of the
+            scores.
     """
 
     query: Operand
@@ -139,6 +141,7 @@ class Attention:
     interior: frozenset[Node]
     sink: Beside | None = None
     row_sums: tuple[RowSum, ...] = ()
+    weights: str = ""
 
     @property
     def reads_rows(self) -> bool:

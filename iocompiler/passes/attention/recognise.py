@@ -5,6 +5,7 @@ it ends one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -18,6 +19,7 @@ from iocompiler.passes.attention import (
     rows,
     scores,
     views,
+    weights,
 )
 from iocompiler.passes.attention.assemble import assemble
 from iocompiler.passes.attention.axes import (
@@ -35,10 +37,13 @@ from iocompiler.passes.attention.description import (
     Declined,
 )
 from iocompiler.passes.attention.rows import Softmax
+from iocompiler.passes.attention.scores import Scores
+from iocompiler.passes.attention.weights import Weights
 
 aten = torch.ops.aten
 _CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 _JOINS = (aten.cat.default, aten.pad.default, aten.constant_pad_nd.default)
+_SIDES = ("left", "right")
 _NEAR = 4  # this far before a contraction a softmax is looked for to name what is in the way
 
 
@@ -64,10 +69,15 @@ def recognise(node: Node) -> Attention | None:
     second = contraction.read(node)
     if second is None:
         return None
-    for side, other in (("left", "right"), ("right", "left")):
-        found = _probabilities(second.operand(side)[0])
+    sides = [(second.operand(a), second.operand(b)) for a, b in (_SIDES, _SIDES[::-1])]
+    for of_weights, value in sides:
+        found = _probabilities(of_weights[0])
         if found is not None:
-            return _attention(second, second.operand(side), second.operand(other), found)
+            return _attention(second, of_weights, value, found)
+    for of_weights, value in sides:
+        made = weights.read(of_weights[0], second, value)
+        if made is not None:
+            return _weighted(second, of_weights, value, made)
     return None
 
 
@@ -120,7 +130,10 @@ def _from_scores(softmax: Softmax | None) -> bool:
 
 
 def _attention(
-    second: Contraction, weights: tuple[Node, Dims], value: tuple[Node, Dims], found: _Probabilities
+    second: Contraction,
+    of_weights: tuple[Node, Dims],
+    value: tuple[Node, Dims],
+    found: _Probabilities,
 ) -> Attention | None:
     program = scores.read(found.softmax.scores)
     if program is None:
@@ -129,10 +142,9 @@ def _attention(
         if _widened(found.softmax.scores):
             raise Declined("the softmax is over more than the scores, such as a sink beside them")
         return None
-    first, dims = program.contraction, resolved(program.dims)
+    dims = resolved(program.dims)
     column = _column(dims, found.softmax.dim)
-    query, key = _query_and_key(first, column)
-    _join(weights[1], _along(found.path, dims))
+    _join(of_weights[1], _along(found.path, dims))
     if resolve((second.contracted,)) != (column,):
         raise Declined("the values are not summed over the softmax's dim")
     anchor, late = _end(second.node, found.softmax)
@@ -142,12 +154,8 @@ def _attention(
     interior = {*program.nodes, *found.softmax.nodes, *found.path, second.node, *late}
     sums = results.row_sums(found.softmax, program, interior)
     interior.update(*(each.nodes for each in sums))
-    operands = assemble(query, key, value, output, weights[1], column, first.contracted)
-    row = operands.row
-    if found.softmax.dim == len(dims) - 1 and len(dims) > 2 and not dims[-2]:
-        row = None  # one query: what else the keys lack are the heads of a group
     return Attention(
-        **{**vars(operands), "row": row},
+        **_operands(program, column, of_weights, value, output),
         dims=output,
         steps=program.steps,
         dropout_p=found.dropout_p,
@@ -157,6 +165,44 @@ def _attention(
         sink=_beside(found.softmax, dims),
         row_sums=tuple(each.described for each in sums),
     )
+
+
+def _weighted(
+    second: Contraction, of_weights: tuple[Node, Dims], value: tuple[Node, Dims], made: Weights
+) -> Attention:
+    """The attention whose weights are a function of each score."""
+    dims = resolved(made.program.dims)
+    _join(of_weights[1], _along(made.path, dims))
+    column = resolve((second.contracted,))
+    if len(column) != 1 or column not in resolved(made.program.dims):
+        raise Declined("the values are summed over no dim of the scores")
+    return Attention(
+        **_operands(made.program, column[0], of_weights, value, resolved(second.dims)),
+        dims=resolved(second.dims),
+        steps=made.program.steps,
+        dropout_p=0.0,
+        dtype=views.dtype(second.node),
+        anchor=second.node,
+        interior=frozenset({*made.program.nodes, *made.path, second.node}),
+        weights=made.name,
+    )
+
+
+def _operands(
+    program: Scores,
+    column: Axis,
+    of_weights: tuple[Node, Dims],
+    value: tuple[Node, Dims],
+    output: Dims,
+) -> dict[str, Any]:
+    """The fields of `Attention` that say what its operands are."""
+    first, dims = program.contraction, resolved(program.dims)
+    query, key = _query_and_key(first, column)
+    operands = assemble(query, key, value, output, of_weights[1], column, first.contracted)
+    row = operands.row
+    if dims[-1] == (column,) and len(dims) > 2 and not dims[-2]:
+        row = None  # one query: what else the keys lack are the heads of a group
+    return {**vars(operands), "row": row}
 
 
 def _beside(softmax: Softmax, dims: Dims) -> Beside | None:

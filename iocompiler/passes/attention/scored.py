@@ -35,8 +35,9 @@ from iocompiler.passes.attention.description import (
 from iocompiler.passes.attention.distances import Distances
 from iocompiler.passes.attention.element import Source
 from iocompiler.passes.attention.evaluate import Evaluator
-from iocompiler.passes.attention.program import Scored, extract
+from iocompiler.passes.attention.program import Extraction, Scored
 from iocompiler.passes.attention.results import check_readers
+from iocompiler.passes.attention.weights_program import WeightsExtraction
 from iocompiler.tile.dropout import threshold
 
 aten = torch.ops.aten
@@ -58,10 +59,12 @@ class ScoredCall:
         frame = Frame(self.found)
         steps = self.found.steps
         program = self.scored.program
+        weights = self.found.weights
+        scored = any(isinstance(step, (Pointwise, Bias)) for step in steps)
         names = (
             ("gqa", frame.heads != frame.groups),
             ("mask", program.keep is not None),
-            ("score", any(isinstance(step, (Pointwise, Bias)) for step in steps)),
+            (weights or "score", bool(weights) or scored),
             ("dropout", self.found.dropout_p > 0.0),
             ("sink", self.found.sink is not None),
             ("lse", bool(self.found.row_sums)),
@@ -123,7 +126,8 @@ def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
         if not views.dtype(operand.node).is_floating_point:
             raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
     factors, rest = _factors(found)
-    return ScoredCall(found, extract(replace(found, steps=rest), evaluator), factors)
+    kind = WeightsExtraction if found.weights else Extraction
+    return ScoredCall(found, kind.extract(replace(found, steps=rest), evaluator), factors)
 
 
 def _factors(found: Attention) -> tuple[tuple[Scale, ...], tuple[Step, ...]]:
