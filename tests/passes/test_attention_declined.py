@@ -20,11 +20,6 @@ def softmax_over_heads(q, k, v):
     return (q @ k.mT).softmax(1) @ v
 
 
-def probabilities_returned(q, k, v):
-    p = (q @ k.mT).softmax(-1)
-    return p @ v, p
-
-
 def probabilities_used(q, k, v):
     p = (q @ k.mT).softmax(-1)
     return p @ v + p.amax(-1, keepdim=True)
@@ -107,7 +102,6 @@ def weighted_average(q, k, v):
 NEARLY = [
     softmax_over_queries,
     softmax_over_heads,
-    probabilities_returned,
     probabilities_used,
     scores_used,
     mask_after_softmax,

@@ -121,6 +121,8 @@ class Attention:
         interior: the nodes that need not be computed any more.
         sink: what is beside the scores.
         row_sums: what else is made of the scores and read outside of it.
+        probabilities: the nodes that are what the values are multiplied by, in their order.
+        is_shared: whether one of them is read outside too, and stays as it was written.
         weights: where there is no softmax, what the function is called that makes weights of the
             scores.
     """
@@ -141,6 +143,8 @@ class Attention:
     interior: frozenset[Node]
     sink: Beside | None = None
     row_sums: tuple[RowSum, ...] = ()
+    probabilities: tuple[Node, ...] = ()
+    is_shared: bool = False
     weights: str = ""
 
     @property

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from iocompiler.graph import view
 from iocompiler.passes.attention.axes import known
-from iocompiler.passes.attention.description import Attention, Declined
+from iocompiler.passes.attention.description import Declined
 from iocompiler.passes.attention.execute import Call
+from iocompiler.passes.attention.results import is_differentiated
 from iocompiler.passes.attention.scored import ScoredCall
 
 _LONG = 512  # keys from which on the library's 16-bit backward is no slower
@@ -32,17 +32,12 @@ def check(gm: GraphModule, call: Call | ScoredCall) -> None:
         raise Declined("no library kernel of a CPU drops out: Inductor is faster")
     if not known(found.width.size == found.value_width.size):
         raise Declined("heads that differ in width run block by block: Inductor is faster")
-    if not _is_differentiated(gm, found):
+    if not is_differentiated(gm, found.anchor):
         return
     if found.dtype in (torch.bfloat16, torch.float16) and _is_short(found.column.size):
         raise Declined(f"the CPU library's 16-bit backward is slow below {_LONG} keys")
     if any(_has_gradient(term.node) for term in call.masking.terms):
         raise Declined("the CPU library's backward has no gradient of a bias: Inductor is faster")
-
-
-def _is_differentiated(gm: GraphModule, found: Attention) -> bool:
-    wanted = any(map(_wants_gradient, gm.graph.find_nodes(op="placeholder")))
-    return wanted and view.regions(gm)[found.anchor].grad
 
 
 def _is_short(keys: object) -> bool:

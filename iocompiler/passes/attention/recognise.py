@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from iocompiler.graph import view
 from iocompiler.passes.attention import (
     contraction,
     library,
@@ -164,6 +163,7 @@ def _attention(
         interior=frozenset(interior),
         sink=_beside(found.softmax, dims),
         row_sums=tuple(each.described for each in sums),
+        probabilities=() if late else (found.softmax.node, *found.path),
     )
 
 
@@ -185,6 +185,7 @@ def _weighted(
         anchor=second.node,
         interior=frozenset({*made.program.nodes, *made.path, second.node}),
         weights=made.name,
+        probabilities=(made.program.nodes[-1], *made.path),
     )
 
 
@@ -265,16 +266,3 @@ def _end(node: Node, softmax: Softmax) -> tuple[Node, tuple[Node, ...]]:
         if top is node and bottom is softmax.total and same_rank:
             return user, (*between, user)
     raise Declined("the powers of the scores are not divided by their sums")
-
-
-def interior_is_private(found: Attention) -> str:
-    """Why the nodes in between must be kept, or ""."""
-    replaced = {found.anchor, *(each.node for each in found.row_sums)}
-    for node in found.interior - replaced:
-        if results.is_of_rows(node, found.interior, replaced):
-            continue
-        strangers = [user for user in node.users if user not in found.interior]
-        if strangers:
-            kind = "returned" if any(user.op == "output" for user in strangers) else "used"
-            return f"{view.where(node) or node.name}: {node.name} is {kind} elsewhere"
-    return ""

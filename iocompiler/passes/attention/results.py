@@ -1,11 +1,14 @@
-"""What is read of an attention beside its output: the log-sum-exp of its rows."""
+"""What is read of an attention beside its output: the log-sum-exp of its rows, its
+probabilities.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
@@ -15,6 +18,8 @@ from iocompiler.passes.attention.description import Attention, Declined, RowSum
 from iocompiler.passes.attention.rows import LogSumExp, Softmax
 from iocompiler.passes.attention.scores import Scores
 
+aten = torch.ops.aten
+_STOPS = (aten.detach.default, aten.detach_.default)
 _FAR = 8  # nodes from the scores to their log-sum-exp, spelled by hand
 
 
@@ -85,6 +90,62 @@ def is_of_rows(node: Node, inside: Collection[Node], ends: Collection[Node]) -> 
     return bool(own) and all(is_of_rows(read, inside, ends) for read in own)
 
 
+def private(gm: GraphModule, found: Attention) -> Attention:
+    """The attention where nothing in between is read outside, but what the operator returns and, in
+    training, the probabilities: they are computed as they were written, and only the output is
+    tiled, whose backward then reads no matrix.
+
+    Raises:
+        Declined: something is.
+    """
+    ends = {found.anchor, *(each.node for each in found.row_sums)}
+    shared: list[Node] = []
+    for node in found.interior - ends:
+        strangers = [user for user in node.users if user not in found.interior]
+        if not strangers or is_of_rows(node, found.interior, ends):
+            continue
+        kind = "returned" if any(user.op == "output" for user in strangers) else "used"
+        where = f"{view.where(node) or node.name}: {node.name} is {kind} elsewhere"
+        if node not in found.probabilities:
+            raise Declined(where)
+        _check_shared(gm, found, node, where)
+        shared.append(node)
+    return replace(found, is_shared=True) if shared else found
+
+
+def _check_shared(gm: GraphModule, found: Attention, node: Node, where: str) -> None:
+    """Raise `Declined` where a tiled output costs more than its product with probabilities that
+    stand in memory anyway, or they are not the same.
+    """
+    place = found.probabilities.index(node)
+    dropouts = [x for x in found.probabilities[: place + 1] if x.target is aten.dropout.default]
+    if found.dropout_p and dropouts:
+        raise Declined(f"{where}, after a dropout")
+    if not is_differentiated(gm, found.anchor):
+        raise Declined(f"{where}: without gradients a product with them costs no more")
+    readers = _readers(user for user in node.users if user not in found.interior)
+    if not readers.isdisjoint(_readers(found.anchor.users)):
+        raise Declined(f"{where}, together with the output: a gradient may flow through both")
+
+
+def _readers(nodes: Iterable[Node]) -> set[Node]:
+    """The calls among the nodes, and those that read them, where a gradient flows back."""
+    seen: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen and node.op == "call_function" and node.target not in _STOPS:
+            seen.add(node)
+            waiting += node.users
+    return seen
+
+
+def is_differentiated(gm: GraphModule, node: Node) -> bool:
+    """Whether autograd may differentiate a node."""
+    wanted = any(x.meta.get("requires_grad") for x in gm.graph.find_nodes(op="placeholder"))
+    return wanted and view.regions(gm)[node].grad
+
+
 def check_readers(gm: GraphModule, found: Attention, anchor: Node) -> list[Node]:
     """The nodes before ``anchor``, in order, that read a log-sum-exp, and so wait for the output.
 
@@ -96,7 +157,8 @@ def check_readers(gm: GraphModule, found: Attention, anchor: Node) -> list[Node]
     for node in gm.graph.nodes:
         if node is anchor or not late:
             break
-        gone = node in found.interior and not is_of_rows(node, found.interior, ends)
+        inside = node in found.interior and not is_of_rows(node, found.interior, ends)
+        gone = inside and not found.is_shared
         if not gone and node not in ends and not late.isdisjoint(node.all_input_nodes):
             late.add(node)
             waiting.append(node)

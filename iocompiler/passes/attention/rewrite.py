@@ -27,7 +27,7 @@ from iocompiler.passes.attention import (
 from iocompiler.passes.attention.arrange import forward_views
 from iocompiler.passes.attention.description import Attention, Declined, Operand
 from iocompiler.passes.attention.evaluate import Evaluator
-from iocompiler.passes.attention.recognise import interior_is_private, recognise
+from iocompiler.passes.attention.recognise import recognise
 from iocompiler.passes.attention.scored import ScoredCall
 
 Roots: TypeAlias = Mapping[Node, frozenset[Node]]
@@ -67,6 +67,7 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
         if found is None:
             return 0
         where = view.where(node)
+        found = results.private(gm, found)
         _check_alone(gm, found)
         results.check_readers(gm, found, forward_views(found)[0])
         call = _planned(found, Evaluator(gm))
@@ -79,7 +80,8 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
         scored.apply(gm, call)
     else:
         execute.apply(gm, call)
-    record(gm, Rewrite(_PATTERN, where, call.variant))
+    shared = "+weights" if found.is_shared else ""
+    record(gm, Rewrite(_PATTERN, where, call.variant + shared))
     return 1
 
 
@@ -109,12 +111,7 @@ def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCal
 
 
 def _check_alone(gm: GraphModule, found: Attention) -> None:
-    """Raise `Declined` where something in between is needed by others, switched, or written in
-    place.
-    """
-    strangers = interior_is_private(found)
-    if strangers:
-        raise Declined(strangers)
+    """Raise `Declined` where something in between is switched, or written in place."""
     regions = view.regions(gm)
     if len({regions.get(node) for node in found.interior}) > 1:
         raise Declined("grad mode or autocast changes in between")
