@@ -149,7 +149,8 @@ def _looked(found: Attention, roots: Roots) -> list[tuple[Node, frozenset[Node]]
         looked += [(node, roots[node] | roots[of]) for node, of in pairwise(nodes)]
         if roots[nodes[-1]] != {nodes[-1]}:
             looked.append((nodes[-1], roots[nodes[-1]]))
-    held = [getattr(each, "of", each) for step in found.steps for each in vars(step).values()]
+    steps = (*found.steps, *([found.sink] if found.sink else []))
+    held = [getattr(each, "of", each) for step in steps for each in vars(step).values()]
     return looked + [(each, roots[each]) for each in held if isinstance(each, Node)]
 
 

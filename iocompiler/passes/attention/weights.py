@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from iocompiler.ops.scored_attention import WIDEST
-from iocompiler.passes.attention import scores, views
+from iocompiler.passes.attention import contraction, scores, views
 from iocompiler.passes.attention.axes import Dims, flat, resolve
 from iocompiler.passes.attention.contraction import Contraction
 from iocompiler.passes.attention.description import Declined, Pointwise
@@ -28,6 +28,34 @@ _GATES = {
     aten.clamp_min.default: "relu",
 }
 """Functions that make weights of scores, and what attention by them is called."""
+_STEPS = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "where",
+        "masked_fill",
+        "maximum",
+        "max",
+        "relu",
+        "sigmoid",
+        "tanh",
+        "neg",
+        "exp",
+        "abs",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "pow",
+        "square",
+        "to",
+        "_to_copy",
+    ]
+)
+"""Operators, by name, that scores go through."""
+_MOST = 64
+_MOST_JOINTS = 12
 _SEEN_THROUGH = (*views.VIEWS, *views.CASTS, aten.dropout.default)
 
 
@@ -52,6 +80,8 @@ def read(node: Node, second: Contraction, value: tuple[Node, Dims]) -> Weights |
     while node.op == "call_function" and node.target in _SEEN_THROUGH:
         path.append(node)
         node = node.args[0]  # type: ignore[assignment]
+    if not _is_gated_product(node):
+        return None
     try:
         program = scores.read(node)
     except Declined:
@@ -66,6 +96,28 @@ def read(node: Node, second: Contraction, value: tuple[Node, Dims]) -> Weights |
         if each.target is aten.dropout.default and each.args[2] and scores.number(each.args[1]):
             raise Declined("a dropout of weights that no softmax makes")
     return Weights(program, tuple(reversed(path)), name)
+
+
+def _is_gated_product(node: Node) -> bool:
+    """Whether a contraction and a gate are near behind a node: reading scores follows each way to
+    them, of which a residual stream has too many.
+    """
+    seen: set[Node] = set()
+    waiting, joints, gates, products = [node], 0, 0, 0
+    while waiting:
+        each = waiting.pop()
+        if each in seen or each.op != "call_function":
+            continue
+        seen.add(each)
+        if each.target in contraction.TARGETS:
+            products += 1
+        elif getattr(each.target, "_opname", "") in _STEPS or each.target in views.VIEWS:
+            waiting += each.all_input_nodes
+            joints += len(each.all_input_nodes) > 1
+            gates += each.target in _GATES
+        if len(seen) > _MOST or joints > _MOST_JOINTS:
+            return False
+    return bool(gates and products)
 
 
 def _name(step: Pointwise) -> str:
