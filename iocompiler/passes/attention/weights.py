@@ -29,29 +29,11 @@ _GATES = {
 }
 """Functions that make weights of scores, and what attention by them is called."""
 _STEPS = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "where",
-        "masked_fill",
-        "maximum",
-        "max",
-        "relu",
-        "sigmoid",
-        "tanh",
-        "neg",
-        "exp",
-        "abs",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "pow",
-        "square",
-        "to",
-        "_to_copy",
-    ]
+    (
+        *("add", "sub", "mul", "div", "neg", "abs", "exp", "pow", "square", "tanh", "sigmoid"),
+        *("relu", "clamp", "clamp_min", "clamp_max", "maximum", "max", "where", "masked_fill"),
+        *("to", "_to_copy"),
+    )
 )
 """Operators, by name, that scores go through."""
 _MOST = 64
