@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.passes.attention import contraction
-from tests.passes.attention_cases import Compiled, heads
+from tests.passes.attention_cases import Compiled, Taken, heads, in_float32
 from tests.passes.test_attention_rows import SINKS, above, beside, check
 
 
@@ -55,7 +55,7 @@ def looked_at(q, k, v):
     return p @ v + p.detach().amax(-1, keepdim=True)
 
 
-TAKEN: list[tuple[Callable[..., Any], dict[str, Tensor], str]] = [
+TAKEN: list[Taken] = [
     (returned, heads(), "full"),
     (as_in_hugging_face, {**heads(), "mask": torch.zeros(2, 1, 7, 7)}, "bias"),
     (averaged, heads(), "causal"),
@@ -66,9 +66,9 @@ TAKEN: list[tuple[Callable[..., Any], dict[str, Tensor], str]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("function", "inputs", "variant"), TAKEN, ids=[each[0].__name__ for each in TAKEN]
+    ("function", "inputs", "variant", "dtype"),
+    in_float32(TAKEN, as_in_hugging_face, by_hand_with_lse, of_sigmoid),
 )
 def test_taken(
     function: Callable[..., Any], inputs: dict[str, Tensor], variant: str, dtype: torch.dtype
