@@ -125,7 +125,7 @@ def _calls(
     base = row(capability, q.element_size(), size.width)
     first = Problem(q, k, v, score, operands, numbers, base)
     lse = attention.forward(first, out)
-    sums = attention.row_sums(first.form, grad, out, lse)
+    sums = attention.row_sums(first.form, grad, out, lse, None)
     results = [torch.empty_like(x) for x in (q, k, v)]
     for each in tiles:
         tile = Tile(*each)
@@ -139,7 +139,7 @@ def _calls(
         if kernel in made:
             yield tile, made[kernel]
         elif case.learned:
-            yield tile, lambda p=problem: operand_gradient(p, grad, out, lse, 0)
+            yield tile, lambda p=problem: operand_gradient(p, grad, out, lse, None, 0)
 
 
 def _operands(case: Case, size: Sizes, device: str) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

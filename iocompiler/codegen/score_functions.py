@@ -1,7 +1,7 @@
 """Score programs as the Triton functions an attention template is given.
 
 The scores the functions return are multiplied by log2(e), so that the templates may use exp2; the
-factor is folded into constants where it can be.
+factor is folded into constants where it can be. Scores that are weights are as they are.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ def module_text(
 ) -> str:
     """A Python module with the functions of a program.
 
-    ``FACTOR * new_score + lift`` and ``keep`` are the program, the first in units of log2(e) and
-    with any position ``o`` (`lifted`); ``slope`` is the new score's derivative by ``SCALE`` times
-    the dot product; ``gradient_<load>`` its derivative by a load; ``drop`` says which probabilities
-    dropout leaves, and ``KEPT`` what they are multiplied by. What is not needed (the score as it
-    is, nothing lifted, masked or dropped, a derivative of 1) is None.
+    ``FACTOR * new_score + lift`` and ``keep`` are the program, the first in units of log2(e) (with
+    no softmax: of 1) and with any position ``o`` (`lifted`); ``slope`` is the new score's
+    derivative by ``SCALE`` times the dot product; ``gradient_<load>`` its derivative by a load;
+    ``drop`` says which probabilities dropout leaves, and ``KEPT`` what they are multiplied by. What
+    is not needed (the score as it is, nothing lifted, masked or dropped, a derivative of 1) is
+    None.
 
     Args:
         ranks: the number of dims of each operand.
@@ -74,9 +75,10 @@ def module_text(
     scale, rest = peeled(program)
     product = _product(rest)
     text = PRELUDE + _SOFT_TANH + f"\nSCALE = {scale!r}\n"
-    whole = scaled(rest, LOG2E, scale)
-    forward, lift = lifted(whole) if lifts else (whole, None)
-    factor, forward = factored(forward)
+    normal = program.empty != "weights"
+    whole = scaled(rest, LOG2E if normal else 1.0, scale)
+    forward, lift = lifted(whole) if lifts and normal else (whole, None)
+    factor, forward = factored(forward) if normal else (1.0, forward)
     text += f"FACTOR = {factor!r}\n"
     if forward.ops[forward.score].kind == "score":
         text += "\nnew_score = None\n"

@@ -139,6 +139,7 @@ def _copy_input_meta(gm: GraphModule, traced: GraphModule) -> None:
         example = old.meta.get("example_value")
         if isinstance(example, torch.Tensor):
             new.meta["requires_grad"] = example.requires_grad
+            new.meta["parameter"] = isinstance(example, torch.nn.Parameter)
         new.name = old.name
         new.target = old.target if isinstance(old.target, str) else old.name
 

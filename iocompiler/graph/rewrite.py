@@ -104,6 +104,13 @@ def respell(
     node.kwargs = kwargs or {}
 
 
+def delay(nodes: Sequence[Node], after: Node) -> None:
+    """Move calls, in their order, behind ``after``, which comes later than they do."""
+    for node in nodes:
+        after.append(node)
+        after = node
+
+
 def erase(gm: GraphModule, node: Node) -> None:
     """Erase a call nobody reads, and then what only it read; what writes, switches or is an input
     stays.

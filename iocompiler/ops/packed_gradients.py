@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import library
-from iocompiler.ops.scored_attention import GIVEN, SAVED, Call
+from iocompiler.ops.scored_attention import GIVEN, SAVED, parted
 
 PACKED = library.define(
     f"scored_attention_backward_packed({SAVED}, {GIVEN}, str packing) -> Tensor"
@@ -98,16 +98,15 @@ def _sizes(shape: torch.Size, letters: str) -> list[Any]:
     return [shape[DIMS.index(letter)] for letter in letters]
 
 
-def _packed(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
-    call, packing = Call(*given[:-1]), Packing.parsed(given[-1])
-    packed = _packed_fake(grad, out, logsumexp, *given)
-    results = packing.slices(packed, call.inputs)
-    call.differentiate(grad, out, logsumexp, results)
+def _packed(*given: Any) -> Tensor:
+    (saved, call), packing = parted(given[:-1]), Packing.parsed(given[-1])
+    packed = _packed_fake(*given)
+    call.differentiate(saved, packing.slices(packed, call.inputs))
     return packed
 
 
-def _packed_fake(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
-    call, packing = Call(*given[:-1]), Packing.parsed(given[-1])
+def _packed_fake(*given: Any) -> Tensor:
+    (_, call), packing = parted(given[:-1]), Packing.parsed(given[-1])
     return call.query.new_empty(packing.shape(call.inputs))
 
 

@@ -3,6 +3,9 @@ planner.
 
     out = dropout(softmax(score(query @ key^T, b, h, i, j) where keep(b, h, i, j))) @ value
 
+or, of a program whose scores are weights, with no softmax. Beside it stands the log-sum-exp of each
+row of scores, by which a caller may go on (a sink's share of the row, a loss).
+
 The program (``tile/score.py``) travels as text; the tensors it loads stand beside query, key and
 value. On a GPU the Triton templates of ``codegen/kernels/`` run it, else aten, block by block.
 Gradients flow to query, key, value and to operands of floating point.
@@ -28,12 +31,13 @@ GIVEN = (
     "Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] numbers, str program, "
     "str kernel, str layout, Tensor? seed, float dropout_p"
 )
-SAVED = "Tensor grad, Tensor out, Tensor logsumexp"
+SAVED = "Tensor grad, Tensor out, Tensor logsumexp, Tensor? grad_logsumexp"
 FORWARD = library.define(f"scored_attention({GIVEN}) -> (Tensor out, Tensor logsumexp)")
 BACKWARD = library.define(
     f"scored_attention_backward({SAVED}, {GIVEN}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
 )
 OPERAND = library.define(f"scored_attention_operand({SAVED}, {GIVEN}, int which) -> Tensor")
+ROWS = library.define("scored_attention_rows(Tensor logsumexp, str kernel) -> Tensor")
 WIDEST = 256
 _LOG2_E = math.log2(math.e)
 
@@ -69,10 +73,11 @@ def scored_attention(
         [B, H, S, E] in the inputs' dtype.
 
     Raises:
-        ValueError: dropout without a seed, or of a program whose rows may be a mean of the values.
+        ValueError: dropout without a seed, or of a program whose rows may be a mean of the values,
+            or that has no softmax.
     """
-    if dropout_p and (seed is None or program.empty == "uniform"):
-        raise ValueError("dropout takes a seed, and a program that is not 'uniform'")
+    if dropout_p and (seed is None or program.empty in ("uniform", "weights")):
+        raise ValueError("dropout takes a seed, and no program that is 'uniform' or 'weights'")
     out: Tensor = FORWARD(
         *(query, key, value, list(operands), list(numbers), program.key),
         *(kernel or choose(query, value), layout or "ssss", seed, dropout_p),
@@ -120,7 +125,7 @@ class Call(NamedTuple):
 
     def logsumexp(self) -> tuple[tuple[Any, ...], torch.dtype]:
         """Its shape and dtype."""
-        planes = 2 if _program(self.program).sinks else 1
+        planes = _program(self.program).planes
         wide = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         return (planes, *self.query.shape[:3]), wide
 
@@ -143,9 +148,7 @@ class Call(NamedTuple):
             *(self.operands, self.numbers, self.dropout_p, self.seed),
         )
 
-    def differentiate(
-        self, grad: Tensor, out: Tensor, logsumexp: Tensor, results: Sequence[Tensor]
-    ) -> None:
+    def differentiate(self, saved: Saved, results: Sequence[Tensor]) -> None:
         """Write the gradients of query, key and value to ``results``, of any strides."""
         if self.is_empty:
             for x in results:
@@ -153,16 +156,41 @@ class Call(NamedTuple):
         elif self.kernel == "template":
             template_or(
                 "the gradient of an attention",
-                lambda: _templates().backward(self.problem(), grad, out, logsumexp, results),
-                lambda: self._differentiate(grad, _natural(logsumexp), results),
+                lambda: _templates().backward(self.problem(), *saved.of_template(), results),
+                lambda: self._differentiate(saved, results),
             )
         else:
-            self._differentiate(grad, logsumexp[0], results)
+            self._differentiate(saved, results)
 
-    def _differentiate(self, grad: Tensor, lse: Tensor, results: Sequence[Tensor]) -> None:
+    def _differentiate(self, saved: Saved, results: Sequence[Tensor]) -> None:
         """Block by block."""
-        for x, y in zip(results, self.blockwise().backward(grad, lse), strict=True):
+        found = self.blockwise().backward(*saved.of_blocks(self.kernel))
+        for x, y in zip(results, found, strict=True):
             x.copy_(y)
+
+
+class Saved(NamedTuple):
+    """What a backward is given beside the arguments, as the schemas name it."""
+
+    grad: Tensor
+    out: Tensor
+    logsumexp: Tensor
+    grad_logsumexp: Tensor | None
+
+    def of_template(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The last by the sum of the planes, [B, H, S], contiguous."""
+        given = self.grad_logsumexp
+        return *self[:3], None if given is None else given[0].contiguous()
+
+    def of_blocks(self, kernel: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output's gradient, the log-sum-exp to the base of e, [B, H, S], and its gradient."""
+        given = self.grad_logsumexp
+        if not len(self.logsumexp):
+            return self.grad, self.logsumexp.sum(0), None
+        if kernel != "template":
+            return self.grad, self.logsumexp[0], None if given is None else given[0]
+        slope = None if given is None else given[0] * _LOG2_E
+        return self.grad, self.logsumexp.sum(0) / _LOG2_E, slope
 
 
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
@@ -170,7 +198,7 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor]:
     out = call.output()
     if call.is_empty:
         shape, wide = call.logsumexp()
-        return out.zero_(), call.query.new_zeros(shape, dtype=wide)
+        return out.zero_(), call.query.new_full(shape, math.inf, dtype=wide)
     if call.kernel == "template":
         return template_or(
             "an attention",
@@ -184,14 +212,11 @@ def _forward_by_blocks(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
     """With a logsumexp as the call's kernel has it."""
     shape, _ = call.logsumexp()
     found, lse = call.blockwise().forward()
+    if not shape[0]:
+        return out.copy_(found), lse.new_empty(shape)
     if call.kernel == "template":
         lse = torch.cat([lse[None] * _LOG2_E, lse.new_zeros((shape[0] - 1, *lse.shape))])
     return out.copy_(found), lse.expand(shape).contiguous()
-
-
-def _natural(logsumexp: Tensor) -> Tensor:
-    """That of a template, which is to the base of two, and with sinks in two summands."""
-    return logsumexp.sum(0) / _LOG2_E
 
 
 def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
@@ -200,20 +225,36 @@ def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
     return call.output(), call.query.new_empty(shape, dtype=wide)
 
 
-def _backward(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    call = Call(*given)
+def _rows(logsumexp: Tensor, kernel: str) -> Tensor:
+    """Of each row [B, H, S], to the base of e, -inf where no score counts; from what the forward
+    returns, which is as its backward reads it: +inf there, a template's to the base of two and
+    where a program is deep in two summands.
+    """
+    first, *rest = logsumexp.unbind(0)
+    natural = functools.reduce(torch.add, rest, first) / _LOG2_E if kernel == "template" else first
+    return natural.masked_fill(first == math.inf, -math.inf)
+
+
+def _backward(*given: Any) -> tuple[Tensor, ...]:
+    saved, call = parted(given)
     results = call.gradients()
-    call.differentiate(grad, out, logsumexp, results)
+    call.differentiate(saved, results)
     return results
 
 
-def _backward_fake(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    return Call(*given).gradients()
+def _backward_fake(*given: Any) -> tuple[Tensor, ...]:
+    return parted(given)[1].gradients()
 
 
-def _operand(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
+def parted(given: Sequence[Any]) -> tuple[Saved, Call]:
+    """The arguments of a backward."""
+    count = len(Saved._fields)
+    return Saved(*given[:count]), Call(*given[count:])
+
+
+def _operand(*given: Any) -> Tensor:
     *of_call, which = given
-    call = Call(*of_call)
+    saved, call = parted(of_call)
     if call.is_empty:
         return torch.zeros_like(call.operands[which], memory_format=torch.contiguous_format)
     if call.kernel == "template":
@@ -221,26 +262,25 @@ def _operand(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tenso
 
         return template_or(
             "the gradient of what an attention's scores read",
-            lambda: operand_gradient(call.problem(), grad, out, logsumexp, which),
-            lambda: call.blockwise().operand_gradient(grad, _natural(logsumexp), which),
+            lambda: operand_gradient(call.problem(), *saved.of_template(), which),
+            lambda: call.blockwise().operand_gradient(*saved.of_blocks(call.kernel), which),
         )
-    return call.blockwise().operand_gradient(grad, logsumexp[0], which)
+    return call.blockwise().operand_gradient(*saved.of_blocks(call.kernel), which)
 
 
-def _operand_fake(grad: Tensor, out: Tensor, logsumexp: Tensor, *given: Any) -> Tensor:
+def _operand_fake(*given: Any) -> Tensor:
     *of_call, which = given
-    operand: Tensor = Call(*of_call).operands[which]
+    operand: Tensor = parted(of_call)[1].operands[which]
     return operand.new_empty(operand.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, operands, *ctx.setting, seed, ctx.dropout_p = inputs
     ctx.save_for_backward(query, key, value, seed, *operands, *output)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, of_rows: Tensor | None) -> tuple[Any, ...]:
     query, key, value, seed, *operands, out, lse = ctx.saved_tensors
     # torch takes an empty list of numbers for one of tensors
     unused: tuple[Any, ...] = (
@@ -248,9 +288,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *(None for _ in ctx.setting[1:]),
         *(None, None),
     )
-    if grad is None:
+    if grad is None and of_rows is None:
         return (None, None, None, [None] * len(operands), *unused)
-    given = (grad, out, lse, query, key, value, operands, *ctx.setting, seed, ctx.dropout_p)
+    saved = (torch.zeros_like(out) if grad is None else grad, out, lse, of_rows)
+    given = (*saved, query, key, value, operands, *ctx.setting, seed, ctx.dropout_p)
     needed = ctx.needs_input_grad[:3]
     found = BACKWARD(*given) if any(needed) else (None, None, None)
     wanted = ctx.needs_input_grad[3]
@@ -266,6 +307,7 @@ for _name, _run, _fake in (
 ):
     library.implement(_name, _run, _fake, launches=True)
 library.differentiate("scored_attention", _differentiate, _setup)
+library.compose("scored_attention_rows", _rows)
 
 
 @functools.cache

@@ -49,6 +49,8 @@ class Blockwise:
         """The output [B, H, S, E] in the inputs' dtype, and log-sum-exp [B, H, S] of each row,
         +inf where no score counts.
         """
+        if self.program.empty == "weights":
+            return self._weighted()
         rows = self.query.shape[2]
         out = self.query.new_empty((*self.query.shape[:3], self.values.shape[3]))
         lse = self.query.new_empty(self.query.shape[:3], dtype=self.wide)
@@ -65,14 +67,26 @@ class Blockwise:
             out[:, :, part] = torch.where(nothing.unsqueeze(-1), mean, found).to(out.dtype)
         return out, lse
 
-    def backward(self, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of query, key and value, in their dtypes."""
+    def _weighted(self) -> tuple[Tensor, Tensor]:
+        """The output where there is no softmax, and nothing of the rows."""
+        out = self.query.new_empty((*self.query.shape[:3], self.values.shape[3]))
+        for part in self._blocks(self.query.shape[2]):
+            weights = self._scores(part, (self.program.score,), self.program)[0]
+            out[:, :, part] = (weights @ self.values).to(out.dtype)
+        return out, self.query.new_empty((0, *self.query.shape[:3]), dtype=self.wide)
+
+    def backward(
+        self, grad: Tensor, lse: Tensor, of_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of query, key and value, in their dtypes, from those of the output and of
+        lse.
+        """
         dq = torch.empty_like(self.query)
         dk, dv = torch.zeros_like(self.keys), torch.zeros_like(self.values)
         product = next(n for n, op in enumerate(self.program.ops) if op.kind == "score")
         widened, slope = derivative(self.program, product)
         wanted = (widened.score,) if slope is None else (widened.score, slope)
-        for part, p, ds, slopes in self._gradients(grad, lse, widened, wanted):
+        for part, p, ds, slopes in self._gradients(grad, lse, of_lse, widened, wanted):
             g = grad[:, :, part].to(self.wide)
             dv += self._dropped(p, part).transpose(2, 3) @ g
             ds = ds * slopes[0] if slopes else ds
@@ -83,7 +97,9 @@ class Blockwise:
             dv += through / dv.shape[2]
         return dq, self._gathered(dk), self._gathered(dv)
 
-    def operand_gradient(self, grad: Tensor, lse: Tensor, which: int) -> Tensor:
+    def operand_gradient(
+        self, grad: Tensor, lse: Tensor, of_lse: Tensor | None, which: int
+    ) -> Tensor:
         """The gradient of one operand, over all places it is loaded at."""
         operand = self.operands[which]
         total = torch.zeros(operand.shape, dtype=self.wide, device=operand.device)
@@ -93,7 +109,7 @@ class Blockwise:
                 continue
             widened, slope = derivative(self.program, load)
             wanted = [widened.score, *([] if slope is None else [slope]), *op.inputs]
-            for _, _, ds, found in self._gradients(grad, lse, widened, wanted):
+            for _, _, ds, found in self._gradients(grad, lse, of_lse, widened, wanted):
                 ds = ds if slope is None else ds * found[0]
                 places = found[0 if slope is None else 1 :]
                 if places:
@@ -107,6 +123,7 @@ class Blockwise:
         self,
         grad: Tensor,
         lse: Tensor,
+        of_lse: Tensor | None,
         program: ScoreProgram,
         wanted: Sequence[int],
     ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor]]]:
@@ -115,25 +132,43 @@ class Blockwise:
         """
         for part in self._blocks(self.query.shape[2]):
             scores, *others = self._scores(part, wanted, program)
+            if program.empty == "weights":
+                yield part, scores, self._of_weights(part, grad), others
+                continue
             # rows are whole here: their sums need no rounded log-sum-exp
             nothing = (lse[:, :, part] == float("inf")).unsqueeze(-1)
             p = scores.softmax(-1).masked_fill(nothing, 0.0)
             dp = grad[:, :, part].to(self.wide) @ self.values.transpose(2, 3)
             dp = self._dropped(dp, part)
-            ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(p == 0.0, 0.0)
+            delta = (p * dp).sum(-1, keepdim=True)
+            if of_lse is not None:
+                delta = delta - of_lse[:, :, part].unsqueeze(-1)
+            ds = (p * (dp - delta)).masked_fill(p == 0.0, 0.0)
             yield part, p, ds, others
+
+    def _of_weights(self, part: slice, grad: Tensor) -> Tensor:
+        """The gradient of the weights that count, where there is no softmax."""
+        dp = grad[:, :, part].to(self.wide) @ self.values.transpose(2, 3)
+        if self.program.keep is None:
+            return dp
+        given = (None, self._places(part), self.operands, self.numbers, self.wide)
+        (kept,) = evaluate(self.program, [self.program.keep], *given)
+        return dp.masked_fill(~kept, 0.0)
 
     def _scores(
         self, part: slice, wanted: Sequence[int], program: ScoreProgram
     ) -> tuple[Tensor, ...]:
-        """The wanted values, the first of which is the score: -inf where it does not count."""
+        """The wanted values, the first of which is the score; where it does not count, -inf, or 0
+        if scores are weights.
+        """
         products = self.query[:, :, part].to(self.wide) @ self.keys.transpose(2, 3)
         given = (products, self._places(part), self.operands, self.numbers, self.wide)
         kept = [] if program.keep is None else [program.keep]
         score, *others = evaluate(program, [*wanted, *kept], *given)
         score = score.expand(products.shape)
         if kept:
-            score = score.masked_fill(~others.pop(), float("-inf"))
+            nothing = 0.0 if program.empty == "weights" else float("-inf")
+            score = score.masked_fill(~others.pop(), nothing)
         return score, *others
 
     def _places(self, part: slice) -> dict[str, Tensor]:

@@ -88,13 +88,14 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
 
     Returns:
         of each row log2 of the sum of the powers of two, +inf where nothing counts, [1, B, H, S]
-        float32; where the program has `sinks`, the largest score and log2 of what is left, in two
-        planes.
+        float32; where the program is `deep`, the largest score and log2 of what is left, in two
+        planes; in none where there is no softmax.
     """
-    planes = 2 if problem.program.sinks else 1
+    planes = problem.program.planes
     lse = problem.query.new_empty((planes, *problem.query.shape[:3]), dtype=torch.float32)
+    first = lse if planes else problem.query  # not written
     tensors = problem.tensors
-    tensors |= {"Out": out, "Lse": lse, "Rest": lse[1] if planes > 1 else lse}
+    tensors |= {"Out": out, "Lse": first, "Rest": lse[1] if planes > 1 else first}
     if few_queries(problem.form):
         split_forward(problem.form, tensors)
     else:
@@ -128,11 +129,18 @@ def _whole_forward(problem: Problem, tensors: dict[str, Any]) -> None:
 
 
 def backward(
-    problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, results: Sequence[Tensor]
+    problem: Problem,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    of_lse: Tensor | None,
+    results: Sequence[Tensor],
 ) -> None:
-    """Write the gradients of query, key and value to ``results``."""
+    """Write the gradients of query, key and value to ``results``, from those of the output and,
+    [B, H, S] float32, contiguous, of lse.
+    """
     dq, dk, dv = results
-    sums = row_sums(problem.form, grad, out, lse)
+    sums = row_sums(problem.form, grad, out, lse, of_lse)
     key_gradients(problem, grad, sums, dk, dv)
     query_gradients(problem, grad, sums, dq)
     if problem.program.empty == "uniform":
@@ -193,11 +201,14 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     dv += through.unsqueeze(2).to(dv.dtype)
 
 
-def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor | None) -> Tensor:
     """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
     sums over the output's width of gradient times output, then the planes of ``lse``, both as
-    `attention_delta` changes them for a dropout.
+    `attention_delta` changes them for a dropout and the gradient of ``lse``. With no softmax there
+    is nothing to read.
     """
+    if not form.program.planes:
+        return lse
     batch, heads, rows, width = out.shape
     room = -(-rows // _ROWS) * _ROWS
     sums = lse.new_empty((1 + lse.shape[0], batch, heads, room))
@@ -208,19 +219,21 @@ def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
 
         return Launch(
             attention_delta, out_strides=strides[0], grad_strides=strides[1], heads=heads,
-            rows=rows, E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, SINKS=form.program.sinks,
-            KEPT=kept, LOG_KEPT=math.log2(kept),
+            rows=rows, E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, PLANES=form.program.planes,
+            KEPT=kept, LOG_KEPT=math.log2(kept), BY_LSE=of_lse is not None,
         )  # fmt: skip
 
-    form.once(("sums", strides), prepared).run(
+    form.once(("sums", strides, of_lse is None), prepared).run(
         batch * heads * (room // _SUMMED),
-        Out=out, Grad=grad, Lse=lse, Rest=lse[-1], PaddedLse=sums[1], PaddedRest=sums[-1],
-        Delta=sums,
+        Out=out, Grad=grad, Lse=lse, Rest=lse[-1], GradLse=lse if of_lse is None else of_lse,
+        PaddedLse=sums[1], PaddedRest=sums[-1], Delta=sums,
     )  # fmt: skip
     return sums
 
 
 def backward_tensors(problem: Problem, grad: Tensor, sums: Tensor) -> dict[str, Any]:
     """The tensors every kernel of the backward reads."""
-    made = {"Grad": grad, "Lse": sums[1], "Rest": sums[-1], "Delta": sums}
-    return {**problem.tensors, **made}
+    given = {**problem.tensors, "Grad": grad}
+    if not problem.program.planes:
+        return {**given, **dict.fromkeys(("Lse", "Rest", "Delta"), grad)}  # not read
+    return {**given, "Lse": sums[1], "Rest": sums[-1], "Delta": sums}

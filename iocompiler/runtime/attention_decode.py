@@ -19,7 +19,7 @@ _COMBINED = ("V", "Out", "Lse", "Rest")
 """The tensors of the first kernel that the second takes too."""
 _SHARED = (
     *("v_strides", "out_strides", "rows", "columns"),
-    *("GROUP", "E", "BLOCK_E", "KEPT", "EMPTY", "SINKS"),
+    *("GROUP", "E", "BLOCK_E", "KEPT", "EMPTY", "PLANES"),
 )
 """Its other arguments that the second takes too."""
 

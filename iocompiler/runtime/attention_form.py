@@ -123,7 +123,7 @@ class Form:
             "E": wide,
             "BLOCK_D": padded(width),
             "BLOCK_E": padded(wide),
-            "SINKS": self.program.sinks,
+            "PLANES": self.program.planes,
             "PRECISION": self.precision,
         }
 

@@ -15,14 +15,14 @@ from iocompiler.tile.score_operands import Use, use
 
 
 def operand_gradient(
-    problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, which: int
+    problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor | None, which: int
 ) -> Tensor:
     """The gradient of operand ``which``, in its shape and dtype, over all the places it is loaded.
 
     Raises:
         ValueError: it is loaded in a way whose gradient has no kernel.
     """
-    sums = attention.row_sums(problem.form, grad, out, lse)
+    sums = attention.row_sums(problem.form, grad, out, lse, of_lse)
     total: Tensor | None = None
     for load in problem.program.loads(problem.program.score):
         if problem.program.ops[load].value != which:

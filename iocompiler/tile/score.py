@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 Type: TypeAlias = Literal["float", "int", "bool"]
 Kind: TypeAlias = Literal["score", "index", "number", "const", "load", "map", "cast"]
-Empty: TypeAlias = Literal["nan", "zero", "uniform"]
+Empty: TypeAlias = Literal["nan", "zero", "uniform", "weights"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ScoreOp:
 
 @dataclass(frozen=True)
 class ScoreProgram:
-    """What the softmax is taken of.
+    """What the softmax is taken of; or, with no softmax, what values are multiplied by.
 
     Attributes:
         ops: the operations.
@@ -51,7 +51,9 @@ class ScoreProgram:
         keep: the boolean value that says which scores count; None where all do. The others are
             as if they were -inf.
         empty: the result of a row in which no score counts: NaN, as softmax gives for a row of
-            -inf; zero; or the mean of all values, as for a row of one finite number.
+            -inf; zero; or the mean of all values, as for a row of one finite number. "weights"
+            where there is no softmax: scores are the weights of the values, those that do not
+            count are 0, and a row without any is zero.
     """
 
     ops: tuple[ScoreOp, ...]
@@ -70,7 +72,7 @@ class ScoreProgram:
         return f"{ops} -> {self.score}{keep} else {self.empty}"
 
     @cached_property
-    def sinks(self) -> bool:
+    def deep(self) -> bool:
         """Whether a row may consist of finite scores so negative that the logarithm of their sum is
         lost beside them: it is then kept apart.
         """
@@ -78,6 +80,15 @@ class ScoreProgram:
         return any(
             op.kind == "const" and op.type == "float" and -inf < op.value < -1e6 for op in ops
         )
+
+    @property
+    def planes(self) -> int:
+        """How many numbers say the log-sum-exp of a row: where it is `deep`, the largest score, and
+        the logarithm of what is left; none where there is no softmax.
+        """
+        if self.empty == "weights":
+            return 0
+        return 2 if self.deep else 1
 
     def behind(self, *values: int | None) -> frozenset[int]:
         """The values that these are computed from, these included."""

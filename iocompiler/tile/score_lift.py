@@ -25,7 +25,7 @@ def lifted(program: ScoreProgram) -> tuple[ScoreProgram, ScoreProgram | None]:
         else:
             lines.append(line.times(build, build.const(sign)))
     # scores so low that sums are lost beside them stay as they are
-    if not lines or not others or program.sinks:
+    if not lines or not others or program.deep:
         return program, None
     score = None
     for value, sign in others:
@@ -49,7 +49,7 @@ def factored(program: ScoreProgram) -> tuple[float, ScoreProgram]:
     elements, which may be masks.
     """
     op = program.ops[program.score]
-    if op.fn != "mul" or program.sinks:
+    if op.fn != "mul" or program.deep:
         return 1.0, program
     factor = program.ops[op.inputs[1]]
     loads = (program.ops[load].type for load in program.loads(program.score))

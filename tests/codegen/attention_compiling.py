@@ -29,10 +29,10 @@ def resources(
     if not gradients:
         return found
     results = [torch.empty_like(x) for x in (query, problem.key, value)]
-    attention.backward(problem, torch.empty_like(out), out, lse, results)
+    attention.backward(problem, torch.empty_like(out), out, lse, None, results)
     for which, operand in enumerate(problem.operands):
         if operand.is_floating_point():
-            attention_operands.operand_gradient(problem, torch.empty_like(out), out, lse, which)
+            attention_operands.operand_gradient(problem, out, out, lse, None, which)
     return found
 
 

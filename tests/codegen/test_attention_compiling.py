@@ -31,7 +31,9 @@ def problem(name: str, width: int, dtype: torch.dtype) -> Problem:
     return Problem(q, q, q, case.program(width**-0.5), tuple(operands))
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "alibi", "softcap", "document", "relative"])
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "alibi", "softcap", "document", "relative", "sigmoid"]
+)
 def test_the_usual_tiles_spill_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resources(problem(name, 64, torch.bfloat16), 90, monkeypatch)
     assert {"attention_forward", "attention_dq", "attention_dkv"} <= found.keys()

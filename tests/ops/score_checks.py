@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from iocompiler.runtime import (
     attention_operands,
 )
 from iocompiler.runtime.attention import Problem
-from tests.ops.score_programs import CASES, heads, reference
+from tests.ops.score_programs import CASES, heads, reference_rows
 
 Shape = tuple[int, int, int, int, int, int, int]
 """Batch, heads, groups, rows, columns, width, value width."""
@@ -34,8 +35,14 @@ def problems(
     scale: float = 0.3,
     gradients: bool = True,
     dropout_p: float = 0.0,
+    by_rows: bool = False,
 ) -> list[str]:
-    """What errs more than 2x (output) or 3x (gradients) eager's error in ``dtype``, plus 1e-5."""
+    """What errs more than 2x (output) or 3x (gradients) eager's error in ``dtype``, plus 1e-5,
+    or 1e-6 of the largest number.
+
+    Args:
+        by_rows: the log-sum-exp of each row has a gradient too.
+    """
     seed = torch.tensor(2**40 + 12345, device=device) if dropout_p else None
     drop = {"seed": seed, "dropout_p": dropout_p}
     torch.manual_seed(0)
@@ -47,9 +54,10 @@ def problems(
     weights = torch.randn(exact[0].shape, device=device).to(dtype)
     weights = weights.masked_fill(exact[0].isnan(), 0.0)
     defined = not bool(exact[0].isnan().any())
-    exact = _run(given, operands, program, torch.float64, weights, drop)
-    eager = _run(given, operands, program, dtype, weights, drop)
-    ours = _templates(given, operands, program, dtype, weights, tiles, gradients, drop)
+    of_lse = torch.randn(exact[0].shape[:3], device=device) if by_rows else None
+    exact = _run(given, operands, program, torch.float64, weights, drop, of_lse)
+    eager = _run(given, operands, program, dtype, weights, drop, of_lse)
+    ours = _templates(given, operands, program, dtype, weights, tiles, gradients, drop, of_lse)
     found = []
     for place, (true, theirs, one) in enumerate(zip(exact, eager, ours, strict=False)):
         if not defined and place:
@@ -59,7 +67,8 @@ def problems(
             found.append(f"result {place}: NaN where there should be none, or none where there")
             continue
         errors = [(x.double() - true).nan_to_num().abs().max().item() for x in (theirs, one)]
-        if not errors[1] <= (3 if place else 2) * errors[0] + 1e-5:
+        rounding = max(1e-5, 1e-6 * true.nan_to_num().abs().max().item())
+        if not errors[1] <= (3 if place else 2) * errors[0] + rounding:
             found.append(f"result {place}: error {errors[1]:.3g}, eager's {errors[0]:.3g}")
     return found
 
@@ -86,14 +95,18 @@ def _run(
     dtype: torch.dtype,
     weights: Tensor | None,
     drop: dict[str, Any],
+    of_lse: Tensor | None = None,
 ) -> list[Tensor]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in given]
     learned = _learned(operands, dtype)
-    out = reference(*leaves, program, learned, **drop)  # type: ignore[arg-type]
+    out, lse = reference_rows(*leaves, program, learned, **drop)  # type: ignore[arg-type]
     if weights is None:
         return [out]
     wanted = [*leaves, *(x for x in learned if x.requires_grad)]
-    return [out, *torch.autograd.grad(out, wanted, weights.to(dtype))]
+    loss = (out * weights.to(dtype)).sum()
+    if of_lse is not None:
+        loss = loss + (lse * of_lse.to(dtype)).sum()
+    return [out, *torch.autograd.grad(loss, wanted)]
 
 
 def _templates(
@@ -105,6 +118,7 @@ def _templates(
     tiles: Row | None,
     gradients: bool,
     drop: dict[str, Any],
+    of_lse: Tensor | None,
 ) -> list[Tensor]:
     learned = [x.detach() for x in _learned(operands, dtype)]
     problem = Problem(*given, program, tuple(learned), (), tiles, **drop)  # type: ignore[arg-type]
@@ -115,10 +129,12 @@ def _templates(
     if not gradients:
         return [out]
     results = [torch.empty_like(x) for x in given]
-    attention.backward(problem, weights, out, lse, results)
+    of_lse = None if of_lse is None else of_lse / math.log2(math.e)  # of one to the base of 2
+    attention.backward(problem, weights, out, lse, of_lse, results)
     for which, each in enumerate(learned):
         if each.is_floating_point():
-            results.append(attention_operands.operand_gradient(problem, weights, out, lse, which))
+            given_rows = (weights, out, lse, of_lse)
+            results.append(attention_operands.operand_gradient(problem, *given_rows, which))
     return [out, *results]
 
 

@@ -89,6 +89,19 @@ def _hiding(b: int, h: int, s: int, k: int) -> list[Tensor]:
     return [torch.where(kept, torch.randn(s, k, dtype=torch.float64), float("-inf"))]
 
 
+def gated(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    """Sigmoid attention with a bias for each head."""
+    return b.map("sigmoid", b.map("add", s, b.load(0, (b.index("h"),), "float"))), lower(b)
+
+
+def rectified(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    """The square of what is positive, of documents."""
+    _, kept = document(b, s)
+    zero = b.const(0.0)
+    positive = b.map("where", b.map("le", s, zero), zero, s)
+    return b.map("mul", b.map("mul", positive, positive), b.const(0.125)), kept
+
+
 def _block_mask(b: int, h: int, s: int, k: int) -> list[Tensor]:
     some = torch.rand(-(-s // 16), -(-k // 16)) > 0.4
     some[:, 0] = True
@@ -119,6 +132,9 @@ CASES = {
     "padding, uniform": Case(padding, _padding, "uniform"),
     "sunk": Case(sunk, _padding),
     "hiding bias": Case(hiding, _hiding),
+    "sigmoid": Case(gated, lambda b, h, s, k: [torch.randn(h, dtype=torch.float64)], "weights"),
+    "sigmoid of all": Case(lambda b, s: (b.map("sigmoid", s), None), empty="weights"),
+    "squared relu": Case(rectified, _documents, "weights"),
     "block mask": Case(tile_mask, _block_mask, "zero"),
 }
 
@@ -135,6 +151,22 @@ def reference(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Every matrix made."""
+    drop = {"seed": seed, "dropout_p": dropout_p}
+    return reference_rows(q, k, v, program, operands, numbers, **drop)[0]  # type: ignore[arg-type]
+
+
+def reference_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: ScoreProgram,
+    operands: Sequence[Tensor] = (),
+    numbers: Sequence[int] = (),
+    *,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of each row, which is of no meaning without softmax."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2)
     shapes = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "i": (-1, 1), "j": (-1,)}
@@ -145,6 +177,10 @@ def reference(
     wanted = [program.score] if program.keep is None else [program.score, program.keep]
     found = evaluate(program, wanted, scores, places, operands, numbers, q.dtype)
     score = found[0]
+    if program.empty == "weights":
+        weights = score.expand(scores.shape)
+        weights = weights if program.keep is None else weights.masked_fill(~found[1], 0.0)
+        return weights @ v, score.new_zeros(scores.shape[:3])
     if program.keep is not None:
         lowest = max(-1e30, torch.finfo(score.dtype).min)
         fill = lowest if program.empty == "uniform" else float("-inf")
@@ -155,7 +191,7 @@ def reference(
     if seed is not None:
         spared = kept(seed, **places, dropout_p=dropout_p)
         weights = weights.masked_fill(~spared, 0.0) / (1.0 - dropout_p)
-    return weights @ v
+    return weights @ v, score.logsumexp(-1)
 
 
 def heads(

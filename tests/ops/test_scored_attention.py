@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iocompiler.ops.scored_attention import FORWARD, scored_attention
-from tests.ops.score_programs import CASES, heads, reference
+from iocompiler.ops.scored_attention import FORWARD, ROWS, scored_attention
+from tests.ops.score_programs import CASES, heads, reference, reference_rows
 
 SHAPES = [(2, 4, 4, 33, 33, 8, 8), (2, 4, 2, 17, 40, 16, 12), (1, 3, 1, 40, 21, 8, 8)]
 
@@ -52,6 +52,33 @@ def test_dropout_drops_the_same_in_the_backward(name: str, monkeypatch: pytest.M
     pair = (torch.autograd.grad(x, differentiable, weights) for x in (ours, exact))
     for one, true in zip(*pair, strict=True):
         torch.testing.assert_close(one, true)
+
+
+@pytest.mark.parametrize("name", ["alibi", "relative", "sunk", "document"])
+def test_rows_with_a_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iocompiler.ops.scored_blockwise._ELEMENTS", 1000)
+    torch.manual_seed(0)
+    case, given = CASES[name], heads(*SHAPES[1])
+    operands = case.operands(2, 4, 17, 40)
+    leaves = [x.clone().requires_grad_() for x in given]
+    learned = [x.clone().requires_grad_() if x.is_floating_point() else x for x in operands]
+    arguments = (*leaves, learned, [], case.program().key, "blockwise", "ssss", None, 0.0)
+    out, sums = FORWARD(*arguments)
+    ours = (out, ROWS(sums, "blockwise"))
+    exact = reference_rows(*leaves, case.program(), learned)
+    torch.testing.assert_close(ours, exact)
+    differentiable = [*leaves, *(x for x in learned if x.requires_grad)]
+    weights = [torch.randn_like(x) for x in exact]
+    for wanted in ([0, 1], [1]):  # of both, and of the log-sum-exp alone
+        pair = [
+            torch.autograd.grad(
+                [x[n] for n in wanted], differentiable, [weights[n] for n in wanted],
+                retain_graph=True, allow_unused=True,
+            )
+            for x in (ours, exact)
+        ]  # fmt: skip
+        for one, true in zip(*pair, strict=True):
+            torch.testing.assert_close(one, torch.zeros_like(one) if true is None else true)
 
 
 def test_dropout_that_cannot_be_is_an_error() -> None:

@@ -5,8 +5,9 @@ pass said.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -70,6 +71,20 @@ class Spelling(nn.Module):
 
     def forward(self, **tensors: Tensor) -> Any:
         return self.function(**tensors)
+
+
+Taken: TypeAlias = "tuple[Callable[..., Any], dict[str, Tensor], str]"
+"""A function, what it is called with, and the variant of its rewrite."""
+
+
+def in_float32(taken: list[Taken], *in_bfloat16: Callable[..., Any]) -> list[Any]:
+    """Parameters of a test: each with float32, those of these functions with bfloat16 too."""
+    pairs = [(each, torch.float32) for each in taken]
+    pairs += [(each, torch.bfloat16) for each in taken if each[0] in in_bfloat16]
+    return [
+        pytest.param(*each, dtype, id=f"{each[0].__name__}-{str(dtype)[6:]}")
+        for each, dtype in pairs
+    ]
 
 
 def heads(

@@ -20,11 +20,6 @@ def softmax_over_heads(q, k, v):
     return (q @ k.mT).softmax(1) @ v
 
 
-def probabilities_returned(q, k, v):
-    p = (q @ k.mT).softmax(-1)
-    return p @ v, p
-
-
 def probabilities_used(q, k, v):
     p = (q @ k.mT).softmax(-1)
     return p @ v + p.amax(-1, keepdim=True)
@@ -57,28 +52,8 @@ def values_on_rows(q, k, v):
     return (q @ k.mT).softmax(-1).mT @ v
 
 
-def sum_with_epsilon(q, k, v):
-    e = torch.exp(q @ k.mT)
-    return (e / (e.sum(-1, keepdim=True) + 1e-3)) @ v
-
-
-def softmax_plus_one(q, k, v):
-    e = torch.exp(q @ k.mT)
-    return (e / (1.0 + e.sum(-1, keepdim=True))) @ v
-
-
 def maximum_of_others(q, k, v):
     return torch.maximum(q @ k.mT, torch.zeros(7, 7)).softmax(-1) @ v
-
-
-def sink_beside_the_scores(q, k, v):
-    s = q @ k.mT
-    s = torch.cat([s, torch.ones(4).view(1, 4, 1, 1).expand(2, 4, 7, 1)], -1)
-    return (s - s.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
-
-
-def zero_beside_the_scores(q, k, v):
-    return F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v
 
 
 def late_division_by_others(q, k, v):
@@ -100,10 +75,6 @@ def max_over_queries(q, k, v):
     s = q @ k.mT
     e = torch.exp(s - s.amax(-2, keepdim=True))
     return (e / e.sum(-1, keepdim=True)) @ v
-
-
-def sigmoid_attention(q, k, v):
-    return torch.sigmoid(q @ k.mT) @ v
 
 
 def no_grad_in_between(q, k, v):
@@ -158,7 +129,6 @@ NEARLY = [
     output_scaled,
     softmax_over_queries,
     softmax_over_heads,
-    probabilities_returned,
     probabilities_used,
     scores_used,
     mask_after_softmax,
@@ -168,16 +138,11 @@ NEARLY = [
     no_grad_in_between,
     weighted_average,
     maximum_of_others,
-    sink_beside_the_scores,
-    zero_beside_the_scores,
 ]
 UNLIKE = [
-    sum_with_epsilon,
-    softmax_plus_one,
     sum_over_queries,
     sum_unsqueezed_elsewhere,
     max_over_queries,
-    sigmoid_attention,
     dropped_scores,
     unknown_function,
     late_division_by_others,

@@ -178,7 +178,7 @@ def test_a_mask_with_dropout_stays_structure() -> None:
     (call,) = (n for n in compiled.graphs[0].graph.nodes if n.target is FORWARD)
     program: Any = parsed(call.args[5])
     assert program.keep is not None
-    assert not program.sinks
+    assert not program.deep
 
 
 class Planned(Compiled):

@@ -208,10 +208,6 @@ def one_query(q, k, r, s, v):
     return plain(q[:, :, :1], k, r[:, :, :1], s, v)
 
 
-def number_added(q, k, r, s, v):
-    return (q @ k.mT + 1.0).softmax(-1) @ v
-
-
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -221,7 +217,6 @@ def number_added(q, k, r, s, v):
         (returned, "is returned elsewhere"),
         (written_between, "written between the parts"),
         (one_query, "put together would move"),
-        (number_added, "a number is added"),
     ],
 )
 @pytest.mark.parametrize("grad", [True, False])

@@ -159,6 +159,22 @@ BETWEEN = "between the softmax and the second contraction"
 
 
 @pytest.mark.parametrize(
+    ("function", "variants"),
+    [(returned, ["full+weights", "full+weights"]), (one_returned, ["full", "full+weights"])],
+)
+def test_returned_too(function: Callable[..., Any], variants: list[str]) -> None:
+    compiled, inputs = Compiled(function), pairs()
+    leaves = [inputs[name] for name in "qkrsv"]
+    found, expected = compiled(**inputs), function(**inputs)
+    torch.testing.assert_close(found, expected)
+    assert sorted(compiled.variants) == variants
+    ours, theirs = (
+        torch.autograd.grad([x.square().sum() for x in each], leaves) for each in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
     ("function", "reason"),
     [
         (dropped, f"aten.sub.Tensor {BETWEEN}"),
@@ -166,8 +182,6 @@ BETWEEN = "between the softmax and the second contraction"
         (and_scores, "is no softmax of scores"),
         (from_one, f"aten.rsub.Scalar {BETWEEN}"),
         (centered, "the probabilities are broadcast"),
-        (returned, "is used elsewhere"),
-        (one_returned, "is returned elsewhere"),
         (mixed_after, "not summed over the softmax's dim"),
         (mixed_before, "heads of the scores are mixed"),
     ],

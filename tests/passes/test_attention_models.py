@@ -237,12 +237,50 @@ def test_multihead_attention(need_weights: bool) -> None:
     assert compiled.variants == ["full"]
 
 
-def test_multihead_attention_that_returns_its_weights_is_declined() -> None:
+def test_multihead_attention_that_returns_its_weights() -> None:
     module = nn.MultiheadAttention(32, 4, batch_first=True)
     compiled, x = Compiled(lambda x: module(x, x, x)), torch.randn(2, 13, 32)
     torch.testing.assert_close(compiled(x), module(x, x, x))
-    assert compiled.variants == []
-    assert "elsewhere" in compiled.misses[0]
+    assert compiled.variants == ["full+weights"]
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["sliding", "full"])
+def test_gpt_oss_has_a_sink(layer: int) -> None:
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    kind = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6, "vocab_size": 101}
+    size = {**SIZE, "num_hidden_layers": 2, "num_local_experts": 2}
+    config = transformers.GptOssConfig(**size, **kind, attn_implementation="eager")
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        module = gpt_oss.GptOssAttention(config, layer)
+        for each in module.parameters():
+            nn.init.normal_(each, std=0.2)
+        return module
+
+    place = torch.arange(13)
+    near = place[None, :] > place[:, None] - (6 if made().sliding_window else 13)
+    keep = (place[None, :] <= place[:, None]) & near
+    angles = gpt_oss.GptOssRotaryEmbedding(config)(torch.randn(2, 13, 32), place[None])
+    compiled: list[Compiled] = []
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = made()
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.where(keep, 0.0, torch.finfo(torch.float32).min).to(x.dtype)[None, None]
+            return self.attention(x, tuple(each.to(x.dtype) for each in angles), mask)[0]
+
+    def compile_(module: nn.Module) -> Compiled:
+        compiled.append(Compiled(module))
+        return compiled[0]
+
+    inputs = {"x": torch.randn(2, 13, 32).requires_grad_()}
+    assert_as_accurate_as_eager(Layer, inputs, compile_, dtype=torch.float32)
+    assert compiled[0].variants[0].startswith("program+gqa+mask")
+    assert compiled[0].variants[0].endswith("+sink")
 
 
 def _is_random(node: torch.fx.Node) -> bool:

@@ -43,7 +43,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
     given |= dict.fromkeys(("heads", "rows", "columns", "parts", "lines"), 16)
     given |= {"v_strides": (1024, 64, 32, 1), "out_strides": (64, 32, 32, 1)}
     given |= {"GROUP": 2, "E": 32, "BLOCK_E": 64, "BLOCK_P": 16, "BLOCK_N": 64}
-    return {**given, "KEPT": 1.0, "EMPTY": "nan", "SINKS": False, **changed}
+    return {**given, "KEPT": 1.0, "EMPTY": "nan", "PLANES": 1, **changed}
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -55,8 +55,8 @@ CHANGES: list[dict[str, Any]] = [
     {"V": _MEMORY[1:]},
     {"V": _MEMORY.to(torch.bfloat16)},
     {"E": 16},
-    {"SINKS": True},
-    {"SINKS": 1},
+    {"PLANES": 2},
+    {"PLANES": True},
     {"KEPT": 1},
 ]
 
@@ -120,7 +120,7 @@ def test_gradients_in_one_tensor_are_written_by_the_same_kernels(packing: str) -
     for results in ([torch.empty_like(x) for x in inputs], where.slices(packed, inputs)):
         forms: set[Form] = set()
         with watched(lambda launch, tensors, forms=forms: forms.add(launch.form(tensors, 90))):  # type: ignore[misc]
-            attention.backward(given, out, out, lse, results)
+            attention.backward(given, out, out, lse, None, results)
         found.append(forms)
     assert found[0] == found[1]
 

@@ -29,7 +29,7 @@ TENSORS = ("Acc", "V", "Out", "Lse", "Rest")
 NUMBERS = {"heads": 5, "rows": 6, "columns": 7, "parts": 8, "lines": 9}
 STRIDES = {"v_strides": (100, 101, 102, 1), "out_strides": (103, 104, 105, 106)}
 OTHERS = {"GROUP": 2, "E": 32, "BLOCK_E": 64, "BLOCK_P": 16, "BLOCK_N": 64, "KEPT": 1.0,
-          "EMPTY": "nan", "SINKS": False, "num_warps": 8}  # fmt: skip
+          "EMPTY": "nan", "PLANES": 1, "num_warps": 8}  # fmt: skip
 # the last of "v_strides" is 1: in the code
 FORMATS = "QQQQQ" + "iii" + "iiii" + "iiiii"
 

@@ -1,7 +1,7 @@
 """Attention with a score program, forward.
 
     s_ij = score(q_i . k_j, b, h, i, j)    where keep(b, h, i, j), else -inf
-    out_i = sum_j softmax_j(s_ij) v_j
+    out_i = sum_j softmax_j(s_ij) v_j      or, with no PLANES of an lse, sum_j s_ij v_j
 
 Tri Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1; the softmax is Milakov and Gimelshein's
 online one, arXiv 1805.02867. Scores are in units of log2(e), so that powers are of two.
@@ -34,7 +34,7 @@ def _attend(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, PARTIAL: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the partial or the full blocks of keys of one block of queries."""
     for entry in range(count):
@@ -42,7 +42,7 @@ def _attend(
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h, i_line,
             operands, strides, numbers, seed, start, columns, score, lift, FACTOR, keep, drop,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_N, PARTIAL, PRECISION,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_N, PARTIAL, PLANES, PRECISION,
         )  # fmt: skip
     return acc, total, top
 
@@ -58,7 +58,7 @@ def attention_forward(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, EMPTY: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head.
 
@@ -89,23 +89,24 @@ def attention_forward(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i, start + inside,
         operands, strides, numbers, seed, visited, full, room, columns,
         score, lift, FACTOR, keep, drop,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, PRECISION,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, PLANES, PRECISION,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i, start + inside,
         operands, strides, numbers, seed, visited, partial, room, columns,
         score, lift, FACTOR, keep, drop,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, PRECISION,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, PLANES, PRECISION,
     )  # fmt: skip
     mean = 0.0
     if EMPTY == "uniform":
         mean = tl.load(
             head_of(Mean, mean_strides, b, g) + e * mean_strides[3], mask=e < E, other=0.0
         ).to(tl.float32)[None, :]
-    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, SINKS)
+    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, PLANES)
     line = z.to(tl.int64) * rows + start + row
-    if SINKS:
+    if PLANES == 2:
         tl.store(Rest + line, rest, mask=start + row < rows)
-    tl.store(Lse + line, lse, mask=start + row < rows)
+    if PLANES > 0:
+        tl.store(Lse + line, lse, mask=start + row < rows)
     Out = row_of(Out, out_strides, b, h, start)
     store_tile(Out, row, out_strides[2], e, out_strides[3], acc, rows - start, E, BLOCK_E)

@@ -1,6 +1,7 @@
 """Attention with a score program, backward.
 
-With p_ij = exp2(s_ij - lse_i) of the forward and delta_i = sum_e dout_ie out_ie:
+With p_ij = exp2(s_ij - lse_i) of the forward and delta_i = sum_e dout_ie out_ie - dlse_i, where
+dlse_i is the gradient of the row's log-sum-exp to the base of e:
 
     dv_j = sum_i p_ij dout_i              ds_ij = p_ij (dout_i . v_j - delta_i)
     dk_j = scale sum_i ds_ij slope_ij q_i   dq_i = scale sum_j ds_ij slope_ij k_j
@@ -10,6 +11,8 @@ where it leaves a probability, else 0, and what is left is multiplied by KEPT: p
 through its lse and delta_i is divided by it, so that
 
     dv_j = sum_i m_ij p_ij dout_i         ds_ij = p_ij (m_ij dout_i . v_j - delta_i)
+
+With no softmax (no PLANES of an lse) p_ij = s_ij and ds_ij = dout_i . v_j.
 
 Tri Dao,
 "FlashAttention-2", arXiv 2307.08691, algorithm 2, with a kernel of its own for dq: no atomic
@@ -25,6 +28,7 @@ from iocompiler.codegen.kernels.attention_parts import (
     padded_line,
     powers,
     row_of,
+    score_gradients,
     store_tile,
 )
 from iocompiler.codegen.kernels.attention_table import (
@@ -37,13 +41,15 @@ from iocompiler.codegen.kernels.attention_table import (
 
 @triton.jit(do_not_specialize=["heads", "rows"])
 def attention_delta(
-    Out, Grad, Lse, Rest, PaddedLse, PaddedRest, Delta, out_strides, grad_strides, heads, rows,
-    KEPT: tl.constexpr, LOG_KEPT: tl.constexpr,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr,
+    Out, Grad, Lse, Rest, GradLse, PaddedLse, PaddedRest, Delta,
+    out_strides, grad_strides, heads, rows,
+    KEPT: tl.constexpr, LOG_KEPT: tl.constexpr, BY_LSE: tl.constexpr,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = sum_e dout_ie out_ie / KEPT; Delta and the copies of Lse and Rest, whose sum is
-    less LOG_KEPT, are float32, with lines as `padded_line` says: beyond the last row an lse of +inf
-    makes probabilities 0. With SINKS an lse may be too large for LOG_KEPT to count beside it.
+    """delta_i = (sum_e dout_ie out_ie - dlse_i) / KEPT; Delta and the copies of Lse and Rest, whose
+    sum is less LOG_KEPT, are float32, with lines as `padded_line` says: beyond the last row an lse
+    of +inf makes probabilities 0. With two PLANES an lse may be too large for LOG_KEPT to count
+    beside it. BY_LSE: GradLse is the gradient of Lse, which is to the base of 2.
     """
     blocks = tl.cdiv(rows, 128) * (128 // BLOCK_M)
     start = (tl.program_id(0) % blocks) * BLOCK_M
@@ -65,13 +71,15 @@ def attention_delta(
     line = padded_line(z, rows) + start + row
     delta = tl.where(there, tl.sum(product, 1), 0.0)
     lse = tl.load(Lse + given, mask=there, other=float("inf"))
+    if BY_LSE:
+        delta -= tl.load(GradLse + given, mask=there, other=0.0) * 1.4426950408889634
     if KEPT != 1.0:
         delta = delta * (1.0 / KEPT)
-        if not SINKS:
+        if PLANES != 2:
             lse = lse - LOG_KEPT
     tl.store(Delta + line, delta)
     tl.store(PaddedLse + line, lse)
-    if SINKS:
+    if PLANES == 2:
         tl.store(PaddedRest + line, tl.load(Rest + given, mask=there, other=0.0) - LOG_KEPT)
 
 
@@ -83,7 +91,7 @@ def _into_queries(
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -100,11 +108,11 @@ def _into_queries(
         v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = powers(s, lse, rest, b, h, i, j, start, operands, strides, numbers,
-                   score, lift, FACTOR, SINKS)  # fmt: skip
+                   score, lift, FACTOR, PLANES)  # fmt: skip
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if drop is not None:
             dp = dp * drop(seed, b, h, i, start, column[None, :])
-        ds = p * (dp - delta)
+        ds = score_gradients(p, dp, delta, PLANES)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
         if PARTIAL:
@@ -128,7 +136,7 @@ def attention_dq(
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries; the table is the forward's kind."""
     blocks = tl.cdiv(rows, BLOCK_M)
@@ -147,9 +155,9 @@ def attention_dq(
     grad = load_tile(row_of(Grad, grad_strides, b, h, start), inside, grad_strides[2], e,
                      grad_strides[3], E, BLOCK_E)  # fmt: skip
     line = padded_line(z, rows) + start + inside
-    lse = tl.load(Lse + line)[:, None]
-    rest = tl.load(Rest + line)[:, None] if SINKS else lse
-    delta = tl.load(Delta + line)[:, None]
+    lse = tl.load(Lse + line)[:, None] if PLANES > 0 else 0.0
+    rest = tl.load(Rest + line)[:, None] if PLANES == 2 else lse
+    delta = tl.load(Delta + line)[:, None] if PLANES > 0 else 0.0
     K = head_of(K, k_strides, b, g)
     V = head_of(V, v_strides, b, g)
     i = (start + inside)[:, None]
@@ -160,13 +168,13 @@ def attention_dq(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
         operands, strides, numbers, seed, visited, full, room, columns,
         score, lift, FACTOR, keep, slope, SCALE, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
-        RANGES, False, SINKS, PRECISION,
+        RANGES, False, PLANES, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
         operands, strides, numbers, seed, visited, partial, room, columns,
         score, lift, FACTOR, keep, slope, SCALE, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
-        RANGES, True, SINKS, PRECISION,
+        RANGES, True, PLANES, PRECISION,
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
     store_tile(DQ, row, dq_strides[2], d, dq_strides[3], dq * SCALE, rows - start, D, BLOCK_D)
@@ -180,7 +188,7 @@ def _into_keys(
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, RANGES: tl.constexpr, PARTIAL: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles are transposed, [keys, queries], so that p and ds are left operands as they are; j is
     ``first`` plus ``column``, no more than there are.
@@ -198,14 +206,18 @@ def _into_keys(
         q = load_tile(q_row, inside, q_strides[2], d, q_strides[3], D, BLOCK_D)
         grad_row = Grad + start.to(tl.int64) * grad_strides[2]
         grad = load_tile(grad_row, inside, grad_strides[2], e, grad_strides[3], E, BLOCK_E)
-        lse = tl.load(Lse + start + row)[None, :]
-        rest = tl.load(Rest + start + row)[None, :] if SINKS else lse
-        delta = tl.load(Delta + start + row)[None, :]
+        lse = tl.load(Lse + start + row)[None, :] if PLANES > 0 else 0.0
+        rest = tl.load(Rest + start + row)[None, :] if PLANES == 2 else lse
+        delta = tl.load(Delta + start + row)[None, :] if PLANES > 0 else 0.0
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = powers(s, lse, rest, b, h, i, j, start, operands, strides, numbers,
-                   score, lift, FACTOR, SINKS)  # fmt: skip
-        if PARTIAL and keep is not None:
-            kept = keep(b, h, i, j, operands, strides, numbers)
+                   score, lift, FACTOR, PLANES)  # fmt: skip
+        if PARTIAL and (keep is not None or PLANES == 0):
+            kept = True
+            if keep is not None:
+                kept = keep(b, h, i, j, operands, strides, numbers)
+            if PLANES == 0:  # else an lse of +inf does the same
+                kept = kept & (start + row < rows)[None, :]
             p = tl.where(kept, p, 0.0)
         left = p
         if drop is not None:
@@ -215,10 +227,10 @@ def _into_keys(
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         if drop is not None:
             dp = dp * spared
-        ds = p * (dp - delta)
+        ds = score_gradients(p, dp, delta, PLANES)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
-            if PARTIAL and keep is not None:
+            if PARTIAL and (keep is not None or PLANES == 0):
                 ds = tl.where(kept, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -236,7 +248,7 @@ def attention_dkv(
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, over all query heads of its group; the table has a row for
     each block of keys.
@@ -271,7 +283,7 @@ def attention_dkv(
             operands, strides, numbers, seed,
             visited, full, room, rows,
             score, lift, FACTOR, keep, slope, SCALE, drop,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, SINKS, PRECISION,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, False, PLANES, PRECISION,
         )  # fmt: skip
         dk, dv = _into_keys(
             dk, dv, k, v, queries, grads, Lse + line, Rest + line, Delta + line,
@@ -279,7 +291,7 @@ def attention_dkv(
             operands, strides, numbers, seed,
             visited, partial, room, rows,
             score, lift, FACTOR, keep, slope, SCALE, drop,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, SINKS, PRECISION,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, RANGES, True, PLANES, PRECISION,
         )  # fmt: skip
     DK = row_of(DK, dk_strides, b, g, start)
     DV = row_of(DV, dv_strides, b, g, start)

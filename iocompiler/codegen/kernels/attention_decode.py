@@ -72,7 +72,7 @@ def attention_split(
     drop: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EMPTY: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    EMPTY: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one key head, for one tile of its GROUP * rows queries.
 
@@ -114,7 +114,8 @@ def attention_split(
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line,
             operands, strides, numbers, seed, (block * parts + part) * BLOCK_N, columns,
-            score, lift, FACTOR, keep, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PRECISION,
+            score, lift, FACTOR, keep, drop,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PLANES, PRECISION,
         )  # fmt: skip
     own = query < packed
     e = tl.arange(0, BLOCK_E)
@@ -124,9 +125,10 @@ def attention_split(
         if EMPTY == "uniform":
             mean = _mean_if(tl.min(total, 0) == 0.0, V, v_strides[2], v_strides[3], columns,
                             E, BLOCK_E, BLOCK_N)  # fmt: skip
-        out, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, SINKS)
-        tl.store(Lse + row, lse, mask=own)
-        if SINKS:
+        out, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, PLANES)
+        if PLANES > 0:
+            tl.store(Lse + row, lse, mask=own)
+        if PLANES == 2:
             tl.store(Rest + row, rest, mask=own)
         place = row_of(Out, out_strides, b, h, i) + e[None, :] * out_strides[3]
         tl.store(place, out.to(Out.dtype.element_ty), mask=own[:, None] & (e < E)[None, :])
@@ -142,7 +144,7 @@ def attention_split(
 def attention_combine(
     Acc, V, Out, Lse, Rest, v_strides, out_strides, heads, rows, columns, parts, lines,
     GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, KEPT: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, KEPT: tl.constexpr, EMPTY: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """One query of one head: its parts put together."""
     line = tl.program_id(0)
@@ -178,10 +180,11 @@ def attention_combine(
         V = head_of(V, v_strides, b, h // GROUP)
         mean = _mean_if(tl.min(total, 0) == 0.0, V, v_strides[2], v_strides[3], columns,
                         E, BLOCK_E, BLOCK_N)  # fmt: skip
-    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, SINKS)
+    acc, lse, rest = finished(acc, total, top, mean, KEPT, EMPTY, PLANES)
     one = tl.arange(0, 1)
-    tl.store(Lse + line + one, lse)
-    if SINKS:
+    if PLANES > 0:
+        tl.store(Lse + line + one, lse)
+    if PLANES == 2:
         tl.store(Rest + line + one, rest)
     store_tile(row_of(Out, out_strides, b, h, i), one, out_strides[2], e, out_strides[3], acc, 1,
                E, BLOCK_E)  # fmt: skip

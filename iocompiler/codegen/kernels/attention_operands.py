@@ -11,7 +11,13 @@ results repeat bit for bit. CLASSES says of each block of scores whether it is e
 import triton
 import triton.language as tl
 
-from iocompiler.codegen.kernels.attention_parts import load_tile, padded_line, powers, row_of
+from iocompiler.codegen.kernels.attention_parts import (
+    load_tile,
+    padded_line,
+    powers,
+    row_of,
+    score_gradients,
+)
 
 
 @triton.jit
@@ -22,7 +28,7 @@ def _gradients(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds times the derivative by the load, of one tile of scores."""
     row = tl.arange(0, BLOCK_M)
@@ -41,18 +47,18 @@ def _gradients(
     v = load_tile(row_of(V, v_strides, b, g, column_start), inside, v_strides[2], e,
                   v_strides[3], E, BLOCK_E)  # fmt: skip
     line = padded_line(b * heads + h, rows) + row_start + row_inside
-    lse = tl.load(Lse + line)[:, None]
-    rest = tl.load(Rest + line)[:, None] if SINKS else lse
-    delta = tl.load(Delta + line)[:, None]
+    lse = tl.load(Lse + line)[:, None] if PLANES > 0 else 0.0
+    rest = tl.load(Rest + line)[:, None] if PLANES == 2 else lse
+    delta = tl.load(Delta + line)[:, None] if PLANES > 0 else 0.0
     i = (row_start + row_inside)[:, None]
     j = (column_start + inside)[None, :]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = powers(s, lse, rest, b, h, i, j, column_start, operands, strides, numbers,
-               score, lift, FACTOR, SINKS)  # fmt: skip
+               score, lift, FACTOR, PLANES)  # fmt: skip
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if drop is not None:
         dp = dp * drop(tl.load(Seed), b, h, i, column_start, column[None, :])
-    ds = p * (dp - delta)
+    ds = score_gradients(p, dp, delta, PLANES)
     if gradient is not None:
         ds = ds * gradient(s, b, h, i, j, operands, strides, numbers)
     kept = (row_start + row < rows)[:, None] & (column_start + column < columns)[None, :]
@@ -72,7 +78,7 @@ def operand_tiles(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Elements of their own for each (i, j): Result [own_batch, own_heads, S, K], contiguous, each
     of the two either all there are or 1, and then summed over.
@@ -96,7 +102,7 @@ def operand_tiles(
                     q_strides, k_strides, v_strides, grad_strides,
                     operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
                     heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PLANES, PRECISION,
                 )  # fmt: skip
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -113,7 +119,7 @@ def operand_lines(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Elements shared along rows of the scores, Result [B, H, S], or (not ROWS) along columns,
@@ -139,7 +145,7 @@ def operand_lines(
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
                 heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PLANES, PRECISION,
             )  # fmt: skip
             total += tl.sum(tile, 1 if ROWS else 0)
     length = rows if ROWS else columns
@@ -155,7 +161,7 @@ def operand_diagonals(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Elements shared along diagonals, of square tiles: one program walks down a diagonal of tiles
     and finds the sums for two stretches of distances j - i.
@@ -188,7 +194,7 @@ def operand_diagonals(
                 q_strides, k_strides, v_strides, grad_strides,
                 operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
                 heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SINKS, PRECISION,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PLANES, PRECISION,
             )  # fmt: skip
             tile = tl.gather(tile, turned % BLOCK_N, 1)
             above += tl.sum(tl.where(turned < BLOCK_N, tile, 0.0), 0)

@@ -53,19 +53,30 @@ def padded_line(z, rows):
 @triton.jit
 def powers(
     s, lse, rest, b, h, i, j, o, operands, strides, numbers,
-    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, SINKS: tl.constexpr,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities of dot products: with SINKS, lse is the largest score and rest log2 of the
-    other factor.
+    """The probabilities of dot products: of two PLANES lse is the largest score and rest log2 of
+    the other factor; with none, scores are the weights.
     """
     if score is not None:
         s = score(s, b, h, i, j, o, operands, strides, numbers)
-    if lift is not None:
-        lse = lse - lift(b, h, i, o, operands, strides, numbers)
-    s = s * FACTOR - lse
-    if SINKS:
-        s = s - rest
-    return tl.exp2(s)
+    if PLANES > 0:
+        if lift is not None:
+            lse = lse - lift(b, h, i, o, operands, strides, numbers)
+        s = s * FACTOR - lse
+        if PLANES == 2:
+            s = s - rest
+        s = tl.exp2(s)
+    return s
+
+
+@triton.jit
+def score_gradients(p, dp, delta, PLANES: tl.constexpr):
+    """The gradient of scores from that of their probabilities, or weights."""
+    ds = dp
+    if PLANES > 0:
+        ds = p * (dp - delta)
+    return ds
 
 
 @triton.jit
@@ -88,10 +99,10 @@ def attend(
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of a tile of queries taken on by one block of keys; ``h_line`` and
-    ``i_line`` are h and i without the dim of the keys.
+    ``i_line`` are h and i without the dim of the keys. With no PLANES scores are the weights.
     """
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -109,17 +120,21 @@ def attend(
         kept = (start + column < columns)[None, :]
         if keep is not None:
             kept = kept & keep(b, h, i, j, operands, strides, numbers)
-        s = tl.where(kept, s, float("-inf"))
-    if lift is not None:
+        s = tl.where(kept, s, float("-inf") if PLANES > 0 else 0.0)
+    new_top = top
+    if PLANES == 0:
+        p = s
+    elif lift is not None:
         raised = lift(b, h_line, i_line, start, operands, strides, numbers)
         new_top = tl.maximum(top, tl.max(s, 1) * FACTOR + raised)
         p = tl.exp2(s * FACTOR - (new_top - raised)[:, None])
     else:
         new_top = tl.maximum(top, tl.max(s, 1) * FACTOR)
         p = tl.exp2(s * FACTOR - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None]
+    if PLANES > 0:
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
     if drop is not None:  # what the softmax is divided by is the sum of all
         p = p * drop(seed, b, h, i, start, column[None, :])
     v_row = V + start.to(tl.int64) * v_strides[2]
@@ -130,13 +145,14 @@ def attend(
 
 @triton.jit
 def finished(
-    acc, total, top, mean, KEPT: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr
+    acc, total, top, mean, KEPT: tl.constexpr, EMPTY: tl.constexpr, PLANES: tl.constexpr
 ):  # fmt: skip
     """(output, Lse, Rest) of a tile of queries that has seen all keys.
 
-    Lse is log2 of the sum of the powers of two, +inf for a row with no score that counts; with
-    SINKS only the largest score, and Rest is log2 of what is left. A row in which nothing counts
-    becomes NaN, zero, or (EMPTY "uniform") ``mean``, [1, E]. KEPT: 1 / (1 - p) of dropout.
+    Lse is log2 of the sum of the powers of two, +inf for a row with no score that counts; of two
+    PLANES only the largest score, and Rest is log2 of what is left. A row in which nothing counts
+    becomes NaN, zero, or (EMPTY "uniform") ``mean``, [1, E]. KEPT: 1 / (1 - p) of dropout. With no
+    PLANES the sums are the output.
     """
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
@@ -149,6 +165,6 @@ def finished(
         acc = tl.where(empty[:, None], mean, acc)
     rest = tl.log2(divisor)
     lse = top
-    if not SINKS:
+    if PLANES != 2:
         lse = top + rest
     return acc, tl.where(empty, float("inf"), lse), rest

@@ -84,6 +84,28 @@ Step: TypeAlias = Scale | Bias | Fill | Causal | Cast | Pointwise
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A sink: one more score in each row, a number or a tensor with ``dims``, whose probability
+    nobody reads.
+
+    Attributes:
+        guards: whether a row in which nothing else counts is zeros.
+    """
+
+    of: Node | float
+    dims: Dims
+    guards: bool
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """A node that is the log-sum-exp of each row of scores, with its dims."""
+
+    node: Node
+    dims: Dims
+
+
+@dataclass(frozen=True)
 class Attention:
     """softmax over ``column`` of the scores after ``steps``, times ``value``.
 
@@ -97,6 +119,12 @@ class Attention:
         dtype: of the output.
         anchor: the node that computes the output, with ``dims``.
         interior: the nodes that need not be computed any more.
+        sink: what is beside the scores.
+        row_sums: what else is made of the scores and read outside of it.
+        probabilities: the nodes that are what the values are multiplied by, in their order.
+        is_shared: whether one of them is read outside too, and stays as it was written.
+        weights: where there is no softmax, what the function is called that makes weights of the
+            scores.
     """
 
     query: Operand
@@ -113,6 +141,16 @@ class Attention:
     anchor: Node
     dims: Dims
     interior: frozenset[Node]
+    sink: Beside | None = None
+    row_sums: tuple[RowSum, ...] = ()
+    probabilities: tuple[Node, ...] = ()
+    is_shared: bool = False
+    weights: str = ""
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the log-sum-exp of its rows is more than a means."""
+        return self.sink is not None or bool(self.row_sums)
 
 
 class Declined(Exception):

@@ -32,13 +32,13 @@ from iocompiler.passes.attention.element_rules import RULES, NotExpressed
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.places import At, ends, filled, moved, whole, zero
 from iocompiler.passes.attention.scores import constant, number
-from iocompiler.passes.attention.values import Bounds
+from iocompiler.passes.attention.values import Bounds, magnitude
 from iocompiler.tile.score import ScoreBuilder, Type
 
 aten = torch.ops.aten
 _DEEPEST = 60
 _MOST_NEGATIVE = -1e30  # what a finite number is raised to, so that times log2(e) it stays finite
-_LARGEST = 1e4  # no learned bias is larger
+LARGEST = 1e4  # no learned bias is larger
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Elements:
         if self.build.type(value) != "float":
             return value
         found = self.evaluator.element(node, at, self.bounds)
-        if getattr(found, "bound", _LARGEST + 1) <= _LARGEST or _is_learned(node):
+        if getattr(found, "bound", LARGEST + 1) <= LARGEST or _is_learned(node):
             return value
         lowest = self.build.map("maximum", value, self.build.const(_MOST_NEGATIVE))
         infinite = self.build.map("eq", value, self.build.const(float("-inf")))
@@ -319,3 +319,15 @@ class Elements:
 
 def _is_learned(node: Node) -> bool:
     return bool(getattr(view.value(node), "requires_grad", False))
+
+
+def reach(node: Node, at: At, evaluator: Evaluator, bounds: Bounds) -> float:
+    """What no element of a tensor exceeds, either way; of learned numbers, seen through views and
+    casts, the largest there are.
+    """
+    root: Any = node
+    while root.op == "call_function" and root.target in (*views.VIEWS, *views.CASTS):
+        root = root.args[0]
+    if root.meta.get("parameter") or root.meta.get("requires_grad") or _is_learned(root):
+        return LARGEST
+    return magnitude(evaluator.element(node, at, bounds))

@@ -175,7 +175,7 @@ def apply(gm: GraphModule, call: Call) -> None:
 def operands(arranger: Arranger, found: Attention, frame: Frame) -> tuple[Node, Node, Node]:
     """Query, key and value as the semantic ops take them."""
     query, key, value = (
-        _cast(arranger, arranger.operand(_narrowed(operand, found.dtype), target), found.dtype)
+        cast(arranger, arranger.operand(_narrowed(operand, found.dtype), target), found.dtype)
         for operand, target in (
             (found.query, frame.query),
             (found.key, frame.key),
@@ -197,7 +197,7 @@ def multiplied(
         else:
             by = _single(arranger, by)
         query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, by)
-        query = _cast(arranger, query, dtype)
+        query = cast(arranger, query, dtype)
     return query
 
 
@@ -206,7 +206,7 @@ def finish(
 ) -> None:
     """Let the output [B, H, S, E] stand where it was computed, and erase what it stands for."""
     out = arranger.arranged(out, Frame(found).out, dims)
-    out = _cast(arranger, out, views.dtype(anchor))
+    out = cast(arranger, out, views.dtype(anchor))
     strides.note(out, view.value(anchor))
     edit.redirect(gm, anchor, out)
     for node in reversed(list(gm.graph.nodes)):
@@ -227,7 +227,7 @@ def _narrowed(operand: Operand, dtype: torch.dtype) -> Operand:
     return Operand((*operand.stages, *views.stages(source, dims)))
 
 
-def _cast(arranger: Arranger, node: Node, dtype: torch.dtype) -> Node:
+def cast(arranger: Arranger, node: Node, dtype: torch.dtype) -> Node:
     return node if views.dtype(node) == dtype else arranger.call(aten.to.dtype, node, dtype)
 
 
@@ -253,7 +253,7 @@ def _bias(arranger: Arranger, call: Call, frame: Frame) -> Node | None:
 
 
 def _term(arranger: Arranger, call: Call, term: Bias, frame: Frame) -> Node:
-    node = _cast(arranger, term.node, call.found.dtype)
+    node = cast(arranger, term.node, call.found.dtype)
     if term.factor != 1.0:
         node = arranger.call(aten.mul.Tensor, node, term.factor)
     return arranger.arranged(node, term.dims, frame.scores, widen=False)
@@ -267,14 +267,14 @@ def _mask(arranger: Arranger, call: Call, mask: Mask, frame: Frame) -> Node:
         value = _MOST_NEGATIVE if alone else _limited(mask.value)
         pair = (0.0, value) if step.keep else (value, 0.0)
         node = arranger.call(aten.where.Scalar, step.condition, *pair)
-        return arranger.arranged(_cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
+        return arranger.arranged(cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
     assert isinstance(step, Bias)
     node = step.node
     if step.factor != 1.0:
         node = arranger.call(aten.mul.Tensor, node, step.factor)
     if _limited(mask.value) != mask.value:
         node = arranger.call(aten.clamp_min.default, node, _MOST_NEGATIVE)
-    return arranger.arranged(_cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
+    return arranger.arranged(cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
 
 
 def _limited(value: float) -> float:

@@ -12,6 +12,7 @@ from iocompiler.passes.attention import library
 from iocompiler.passes.attention.axes import Axis, Dims, index, known
 from iocompiler.passes.attention.description import (
     Attention,
+    Beside,
     Bias,
     Cast,
     Causal,
@@ -21,7 +22,7 @@ from iocompiler.passes.attention.description import (
     Scale,
     Step,
 )
-from iocompiler.passes.attention.element import Elements, Source
+from iocompiler.passes.attention.element import Elements, Source, reach
 from iocompiler.passes.attention.element_rules import NotExpressed, apply
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.masks import DROWNS, MASKS
@@ -48,7 +49,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class _Mask:
+class Mask:
     """Where ``keeps`` is false the score becomes ``value``, or has it added."""
 
     keeps: int
@@ -56,24 +57,27 @@ class _Mask:
     added: bool
 
 
-def extract(found: Attention, evaluator: Evaluator) -> Scored:
-    """The program of an attention.
+class Extraction:
+    """Goes through the steps of one attention; what masks hide may become structure at the end."""
 
-    Raises:
-        Declined: no program says it, or its gradient is not one the kernels compute.
-    """
-    try:
-        return _Extraction(found, Elements(found, evaluator)).scored()
-    except (NotExpressed, NotDifferentiable) as reason:
-        raise Declined(f"no score program says it: {reason or 'an operand out of place'}") from None
-
-
-class _Extraction:
     def __init__(self, found: Attention, elements: Elements) -> None:
         self.found, self.elements, self.build = found, elements, elements.build
         self.score = self.build.score()
-        self.masks: list[_Mask] = []
+        self.masks: list[Mask] = []
         self.size = 0.0  # what all that is added to the scores does not exceed
+
+    @classmethod
+    def extract(cls, found: Attention, evaluator: Evaluator) -> Scored:
+        """The program of an attention.
+
+        Raises:
+            Declined: no program says it, or its gradient is not one the kernels compute.
+        """
+        try:
+            return cls(found, Elements(found, evaluator)).scored()
+        except (NotExpressed, NotDifferentiable) as reason:
+            why = reason or "an operand out of place"
+            raise Declined(f"no score program says it: {why}") from None
 
     def scored(self) -> Scored:
         for step in self.found.steps:
@@ -95,10 +99,10 @@ class _Extraction:
         elif isinstance(step, Fill):
             keeps = self.build.cast(self._value(step.condition, step.dims), "bool")
             keeps = keeps if step.keep else self.build.map("logical_not", keeps)
-            self._mask(_Mask(keeps, step.value, False))
+            self._mask(Mask(keeps, step.value, False))
         elif isinstance(step, Causal):
             lower = self.build.map("le", self.build.index("j"), self._row())
-            self._mask(_Mask(lower, -math.inf, False))
+            self._mask(Mask(lower, -math.inf, False))
         elif isinstance(step, Cast):
             if not step.dtype.is_floating_point:
                 raise Declined(f"the scores are rounded to {step.dtype}")
@@ -119,14 +123,18 @@ class _Extraction:
         places: At = (sympy.Integer(0),) * rank
         value = self._value(source, step.dims) if step.dims else self.elements.value(source, places)
         literal = self.build.literal(value)
-        if literal is None or (literal <= 0.0 and self.masks):
+        if self._settles(None if literal is None else float(literal)):
             self._settle()
         if literal is not None:
             factor = 1.0 / float(literal) if inverse else float(literal)
-            self.masks = [_Mask(m.keeps, m.value * factor, m.added) for m in self.masks]
+            self.masks = [Mask(m.keeps, m.value * factor, m.added) for m in self.masks]
             self.score = self.build.map("mul", self.score, self.build.const(factor))
         else:
             self.score = self.build.map("div" if inverse else "mul", self.score, value)
+
+    def _settles(self, literal: float | None) -> bool:
+        """Whether a factor makes something else of what masks hide."""
+        return literal is None or (literal <= 0.0 and bool(self.masks))
 
     def _bias(self, step: Bias) -> None:
         value = self.build.cast(self._value(step.node, step.dims), "float")
@@ -163,18 +171,18 @@ class _Extraction:
                     return [*self._terms(other), made]
         return [value]
 
-    def _added(self, value: int) -> _Mask | None:
+    def _added(self, value: int) -> Mask | None:
         op = self.build.ops[value]
         if op.kind != "map" or op.fn != "where":
             return None
         then, other = (self.build.literal(each) for each in op.inputs[1:])
         if then == 0.0 and other is not None and other <= MASKS:
-            return _Mask(op.inputs[0], float(other), True)
+            return Mask(op.inputs[0], float(other), True)
         if other == 0.0 and then is not None and then <= MASKS:
-            return _Mask(self.build.map("logical_not", op.inputs[0]), float(then), True)
+            return Mask(self.build.map("logical_not", op.inputs[0]), float(then), True)
         return None
 
-    def _mask(self, mask: _Mask) -> None:
+    def _mask(self, mask: Mask) -> None:
         if self.build.literal(mask.keeps) is True:
             return
         if mask.value <= MASKS:
@@ -183,7 +191,7 @@ class _Extraction:
             self._settle()
             self.score = self._masked(self.score, mask)
 
-    def _masked(self, score: int, mask: _Mask) -> int:
+    def _masked(self, score: int, mask: Mask) -> int:
         value = self.build.const(
             max(mask.value, _MOST_NEGATIVE) if mask.value > -math.inf else mask.value
         )
@@ -201,6 +209,9 @@ class _Extraction:
 
     def _pointwise(self, step: Pointwise) -> None:
         self._settle()
+        self._apply(step)
+
+    def _apply(self, step: Pointwise) -> None:
         name = str(getattr(step.target, "_opname", step.target))
         self.score = on_score(self.build, name, self.score, step.arguments)
 
@@ -208,7 +219,9 @@ class _Extraction:
         """What counts at all, and what a row is in which nothing does."""
         hidden = [mask for mask in self.masks if mask.value == -math.inf]
         finite = [mask for mask in self.masks if mask.value > -math.inf]
-        nothing: Empty = "zero" if self.found.anchor.target is library.TARGET else "nan"
+        sink = self.found.sink
+        guarded = self.found.anchor.target is library.TARGET or (sink is not None and sink.guards)
+        nothing: Empty = "zero" if guarded else "nan"
         if not finite:
             return self._all(hidden), nothing
         everything = self._all(self.masks)
@@ -218,14 +231,26 @@ class _Extraction:
             return everything, nothing
         same = len({mask.value for mask in finite}) == 1 and not any(m.added for m in finite)
         alone = len(finite) == 1 and (not finite[0].added or finite[0].value <= DROWNS)
+        if sink is not None and drowned and self._outweighs(sink, finite):
+            return everything, "zero"
         # with dropout such a row is no mean
-        if drowned and not hidden and (same or alone) and not self.found.dropout_p:
+        mean = not self.found.dropout_p and not self.found.reads_rows
+        if drowned and not hidden and (same or alone) and mean:
             return everything, "uniform"
+        if self.found.row_sums and any(mask.value < _MOST_NEGATIVE for mask in finite):
+            raise Declined("the log-sum-exp of a row that a mask may hide altogether is read")
         for mask in finite:
             self.score = self._masked(self.score, mask)
         return (self._all(hidden) if hidden else None), nothing
 
-    def _all(self, masks: list[_Mask]) -> int:
+    def _outweighs(self, sink: Beside, masks: list[Mask]) -> bool:
+        """Whether a row that is hidden altogether is the sink's."""
+        places: At = tuple(index(group) for group in sink.dims)
+        within = (self.elements.evaluator, self.elements.bounds)
+        size = reach(sink.of, places, *within) if isinstance(sink.of, Node) else abs(sink.of)
+        return all(mask.value <= min(DROWNS, -4.0 * size) for mask in masks)
+
+    def _all(self, masks: list[Mask]) -> int:
         total = masks[0].keeps if masks else self.build.const(True)
         for mask in masks[1:]:
             total = self.build.map("and", total, mask.keeps)
@@ -238,21 +263,31 @@ def on_score(build: ScoreBuilder, name: str, score: int, arguments: tuple[object
     if name in ("tanh", "neg", "sigmoid", "exp", "abs") and not arguments:
         return build.map(name, score)
     if name == "relu":
-        return build.map("maximum", score, build.const(0.0))
-    if name == "pow" and numbers == [2.0]:
+        return _bounded(build, "le", score, 0.0)
+    if name == "square" or (name == "pow" and numbers == [2.0]):
         return build.map("mul", score, score)
-    bounds = {"clamp_min": "maximum", "clamp_max": "minimum"}
-    if name in bounds and len(numbers) == 1:
-        return build.map(bounds[name], score, build.const(numbers[0]))
+    if name == "add" and len(numbers) == 1:
+        return build.map("add", score, build.const(numbers[0]))
+    beyond = {"clamp_min": "lt", "clamp_max": "gt"}
+    if name in beyond and len(numbers) == 1:
+        return _bounded(build, beyond[name], score, numbers[0])
     if name == "clamp" and arguments:
         low, high = (*arguments, None)[:2]
-        for bound, fn in ((low, "maximum"), (high, "minimum")):
+        for bound, fn in ((low, "lt"), (high, "gt")):
             if isinstance(bound, (int, float)):
-                score = build.map(fn, score, build.const(float(bound)))
+                score = _bounded(build, fn, score, float(bound))
             elif bound is not None:
                 raise Declined("a clamp of the scores by what is not known before")
         return score
     raise Declined(f"{name} on the scores, with arguments that are not understood")
+
+
+def _bounded(build: ScoreBuilder, beyond: str, score: int, bound: float) -> int:
+    """The score, or the bound where it lies beyond that: no gradient flows there, and all of it
+    elsewhere, as of torch's; NaN stays.
+    """
+    limit = build.const(bound)
+    return build.map("where", build.map(beyond, score, limit), limit, score)
 
 
 def _is_tensor(value: object) -> bool:
@@ -273,7 +308,8 @@ def _check(program: ScoreProgram) -> None:
             if use(program, load) is None:
                 raise Declined("a bias whose gradient has no kernel")
             widened, slope = derivative(program, load)
-            if product in widened.behind(slope):
+            # what a softmax sends back to the scores of a row adds up to zero
+            if program.planes and product in widened.behind(slope):
                 raise Declined("what the scores are multiplied by has a gradient that cancels out")
 
 

@@ -5,16 +5,27 @@ it ends one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.passes.attention import contraction, library, rows, scores, views
+from iocompiler.passes.attention import (
+    contraction,
+    library,
+    powers,
+    results,
+    rows,
+    scores,
+    views,
+    weights,
+)
 from iocompiler.passes.attention.assemble import assemble
 from iocompiler.passes.attention.axes import (
     Axis,
     Dims,
+    broadcast,
     flat,
     resolve,
     resolved,
@@ -22,14 +33,18 @@ from iocompiler.passes.attention.axes import (
 from iocompiler.passes.attention.contraction import Contraction
 from iocompiler.passes.attention.description import (
     Attention,
+    Beside,
     Declined,
 )
 from iocompiler.passes.attention.mixed import SUMS, Mix
 from iocompiler.passes.attention.rows import Softmax
+from iocompiler.passes.attention.scores import Scores
+from iocompiler.passes.attention.weights import Weights
 
 aten = torch.ops.aten
 _CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 _JOINS = (aten.cat.default, aten.pad.default, aten.constant_pad_nd.default)
+_SIDES = ("left", "right")
 _NEAR = 4  # this far before a contraction a softmax is looked for to name what is in the way
 
 
@@ -55,20 +70,30 @@ def recognise(node: Node) -> Attention | None:
     second = contraction.read(node)
     if second is None:
         return None
-    for side, other in (("left", "right"), ("right", "left")):
-        found = _probabilities(second.operand(side)[0])
+    sides = [(second.operand(a), second.operand(b)) for a, b in (_SIDES, _SIDES[::-1])]
+    for of_weights, value in sides:
+        found = _probabilities(of_weights[0])
         if found is not None:
-            if second.added is not None or second.alpha != 1.0:
-                raise Declined("the product with the values is scaled, or added to another tensor")
-            return _attention(second, second.operand(side), second.operand(other), found)
+            _check_plain(second)
+            return _attention(second, of_weights, value, found)
+    for of_weights, value in sides:
+        made = weights.read(of_weights[0], second, value)
+        if made is not None:
+            _check_plain(second)
+            return _weighted(second, of_weights, value, made)
     return None
+
+
+def _check_plain(second: Contraction) -> None:
+    if second.added is not None or second.alpha != 1.0:
+        raise Declined("the product with the values is scaled, or added to another tensor")
 
 
 def _probabilities(node: Node) -> _Probabilities | None:
     path: list[Node] = []
     dropout_p = 0.0
     while True:
-        softmax = rows.read(node) or rows.late(node)
+        softmax = rows.read(node) or rows.late(node) or rows.without_sink(node)
         if softmax is not None:
             return _Probabilities(softmax, tuple(reversed(path)), dropout_p)
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
@@ -138,7 +163,10 @@ def _from_scores(softmax: Softmax | None) -> bool:
 
 
 def _attention(
-    second: Contraction, weights: tuple[Node, Dims], value: tuple[Node, Dims], found: _Probabilities
+    second: Contraction,
+    of_weights: tuple[Node, Dims],
+    value: tuple[Node, Dims],
+    found: _Probabilities,
 ) -> Attention | None:
     program = scores.read(found.softmax.scores)
     if program is None:
@@ -150,13 +178,9 @@ def _attention(
         if unread is not None:
             raise Declined(f"{unread.target} on the scores, at {view.where(unread)}")
         return None
-    first, dims = program.contraction, resolved(program.dims)
+    dims = resolved(program.dims)
     column = _column(dims, found.softmax.dim)
-    query, key = _query_and_key(first, column)
-    shared = set(flat(query[1])) & set(flat(key[1])) - set(resolve((first.contracted,)))
-    if not shared and _are_scores(key[0]):
-        raise Declined("the heads of the scores are mixed before the softmax")
-    _join(weights[1], _along(found.path, dims))
+    _join(of_weights[1], _along(found.path, dims))
     if resolve((second.contracted,)) != (column,):
         raise Declined("the values are not summed over the softmax's dim")
     anchor, late = _end(second.node, found.softmax)
@@ -164,19 +188,74 @@ def _attention(
     if late and (found.softmax.dim != len(dims) - 1 or output[:-1] != dims[:-1]):
         raise Declined("the sums of the powers do not go with the rows of the output")
     interior = {*program.nodes, *found.softmax.nodes, *found.path, second.node, *late}
-    operands = assemble(query, key, value, output, weights[1], column, first.contracted)
-    row = operands.row
-    if found.softmax.dim == len(dims) - 1 and len(dims) > 2 and not dims[-2]:
-        row = None  # one query: what else the keys lack are the heads of a group
+    sums = results.row_sums(found.softmax, program, interior)
+    interior.update(*(each.nodes for each in sums))
     return Attention(
-        **{**vars(operands), "row": row},
+        **_operands(program, column, of_weights, value, output),
         dims=output,
         steps=program.steps,
         dropout_p=found.dropout_p,
         dtype=views.dtype(second.node),
         anchor=anchor,
         interior=frozenset(interior),
+        sink=_beside(found.softmax, dims),
+        row_sums=tuple(each.described for each in sums),
+        probabilities=() if late else (found.softmax.node, *found.path),
     )
+
+
+def _weighted(
+    second: Contraction, of_weights: tuple[Node, Dims], value: tuple[Node, Dims], made: Weights
+) -> Attention:
+    """The attention whose weights are a function of each score."""
+    dims = resolved(made.program.dims)
+    _join(of_weights[1], _along(made.path, dims))
+    column = resolve((second.contracted,))
+    if len(column) != 1 or column not in resolved(made.program.dims):
+        raise Declined("the values are summed over no dim of the scores")
+    return Attention(
+        **_operands(made.program, column[0], of_weights, value, resolved(second.dims)),
+        dims=resolved(second.dims),
+        steps=made.program.steps,
+        dropout_p=0.0,
+        dtype=views.dtype(second.node),
+        anchor=second.node,
+        interior=frozenset({*made.program.nodes, *made.path, second.node}),
+        weights=made.name,
+        probabilities=(made.program.nodes[-1], *made.path),
+    )
+
+
+def _operands(
+    program: Scores,
+    column: Axis,
+    of_weights: tuple[Node, Dims],
+    value: tuple[Node, Dims],
+    output: Dims,
+) -> dict[str, Any]:
+    """The fields of `Attention` that say what its operands are."""
+    first, dims = program.contraction, resolved(program.dims)
+    query, key = _query_and_key(first, column)
+    shared = set(flat(query[1])) & set(flat(key[1])) - set(resolve((first.contracted,)))
+    if not shared and _are_scores(key[0]):
+        raise Declined("the heads of the scores are mixed before they weigh the values")
+    operands = assemble(query, key, value, output, of_weights[1], column, first.contracted)
+    row = operands.row
+    if dims[-1] == (column,) and len(dims) > 2 and not dims[-2]:
+        row = None  # one query: what else the keys lack are the heads of a group
+    return {**vars(operands), "row": row}
+
+
+def _beside(softmax: Softmax, dims: Dims) -> Beside | None:
+    if softmax.sink is None:
+        return None
+    of = softmax.sink.of
+    if isinstance(of, float):
+        return Beside(of, (), softmax.sink.guards)
+    its = broadcast((*dims[: softmax.dim], (), *dims[softmax.dim + 1 :]), views.shape(of))
+    if its is None:
+        raise Declined("what is beside the scores is no number of each row")
+    return Beside(of, its, softmax.sink.guards)
 
 
 def _column(dims: Dims, dim: int) -> Axis:
@@ -222,24 +301,8 @@ def _end(node: Node, softmax: Softmax) -> tuple[Node, tuple[Node, ...]]:
     if softmax.total is None or softmax.total in softmax.nodes[:-1]:
         return node, ()
     for user in node.users:
-        top, bottom, between = rows.quotient(user) or (None, None, ())
+        top, bottom, between = powers.quotient(user) or (None, None, ())
         same_rank = len(views.shape(node)) == len(views.shape(softmax.total))
         if top is node and bottom is softmax.total and same_rank:
             return user, (*between, user)
     raise Declined("the powers of the scores are not divided by their sums")
-
-
-def _is_dead(node: Node, far: int = 2 * _NEAR) -> bool:
-    """Whether nobody reads a node, nor what is made of it, as what was just respelled."""
-    kept = node.op != "call_function" or node.is_impure() or bool(view.mutates(node))
-    return far > 0 and not kept and all(_is_dead(user, far - 1) for user in node.users)
-
-
-def interior_is_private(found: Attention) -> str:
-    """Why the nodes in between must be kept, or ""."""
-    for node in found.interior - {found.anchor}:
-        strangers = [u for u in node.users if u not in found.interior and not _is_dead(u)]
-        if strangers:
-            kind = "returned" if any(user.op == "output" for user in strangers) else "used"
-            return f"{view.where(node) or node.name}: {node.name} is {kind} elsewhere"
-    return ""

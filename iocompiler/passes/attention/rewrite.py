@@ -19,15 +19,17 @@ from iocompiler.passes.attention import (
     execute,
     inductor,
     library,
+    results,
     scored,
     seeds,
     strides,
 )
+from iocompiler.passes.attention.arrange import forward_views
 from iocompiler.passes.attention.description import Attention, Declined, Operand
 from iocompiler.passes.attention.evaluate import Evaluator
 from iocompiler.passes.attention.joined import Joined, join
 from iocompiler.passes.attention.mixed import Mix, Parted, part
-from iocompiler.passes.attention.recognise import interior_is_private, recognise
+from iocompiler.passes.attention.recognise import recognise
 from iocompiler.passes.attention.scored import ScoredCall
 from iocompiler.passes.attention.scores import Sum
 
@@ -65,15 +67,16 @@ def attention(gm: GraphModule) -> int:
 def _rewrite(gm: GraphModule, node: Node) -> int:
     joins: list[Joined] = []
     try:
-        call = _call(gm, node, joins)
+        made = _call(gm, node, joins)
     except Mix as mix:
         return _rewrite_parts(gm, node, mix)
     except Declined as reason:
         _undo(gm, joins)
         record(gm, Miss(_PATTERN, view.where(node), str(reason)))
         return 0
-    if call is None:
+    if made is None:
         return 0
+    call, variant = made
     where = view.where(node)
     if isinstance(call, ScoredCall):
         scored.apply(gm, call)
@@ -81,12 +84,15 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
         execute.apply(gm, call)
     for each in joins:
         edit.erase(gm, each.total)
-    record(gm, Rewrite(_PATTERN, where, call.variant))
+    record(gm, Rewrite(_PATTERN, where, variant))
     return 1
 
 
-def _call(gm: GraphModule, node: Node, joins: list[Joined]) -> execute.Call | ScoredCall | None:
-    """What runs the attention that ends in a node; ``joins``: what was made one in its scores.
+def _call(
+    gm: GraphModule, node: Node, joins: list[Joined]
+) -> tuple[execute.Call | ScoredCall, str] | None:
+    """What runs the attention that ends in a node, and its variant; ``joins``: what was made one in
+    its scores.
 
     Raises:
         Declined: it is nearly one.
@@ -94,11 +100,13 @@ def _call(gm: GraphModule, node: Node, joins: list[Joined]) -> execute.Call | Sc
     found = _joining(gm, node, joins)
     if found is None:
         return None
+    found = results.private(gm, found)
     _check_alone(gm, found)
+    results.check_readers(gm, found, forward_views(found)[0])
     call = _planned(found, Evaluator(gm))
     if target.is_inductor():
         inductor.check(gm, call)
-    return call
+    return call, call.variant + ("+weights" if found.is_shared else "")
 
 
 def _undo(gm: GraphModule, joins: list[Joined]) -> None:
@@ -148,10 +156,12 @@ def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCal
         call = execute.plan(found, evaluator)
     except Declined as reason:
         declined = reason
-    if scored.wanted(call, found):
+    if found.reads_rows or scored.wanted(call, found):
         try:
             return scored.plan(scored.proved(found, call), evaluator)
         except Declined as reason:
+            if found.reads_rows:
+                raise
             declined = declined and Declined(f"{declined}; {reason}")
     if call is None:
         assert declined is not None
@@ -160,12 +170,7 @@ def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCal
 
 
 def _check_alone(gm: GraphModule, found: Attention) -> None:
-    """Raise `Declined` where something in between is needed by others, switched, or written in
-    place.
-    """
-    strangers = interior_is_private(found)
-    if strangers:
-        raise Declined(strangers)
+    """Raise `Declined` where something in between is switched, or written in place."""
     regions = view.regions(gm)
     if len({regions.get(node) for node in found.interior}) > 1:
         raise Declined("grad mode or autocast changes in between")
@@ -203,7 +208,8 @@ def _looked(found: Attention, roots: Roots) -> list[tuple[Node, frozenset[Node]]
         looked += [(node, roots[node] | roots[of]) for node, of in pairwise(nodes)]
         if roots[nodes[-1]] != {nodes[-1]}:
             looked.append((nodes[-1], roots[nodes[-1]]))
-    held = [getattr(each, "of", each) for step in found.steps for each in vars(step).values()]
+    steps = (*found.steps, *([found.sink] if found.sink else []))
+    held = [getattr(each, "of", each) for step in steps for each in vars(step).values()]
     return looked + [(each, roots[each]) for each in held if isinstance(each, Node)]
 
 

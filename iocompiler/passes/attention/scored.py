@@ -12,29 +12,35 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
-from iocompiler.ops.scored_attention import FORWARD, WIDEST, choose
-from iocompiler.passes.attention import decode, execute, seeds, views
+from iocompiler.ops.scored_attention import FORWARD, ROWS, WIDEST, choose
+from iocompiler.passes.attention import decode, execute, seeds, strides, views
 from iocompiler.passes.attention.arrange import Arranger, Frame, forward_views
-from iocompiler.passes.attention.axes import flat
+from iocompiler.passes.attention.axes import flat, resolved
 from iocompiler.passes.attention.description import (
     Attention,
+    Beside,
     Bias,
     Cast,
     Causal,
     Declined,
     Pointwise,
+    RowSum,
     Scale,
     Step,
 )
 from iocompiler.passes.attention.distances import Distances
 from iocompiler.passes.attention.element import Source
 from iocompiler.passes.attention.evaluate import Evaluator
-from iocompiler.passes.attention.program import Scored, extract
+from iocompiler.passes.attention.program import Extraction, Scored
+from iocompiler.passes.attention.results import check_readers
+from iocompiler.passes.attention.weights_program import WeightsExtraction
 from iocompiler.tile.dropout import threshold
 
+aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOPPER = (9, 0)
 _DROPPED_WIDTH = 64
@@ -53,11 +59,15 @@ class ScoredCall:
         frame = Frame(self.found)
         steps = self.found.steps
         program = self.scored.program
+        weights = self.found.weights
+        scored = any(isinstance(step, (Pointwise, Bias)) for step in steps)
         names = (
             ("gqa", frame.heads != frame.groups),
             ("mask", program.keep is not None),
-            ("score", any(isinstance(step, (Pointwise, Bias)) for step in steps)),
+            (weights or "score", bool(weights) or scored),
             ("dropout", self.found.dropout_p > 0.0),
+            ("sink", self.found.sink is not None),
+            ("lse", bool(self.found.row_sums)),
         )
         return "+".join(["program", *(name for name, there in names if there)])
 
@@ -116,7 +126,8 @@ def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
         if not views.dtype(operand.node).is_floating_point:
             raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
     factors, rest = _factors(found)
-    return ScoredCall(found, extract(replace(found, steps=rest), evaluator), factors)
+    kind = WeightsExtraction if found.weights else Extraction
+    return ScoredCall(found, kind.extract(replace(found, steps=rest), evaluator), factors)
 
 
 def _factors(found: Attention) -> tuple[tuple[Scale, ...], tuple[Step, ...]]:
@@ -158,8 +169,38 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
         seeds.drawn(arranger, q.device) if found.dropout_p else None,
         found.dropout_p,
     )
+    waiting = check_readers(gm, found, anchor)
     out = arranger.call(operator.getitem, results, 0)
+    if found.reads_rows:
+        sums = arranger.call(operator.getitem, results, 1)
+        sums = arranger.call(ROWS, sums, results.args[6])
+        if found.sink is not None:
+            out = _shared(arranger, out, sums, found.sink, frame)
+        for each in found.row_sums:
+            edit.delay(waiting, _redirected(gm, arranger, each, sums, frame))
     execute.finish(gm, found, arranger, out, anchor, dims)
+
+
+def _shared(arranger: Arranger, out: Node, sums: Node, sink: Beside, frame: Frame) -> Node:
+    """The output less what of each row is the sink's: out * sigmoid(log-sum-exp - sink)."""
+    of: Any = sink.of
+    if isinstance(of, Node):
+        node, dims = views.stages(of, sink.dims)[-1]
+        of = arranger.arranged(node, dims, frame.scores[:3], widen=False)
+        of = execute.cast(arranger, of, views.dtype(sums))
+    share = sums if of == 0.0 else arranger.call(aten.sub.Tensor, sums, of)
+    share = arranger.call(aten.unsqueeze.default, arranger.call(aten.sigmoid.default, share), 3)
+    return arranger.call(aten.mul.Tensor, out, share)
+
+
+def _redirected(
+    gm: GraphModule, arranger: Arranger, each: RowSum, sums: Node, frame: Frame
+) -> Node:
+    """Let the readers of a log-sum-exp read the operator's; returns what they read."""
+    new = arranger.arranged(sums, frame.scores[:3], resolved(each.dims))
+    new = execute.cast(arranger, new, views.dtype(each.node))
+    strides.note(new, view.value(each.node))
+    return edit.redirect(gm, each.node, new)
 
 
 def _out_order(anchor: Node, query: torch.Tensor) -> str:

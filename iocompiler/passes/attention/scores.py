@@ -44,6 +44,7 @@ _UNARY = (
     aten.clamp_min.default,
     aten.clamp_max.default,
     aten.pow.Tensor_Scalar,
+    aten.square.default,
 )
 
 
@@ -140,6 +141,8 @@ def _binary(node: Node, fuel: int) -> Scores | None:
     behind = _behind(sides, fuel, adds=node.target in (*_ADD, *_SUB))
     if not behind:
         return None
+    if left is right and node.target is aten.mul.Tensor:
+        return behind[0][1].then(node, Pointwise(aten.square.default))
     if len(behind) == 2:
         raise (
             Sum(node)
@@ -188,14 +191,16 @@ def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool
             raise Declined("the scores are divided by")
         factor = _inverse(other) if node.target in _DIV else other
         return [Scale(factor) if single else Scale(factor, _against(dims, other))]
+    sign = 1.0 if node.target in _ADD else -1.0
+    factors = (1.0, sign * alpha) if first else (sign * alpha, 1.0)
     if not isinstance(other, Node) or not _is_tensor(other):
         if constant(other) == 0.0 and (first or node.target in _ADD):
             return []
-        raise Declined("a number is added to the scores")
-    if node.target in _ADD:
-        factors = (1.0, alpha) if first else (alpha, 1.0)
-    else:
-        factors = (1.0, -alpha) if first else (-alpha, 1.0)
+        known_number = number(other)
+        if known_number is None:
+            raise Declined("a number known only at run time is added to the scores")
+        added = Pointwise(aten.add.Scalar, (factors[1] * known_number,))
+        return [Scale(factors[0]), added] if factors[0] != 1.0 else [added]
     bias = Bias(other, _against(dims, other), factors[1])
     return [Scale(factors[0]), bias] if factors[0] != 1.0 else [bias]
 
