@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule, Node
 
 from iocompiler import engines
+from iocompiler.aot import differentiated
+from iocompiler.awaited import awaited, ready
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.errors import (
     BadPlanFile,
     BudgetWarning,
     FallbackTooLarge,
     FallbackWarning,
+    ForwardOnAten,
     InvalidOption,
     StrictFallback,
     UnboundedFallback,
@@ -218,7 +220,7 @@ class _Walk:
         def forward(flat: GraphModule, given: Sequence[Any]) -> Boxed:
             optional[:] = tangents.optional(flat)
             handed_over.update(view.results(flat))  # by the names they have before passes
-            run = self._run_flat(flat, given, "forward")
+            run = self._run_flat(flat, given, "forward", place)
             place.add("forward", flat, run)
             return run
 
@@ -227,11 +229,13 @@ class _Walk:
             return self._backward(flat, given, place, bool(optional), handed_over)
 
         def inference(flat: GraphModule, given: Sequence[Any]) -> Boxed:
-            run = self._run_flat(flat, given, "inference")
+            run = self._run_flat(flat, given, "inference", place)
             place.add("inference", flat, run)
             return run
 
-        compiled: Compiled = aot_autograd(
+        compiled = differentiated(
+            graph,
+            inputs,
             fw_compiler=forward,
             bw_compiler=backward,
             inference_compiler=inference,
@@ -239,7 +243,7 @@ class _Walk:
             partition_fn=self._bounded(self._run_flat_passes) or partition,
             # overwritten inputs are written by our kernels, not by a copy after each call
             keep_inference_input_mutations=True,
-        )(graph, inputs)
+        )
         return tangents.without_zeros(compiled, optional)
 
     def _bounded(
@@ -290,7 +294,7 @@ class _Walk:
                 graph, given = (
                     tangents.without(flat, inputs, absent) if optional else (flat, inputs)
                 )
-                run = self._run_flat(graph, given, "backward", late=optional, own=own)
+                run = self._run_flat(graph, given, "backward", place, late=optional, own=own)
                 place.add_backward(flat, absent, run)
             return run
 
@@ -305,19 +309,22 @@ class _Walk:
         memory is their own.
         """
         forward = self.compilation.plans.get("forward")
-        failed = any(lost.region == "forward" for lost in self.compilation.fallbacks)
-        if forward is None or failed or self.options.mode == "reduce-overhead":
+        if forward is None or self._forward_lost() or self.options.mode == "reduce-overhead":
             return frozenset()
         from iocompiler.plan.donated import donated
         from iocompiler.plan.peak import taken
 
         return donated(forward, taken(backward, handed_over))
 
+    def _forward_lost(self) -> bool:
+        return any(lost.region == "forward" for lost in self.compilation.fallbacks)
+
     def _run_flat(
         self,
         flat: GraphModule,
         inputs: Sequence[Any],
         name: str,
+        place: Slot,
         late: bool = False,
         own: frozenset[str] = frozenset(),
     ) -> Boxed:
@@ -328,7 +335,22 @@ class _Walk:
             with tangents.no_new_guards() if late else nullcontext():
                 return self._plan(flat, inputs, name, own)
 
-        return self._try(name, step) or engines.aten(flat)
+        run = self._try(name, step)
+        if run is None:
+            return engines.aten(flat)
+
+        def checked() -> Boxed:
+            if own and self._forward_lost():
+                raise ForwardOnAten
+            return ready(run)
+
+        def settled() -> Boxed:
+            found = self._try(name, checked)
+            if found is None:
+                place.withdraw()
+            return found or engines.aten(flat)
+
+        return awaited(run, settled) if hasattr(run, "ready") else run
 
     def _plan(
         self, flat: GraphModule, inputs: Sequence[Any], name: str, own: frozenset[str]
@@ -368,7 +390,7 @@ class _Walk:
         if self.options.mode != "reduce-overhead" or self.options.engine != "auto":
             return run
         recorded = "forward" in self.compilation.recorded
-        run, reason = engines.replayed(run, plan, flat, name, recorded)
+        run, reason = engines.replayed(ready(run), plan, flat, name, recorded)
         if reason:
             self.compilation.fallbacks.append(Fallback(name, f"no CUDA graph: {reason}"))
         else:

@@ -13,6 +13,7 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 
+from iocompiler.awaited import ready
 from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.options import Options
 from iocompiler.plan.data import Plan
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
     """Make the plan of the flat graph ``gm`` run on the engine of the options. What has the
-    attribute ``source`` can be loaded again from that text.
+    attribute ``source`` can be loaded again from that text, of what has the attribute ``ready``
+    the kernels are still being compiled.
     """
     if callable(options.engine):
         return boxed(options.engine(plan, gm))
@@ -35,9 +37,9 @@ def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
 
         return boxed(lambda args: run_plan(plan, args))
     from iocompiler.plan.build import size_hints
-    from iocompiler.runtime.load import load as load_plan
+    from iocompiler.runtime.load import begin
 
-    return load_plan(plan, torch.device(plan.device), name, size_hints(gm))
+    return begin(plan, torch.device(plan.device), name, size_hints(gm))
 
 
 def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Measured, ...]]:
@@ -97,23 +99,24 @@ def scheduled(
     """
     # a CPU graph never needs the planner
     from iocompiler.plan.inplace import in_place
-    from iocompiler.runtime.plan_file import PlanFile
 
     if not options.plan:
         chosen, measured = tuned(plan, gm, options)
         chosen = in_place(chosen, donated)
         return chosen, measured, load(chosen, gm, options, name)
+    from iocompiler.runtime.plan_file import PlanFile
+
     file, device = PlanFile(Path(options.plan)), device_row(gm, options).name
     replayed_plan = file.replayed(plan, name, device)
     if replayed_plan is not None:
         try:
             replayed_plan = in_place(replayed_plan, donated)
-            return replayed_plan, (), load(replayed_plan, gm, options, name)
+            return replayed_plan, (), ready(load(replayed_plan, gm, options, name))
         except Exception as error:
             raise file.refused(name, error) from error
     chosen, measured = tuned(plan, gm, options)
     settled = in_place(chosen, donated)
-    run = load(settled, gm, options, name)
+    run = ready(load(settled, gm, options, name))
     file.add(chosen, plan, name, device)
     return settled, measured, run
 

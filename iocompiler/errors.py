@@ -115,6 +115,12 @@ class LateGuard(IOCompilerError):
     message = "compiling the backward assumed {guards} of the sizes, too late to be checked"
 
 
+class ForwardOnAten(IOCompilerError):
+    """A backward that writes over what its forward leaves to it: aten's may hand it a view."""
+
+    message = "it was compiled for the planned forward, which runs on aten"
+
+
 class CannotPlan(IOCompilerError):
     """A flat graph calls something that has no place in a plan."""
 

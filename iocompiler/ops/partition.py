@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
+import networkx
 import torch
+from networkx.algorithms.flow import boykov_kolmogorov
 from torch._functorch import config, partitioners
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from iocompiler.graph import view
+from iocompiler.ops.equal_calls import merge_equal_calls
 from iocompiler.ops.random import UNIFORM
 
 aten = torch.ops.aten
@@ -116,8 +119,15 @@ def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphMo
     """
     _keep_copies(joint)
     _keep_compared(joint)
+    merge_equal_calls(joint)
     ours = _op_types()
-    with mock.patch.object(partitioners, "get_default_op_list", return_value=ours):
+    # which cut is least does not hang on the algorithm, how long it takes does
+    cut = partial(networkx.minimum_cut, flow_func=boykov_kolmogorov)
+    with (
+        config.patch(cse=False),
+        mock.patch.object(networkx, "minimum_cut", cut),
+        mock.patch.object(partitioners, "get_default_op_list", return_value=ours),
+    ):
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
 
 

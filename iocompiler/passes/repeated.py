@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite, view
+from iocompiler.graph.equal import frozen
 from iocompiler.graph.match import graph_pass
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def repeated(gm: GraphModule) -> int:
         touched = _storages((node, *node.all_input_nodes), roots)
         if not _is_function(node) or touched & written or roots[node] & returned:
             continue
-        key = (regions[node], node.target, _frozen(node.args), _frozen(node.kwargs))
+        key = (regions[node], node.target, frozen(node.args), frozen(node.kwargs))
         same = found.setdefault(key, node)
         if same is not node:
             rewrite.bypass(gm, node, same)
@@ -66,14 +66,3 @@ def _is_function(node: Node) -> bool:
     namespace, name = node.target._schema.name.split("::")
     known = namespace in _KNOWN and name not in _UNWRITTEN
     return known and not view.is_random(node) and not node.is_impure()
-
-
-def _frozen(argument: Any) -> Hashable:
-    """The argument as a key: numbers of different types differ, and so do the two zeros."""
-    if isinstance(argument, (list, tuple)):
-        return tuple(_frozen(each) for each in argument)
-    if isinstance(argument, dict):
-        return tuple((name, _frozen(argument[name])) for name in sorted(argument))
-    if isinstance(argument, (bool, int, float, complex)):
-        return type(argument).__name__, repr(argument)
-    return argument  # type: ignore[no-any-return]

@@ -131,7 +131,7 @@ class _Builder(Steps):
                 outputs[node.name] = spec_of(node.meta["val"])
             names.append(self.value(node))
         nodes = sorted(group.nodes, key=lambda n: self.flow.order[n])
-        program, arguments = by_address(group.lowered.program)
+        program, arguments = by_address(group.lowered.own())
         behind = {
             b.name: (name, node)
             for b, name, node in zip(

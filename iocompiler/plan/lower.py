@@ -9,7 +9,7 @@ reason), it never goes wrong.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,27 @@ from iocompiler.tile.program import Buffer, TileProgram
 
 @dataclass(frozen=True)
 class Lowered:
-    """A finished kernel body: the program, and the FX node behind each of its buffers."""
+    """A finished kernel body: the program, and the FX node behind each of its buffers.
+
+    ``elements``: where the program is that of a kernel which reads other single elements, those it
+    reads (buffer, element), and this kernel's own in their places.
+    """
 
     program: TileProgram
     nodes: tuple[Node, ...]
+    elements: Mapping[tuple[str, int], int] = field(default_factory=dict)
+
+    def own(self) -> TileProgram:
+        """The program with the elements of this kernel."""
+        if all(old == new for (_, old), new in self.elements.items()):
+            return self.program
+        ops = []
+        for op in self.program.ops:
+            if op.index is not None and not op.index.terms and isinstance(op.index.const, int):
+                element = self.elements.get((op.buffer, op.index.const), op.index.const)
+                op = replace(op, index=Affine.constant(element))
+            ops.append(op)
+        return replace(self.program, ops=tuple(ops))
 
 
 def lower(

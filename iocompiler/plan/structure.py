@@ -2,7 +2,8 @@
 
 `lower` looks at the nodes its outputs are pulled from, down to what is loaded, and at the users
 over which `space.propagate` carries the root's index. A `Structure` describes them all and holds no
-node: nodes are numbered as the walk meets them.
+node: nodes are numbered as the walk meets them. Nor does it say which element of its tensor a
+random operator reads (the seed of its layer), only which of them read the same one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
+from iocompiler.ops.random import UNIFORM
 from iocompiler.plan.lowering import known_scalar
 from iocompiler.plan.rules import is_elementwise
 from iocompiler.plan.sizes import size_of
@@ -22,16 +24,21 @@ from iocompiler.plan.space import leads_into, root_of, same_shape
 from iocompiler.plan.views import is_view, viewed
 
 Structure: TypeAlias = tuple[Hashable, ...]
+Element: TypeAlias = tuple[int, int]
+"""The number of the node of a tensor, and the element's own."""
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What one node is, apart from who its operands are; ``operands`` are those."""
+    """What one node is, apart from who its ``operands`` are, and which ``element`` of the first of
+    them it reads, if it is one.
+    """
 
     number: int
     operands: tuple[Node, ...]
+    element: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,20 +61,23 @@ class Structures:
 
     def of(
         self, home: frozenset[Node], virtual: Container[Node], outputs: tuple[Node, ...]
-    ) -> tuple[Structure, list[Node]]:
-        """The structure `lower` would see, and the node behind each of its numbers."""
+    ) -> tuple[Structure, list[Node], tuple[Element, ...]]:
+        """The structure `lower` would see, the node behind each of its numbers, and the elements
+        that are read by number.
+        """
         walk = _Walk(home, virtual)
         placed = [walk.number(n) for n in outputs]
         ordered = [walk.number(n) for n in sorted(home, key=lambda n: self.order[n])]
         carried = tuple(self._carried(walk, root_of(home, outputs, self.order)[0]))
         below = tuple(self._below(walk))
-        return (tuple(placed), tuple(ordered), carried, below), walk.nodes
+        return (tuple(placed), tuple(ordered), carried, below), walk.nodes, tuple(walk.elements)
 
     def _below(self, walk: _Walk) -> Iterator[tuple[int, ...]]:
         """A row for each node met: what it is and what it is made of, which is met by that."""
         for node in walk.nodes:
             facts = self._facts_made(node) if walk.inside(node) else self._facts_loaded(node)
-            yield facts.number, *map(walk.number, facts.operands)
+            row = facts.number, *map(walk.number, facts.operands)
+            yield row if facts.element is None else (*row, walk.place(row[1], facts.element))
 
     def _carried(self, walk: _Walk, root: Node) -> Iterator[tuple[int, ...]]:
         """A row for each node an index may be carried to from ``root``: it, and to which users from
@@ -96,7 +106,9 @@ class Structures:
                     tuple(split.all_input_nodes),
                     description + _described(split),
                 )
-            facts = self._made[node] = _Facts(self._numbered(description), operands)
+            element = node.args[1] if node.target is UNIFORM else None
+            assert element is None or isinstance(element, int)
+            facts = self._made[node] = _Facts(self._numbered(description), operands, element)
         return facts
 
     def _facts_loaded(self, node: Node) -> _Facts:
@@ -128,7 +140,12 @@ class _Walk:
     home: frozenset[Node]
     virtual: Container[Node]
     nodes: list[Node] = field(default_factory=list)
+    elements: dict[Element, int] = field(default_factory=dict)
     _numbers: dict[Node, int] = field(default_factory=dict)
+
+    def place(self, number: int, element: int) -> int:
+        """Of an element, among those met."""
+        return self.elements.setdefault((number, element), len(self.elements))
 
     def number(self, node: Node) -> int:
         found = self._numbers.get(node)
@@ -155,7 +172,8 @@ def _alike(node: Node, operands: Iterable[Node]) -> tuple[Node, ...]:
 
 def _described(node: Node) -> tuple[Hashable, ...]:
     operands = {operand: i for i, operand in enumerate(node.all_input_nodes)}
-    arguments = _argument((node.args, node.kwargs), operands)
+    args = node.args if node.target is not UNIFORM else (node.args[0], *node.args[2:])
+    arguments = _argument((args, node.kwargs), operands)
     return node.target, arguments, _value(node.meta.get("val"))
 
 

@@ -145,6 +145,13 @@ class Slot:
         self.cache = None
         self.compilation.cache = f"not cached: {error or type(error).__name__}"
 
+    def withdraw(self) -> None:
+        """What was written is taken back: a part of it does not run as it was compiled."""
+        if self.cache is not None:
+            if self.key:
+                self.cache.forget(_KIND, self.key)
+            self.refuse(NotCacheable(cause="a part of it runs on aten"))
+
     def _keys(self) -> Iterator[str]:
         if self.cache is not None:
             key = key_of("graph", self.text)

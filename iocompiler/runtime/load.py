@@ -44,23 +44,51 @@ def load(
         CompileError: a kernel does not compile.
         LaunchError: the driver refuses a kernel.
     """
+    call: Any = begin(plan, device, name, hints)
+    call.ready()
+    result: Call = call
+    return result
+
+
+def begin(
+    plan: Plan,
+    device: torch.device | None = None,
+    name: str = "graph",
+    hints: Mapping[str, int] | None = None,
+) -> Call:
+    """As `load`, but the kernels, too, are still being compiled. The attribute ``ready`` is a
+    function that waits for them, and raises as `load` does; without it, the first launch waits.
+    """
     where = torch.device(device or plan.device)
+    module = Module(module_file(emit_module(plan, name), name), str(where))
+    call = _call(module)
     if where.type == "cuda":
+        module.begin()
         with contextlib.suppress(Exception):  # what fails is told when it is launched
             compile_ahead(plan, where, hints or {})
-    return load_text(emit_module(plan, name), name, str(where))
+    return call
 
 
 def load_text(
     text: str, name: str, device: str = "", binder: Callable[[KernelSpec], Launch] | None = None
 ) -> Call:
     """As `load`, from the text of a module (of the graph cache, say); ``binder`` as in `Module`."""
-    module = Module(module_file(text, name), device, binder)
-    namespace = module.execute()
-    module.bind()
-    call: Any = _on_its_device(namespace["call"], module.device)
-    call.source, call.path, call.module = text, module.path, module
-    call.resources = module.resources
+    call: Any = _call(Module(module_file(text, name), device, binder))
+    call.ready()
+    result: Call = call
+    return result
+
+
+def _call(module: Module) -> Call:
+    """The function of the module's file, which is run."""
+    call: Any = _on_its_device(module.execute()["call"], module.device)
+
+    def ready() -> None:
+        if not module.bound:
+            module.bind()
+        call.resources = module.resources
+
+    call.source, call.path, call.module, call.ready = module.source, module.path, module, ready
     call._boxed_call = True  # the way AOTAutograd knows that the list of arguments may be emptied
     result: Call = call
     return result

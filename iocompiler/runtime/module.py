@@ -9,7 +9,10 @@ therefore runs as edited.
 from __future__ import annotations
 
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class Module:
         self.batches: list[BatchLaunch] = []
         self.namespace: dict[str, Any] = {}
         self._binder, self._allocate = binder, allocate
+        self._compiling: tuple[int, Future[None]] = 0, Future()  # the process, and when it is done
         self._override = bool(device)
         self._prelude, self._texts, self.call_cell = cells(self.source)
 
@@ -219,6 +223,22 @@ class Module:
             where=spec.where,
         )
 
+    def begin(self) -> None:
+        """Have the kernels compiled in the background; `bind` waits for them."""
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        done, capability = Future[None](), self._capability
+        self._compiling = os.getpid(), done
+
+        def run() -> None:
+            try:
+                self.compile(capability)
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        # no thread of a pool's: those are waited for when the program ends
+        threading.Thread(target=run, daemon=True).start()
+
     def bind(self) -> None:
         """Load what is compiled on the device (compiling it first if need be) and put the launchers
         in place.
@@ -227,6 +247,9 @@ class Module:
             self.bound = {name: self._binder(spec) for name, spec in self.kernels.items()}
         else:
             torch.cuda.init()  # type: ignore[no-untyped-call]
+            process, done = self._compiling
+            if process == os.getpid():  # a forked child has no thread of its parent's
+                done.result()
             if not self.images:
                 self.compile(self._capability)
             self.bound = {name: self._launch(spec) for name, spec in self.kernels.items()}

@@ -17,12 +17,14 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from iocompiler.backend import Compiler
 from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import DEVICES
+from iocompiler.ops.random import UNIFORM
 from iocompiler.plan.build import build_plan
 from iocompiler.plan.data import Plan
 from iocompiler.plan.lower import Lowered, lower
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.memo import Memo
 from iocompiler.plan.structure import Structure, Structures
+from iocompiler.tile.program import TileProgram
 from iocompiler.tile.rows import RowsTooLong, check_rows
 from tests.models.zoo import CASES, TINY
 
@@ -125,6 +127,33 @@ def test_what_is_equal_is_lowered_once() -> None:
     assert first.program is second.program
     assert [n.name for n in first.nodes] == ["x_1", "sum_1"]
     assert [n.name for n in second.nodes] == ["y_1", "sum_2"]
+
+
+def test_layers_that_read_other_seeds_are_lowered_once() -> None:
+    def layers(seeds: Tensor) -> list[Tensor]:
+        numbers = [UNIFORM(seeds, which, [4, 6]) for which in (0, 3, 2, 1, 2, 2)]
+        return [one + other.exp() for one, other in zip(numbers[::2], numbers[1::2], strict=True)]
+
+    nodes = traced(layers, torch.arange(5))
+    remembered = Memo(order_of(nodes))
+
+    def lowered(number: str, *within: str) -> Lowered:
+        home = frozenset(nodes[name] for name in within)
+        return remembered.lower(home, (), (nodes[f"add{number}"],))
+
+    first = lowered("", "uniform", "uniform_1", "exp", "add")
+    second = lowered("", "uniform", "uniform_1", "exp", "add")
+    assert second.own() is first.program
+    second = lowered("_1", "uniform_2", "uniform_3", "exp_1", "add_1")
+    assert second.program is first.program
+    assert (_elements(first.own()), _elements(second.own())) == ([0, 3], [2, 1])
+    third = lowered("_2", "uniform_4", "uniform_5", "exp_2", "add_2")
+    assert third.program is not first.program, "one seed where they read two"
+    assert _elements(third.own()) == [2]
+
+
+def _elements(program: TileProgram) -> list[Any]:
+    return [op.index.const for op in program.ops if op.kind == "load" and op.index is not None]
 
 
 def test_a_reason_names_the_nodes_at_hand() -> None:

@@ -128,7 +128,7 @@ def test_nothing_is_traced_the_second_time(monkeypatch: pytest.MonkeyPatch) -> N
         raise AssertionError("it was traced")
 
     monkeypatch.setattr(backend, "capture", forbidden)
-    monkeypatch.setattr(backend, "aot_autograd", forbidden)
+    monkeypatch.setattr(backend, "differentiated", forbidden)
     again, records = compiled(mlp)
     torch.testing.assert_close(outcome(again, inputs), expected)
     assert records[0].cache == "found"

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import torch
-import torch._prims  # registers what `torch.ops.prims` names
+import torch._inductor.inductor_prims  # registers "fma"
+import torch._prims  # registers what else `torch.ops.prims` names
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 

@@ -155,6 +155,8 @@ def _is_float(node: Node) -> bool:
 
 
 def _combined(found: Attention, masks: list[Mask], terms: list[Bias], size: float) -> Masking:
+    if not masks:
+        return Masking(False, (), tuple(terms))
     lower = _lower(found)
     pure = [
         mask
