@@ -6,6 +6,8 @@ guards. Who calls first waits for what is left.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,17 +27,24 @@ def ready(run: Boxed) -> Boxed:
 
 
 def awaited(run: Boxed, settled: Callable[[], Boxed]) -> Boxed:
-    """A function with the attributes of ``run`` that at its first call asks ``settled`` what it is
-    from then on.
+    """A function with the attributes of ``run`` that at its first call asks ``settled``, once, what
+    it is from then on; threads that call meanwhile wait.
     """
     chosen: Boxed | None = None
+    lock = os.getpid(), threading.Lock()
+
+    def choose() -> Boxed:
+        nonlocal chosen, settled, lock
+        if lock[0] != os.getpid():  # a thread that a forked child has not may hold it
+            lock = os.getpid(), threading.Lock()
+        with lock[1]:
+            if chosen is None:
+                chosen = settled()
+                del settled  # and with it the graph
+        return chosen
 
     def call(args: list[Any]) -> Any:
-        nonlocal chosen, settled
-        if chosen is None:
-            chosen = settled()
-            del settled  # and with it the graph
-        return chosen(args)
+        return (chosen or choose())(args)
 
     vars(call).update(vars(run))
     return call

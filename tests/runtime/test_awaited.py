@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import iocompiler as ioc
+from iocompiler.awaited import awaited
 from iocompiler.compilation import Compilation
 from iocompiler.errors import CompileError, FallbackWarning, StrictFallback
 from iocompiler.plan.data import Plan
@@ -125,6 +127,29 @@ def test_strict() -> None:
     run, _ = compiled(Engine(0), strict=True)
     with pytest.raises(StrictFallback, match="out of registers"), torch.no_grad():
         run(torch.randn(6, 6), torch.randn(6, 6))
+
+
+def test_threads_that_call_at_once_settle_it_once() -> None:
+    asked: list[int] = []
+    both = threading.Barrier(2, timeout=10)
+
+    def settled() -> Callable[[list[Any]], list[Any]]:
+        asked.append(1)
+        time.sleep(0.05)  # the other thread is waiting by now
+        return lambda args: args
+
+    call, found = awaited(lambda args: [], settled), list[Any]()
+
+    def first() -> None:
+        both.wait()
+        found.append(call([1]))
+
+    threads = [threading.Thread(target=first) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert (found, asked) == ([[1], [1]], [1])
 
 
 # --- in the background
