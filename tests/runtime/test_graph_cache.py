@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import iocompiler as ioc
-from iocompiler import backend
+from iocompiler import engines, walk
 from iocompiler.compilation import Compilation
 from iocompiler.errors import CacheWarning
 from iocompiler.graph.findings import Miss, Rewrite, record
@@ -127,8 +127,8 @@ def test_nothing_is_traced_the_second_time(monkeypatch: pytest.MonkeyPatch) -> N
     def forbidden(*_: Any) -> None:
         raise AssertionError("it was traced")
 
-    monkeypatch.setattr(backend, "capture", forbidden)
-    monkeypatch.setattr(backend, "differentiated", forbidden)
+    monkeypatch.setattr(walk, "capture", forbidden)
+    monkeypatch.setattr(walk, "differentiated", forbidden)
     again, records = compiled(mlp)
     torch.testing.assert_close(outcome(again, inputs), expected)
     assert records[0].cache == "found"
@@ -411,7 +411,7 @@ def test_options_that_keep_it_out(tmp_path: Path) -> None:
 
 def test_a_cpu_graph_is_left_to_inductor() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend.engines, "inductor", lambda gm, *_: gm.forward)
+        patch.setattr(engines, "inductor", lambda gm, *_: gm.forward)
         assert (
             reason(lambda x: x.sin(), torch.randn(3), engine="auto") == "the engine keeps no text"
         )
