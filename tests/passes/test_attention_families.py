@@ -153,7 +153,9 @@ class Output(nn.Module):
         return getattr(self.model(**inputs), self.name)
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_attention_is_taken(name: str, train: bool) -> None:
     family = FAMILIES[name]

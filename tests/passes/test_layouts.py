@@ -76,7 +76,7 @@ def test_float32_in_tf32(name: str) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("name", ["residual block", "skip", "classifier", "tokens", "squeezed"])
+@pytest.mark.parametrize("name", ["residual block", "tokens", "squeezed"])
 def test_any_batch_and_size(name: str) -> None:
     make, shape = TAKEN[name]
     records: list[Compilation] = []

@@ -82,10 +82,14 @@ def test_heads_take_turns(name: str, together: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("packing", "groups", "width"),
-    [("bs|hd:qkv", 2, 16), ("bs|hd:qkv", 1, 16), ("sb|hd:vqk", 1, 20), ("bsh|d:kqv", 2, 20)],
+    ("packing", "groups", "width", "dropout_p"),
+    [
+        ("bs|hd:qkv", 2, 16, 0.0),
+        ("bs|hd:qkv", 1, 16, 0.3),
+        ("sb|hd:vqk", 1, 20, 0.0),
+        ("bsh|d:kqv", 2, 20, 0.3),
+    ],
 )
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradients_in_one_tensor(packing: str, groups: int, width: int, dropout_p: float) -> None:
     """The bits that stand alone, each where it belongs; nothing is left out or written beyond."""
     torch.manual_seed(0)
