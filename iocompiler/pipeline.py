@@ -32,6 +32,7 @@ from iocompiler.passes.layouts import layouts
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.packed_gradients import packed_gradients
 from iocompiler.passes.patches import patches
+from iocompiler.passes.product_order import product_order
 from iocompiler.passes.repeated import repeated
 from iocompiler.passes.slices import slices
 
@@ -199,6 +200,7 @@ DEFAULT = Pipeline(
     slices,  # what nobody reads is not there for the others to take
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
+    product_order,  # of products that are no attention and no head any more
     dropout,  # what attention did not take: masks made again from seeds instead of being stored
     gelu_by_tanh,  # one operator saves its input alone, and its derivative is cheap
     gelu_by_erf,
