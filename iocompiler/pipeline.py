@@ -25,6 +25,7 @@ from iocompiler.passes.activations import activations
 from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
 from iocompiler.passes.embedding_gradients import embedding_gradients
+from iocompiler.passes.float_inputs import float_inputs
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
@@ -197,6 +198,7 @@ def _complete(gm: GraphModule, name: str) -> None:
 
 DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
+    float_inputs,  # touches nothing the others look for
     slices,  # what nobody reads is not there for the others to take
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
