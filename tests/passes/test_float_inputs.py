@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from iocompiler.plan.data import KernelStep
 from tests.compiling import compiled
 
 CASES: dict[str, Callable[..., Any]] = {
@@ -49,3 +50,15 @@ def test_numbers_that_are_constants_stay_where_they_are() -> None:
     run(torch.randn(3), torch.randn(3))
     (add,) = (n for n in records[0].graph.graph.nodes if n.op == "call_function")
     assert add.kwargs == {"alpha": 0.5}
+
+
+def test_what_is_computed_of_it_is_no_call() -> None:
+    torch._dynamo.reset()
+    f = lambda x, s: (x * (1 / s)).softmax(-1) - 2**s
+    run, records = compiled(f, engine="reference")
+    x = torch.randn(5, 7)
+    for s in (0.5, 0.25, 3.0):
+        torch.testing.assert_close(run(x, s), f(x, s))
+    assert len(records) == 2
+    (step,) = records[1].plans["inference"].steps
+    assert isinstance(step, KernelStep)
