@@ -42,6 +42,8 @@ def product_order(gm: GraphModule) -> int:
         s = aten.mul.Tensor(aten.matmul.default(transpose(k, -2, -1), v), 0.125)  # [D, D]
         y = aten.matmul.default(q, s)
 
+    Exact but for rounding; of operands with infinities, which results are infinite and which NaN is
+    a matter of the order.
     Left alone: products that are read elsewhere, anything between them but numbers and
     transpositions, matrices that are written, float16.
     """
