@@ -25,6 +25,7 @@ from iocompiler.passes.activations import activations
 from iocompiler.passes.attention import attention
 from iocompiler.passes.dropout import dropout
 from iocompiler.passes.embedding_gradients import embedding_gradients
+from iocompiler.passes.float_inputs import float_inputs
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
@@ -32,6 +33,7 @@ from iocompiler.passes.layouts import layouts
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.packed_gradients import packed_gradients
 from iocompiler.passes.patches import patches
+from iocompiler.passes.product_order import product_order
 from iocompiler.passes.repeated import repeated
 from iocompiler.passes.slices import slices
 
@@ -196,9 +198,11 @@ def _complete(gm: GraphModule, name: str) -> None:
 
 DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
+    float_inputs,  # touches nothing the others look for
     slices,  # what nobody reads is not there for the others to take
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
+    product_order,  # of products that are no attention and no head any more
     dropout,  # what attention did not take: masks made again from seeds instead of being stored
     gelu_by_tanh,  # one operator saves its input alone, and its derivative is cheap
     gelu_by_erf,

@@ -55,6 +55,16 @@ def test_a_rate_in_a_tensor_changes_without_a_new_graph() -> None:
 
 
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "each"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+def test_a_rate_that_is_a_number_changes_with_one_more_graph(name: str, foreach: bool) -> None:
+    def lower(optimizer: Optimizer) -> None:
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+    records = _check(lambda p: OPTIMIZERS[name](p, foreach), between=lower)
+    assert len(records) == 2  # Dynamo takes a number for a constant until it changes
+
+
+@pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "each"])
 def test_clipped_gradients(foreach: bool) -> None:
     _check(lambda p: AdamW(p, lr=1e-2, foreach=foreach), clip=1.0)
 

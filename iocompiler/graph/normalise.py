@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.autocast import spell_out_autocast
+from iocompiler.graph.early_casts import cast_early
 from iocompiler.graph.functional import make_functional
 from iocompiler.graph.match import graph_pass
 
@@ -93,7 +94,7 @@ def normalise(gm: GraphModule) -> int:
     changed = spell_out_autocast(gm) + make_functional(gm)
     for node in view.calls(gm):
         changed += _respell(gm, node)
-    return changed + rewrite.erase_dead(gm)
+    return changed + cast_early(gm) + rewrite.erase_dead(gm)
 
 
 def _respell(gm: GraphModule, node: Node) -> int:

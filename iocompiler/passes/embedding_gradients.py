@@ -15,6 +15,8 @@ from iocompiler.ops.embedding_gradient import DTYPES, GRADIENT, INDEX_DTYPES, ON
 
 aten = torch.ops.aten
 
+_ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
+
 
 @graph_pass(stage="flat")
 def embedding_gradients(gm: GraphModule) -> int:
@@ -29,11 +31,12 @@ def embedding_gradients(gm: GraphModule) -> int:
 
         y = iocompiler.embedding_gradient_onto.default(head, grad, indices, -1)
 
-    Where ``head`` dies there, the planner lets the tokens' rows be added in its place. Several
-    lookups in one table are added one onto another. Left to aten: gradients scaled by frequency,
-    and dtypes the kernels do not take.
+    Of rows that are indexed (``table[indices]``) too. Where ``head`` dies there, the planner lets
+    the tokens' rows be added in its place. Several lookups in one table are added one onto another.
+    Left to aten: gradients scaled by frequency, and dtypes the kernels do not take.
     """
     sites = sum(_taken(gm, node) for node in view.calls(gm, aten.embedding_dense_backward.default))
+    sites += sum(_indexed(gm, node) for node in view.calls(gm, aten.index_put.default))
     return sites + sum(_added(gm, node) for node in view.calls(gm, aten.add.Tensor))
 
 
@@ -46,6 +49,33 @@ def _taken(gm: GraphModule, node: Node) -> int:
     new = rewrite.call(gm, GRADIENT, (grad, indices, rows, padding_idx), {}, near=node)
     rewrite.redirect(gm, node, new)
     return 1
+
+
+def _indexed(gm: GraphModule, node: Node) -> int:
+    """Rows added at one index each, to nothing; negative ones count from the end."""
+    base, indices, grad, accumulate = view.spelled_out(node)
+    if not accumulate or len(indices) != 1 or getattr(base, "target", None) not in _ZEROS:
+        return 0
+    (index,) = indices
+    table, given, read = (view.tensors(each)[0] for each in (base, grad, index))
+    known = given.dtype == table.dtype in DTYPES and read.dtype in INDEX_DTYPES
+    rows = table.shape[0]
+    if table.dim() != 2 or not isinstance(rows, int) or not known:
+        return 0
+    if target.device_type(given) != "cuda" or not _is_shape(given, (*read.shape, table.shape[1])):
+        return 0
+
+    def summed(index: Any, grad: Any) -> Any:
+        placed = aten.where.self(aten.lt.Scalar(index, 0), aten.add.Tensor(index, rows), index)
+        return GRADIENT(grad, placed, rows, -1)
+
+    rewrite.substitute(gm, node, summed, index, grad)
+    return 1
+
+
+def _is_shape(x: torch.Tensor, shape: Any) -> bool:
+    pairs = zip(x.shape, shape, strict=False)
+    return x.dim() == len(shape) and all(statically_known_true(a == b) for a, b in pairs)
 
 
 def _added(gm: GraphModule, add: Node) -> int:
@@ -93,4 +123,4 @@ def _is_like(base: Node, top: Node) -> bool:
     a, b = view.value(base), view.value(top)
     if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
-    return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+    return _is_shape(a, b.shape)

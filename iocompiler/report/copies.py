@@ -14,7 +14,7 @@ from iocompiler.report.ledger import Copied
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import traffic
 
-_CALLS = frozenset({"aten.clone.default", "aten.contiguous.default"})
+_CALLS = frozenset({"aten.clone.default", "aten.contiguous.default", "aten.repeat.default"})
 NOT_ASKED = "(not asked for)"
 """In place of the operator, for a copy that a reader or the caller needs."""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +34,7 @@ from iocompiler.report.ledger import Lost, Report
 
 _ORDER = ("inference", "forward", "backward")
 _RECOMPILES = 256
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def explain(
@@ -86,8 +89,7 @@ def explain(
     except IOCompilerError:
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {_first_line(str(error))}"
-        raise CannotExplain(model=_name(model), cause=cause) from error
+        raise CannotExplain(model=_name(model), cause=_cause(error)) from error
     lost = torch._dynamo.utils.counters["graph_break"] - breaks
     return report_of(records, row, compile_kernels, lost)
 
@@ -184,6 +186,18 @@ def _quiet() -> Iterator[None]:
 
 def _name(model: Any) -> str:
     return getattr(model, "__name__", type(model).__name__)
+
+
+def _cause(error: Exception) -> str:
+    """Its kind and first line; of a branch on a tensor (in training, layers may be left out by a
+    random number), where it stands.
+    """
+    if not isinstance(error, DataDependentOutputException):
+        return f"{type(error).__name__}: {_first_line(str(error))}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((*_NOT_THE_USERS, "<"))]
+    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    return f"what runs depends on the value of a tensor{place}"
 
 
 def _first_line(text: str) -> str:

@@ -190,3 +190,26 @@ def test_a_move_between_devices_is_no_cast() -> None:
         gm = make_fx(lambda x: x.to("cpu", torch.bfloat16), decomposition_table=table())(x)
     targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
     assert targets == [torch.ops.aten._to_copy.default]
+
+
+COPIES = {
+    "another dtype": (lambda x: x.new_empty(5, 7, dtype=torch.float64), True),
+    "broadcast": (lambda x: x.new_empty(2, 5, 7), True),
+    "strides": (lambda x: x.new_empty(7, 5).t(), False),
+    "of a larger": (lambda x: x.new_empty(5, 9)[:, 1:8], False),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_lies_as_in_eager_in_memory_of_its_own(name: str) -> None:
+    make, plain = COPIES[name]
+    x = torch.randn(5, 7)
+    eager, ours = (
+        outcome(lambda x: torch.ops.aten.copy.default(make(x), x), [x], decomposed=flag)
+        for flag in (False, True)
+    )
+    (mine,), (theirs,) = ours.values, eager.values
+    assert torch.equal(mine, theirs)
+    assert mine.stride() == theirs.stride()
+    assert mine.data_ptr() != x.data_ptr()
+    assert (torch.ops.aten.copy.default in ours.left) is not plain

@@ -84,15 +84,21 @@ def test_as_torch_checks_it() -> None:
 class Looked(nn.Module):
     """Rows of a table, as a function of them; with a head tied to the table where asked for."""
 
-    def __init__(self, tied: bool = False, lookups: int = 1, **settings: Any) -> None:
+    def __init__(
+        self, tied: bool = False, lookups: int = 1, indexed: bool = False, **settings: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(3)
+        self.indexed = indexed
         self.table = nn.Embedding(11, 6, **settings)
         self.tied, self.lookups = tied, lookups
 
     def forward(self, x: Tensor) -> Tensor:
         ids = (x * 5).abs().long() % 11
-        rows = sum(torch.tanh(self.table((ids + k) % 11)) for k in range(self.lookups))
+        if self.indexed:
+            rows = torch.tanh(self.table.weight[ids - 4])
+        else:
+            rows = sum(torch.tanh(self.table((ids + k) % 11)) for k in range(self.lookups))
         return F.linear(rows, self.table.weight).sin() if self.tied else rows * x[..., None]
 
 
@@ -103,6 +109,8 @@ CASES: dict[str, tuple[Looked, list[str]]] = {
     "tied": (Looked(tied=True), [IN_PLACE]),
     "tied, looked up twice": (Looked(tied=True, lookups=2), [IN_PLACE, IN_PLACE]),
     "looked up three times": (Looked(lookups=3), [FRESH, IN_PLACE, IN_PLACE]),
+    "indexed, from behind too": (Looked(indexed=True), [FRESH]),
+    "indexed and tied": (Looked(indexed=True, tied=True), [IN_PLACE]),
 }
 
 
@@ -203,3 +211,24 @@ def test_declined(dtype: torch.dtype, by_frequency: bool, planned: bool) -> None
     result, plan = inference(run, *given, planned=planned)
     torch.testing.assert_close(result, run(*given))
     assert gradients(plan) == [LIBRARY]
+
+
+INDEXED = {
+    "by a mask": lambda x, i: x[i > 4],
+    "by two": lambda x, i: x[i, i % 6],
+    "columns": lambda x, i: x[:, i % 6],
+    "of three dimensions": lambda x, i: x.view(11, 2, 3)[i],
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_other_gradients_of_indexing_stay(name: str) -> None:
+    torch._dynamo.reset()
+    records: list[Compilation] = []
+    backend = Compiler(engine="reference", strict=True, on_compiled=records.append)
+    x, i = torch.randn(11, 6, requires_grad=True), torch.arange(11) * 3 % 11
+    run = lambda x, i: INDEXED[name](x, i).sin().sum()
+    with target.planned_for((9, 0)):
+        (mine,) = torch.autograd.grad(torch.compile(run, backend=backend)(x, i), x)
+    torch.testing.assert_close(mine, *torch.autograd.grad(run(x, i), x))
+    assert all(gradients(plan) == [] for record in records for plan in record.plans.values())

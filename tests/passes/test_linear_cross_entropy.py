@@ -388,6 +388,12 @@ def smoothed_and_weighted(x, w, b, y):
     )
 
 
+def divergence(x, w, b, y):
+    taught = (x * 2).detach() @ w.detach().t()
+    student = F.log_softmax(F.linear(x, w) / 2, -1)
+    return F.kl_div(student, F.softmax(taught / 2, -1), reduction="batchmean") * 4
+
+
 def rounded_softmax(x, w, b, y):
     logp = F.linear(x, w).log_softmax(-1).to(torch.bfloat16)
     return -logp.gather(-1, y.unsqueeze(-1)).float().mean()
@@ -399,7 +405,7 @@ DECLINED = [
     (rows_turned, "used elsewhere"), (several_picked, "used elsewhere"),
     (entropy, "used elsewhere"),
     (margin, "no sum of cross-entropies"), (smoothed_and_weighted, "label smoothing"),
-    (rounded_softmax, "used elsewhere"),
+    (rounded_softmax, "used elsewhere"), (divergence, "divergence"),
     (returned_whole, "some of their rows"), (returned_other_way, "another order"),
     (returned_and_used, "used elsewhere"), (returned_before, "returned elsewhere"),
     (used_twice, "used elsewhere"),

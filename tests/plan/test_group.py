@@ -39,6 +39,18 @@ def test_layer_norm_backward_reads_its_input_once() -> None:
     assert [s.schedule.kind == "rows" for s in backward] == [True, False]
 
 
+def test_the_backward_of_written_slices_is_one_kernel() -> None:
+    def written(x):
+        y = x.clone()
+        y[:, 1:3] = y[:, :2] * 2
+        y[0] += 1
+        return y.tanh()
+
+    planned = Planned()
+    planned(written)(torch.randn(4, 7, 16, requires_grad=True)).sum().backward()
+    assert len(planned.plans[1].steps) == 1
+
+
 def test_an_intermediate_used_inside_is_not_stored() -> None:
     (kernel,) = kernels_of(lambda x: (x.exp() + 1).log().sum(1), torch.randn(8, 32))
     assert sum(op.kind == "store" for op in kernel.program.ops) == 1

@@ -114,6 +114,14 @@ def test_programs_that_fail_say_why():
         explain(lambda x: x + 1, torch.randn(3), training=True, compile_kernels=False)
 
 
+def test_a_branch_on_a_tensor_is_named_by_its_line() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if torch.rand([]) < 0.1 else x.cos()
+
+    with pytest.raises(CannotExplain, match=r"value of a tensor at test_explain.py:\d+"):
+        explain(model, torch.randn(3))
+
+
 def test_graph_breaks_stand_in_the_report():
     def broken(x):
         y = x.relu() @ x

@@ -124,6 +124,29 @@ def to_copy(
     return converted.contiguous(memory_format=memory_format)
 
 
+def copy(into: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+    """aten.copy: the values of ``x``, as ``into`` lies. Where a result in order lies so, ``into``
+    (memory that autograd asked for, behind each write into a slice) is not needed.
+    """
+    plain = into.layout == x.layout == torch.strided and not (into.is_complex() or x.is_complex())
+    if not plain or into.device != x.device or not _is_in_order(into):
+        return DECLINED
+    whole = x.expand(into.shape)
+    if into.dtype == x.dtype:
+        return whole.clone(memory_format=torch.contiguous_format)
+    return cast(whole, into.dtype).contiguous()
+
+
+def _is_in_order(x: Tensor) -> bool:
+    """Whether its strides are those of an empty tensor of its shape."""
+    expected: Any = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """aten.take: elements of the flattened ``x``. Python's ``x[index]`` would read a 0-dim index on
     the host.
@@ -147,6 +170,7 @@ DECOMPOSITIONS = {
     aten.scatter_add.default: scatter_add,
     aten.roll.default: roll,
     aten._to_copy.default: to_copy,
+    aten.copy.default: copy,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
     aten.split_with_sizes.default: split_with_sizes,

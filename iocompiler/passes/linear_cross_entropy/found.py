@@ -132,6 +132,8 @@ class _Search:
             labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
             given = (self._main, self._logits, self._dim, path, labels, form, end, tuple(region))
             yield Found(*given, bool(kept))
+        if none and any(n.target is aten.kl_div.default for n in self._dependent):
+            raise Declined("a divergence between distributions: the logits stay whole")
         if none and (reader.labels or any(is_picked(n) for n in self._dependent)):
             self._why(reader)
             raise Declined("what is computed of the logits is no sum of cross-entropies")

@@ -68,6 +68,7 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.mul.Tensor: arithmetic("mul", 2, "and"),
     aten.mul.Scalar: arithmetic("mul", 2, "and"),
     aten.div.Tensor: div,
+    aten.true_divide.Tensor: div,  # of a float that is an input, by torch
     aten.div.Scalar: div,
     aten.div.Tensor_mode: div,
     aten.div.Scalar_mode: div,
