@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from iocompiler.graph import view
 from iocompiler.ops.equal_calls import merge_equal_calls
+from iocompiler.ops.fma import FMA
 from iocompiler.ops.random import UNIFORM
 
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ _ALSO_FREE = frozenset({
     aten.sign.default,
     aten.copysign.Tensor,
     aten.exp2.default,
-    prims.fma.default,
+    FMA,
 })  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import graph_pass
+from iocompiler.ops.fma import FMA
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def float_inputs(gm: GraphModule) -> int:
     up after a few.
     """
     sites = 0
-    for node in list(view.calls(gm, *_EACH, *_SUMS, *_PRODUCTS, _FMA)):
+    for node in list(view.calls(gm, *_EACH, *_SUMS, *_PRODUCTS, FMA)):
         if not any(isinstance(view.value(read), torch.SymFloat) for read in node.all_input_nodes):
             continue
         sites += _each(gm, node) if node.target in _EACH else _scaled(gm, node)
@@ -63,7 +64,7 @@ def _each(gm: GraphModule, node: Node) -> int:
 
 def _scaled(gm: GraphModule, node: Node) -> int:
     """``alpha`` and ``value`` as products, as Dynamo's own multiply-adds."""
-    if node.target is _FMA:
+    if node.target is FMA:
         one, other, added = node.args
         product = rewrite.call(gm, aten.mul.Tensor, (one, other), {}, near=node)
         rewrite.respell(node, aten.add.Tensor, (product, added))
@@ -81,7 +82,6 @@ def _scaled(gm: GraphModule, node: Node) -> int:
     return 1
 
 
-_FMA = torch.ops.prims.fma.default
 _SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 # a + value * b / c: the sum, and what stands between b and c
 _PRODUCTS = {

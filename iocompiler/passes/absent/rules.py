@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import torch
-import torch._inductor.inductor_prims  # registers "fma"
-import torch._prims  # registers what else `torch.ops.prims` names
+import torch._prims  # registers what `torch.ops.prims` names
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from iocompiler.graph import view
+from iocompiler.ops.fma import FMA
 from iocompiler.ops.scored_attention import OPERAND
 
 aten = torch.ops.aten
@@ -226,7 +226,7 @@ _RULES: dict[Any, Rule] = {
     aten.convolution.default: _convolution,
     aten.addmm.default: _product_and_sum("mat1", "mat2", "self"),
     aten.baddbmm.default: _product_and_sum("batch1", "batch2", "self"),
-    prims.fma.default: _product_and_sum("a", "b", "c"),
+    FMA: _product_and_sum("a", "b", "c"),
     aten.add.Tensor: _sum,
     aten.sub.Tensor: _difference,
     aten.constant_pad_nd.default: _padded,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from iocompiler.ops.fma import FMA
 from iocompiler.plan.lowering import Rule
 from iocompiler.plan.rules.arithmetic import (
     arithmetic,
@@ -80,7 +81,7 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.pow.Tensor_Scalar: power,
     aten.pow.Tensor_Tensor: power,
     aten.pow.Scalar: power,
-    prims.fma.default: fma,
+    FMA: fma,
     aten.atan2.default: arithmetic("atan2", 2),
     aten.copysign.Tensor: arithmetic("copysign", 2),
     aten.maximum.default: arithmetic("maximum", 2, "or"),
