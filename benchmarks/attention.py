@@ -105,7 +105,7 @@ def _row(session: Session, case: Case, phase: str) -> None:
             session.attempt(row, "check", partial(_check, case, train, peer, row))
         measure = partial(_measure, session.args, case, train, peer.name, peer.compile, row)
         session.attempt(row, peer.name, measure)
-    if session.args.flex and not session.args.quick:
+    if session.args.flex and case.flex is not None and not session.args.quick:
         flex = partial(_measure, session.args, case, train, FLEX, partial(_flex, case), row)
         session.attempt(row, FLEX, flex)
     for other in (FLEX, "inductor"):
@@ -165,17 +165,24 @@ def _variant(case: Case, given: dict[str, Tensor]) -> str:
 def _flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    assert case.flex is not None
+    parts, end = case.flex, case.end
+
+    def attended(given: dict[str, Tensor], **how: Any) -> Any:
+        found = flex_attention(*(given[name] for name in "qkv"), return_lse=end is not None, **how)
+        return found if end is None else end(*found, given)
+
+    compiled = torch.compile(attended, dynamic=False)
     made: list[Any] = []
 
     def run(**given: Tensor) -> Any:
-        q, k, v = (given[name] for name in "qkv")
+        q, k = given["q"], given["k"]
         if not made:  # once: what a model does that keeps its mask from layer to layer
-            score_mod, mask_mod = case.flex(given)
+            score_mod, mask_mod = parts(given)
             lengths = (q.shape[0], None, q.shape[2], k.shape[2])
             mask = mask_mod and create_block_mask(mask_mod, *lengths, device=q.device)
             made.append({"score_mod": score_mod, "block_mask": mask, "enable_gqa": True})
-        return compiled(q, k, v, **made[0])
+        return compiled(given, **made[0])
 
     return run
 

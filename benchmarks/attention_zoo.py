@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iocompiler.tile.score import ScoreBuilder, ScoreProgram
+from iocompiler.tile.score import Empty, ScoreBuilder, ScoreProgram
 
 NEGATIVE = float("-inf")
 Inputs = dict[str, Tensor]
@@ -35,20 +35,24 @@ class Case:
     Attributes:
         plain: of q, k, v [B, H, S, D] and the other inputs by name.
         extra: the other inputs, for sizes and a device.
-        flex: (score_mod, mask_mod) for the inputs.
+        flex: (score_mod, mask_mod) for the inputs; None where it cannot be said so.
         program: our score program, for a sweep over tiles of the template alone.
         queries: so many meet keys of the whole length, as in decoding, forward only; 0: the length.
         members: query heads that share a key head.
+        empty: of ``program``: "weights" where no softmax makes them.
+        end: what FlexAttention's user makes of its output, its log-sum-exp and the inputs.
     """
 
     name: str
     plain: Callable[..., Tensor]
     extra: Callable[[Sizes, str], Inputs]
-    flex: Callable[[Inputs], tuple[Any, Any]]
+    flex: Callable[[Inputs], tuple[Any, Any]] | None
     program: Callable[[ScoreBuilder, int], tuple[int, int | None]]
     learned: tuple[str, ...] = ()
     queries: int = 0
     members: int = 1
+    end: Callable[[Tensor, Tensor, Inputs], Tensor] | None = None
+    empty: Empty = "nan"
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -85,6 +89,23 @@ def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     place = torch.arange(s.shape[-1], device=s.device)
     far = place[:, None] - place[None, :] >= 512
     return _finished(s.masked_fill(_above(s) | far, NEGATIVE), v)
+
+
+def _sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    s = _scores(q, k)
+    s = s.masked_fill(_above(s), NEGATIVE)
+    beside = sink[None, :, None, None].expand(*s.shape[:-1], 1)
+    return torch.cat([s, beside], -1).softmax(-1)[..., :-1] @ v
+
+
+def _sunk(out: Tensor, lse: Tensor, given: Inputs) -> Tensor:
+    left = torch.sigmoid(lse - given["sink"][:, None])
+    return (out * left[..., None]).to(out.dtype)
+
+
+def _sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = _scores(q, k) - math.log(q.shape[2])
+    return torch.sigmoid(s.masked_fill(_above(s), NEGATIVE)) @ v
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -180,6 +201,10 @@ def _relative_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     return b.map("add", s, b.load(0, (b.index("h"), place), "float")), _lower(b)
 
 
+def _sigmoid_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    return b.map("sigmoid", s), _lower(b)
+
+
 def _document_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     i, j = (b.load(0, (b.index("b"), b.index(x)), "int") for x in "ij")
     return s, b.map("and", b.map("eq", i, j), _lower(b))
@@ -252,6 +277,16 @@ CASES = (
         _relative_program,
         ("table",),
     ),
+    Case(
+        "sink",
+        _sink,
+        lambda sizes, device: {"sink": torch.randn(sizes.heads, device=device).bfloat16()},
+        lambda given: (None, lower),
+        lambda b, s: (s, _lower(b)),
+        ("sink",),
+        end=_sunk,
+    ),
+    Case("sigmoid", _sigmoid, _none, None, _sigmoid_program, empty="weights"),
     Case("document", _document, _ids, _flex_document, _document_program),
     Case(
         "flat block butterfly 64",
@@ -288,4 +323,4 @@ def program(case: Case, width: int) -> ScoreProgram:
     """Our score program of a case."""
     build = ScoreBuilder()
     score = build.map("mul", build.score(), build.const(width**-0.5))
-    return build.program(*case.program(build, score))
+    return build.program(*case.program(build, score), empty=case.empty)
