@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.ops.target import planned_for
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import scored
 from tests.passes.attention_cases import Compiled, heads
 
 

@@ -14,7 +14,7 @@ import iocompiler as ioc
 from iocompiler.ops.random import SEEDS
 from iocompiler.ops.scored_attention import FORWARD
 from iocompiler.ops.target import planned_for
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import scored
 from iocompiler.tile.dropout import kept
 from iocompiler.tile.score import parsed
 from tests.passes.attention_cases import Compiled, heads

@@ -17,7 +17,7 @@ from iocompiler.backend import Compiler
 from iocompiler.graph.fingerprint import fingerprint
 from iocompiler.graph.held import look
 from iocompiler.ops import target
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import scored
 from iocompiler.tile.score import ScoreProgram
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, heads

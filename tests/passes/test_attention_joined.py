@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import scored
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling
 

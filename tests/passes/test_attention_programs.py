@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.ops.scored_attention import FORWARD
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import scored
 from iocompiler.tile.score import ScoreProgram, parsed
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling, heads

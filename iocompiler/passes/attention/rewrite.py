@@ -14,24 +14,16 @@ from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
 from iocompiler.ops import target
-from iocompiler.passes.attention import (
-    contraction,
-    execute,
-    inductor,
-    library,
-    results,
-    scored,
-    seeds,
-    strides,
-)
-from iocompiler.passes.attention.arrange import forward_views
-from iocompiler.passes.attention.description import Attention, Declined, Operand
-from iocompiler.passes.attention.evaluate import Evaluator
-from iocompiler.passes.attention.joined import Joined, join
-from iocompiler.passes.attention.mixed import Mix, Parted, part
-from iocompiler.passes.attention.recognise import recognise
-from iocompiler.passes.attention.scored import ScoredCall
-from iocompiler.passes.attention.scores import Sum
+from iocompiler.passes.attention.dims.arrange import forward_views
+from iocompiler.passes.attention.masks.evaluate import Evaluator
+from iocompiler.passes.attention.reading import contraction, library, results
+from iocompiler.passes.attention.reading.description import Attention, Declined, Operand
+from iocompiler.passes.attention.reading.recognise import recognise
+from iocompiler.passes.attention.reading.scores import Sum
+from iocompiler.passes.attention.running import forward, inductor, scored, seeds, strides
+from iocompiler.passes.attention.running.scored import ScoredCall
+from iocompiler.passes.attention.sums.joined import Joined, join
+from iocompiler.passes.attention.sums.mixed import Mix, Parted, part
 
 Roots: TypeAlias = Mapping[Node, frozenset[Node]]
 
@@ -81,7 +73,7 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
     if isinstance(call, ScoredCall):
         scored.apply(gm, call)
     else:
-        execute.apply(gm, call)
+        forward.apply(gm, call)
     for each in joins:
         edit.erase(gm, each.total)
     record(gm, Rewrite(_PATTERN, where, variant))
@@ -90,7 +82,7 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
 
 def _call(
     gm: GraphModule, node: Node, joins: list[Joined]
-) -> tuple[execute.Call | ScoredCall, str] | None:
+) -> tuple[forward.Call | ScoredCall, str] | None:
     """What runs the attention that ends in a node, and its variant; ``joins``: what was made one in
     its scores.
 
@@ -144,16 +136,16 @@ def _joining(gm: GraphModule, node: Node, joins: list[Joined]) -> Attention | No
             joins.append(join(gm, scores.node))
 
 
-def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCall:
+def _planned(found: Attention, evaluator: Evaluator) -> forward.Call | ScoredCall:
     """The library's call, or a score program where there is none or it is dearer.
 
     Raises:
         Declined: neither runs it.
     """
-    call: execute.Call | None = None
+    call: forward.Call | None = None
     declined: Declined | None = None
     try:
-        call = execute.plan(found, evaluator)
+        call = forward.plan(found, evaluator)
     except Declined as reason:
         declined = reason
     if found.reads_rows or scored.wanted(call, found):

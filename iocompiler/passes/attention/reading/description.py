@@ -1,0 +1,157 @@
+"""What an attention is, however it was written: operands in common axes and the score program
+between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from iocompiler.passes.attention.dims.axes import Axis, Dims
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor and what it is a view of, each with its dims (see `views.stages`)."""
+
+    stages: tuple[tuple[Node, Dims], ...]
+
+    @property
+    def node(self) -> Node:
+        return self.stages[0][0]
+
+    @property
+    def dims(self) -> Dims:
+        """The dims of what is deepest, where repeated axes are missing."""
+        return self.stages[-1][1]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scores are multiplied by a number: a Python one, a symbolic one, a tensor of one element;
+    or, where ``dims`` are given, by a tensor with these.
+    """
+
+    factor: Any
+    dims: Dims = ()
+
+
+@dataclass(frozen=True)
+class Bias:
+    """``factor * node`` is added to the scores; ``dims`` are the node's."""
+
+    node: Node
+    dims: Dims
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Where ``condition`` is not ``keep``, the score becomes ``value``; ``dims`` are the
+    condition's.
+    """
+
+    condition: Node
+    dims: Dims
+    value: float
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Only j <= i stays, counted from the start of both."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The scores are rounded to a dtype."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """An operator applied to each score, with the other arguments it takes."""
+
+    target: Any
+    arguments: tuple[Any, ...] = ()
+
+
+Step: TypeAlias = Scale | Bias | Fill | Causal | Cast | Pointwise
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A sink: one more score in each row, a number or a tensor with ``dims``, whose probability
+    nobody reads.
+
+    Attributes:
+        guards: whether a row in which nothing else counts is zeros.
+    """
+
+    of: Node | float
+    dims: Dims
+    guards: bool
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """A node that is the log-sum-exp of each row of scores, with its dims."""
+
+    node: Node
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax over ``column`` of the scores after ``steps``, times ``value``.
+
+    Attributes:
+        query, key, value: query has the axis ``row``, key and value ``column``; ``width`` is
+            contracted between
+            query and key, ``value_width`` is value's own.
+        rows: the axes of the output but the last, in its order: batch, heads and ``row``.
+        steps: the score program, in the order it is applied to query times key.
+        dropout_p: of the probabilities.
+        dtype: of the output.
+        anchor: the node that computes the output, with ``dims``.
+        interior: the nodes that need not be computed any more.
+        sink: what is beside the scores.
+        row_sums: what else is made of the scores and read outside of it.
+        probabilities: the nodes that are what the values are multiplied by, in their order.
+        is_shared: whether one of them is read outside too, and stays as it was written.
+        weights: where there is no softmax, what the function is called that makes weights of the
+            scores.
+    """
+
+    query: Operand
+    key: Operand
+    value: Operand
+    row: Axis | None
+    column: Axis
+    width: Axis
+    value_width: Axis
+    rows: tuple[Axis, ...]
+    steps: tuple[Step, ...]
+    dropout_p: float
+    dtype: torch.dtype
+    anchor: Node
+    dims: Dims
+    interior: frozenset[Node]
+    sink: Beside | None = None
+    row_sums: tuple[RowSum, ...] = ()
+    probabilities: tuple[Node, ...] = ()
+    is_shared: bool = False
+    weights: str = ""
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the log-sum-exp of its rows is more than a means."""
+        return self.sink is not None or bool(self.row_sums)
+
+
+class Declined(Exception):
+    """This is nearly an attention: the message says what is in the way."""
