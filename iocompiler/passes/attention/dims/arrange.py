@@ -1,6 +1,4 @@
-"""Tensors brought to the layout of the semantic op, [B, H, S, D], by views; and its output back to
-what was written.
-"""
+"""Tensors brought to other dims, by views wherever strides allow."""
 
 from __future__ import annotations
 
@@ -13,37 +11,10 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Axis, Dims, Group, flat, resolve, resolved
-from iocompiler.passes.attention.reading.description import Attention, Operand
+from iocompiler.passes.attention.dims.axes import Axis, Dims, Group, flat, resolved, size
+from iocompiler.passes.attention.dims.views import Operand
 
 aten = torch.ops.aten
-
-
-class Frame:
-    """How an attention's axes are laid out: batch, heads (of which keys and values have the first
-    ``groups``).
-    """
-
-    def __init__(self, found: Attention) -> None:
-        batch = [axis for axis in found.rows if axis is not found.row]
-        of_keys = {*flat(found.key.dims), *flat(found.value.dims)}
-        repeated = [
-            a for n, a in enumerate(batch) if a not in of_keys and (n > 0 or len(batch) == 1)
-        ]
-        kept = [axis for axis in batch if axis not in repeated]
-        groups = kept[-1:] if len(kept) > 1 else []
-        self.batch: Group = tuple(kept[: len(kept) - len(groups)])
-        self.groups: Group = tuple(groups)
-        self.heads: Group = (*groups, *repeated)
-        row: Group = (found.row,) if found.row is not None else ()
-        column, width, value_width = (
-            resolve((a,)) for a in (found.column, found.width, found.value_width)
-        )
-        self.query: Dims = (self.batch, self.heads, row, width)
-        self.key: Dims = (self.batch, self.groups, column, width)
-        self.value: Dims = (self.batch, self.groups, column, value_width)
-        self.scores: Dims = (self.batch, self.heads, row, column)
-        self.out: Dims = (self.batch, self.heads, row, value_width)
 
 
 class Arranger:
@@ -109,19 +80,19 @@ class Arranger:
 
     def size(self, group: Group) -> Any:
         """The size of a dim: a number, or a node where it is symbolic."""
-        size: Any = 1
+        whole: Any = 1
         for axis in group:
             if axis not in self._sizes:
                 self._sizes[axis] = (
                     axis.size if isinstance(axis.size, int) else self._symbolic(axis)
                 )
             one = self._sizes[axis]
-            size = (
-                self.call(operator.mul, size, one)
-                if isinstance(size, Node) or isinstance(one, Node)
-                else size * one
+            whole = (
+                self.call(operator.mul, whole, one)
+                if isinstance(whole, Node) or isinstance(one, Node)
+                else whole * one
             )
-        return size
+        return whole
 
     def _symbolic(self, axis: Axis) -> Node:
         for node, dims in self._seen:
@@ -133,30 +104,5 @@ class Arranger:
                 rest = [other for other in group if other is not axis]
                 if axis in group and all(isinstance(other.size, int) for other in rest):
                     whole = self.call(aten.sym_size.int, node, place)
-                    return self.call(operator.floordiv, whole, _product(rest))
+                    return self.call(operator.floordiv, whole, size(rest))
         raise LookupError("an axis of no operand")
-
-
-def forward_views(found: Attention) -> tuple[Node, Dims]:
-    """Where the output's dims are merged, as bmm's are: the view after it that parts them again, if
-    it is alone.
-    """
-    node, dims = found.anchor, resolved(found.dims)
-    while any(len(group) > 1 for group in dims) and len(node.users) == 1:
-        user = next(iter(node.users))
-        later = views.after(user, dims) if user.target in views.RESHAPES else None
-        if later is None:
-            break
-        node, dims = user, resolved(later)
-    return (
-        (found.anchor, resolved(found.dims))
-        if any(len(group) > 1 for group in dims)
-        else (node, dims)
-    )
-
-
-def _product(axes: Sequence[Axis]) -> int:
-    size = 1
-    for axis in axes:
-        size *= axis.size
-    return size

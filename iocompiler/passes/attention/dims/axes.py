@@ -129,6 +129,16 @@ def index(group: Iterable[Axis]) -> sympy.Expr:
     return position
 
 
+def indices(dims: Iterable[Group]) -> tuple[sympy.Expr, ...]:
+    """`index` along each dim."""
+    return tuple(index(group) for group in dims)
+
+
+def extents(axes: Iterable[Axis]) -> dict[sympy.Symbol, sympy.Expr]:
+    """For the index along each axis, its size."""
+    return {axis.index: expression(axis.size) for axis in axes}
+
+
 def _divides(whole: Any, part: Any) -> bool:
     if isinstance(whole, int) and isinstance(part, int):
         return part != 0 and whole % part == 0

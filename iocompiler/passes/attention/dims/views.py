@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -63,6 +64,16 @@ def shape(node: Any) -> torch.Size:
 
 def dtype(node: Node) -> torch.dtype:
     return view.tensors(node)[0].dtype
+
+
+def is_tensor(value: Any) -> TypeGuard[Node]:
+    """Whether an argument is a node that computes one tensor."""
+    return isinstance(value, Node) and isinstance(view.value(value), torch.Tensor)
+
+
+def is_single(node: Node) -> bool:
+    """Whether the tensor is of one element."""
+    return all(known(extent == 1) for extent in shape(node))
 
 
 def after(node: Node, dims: Dims) -> Dims | None:
@@ -149,6 +160,22 @@ def stages(node: Node, dims: Dims) -> list[tuple[Node, Dims]]:
         node, dims = node.args[0], earlier
         found.append((node, dims))
     return [(each, resolved(its)) for each, its in found]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor and what it is a view of, each with its dims (see `stages`)."""
+
+    stages: tuple[tuple[Node, Dims], ...]
+
+    @property
+    def node(self) -> Node:
+        return self.stages[0][0]
+
+    @property
+    def dims(self) -> Dims:
+        """The dims of what is deepest, where repeated axes are missing."""
+        return self.stages[-1][1]
 
 
 def _order(node: Node) -> list[int]:

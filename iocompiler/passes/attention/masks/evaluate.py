@@ -26,7 +26,16 @@ from iocompiler.passes.attention.masks.arithmetic import (
     plain,
     power,
 )
-from iocompiler.passes.attention.masks.places import At, arange, filled, given, moved, scalar, zero
+from iocompiler.passes.attention.masks.places import (
+    ARANGES,
+    At,
+    arange,
+    filled,
+    given,
+    moved,
+    of_operand,
+    scalar,
+)
 from iocompiler.passes.attention.masks.values import (
     FORMULAS,
     Bounds,
@@ -116,7 +125,7 @@ class _Reading:
         place = moved(node, at, self.bounds)
         if place is not None:
             return self.value(node.args[0], place)
-        if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+        if node.target in ARANGES:
             return arange(node, at)
         element = filled(node)
         if element is not None:
@@ -156,21 +165,17 @@ class _Reading:
     # operators
 
     def _operands(self, node: Node, at: At) -> tuple[Value, Value]:
-        left, right = (self._operand(node, node.args[k], at) for k in (0, 1))
+        left, right = (self._operand(node.args[k], at) for k in (0, 1))
         return left, right
 
-    def _operand(self, node: Node, operand: Any, at: At) -> Value:
+    def _operand(self, operand: Any, at: At) -> Value:
         """The element of a broadcast operand."""
-        if not isinstance(operand, Node) or not isinstance(view.value(operand), torch.Tensor):
-            return self.value(operand, ())
-        shape = views.shape(operand)
-        last = at[len(at) - len(shape) :]
-        return self.value(operand, tuple(zero(n, x) for n, x in zip(shape, last, strict=True)))
+        return self.value(operand, of_operand(operand, at))
 
     def _logic(self, name: str, node: Node, at: At) -> Value | None:
         if views.dtype(node) != torch.bool:
             return None
-        found = [self._formula(self._operand(node, each, at)) for each in node.args]
+        found = [self._formula(self._operand(each, at)) for each in node.args]
         values = [each for each in found if each is not None]
         if len(values) < len(found):
             return None
@@ -204,7 +209,7 @@ class _Reading:
         return combine(name, plain(left), plain(right), float(alpha))
 
     def _no_larger(self, name: str, node: Node, at: At) -> Value | None:
-        values = [self._operand(node, each, at) for each in node.args]
+        values = [self._operand(each, at) for each in node.args]
         if name == "neg":
             return combine("mul", values[0], Number(-1.0), 1.0)
         limits = _limits(node) if "clamp" in name else None
@@ -212,24 +217,22 @@ class _Reading:
         return exact or Unknown(max(magnitude(each) for each in values))
 
     def _log(self, node: Node, at: At) -> Value | None:
-        return applied(logarithm, plain(self._operand(node, node.args[0], at)))
+        return applied(logarithm, plain(self._operand(node.args[0], at)))
 
     def _where(self, node: Node, at: At) -> Value | None:
         if len(node.args) != 3:
             return None
-        condition = self._formula(self._operand(node, node.args[0], at))
+        condition = self._formula(self._operand(node.args[0], at))
         if condition is None:
             return None
-        then, other = (self._operand(node, each, at) for each in node.args[1:])
+        then, other = (self._operand(each, at) for each in node.args[1:])
         return select(condition, then, other)
 
     def _masked_fill(self, node: Node, at: At) -> Value | None:
-        condition = self._formula(self._operand(node, node.args[1], at))
+        condition = self._formula(self._operand(node.args[1], at))
         if condition is None:
             return None
-        return select(
-            condition, self._operand(node, node.args[2], at), self._operand(node, node.args[0], at)
-        )
+        return select(condition, self._operand(node.args[2], at), self._operand(node.args[0], at))
 
     def _tril(self, node: Node, at: At) -> Value:
         return self._triangle(node, at, at[-2] - at[-1] + _diagonal(node))

@@ -10,7 +10,7 @@ from torch.fx import Node
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import expression, known
 from iocompiler.passes.attention.masks.arithmetic import affine, plain
-from iocompiler.passes.attention.masks.places import At, zero
+from iocompiler.passes.attention.masks.places import At, aligned
 from iocompiler.passes.attention.masks.values import Index, Value, extremes
 
 
@@ -32,11 +32,7 @@ def picked(reading: Reading, node: Node, at: At) -> Value | None:
     broadcast = at[: len(at) - rest]
     taken: list[sympy.Expr] = []
     for each in picks:
-        shape = views.shape(each)
-        where = tuple(
-            zero(n, x) for n, x in zip(shape, broadcast[len(broadcast) - len(shape) :], strict=True)
-        )
-        place = affine(reading.value(each, where))
+        place = affine(reading.value(each, aligned(views.shape(each), broadcast)))
         low = None if place is None else extremes(place, reading.bounds)[0]
         if place is None or low is None or not low.is_nonnegative:
             return reading.opaque(node, at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -27,9 +28,10 @@ from iocompiler.passes.attention.masks.values import (
     negate,
     select,
 )
-from iocompiler.passes.attention.reading.scores import constant
+from iocompiler.passes.attention.reading.constants import constant
 
 aten = torch.ops.aten
+ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 At: TypeAlias = tuple[sympy.Expr, ...]
 
 
@@ -48,8 +50,7 @@ def moved(node: Node, at: At, bounds: Bounds) -> At | None:
             return None
         return (*at[:dim], sympy.Integer(place), *at[dim:])
     if node.target is aten.expand.default:
-        shape = views.shape(node.args[0])
-        return tuple(zero(n, x) for n, x in zip(shape, at[len(at) - len(shape) :], strict=True))
+        return aligned(views.shape(node.args[0]), at)
     if node.target in (*views.VIEWS, *views.REPEATS):
         return _through_groups(node, at, bounds)
     return None
@@ -99,7 +100,18 @@ def zero(extent: Any, place: sympy.Expr) -> sympy.Expr:
     return sympy.Integer(0) if known(extent == 1) else place
 
 
-def arange(node: Node, at: At) -> Value | None:
+def aligned(shape: Sequence[Any], at: At) -> At:
+    """Where a tensor that is broadcast is read for the element at ``at`` of the result."""
+    last = at[len(at) - len(shape) :]
+    return tuple(zero(n, x) for n, x in zip(shape, last, strict=True))
+
+
+def of_operand(operand: Any, at: At) -> At:
+    """`aligned`, for an operand that may be a number."""
+    return aligned(views.shape(operand), at) if views.is_tensor(operand) else ()
+
+
+def arange(node: Node, at: At) -> Index | None:
     values = [whole(each) for each in node.args]
     if any(each is None for each in values):
         return None

@@ -15,8 +15,9 @@ from torch.fx import Node
 from iocompiler.graph import view
 from iocompiler.graph.patterns import HIDES
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Dims, broadcast, expression, index
+from iocompiler.passes.attention.dims.axes import broadcast, extents, indices
 from iocompiler.passes.attention.masks.evaluate import Evaluator
+from iocompiler.passes.attention.masks.limits import DROWNS
 from iocompiler.passes.attention.masks.values import (
     FORMULAS,
     AtLeast,
@@ -30,6 +31,7 @@ from iocompiler.passes.attention.masks.values import (
     magnitude,
     negate,
 )
+from iocompiler.passes.attention.reading.constants import constant
 from iocompiler.passes.attention.reading.description import (
     Attention,
     Bias,
@@ -38,17 +40,8 @@ from iocompiler.passes.attention.reading.description import (
     Fill,
     Step,
 )
-from iocompiler.passes.attention.reading.scores import constant
 
 aten = torch.ops.aten
-MASKS = HIDES
-"""A score set to this or less, or that has this added, is out: what scores themselves never come
-near.
-"""
-
-
-DROWNS = -1e8
-"""A number so negative that a score or bias added to it is lost in rounding."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
     Raises:
         Declined: a number written over scores does not mask them.
     """
-    bounds = {axis.index: expression(axis.size) for axis in (*found.rows, found.column)}
+    bounds = extents((*found.rows, found.column))
     masks: list[Mask] = []
     terms: list[Bias] = []
     size = 0.0
@@ -96,7 +89,7 @@ def read(found: Attention, evaluator: Evaluator) -> Masking:
         elif isinstance(step, Fill):
             masks += _fill(step, evaluator, bounds)
         elif isinstance(step, Bias):
-            value = evaluator.element(step.node, _places(step.dims), bounds)
+            value = evaluator.element(step.node, indices(step.dims), bounds)
             mask = _added(value, step, bounds)
             if mask is not None:
                 masks += [mask] if mask.keeps is not True else []
@@ -187,13 +180,13 @@ def _lower(found: Attention) -> AtLeast:
 
 
 def _fill(step: Fill, evaluator: Evaluator, bounds: Bounds) -> list[Mask]:
-    places = _places(step.dims)
+    places = indices(step.dims)
     value = evaluator.element(step.condition, places, bounds)
     formula = value if isinstance(value, FORMULAS) else Opaque((step.condition, places))
     keeps = formula if step.keep else negate(formula, bounds)
     if keeps is True:
         return []
-    if not step.value <= MASKS:
+    if not step.value <= HIDES:
         raise Declined(f"masked scores become {step.value:g}, which does not mask them")
     return [Mask(keeps, step.value, step)]
 
@@ -205,12 +198,8 @@ def _added(value: Value, step: Bias, bounds: Bounds) -> Mask | None:
     then, other = value.then, value.other
     if not isinstance(then, Number) or not isinstance(other, Number):
         return None
-    if then.value == 0.0 and other.value * step.factor <= MASKS:
+    if then.value == 0.0 and other.value * step.factor <= HIDES:
         return Mask(value.condition, other.value * step.factor, step)
-    if other.value == 0.0 and then.value * step.factor <= MASKS:
+    if other.value == 0.0 and then.value * step.factor <= HIDES:
         return Mask(negate(value.condition, bounds), then.value * step.factor, step)
     return None
-
-
-def _places(dims: Dims) -> tuple[sympy.Expr, ...]:
-    return tuple(index(group) for group in dims)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
@@ -18,7 +17,7 @@ from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import Axis, expression, known
 from iocompiler.passes.attention.masks.evaluate import Evaluator
-from iocompiler.passes.attention.masks.places import At, zero
+from iocompiler.passes.attention.masks.places import At, aligned
 from iocompiler.passes.attention.masks.values import Bounds, Index
 
 aten = torch.ops.aten
@@ -105,7 +104,7 @@ def by_distance(
     bounds: Bounds,
 ) -> Distances | None:
     """The tensor as one of distances; None where it is none."""
-    if row is None or not isinstance(view.value(node), torch.Tensor):
+    if row is None or not views.is_tensor(node):
         return None
     places = {axis: at.index(axis.index) for axis in (row, column) if axis.index in at}
     others = [d for d, x in enumerate(at) if d not in places.values() and x != 0]
@@ -146,7 +145,7 @@ def _root(node: Node, evaluator: Evaluator, steps: int) -> tuple[Node, int] | No
     for each in node.all_input_nodes:
         if node.target is aten.embedding.default and each is node.args[0]:
             continue  # the table itself
-        if _is_single(each):
+        if not views.is_tensor(each) or views.is_single(each):
             continue
         behind = _root(each, evaluator, steps + 1)
         if behind is None or (found is not None and found[0] is not behind[0]):
@@ -161,7 +160,7 @@ def _affine(node: Node, evaluator: Evaluator) -> tuple[int, int] | None:
     if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.dtype == torch.bool:
         return None
     names = [sympy.Dummy("x", integer=True, nonnegative=True) for _ in range(value.dim())]
-    at = tuple(zero(n, x) for n, x in zip(value.shape, names, strict=True))
+    at = aligned(value.shape, tuple(names))
     extents = {x: expression(n) for x, n in zip(names, value.shape, strict=True)}
     found = evaluator.element(node, at, extents)
     if not isinstance(found, Index):
@@ -171,11 +170,6 @@ def _affine(node: Node, evaluator: Evaluator) -> tuple[int, int] | None:
         if rest.is_Integer:
             return sign, int(rest)
     return None
-
-
-def _is_single(node: Node) -> bool:
-    value: Any = view.value(node)
-    return not isinstance(value, torch.Tensor) or all(known(n == 1) for n in value.shape)
 
 
 def _reaches(node: Node, root: Node) -> bool:

@@ -5,31 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
-import sympy
 import torch
 from torch.fx import Node
 
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.masks.places import At, whole
+from iocompiler.passes.attention.programs.integers import Integers, NotExpressed
 from iocompiler.tile.score import ScoreBuilder
-
-
-class NotExpressed(Exception):
-    """An element is not what a program can say: it is loaded, if not itself, then what reads it."""
 
 
 class Elements(Protocol):
     """Extracts elements of the tensors of a graph into the program ``build``."""
 
     build: ScoreBuilder
+    integers: Integers
 
     def value(self, node: Any, at: At) -> int: ...
 
     def operand(self, node: Any, at: At) -> int: ...
 
     def literal(self, node: Any, literal: float) -> int: ...
-
-    def integer(self, expr: sympy.Expr) -> int: ...
 
     def cast(self, value: int, dtype: torch.dtype) -> int: ...
 
@@ -192,8 +187,8 @@ def _triangle(sign: int) -> Rule:
         inside = whole(diagonal)
         if inside is None:
             raise NotExpressed
-        i, j = (elements.integer(at[place]) for place in (-2, -1))
-        offset = elements.integer(inside)
+        i, j = (elements.integers.affine(at[place]) for place in (-2, -1))
+        offset = elements.integers.affine(inside)
         i = elements.build.map("add", i, offset)
         kept = elements.build.map("le" if sign > 0 else "ge", j, i)
         value = elements.value(node.args[0], at)

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 import sympy
 from torch.fx import Node
 
-from iocompiler.passes.attention.dims.axes import Axis, Dims, index, known
+from iocompiler.graph.patterns import HIDES
+from iocompiler.passes.attention.dims import views
+from iocompiler.passes.attention.dims.axes import Axis, Dims, indices, known
 from iocompiler.passes.attention.masks.evaluate import Evaluator
+from iocompiler.passes.attention.masks.limits import DROWNS, MOST_NEGATIVE, reach
 from iocompiler.passes.attention.masks.places import At
-from iocompiler.passes.attention.masks.structure import DROWNS, MASKS
 from iocompiler.passes.attention.masks.values import spread
-from iocompiler.passes.attention.programs.element import Elements, Source, reach
-from iocompiler.passes.attention.programs.element_rules import NotExpressed, apply
+from iocompiler.passes.attention.programs.element import Elements
+from iocompiler.passes.attention.programs.element_rules import apply
+from iocompiler.passes.attention.programs.finish import check, renumbered
+from iocompiler.passes.attention.programs.integers import NotExpressed
+from iocompiler.passes.attention.programs.loads import Source
+from iocompiler.passes.attention.programs.pointwise import on_score
 from iocompiler.passes.attention.reading import library
 from iocompiler.passes.attention.reading.description import (
     Attention,
@@ -24,19 +30,14 @@ from iocompiler.passes.attention.reading.description import (
     Causal,
     Declined,
     Fill,
+    Inverse,
     Pointwise,
     Scale,
     Step,
 )
-from iocompiler.passes.attention.reading.scores import Inverse
-from iocompiler.tile.score import Empty, ScoreBuilder, ScoreProgram
-from iocompiler.tile.score_algebra import NotDifferentiable, derivative
-from iocompiler.tile.score_operands import use
+from iocompiler.tile.score import Empty, ScoreProgram
+from iocompiler.tile.score_algebra import NotDifferentiable
 from iocompiler.tile.score_proof import always
-
-_MOST_OPS = 80
-_MOST_OPERANDS = 8
-_MOST_NEGATIVE = -1e30
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,10 @@ class Extraction:
             self._step(step)
         keep, empty = self._kept()
         program = self.build.program(self.score, keep, empty)
-        used = sorted(
-            {int(program.ops[v].value) for v in program.loads(program.score, program.keep)}
-        )
-        _check(program)
-        sources = tuple(self.elements.sources[n] for n in used)
-        return Scored(_renumbered(program, used), sources, tuple(self.elements.numbers))
+        check(program)
+        program, used = renumbered(program)
+        sources = tuple(self.elements.loads.sources[n] for n in used)
+        return Scored(program, sources, tuple(self.elements.integers.numbers))
 
     def _step(self, step: Step) -> None:
         if isinstance(step, Scale):
@@ -113,13 +112,12 @@ class Extraction:
         return self.build.const(0) if self.found.row is None else self.build.index("i")
 
     def _value(self, node: object, dims: Dims) -> int:
-        places: At = tuple(index(group) for group in dims)
-        return self.elements.value(node, places)
+        return self.elements.value(node, indices(dims))
 
     def _scale(self, step: Scale) -> None:
         inverse = isinstance(step.factor, Inverse)
         source = step.factor.of if inverse else step.factor
-        rank = len(source.meta["val"].shape) if _is_tensor(source) else 0
+        rank = len(views.shape(source)) if views.is_tensor(source) else 0
         places: At = (sympy.Integer(0),) * rank
         value = self._value(source, step.dims) if step.dims else self.elements.value(source, places)
         literal = self.build.literal(value)
@@ -151,7 +149,7 @@ class Extraction:
                 self.size += self._size(step)
 
     def _size(self, step: Bias) -> float:
-        places: At = tuple(index(group) for group in step.dims)
+        places = indices(step.dims)
         found = self.elements.evaluator.element(step.node, places, self.elements.bounds)
         return abs(step.factor) * spread(found)
 
@@ -176,16 +174,16 @@ class Extraction:
         if op.kind != "map" or op.fn != "where":
             return None
         then, other = (self.build.literal(each) for each in op.inputs[1:])
-        if then == 0.0 and other is not None and other <= MASKS:
+        if then == 0.0 and other is not None and other <= HIDES:
             return Mask(op.inputs[0], float(other), True)
-        if other == 0.0 and then is not None and then <= MASKS:
+        if other == 0.0 and then is not None and then <= HIDES:
             return Mask(self.build.map("logical_not", op.inputs[0]), float(then), True)
         return None
 
     def _mask(self, mask: Mask) -> None:
         if self.build.literal(mask.keeps) is True:
             return
-        if mask.value <= MASKS:
+        if mask.value <= HIDES:
             self.masks.append(mask)
         else:
             self._settle()
@@ -193,7 +191,7 @@ class Extraction:
 
     def _masked(self, score: int, mask: Mask) -> int:
         value = self.build.const(
-            max(mask.value, _MOST_NEGATIVE) if mask.value > -math.inf else mask.value
+            max(mask.value, MOST_NEGATIVE) if mask.value > -math.inf else mask.value
         )
         if not mask.added:
             return self.build.map("where", mask.keeps, score, value)
@@ -237,7 +235,7 @@ class Extraction:
         mean = not self.found.dropout_p and not self.found.reads_rows
         if drowned and not hidden and (same or alone) and mean:
             return everything, "uniform"
-        if self.found.row_sums and any(mask.value < _MOST_NEGATIVE for mask in finite):
+        if self.found.row_sums and any(mask.value < MOST_NEGATIVE for mask in finite):
             raise Declined("the log-sum-exp of a row that a mask may hide altogether is read")
         for mask in finite:
             self.score = self._masked(self.score, mask)
@@ -245,7 +243,7 @@ class Extraction:
 
     def _outweighs(self, sink: Beside, masks: list[Mask]) -> bool:
         """Whether a row that is hidden altogether is the sink's."""
-        places: At = tuple(index(group) for group in sink.dims)
+        places = indices(sink.dims)
         within = (self.elements.evaluator, self.elements.bounds)
         size = reach(sink.of, places, *within) if isinstance(sink.of, Node) else abs(sink.of)
         return all(mask.value <= min(DROWNS, -4.0 * size) for mask in masks)
@@ -255,70 +253,3 @@ class Extraction:
         for mask in masks[1:]:
             total = self.build.map("and", total, mask.keeps)
         return total
-
-
-def on_score(build: ScoreBuilder, name: str, score: int, arguments: tuple[object, ...]) -> int:
-    """An operator applied to the score."""
-    numbers = [float(x) for x in arguments if isinstance(x, (int, float))]
-    if name in ("tanh", "neg", "sigmoid", "exp", "abs") and not arguments:
-        return build.map(name, score)
-    if name == "relu":
-        return _bounded(build, "le", score, 0.0)
-    if name == "square" or (name == "pow" and numbers == [2.0]):
-        return build.map("mul", score, score)
-    if name == "add" and len(numbers) == 1:
-        return build.map("add", score, build.const(numbers[0]))
-    beyond = {"clamp_min": "lt", "clamp_max": "gt"}
-    if name in beyond and len(numbers) == 1:
-        return _bounded(build, beyond[name], score, numbers[0])
-    if name == "clamp" and arguments:
-        low, high = (*arguments, None)[:2]
-        for bound, fn in ((low, "lt"), (high, "gt")):
-            if isinstance(bound, (int, float)):
-                score = _bounded(build, fn, score, float(bound))
-            elif bound is not None:
-                raise Declined("a clamp of the scores by what is not known before")
-        return score
-    raise Declined(f"{name} on the scores, with arguments that are not understood")
-
-
-def _bounded(build: ScoreBuilder, beyond: str, score: int, bound: float) -> int:
-    """The score, or the bound where it lies beyond that: no gradient flows there, and all of it
-    elsewhere, as of torch's; NaN stays.
-    """
-    limit = build.const(bound)
-    return build.map("where", build.map(beyond, score, limit), limit, score)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Node) and hasattr(value.meta.get("val"), "shape")
-
-
-def _check(program: ScoreProgram) -> None:
-    """Raise `Declined` where a gradient is none the kernels compute, or the program is too long."""
-    product = next((n for n, op in enumerate(program.ops) if op.kind == "score"), None)
-    if product is None:
-        raise Declined("the scores do not depend on the query")
-    derivative(program, product)
-    loads = program.loads(program.score, program.keep)
-    if len(program.ops) > _MOST_OPS or len(loads) > _MOST_OPERANDS:
-        raise Declined("the score program is too long")
-    for load in program.loads(program.score):
-        if program.ops[load].type == "float":
-            if use(program, load) is None:
-                raise Declined("a bias whose gradient has no kernel")
-            widened, slope = derivative(program, load)
-            # what a softmax sends back to the scores of a row adds up to zero
-            if program.planes and product in widened.behind(slope):
-                raise Declined("what the scores are multiplied by has a gradient that cancels out")
-
-
-def _renumbered(program: ScoreProgram, used: list[int]) -> ScoreProgram:
-    """Operands counted without those that nothing loads any more."""
-    build = ScoreBuilder()
-    for op in program.ops:
-        if op.kind == "load":
-            values = {**vars(op), "value": used.index(int(op.value))}
-            op = type(op)(**values)
-        build.ops.append(op)
-    return ScoreProgram(tuple(build.ops), program.score, program.keep, program.empty)

@@ -11,8 +11,7 @@ import torch
 from torch.fx import Node
 
 from iocompiler.passes.attention.programs.program import Extraction, Mask
-from iocompiler.passes.attention.reading.description import Pointwise, Scale
-from iocompiler.passes.attention.reading.scores import Inverse
+from iocompiler.passes.attention.reading.description import Inverse, Pointwise, Scale
 from iocompiler.tile.score import Empty
 
 

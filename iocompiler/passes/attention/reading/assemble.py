@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import Axis, Dims, flat, resolve
-from iocompiler.passes.attention.reading.description import Declined, Operand
+from iocompiler.passes.attention.dims.views import Operand
+from iocompiler.passes.attention.reading.description import Declined
 
 
 @dataclass(frozen=True)

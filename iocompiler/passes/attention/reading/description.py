@@ -11,28 +11,20 @@ import torch
 from torch.fx import Node
 
 from iocompiler.passes.attention.dims.axes import Axis, Dims
+from iocompiler.passes.attention.dims.views import Operand
 
 
 @dataclass(frozen=True)
-class Operand:
-    """A tensor and what it is a view of, each with its dims (see `views.stages`)."""
+class Inverse:
+    """One over a symbolic number or a tensor of one element."""
 
-    stages: tuple[tuple[Node, Dims], ...]
-
-    @property
-    def node(self) -> Node:
-        return self.stages[0][0]
-
-    @property
-    def dims(self) -> Dims:
-        """The dims of what is deepest, where repeated axes are missing."""
-        return self.stages[-1][1]
+    of: Node
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The scores are multiplied by a number: a Python one, a symbolic one, a tensor of one element;
-    or, where ``dims`` are given, by a tensor with these.
+    """The scores are multiplied by a number: a Python one, a symbolic one, a tensor of one element,
+    an `Inverse` of these; or, where ``dims`` are given, by a tensor with these.
     """
 
     factor: Any
@@ -155,3 +147,21 @@ class Attention:
 
 class Declined(Exception):
     """This is nearly an attention: the message says what is in the way."""
+
+
+class Sum(Declined):
+    """The scores are a sum of two contractions, ``node``: they may be one (`joined.join`)."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__("the scores are a sum of two contractions")
+        self.node = node
+
+
+class Mix(Declined):
+    """What is contracted with the values is a sum of probabilities: `mixed.part` makes
+    attentions of it.
+    """
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(f"{node.target} between the softmax and the second contraction")
+        self.node = node

@@ -19,6 +19,7 @@ from iocompiler.passes.attention.dims.axes import (
     resolve,
 )
 from iocompiler.passes.attention.reading.assemble import assemble
+from iocompiler.passes.attention.reading.constants import number
 from iocompiler.passes.attention.reading.description import (
     Attention,
     Bias,
@@ -28,7 +29,6 @@ from iocompiler.passes.attention.reading.description import (
     Scale,
     Step,
 )
-from iocompiler.passes.attention.reading.scores import number
 
 TARGET = torch.ops.aten.scaled_dot_product_attention.default
 

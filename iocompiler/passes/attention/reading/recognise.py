@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from iocompiler.graph import view
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import Axis, Dims, broadcast, flat, resolve, resolved
 from iocompiler.passes.attention.reading import (
     contraction,
     library,
+    near,
     powers,
     results,
     rows,
@@ -23,18 +23,15 @@ from iocompiler.passes.attention.reading import (
     weights,
 )
 from iocompiler.passes.attention.reading.assemble import assemble
+from iocompiler.passes.attention.reading.constants import number
 from iocompiler.passes.attention.reading.contraction import Contraction
 from iocompiler.passes.attention.reading.description import Attention, Beside, Declined
 from iocompiler.passes.attention.reading.rows import Softmax
 from iocompiler.passes.attention.reading.scores import Scores
 from iocompiler.passes.attention.reading.weights import Weights
-from iocompiler.passes.attention.sums.mixed import SUMS, Mix
 
 aten = torch.ops.aten
-_CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
-_JOINS = (aten.cat.default, aten.pad.default, aten.constant_pad_nd.default)
 _SIDES = ("left", "right")
-_NEAR = 4  # this far before a contraction a softmax is looked for to name what is in the way
 
 
 @dataclass(frozen=True)
@@ -88,67 +85,17 @@ def _probabilities(node: Node) -> _Probabilities | None:
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
             return None
         if node.target is aten.dropout.default:
-            p, train = scores.number(node.args[1]), bool(node.args[2])
+            p, train = number(node.args[1]), bool(node.args[2])
             if p is None:
                 raise Declined("a dropout known only at run time")
             if train and p and dropout_p:
                 raise Declined("dropout twice")
             dropout_p = p if train and p else dropout_p
-        elif node.target not in (*views.VIEWS, *_CONVERT):
-            if _softmax_near(node):
-                if node.target in SUMS:
-                    raise Mix(node)
-                raise Declined(f"{node.target} between the softmax and the second contraction")
+        elif node.target not in (*views.VIEWS, *views.CASTS):
+            near.check_between(node)
             return None
         path.append(node)
         node = node.args[0]
-
-
-def _softmax_near(node: Node, far: int = _NEAR) -> bool:
-    if rows.read(node) is not None:
-        return _from_scores(rows.read(node))
-    if node.op != "call_function" or far == 0 or contraction.read(node) is not None:
-        return False
-    return any(_softmax_near(read, far - 1) for read in node.all_input_nodes)
-
-
-def _widened(node: Node, far: int = _NEAR) -> bool:
-    """Whether scores, and what is put beside them, are near behind a node."""
-    if node.op != "call_function" or far == 0:
-        return False
-    if node.target in _JOINS:
-        return any(scores.read(part) is not None for part in node.all_input_nodes)
-    return any(_widened(read, far - 1) for read in node.all_input_nodes)
-
-
-def _unread(node: Node, far: int = _NEAR) -> Node | None:
-    """What is not understood between the softmax and scores near behind it: heads that are mixed,
-    say.
-    """
-    if node.op != "call_function" or far == 0:
-        return None
-    if any(_are_scores(each) for each in node.all_input_nodes):
-        return node
-    behind = (_unread(each, far - 1) for each in node.all_input_nodes)
-    return next((each for each in behind if each is not None), None)
-
-
-def _are_scores(node: Node) -> bool:
-    """Whether a node is made of the product of two tensors neither of which is a layer's weight."""
-    try:
-        found = scores.read(node)
-    except Declined:
-        return True
-    first = found.contraction if found is not None else None
-    return first is not None and not any(map(contraction.is_learned, (first.left, first.right)))
-
-
-def _from_scores(softmax: Softmax | None) -> bool:
-    try:
-        found = softmax is not None and scores.read(softmax.scores) is not None
-    except Declined:
-        return True
-    return found or (softmax is not None and _unread(softmax.scores) is not None)
 
 
 def _attention(
@@ -159,13 +106,7 @@ def _attention(
 ) -> Attention | None:
     program = scores.read(found.softmax.scores)
     if program is None:
-        if _softmax_near(found.softmax.scores):
-            raise Declined("a softmax of a softmax")
-        if _widened(found.softmax.scores):
-            raise Declined("the softmax is over more than the scores, such as a sink beside them")
-        unread = _unread(found.softmax.scores)
-        if unread is not None:
-            raise Declined(f"{unread.target} on the scores, at {view.where(unread)}")
+        near.check_unread(found.softmax.scores)
         return None
     dims = resolved(program.dims)
     column = _column(dims, found.softmax.dim)
@@ -226,7 +167,7 @@ def _operands(
     first, dims = program.contraction, resolved(program.dims)
     query, key = _query_and_key(first, column)
     shared = set(flat(query[1])) & set(flat(key[1])) - set(resolve((first.contracted,)))
-    if not shared and _are_scores(key[0]):
+    if not shared and near.are_scores(key[0]):
         raise Declined("the heads of the scores are mixed before they weigh the values")
     operands = assemble(query, key, value, output, of_weights[1], column, first.contracted)
     row = operands.row

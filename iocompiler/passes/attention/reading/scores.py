@@ -8,28 +8,31 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from iocompiler.graph import view
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Dims, broadcast, known
+from iocompiler.passes.attention.dims.axes import Dims, broadcast
 from iocompiler.passes.attention.reading import contraction
+from iocompiler.passes.attention.reading.constants import constant, number
 from iocompiler.passes.attention.reading.contraction import Contraction
 from iocompiler.passes.attention.reading.description import (
     Bias,
     Cast,
     Declined,
     Fill,
+    Inverse,
     Pointwise,
     Scale,
     Step,
+    Sum,
 )
 
 aten = torch.ops.aten
 _LONGEST = 64  # no score program is longer
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _ADD = (aten.add.Tensor, aten.add.Scalar)
 _SUB = (aten.sub.Tensor, aten.sub.Scalar)
 _MUL = (aten.mul.Tensor, aten.mul.Scalar)
 _DIV = (aten.div.Tensor, aten.div.Scalar)
-_CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device)
+_CONVERT = (*views.CASTS, aten.to.device)
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _WHERES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 _MAXIMA = (aten.max.other, aten.maximum.default)
@@ -69,14 +72,6 @@ class Scores:
         )
 
 
-class Sum(Declined):
-    """The scores are a sum of two contractions, ``node``: they may be one (`joined.join`)."""
-
-    def __init__(self, node: Node) -> None:
-        super().__init__("the scores are a sum of two contractions")
-        self.node = node
-
-
 def read(node: Node, fuel: int = _LONGEST, *, adds: bool = True) -> Scores | None:
     """The scores a node computes; None where no contraction is behind it. Without ``adds``, what
     `torch.baddbmm` adds is left out.
@@ -96,7 +91,7 @@ def read(node: Node, fuel: int = _LONGEST, *, adds: bool = True) -> Scores | Non
     if node.target in _MAXIMA:
         return _bounded(node, fuel - 1)
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or not _is_tensor(source):
+    if not views.is_tensor(source):
         return None
     if node.target not in (*views.VIEWS, *_CONVERT, *_FILLS, *_UNARY):
         return None
@@ -138,7 +133,7 @@ def _is_scores(node: Node) -> bool:
 
 def _binary(node: Node, fuel: int) -> Scores | None:
     left, right = node.args[0], node.args[1]
-    sides = [side for side in (left, right) if isinstance(side, Node) and _is_tensor(side)]
+    sides = [side for side in (left, right) if views.is_tensor(side)]
     behind = _behind(sides, fuel, adds=node.target in (*_ADD, *_SUB))
     if not behind:
         return None
@@ -147,7 +142,7 @@ def _binary(node: Node, fuel: int) -> Scores | None:
     if len(behind) == 2:
         raise (
             Sum(node)
-            if node.target in (aten.add.Tensor, aten.sub.Tensor)
+            if node.target in SUMS
             else Declined("the scores are a product or a quotient of two contractions")
         )
     side, scores = behind[0]
@@ -186,7 +181,7 @@ def _behind(sides: list[Node], fuel: int, *, adds: bool) -> list[tuple[Node, Sco
 
 def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool) -> list[Step]:
     """The steps of ``scores (op) other``, or of ``other (op) scores`` where not ``first``."""
-    single = not isinstance(other, Node) or not _is_tensor(other) or _is_single(other)
+    single = not views.is_tensor(other) or views.is_single(other)
     if node.target in (*_MUL, *_DIV):
         if node.target in _DIV and not first:
             raise Declined("the scores are divided by")
@@ -194,7 +189,7 @@ def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool
         return [Scale(factor) if single else Scale(factor, _against(dims, other))]
     sign = 1.0 if node.target in _ADD else -1.0
     factors = (1.0, sign * alpha) if first else (sign * alpha, 1.0)
-    if not isinstance(other, Node) or not _is_tensor(other):
+    if not views.is_tensor(other):
         if constant(other) == 0.0 and (first or node.target in _ADD):
             return []
         known_number = number(other)
@@ -206,13 +201,6 @@ def _arithmetic(node: Node, dims: Dims, other: Any, alpha: float, *, first: bool
     return [Scale(factors[0]), bias] if factors[0] != 1.0 else [bias]
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """One over a symbolic number or a tensor of one element."""
-
-    of: Node
-
-
 def _inverse(factor: Any) -> Any:
     return Inverse(factor) if isinstance(factor, Node) else 1.0 / factor
 
@@ -220,7 +208,7 @@ def _inverse(factor: Any) -> Any:
 def _where(node: Node, fuel: int) -> Scores | None:
     condition, left, right = node.args[:3]
     for source, value, keep in ((left, right, True), (right, left, False)):
-        if isinstance(source, Node) and _is_tensor(source):
+        if views.is_tensor(source):
             scores = read(source, fuel)
             if scores is not None:
                 return _fill(scores, node, condition, value, keep=keep)
@@ -258,50 +246,3 @@ def _against(dims: Dims, other: Node) -> Dims:
     if found is None:
         raise Declined("the scores are widened by a broadcast")
     return found
-
-
-def number(value: Any) -> float | None:
-    """`constant`, or a symbolic number the graph is then guarded on: a module's scale or dropout is
-    as good as constant.
-    """
-    if isinstance(value, Node) and isinstance(view.value(value), (torch.SymFloat, float, int)):
-        try:
-            return float(view.value(value))
-        except Exception:  # known at run time only
-            return None
-    return constant(value)
-
-
-def constant(value: Any) -> float | None:
-    """The number a value is: a Python one, or a tensor of one element made from one."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    while isinstance(value, Node) and value.op == "call_function":
-        if value.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
-            made = value.args[0] if value.target is aten.scalar_tensor.default else value.args[1]
-            return float(made) if isinstance(made, (int, float)) else None
-        if value.target not in (
-            *_CONVERT,
-            *views.VIEWS,
-            aten.lift_fresh_copy.default,
-            aten.detach_.default,
-        ):
-            return None
-        value = value.args[0]
-    if isinstance(value, Node) and value.op == "get_attr":
-        held = getattr(value.graph.owning_module, str(value.target), None)
-        if isinstance(held, torch.Tensor) and held.numel() == 1 and not _is_fake(held):
-            return float(held)
-    return None
-
-
-def _is_single(node: Node) -> bool:
-    return all(known(extent == 1) for extent in views.shape(node))
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(view.value(node), torch.Tensor)

@@ -15,8 +15,8 @@ from torch.fx import Node
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import known
 from iocompiler.passes.attention.reading import powers
+from iocompiler.passes.attention.reading.constants import constant
 from iocompiler.passes.attention.reading.powers import Powers
-from iocompiler.passes.attention.reading.scores import constant
 
 aten = torch.ops.aten
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)

@@ -17,6 +17,7 @@ from iocompiler.ops.scored_attention import WIDEST
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import Dims, flat, resolve
 from iocompiler.passes.attention.reading import contraction, scores
+from iocompiler.passes.attention.reading.constants import number
 from iocompiler.passes.attention.reading.contraction import Contraction
 from iocompiler.passes.attention.reading.description import Declined, Pointwise
 from iocompiler.passes.attention.reading.scores import Scores
@@ -76,7 +77,7 @@ def read(node: Node, second: Contraction, value: tuple[Node, Dims]) -> Weights |
     if not name or second.node is program.contraction.node:
         return None
     for each in path:
-        if each.target is aten.dropout.default and each.args[2] and scores.number(each.args[1]):
+        if each.target is aten.dropout.default and each.args[2] and number(each.args[1]):
             raise Declined("a dropout of weights that no softmax makes")
     return Weights(program, tuple(reversed(path)), name)
 

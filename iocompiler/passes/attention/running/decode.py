@@ -12,7 +12,7 @@ from iocompiler.ops import target
 from iocompiler.ops.attention_choice import choose
 from iocompiler.ops.scored_attention import WIDEST
 from iocompiler.passes.attention.dims import axes
-from iocompiler.passes.attention.dims.arrange import Frame
+from iocompiler.passes.attention.reading.frame import Frame
 from iocompiler.passes.attention.running.forward import Call
 
 _SHORTEST = 256  # below, launches are all there is to price

@@ -17,11 +17,14 @@ from iocompiler.graph import view
 from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.attention_choice import choose
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.arrange import Arranger, Frame, forward_views
+from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import Dims, flat
+from iocompiler.passes.attention.dims.views import Operand
 from iocompiler.passes.attention.masks import structure
 from iocompiler.passes.attention.masks.evaluate import Evaluator
+from iocompiler.passes.attention.masks.limits import DROWNS, MOST_NEGATIVE
 from iocompiler.passes.attention.masks.structure import Mask, Masking
+from iocompiler.passes.attention.reading.constants import number
 from iocompiler.passes.attention.reading.description import (
     Attention,
     Bias,
@@ -29,20 +32,16 @@ from iocompiler.passes.attention.reading.description import (
     Causal,
     Declined,
     Fill,
-    Operand,
+    Inverse,
     Pointwise,
     Scale,
     Step,
 )
-from iocompiler.passes.attention.reading.scores import Inverse, number
+from iocompiler.passes.attention.reading.frame import Frame, forward_views
 from iocompiler.passes.attention.running import strides
 
 aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_NEGATIVE = -1e30
-"""Instead of the most negative number: times log2(e) it does not overflow, and a score added to it
-is lost all the same.
-"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _check(mask: Mask, found: Attention, *, alone: bool) -> None:
         return
     if found.dtype == torch.float16:
         raise Declined("float16 has no bias for a row that may be masked altogether")
-    if not alone and mask.value > structure.DROWNS:
+    if not alone and mask.value > DROWNS:
         raise Declined(f"several masks or biases, one of only {mask.value:g}, may hide a row")
 
 
@@ -266,7 +265,7 @@ def _mask(arranger: Arranger, call: Call, mask: Mask, frame: Frame) -> Node:
     if isinstance(step, Fill):
         # alone, it makes a row it hides altogether uniform, whatever the scores there were
         alone = math.isfinite(mask.value) and call.masking.is_one_mask
-        value = _MOST_NEGATIVE if alone else _limited(mask.value)
+        value = MOST_NEGATIVE if alone else _limited(mask.value)
         pair = (0.0, value) if step.keep else (value, 0.0)
         node = arranger.call(aten.where.Scalar, step.condition, *pair)
         return arranger.arranged(cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
@@ -275,9 +274,9 @@ def _mask(arranger: Arranger, call: Call, mask: Mask, frame: Frame) -> Node:
     if step.factor != 1.0:
         node = arranger.call(aten.mul.Tensor, node, step.factor)
     if _limited(mask.value) != mask.value:
-        node = arranger.call(aten.clamp_min.default, node, _MOST_NEGATIVE)
+        node = arranger.call(aten.clamp_min.default, node, MOST_NEGATIVE)
     return arranger.arranged(cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
 
 
 def _limited(value: float) -> float:
-    return max(value, _MOST_NEGATIVE) if math.isfinite(value) else value
+    return max(value, MOST_NEGATIVE) if math.isfinite(value) else value

@@ -18,11 +18,11 @@ from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
 from iocompiler.ops.scored_attention import FORWARD, ROWS, WIDEST, choose
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.arrange import Arranger, Frame, forward_views
+from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import flat, resolved
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.programs.distances import Distances
-from iocompiler.passes.attention.programs.element import Source
+from iocompiler.passes.attention.programs.loads import Source
 from iocompiler.passes.attention.programs.program import Extraction, Scored
 from iocompiler.passes.attention.programs.weights_program import WeightsExtraction
 from iocompiler.passes.attention.reading.description import (
@@ -37,6 +37,7 @@ from iocompiler.passes.attention.reading.description import (
     Scale,
     Step,
 )
+from iocompiler.passes.attention.reading.frame import Frame, forward_views
 from iocompiler.passes.attention.reading.results import check_readers
 from iocompiler.passes.attention.running import decode, forward, seeds, strides
 from iocompiler.tile.dropout import threshold

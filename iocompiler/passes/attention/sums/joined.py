@@ -17,9 +17,10 @@ from iocompiler.graph import view
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import Dims, Group, flat, known, resolve, resolved, size
+from iocompiler.passes.attention.dims.views import Operand
 from iocompiler.passes.attention.reading import contraction, scores
-from iocompiler.passes.attention.reading.description import Bias, Cast, Declined, Operand, Scale
-from iocompiler.passes.attention.reading.scores import Inverse, Scores
+from iocompiler.passes.attention.reading.description import Bias, Cast, Declined, Inverse, Scale
+from iocompiler.passes.attention.reading.scores import Scores
 
 aten = torch.ops.aten
 _MATRICES = 3

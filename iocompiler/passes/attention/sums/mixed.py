@@ -11,28 +11,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
-from iocompiler.graph import view
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import broadcast, flat, resolve, resolved
+from iocompiler.passes.attention.dims.views import Operand
 from iocompiler.passes.attention.reading import contraction
 from iocompiler.passes.attention.reading.contraction import Contraction
-from iocompiler.passes.attention.reading.description import Declined, Operand
+from iocompiler.passes.attention.reading.description import Declined
+from iocompiler.passes.attention.reading.scores import SUMS
 
 aten = torch.ops.aten
-SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default)
-_CONVERT = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
-
-
-class Mix(Declined):
-    """What is contracted with the values is a sum of probabilities: `part` makes attentions of
-    it.
-    """
-
-    def __init__(self, node: Node) -> None:
-        super().__init__(f"{node.target} between the softmax and the second contraction")
-        self.node = node
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ def part(gm: GraphModule, whole: Node, mix: Node) -> Parted:
 def _below(second: Contraction | None, side: str) -> Node | None:
     """An operand without casts."""
     node = second.operand(side)[0] if second is not None else None
-    while node is not None and node.target in _CONVERT:
+    while node is not None and node.target in views.CASTS:
         (node,) = node.all_input_nodes
     return node
 
@@ -88,7 +77,7 @@ class _Parting:
 
     def term(self, node: Any) -> Node:
         """The product of one term with the values."""
-        if not _is_tensor(node):
+        if not views.is_tensor(node):
             raise Declined("a number is added to the probabilities")
         if not views.alike(node, self.second.operand(self.side)[0]):
             raise Declined("the probabilities are broadcast")
@@ -123,7 +112,7 @@ class _Parting:
 
     def _scaled(self, node: Node) -> Node:
         behind: list[Any] = list(node.args[:2])
-        full = [_is_tensor(each) and views.alike(each, node) for each in behind]
+        full = [views.is_tensor(each) and views.alike(each, node) for each in behind]
         if not full[0]:
             behind.reverse()
         source, factor = behind
@@ -133,7 +122,7 @@ class _Parting:
         if divided and source is not node.args[0]:
             raise Declined("the probabilities are divided by")
         product = self.term(source)
-        if _is_tensor(factor):
+        if views.is_tensor(factor):
             factor = self._factor(factor)
         return edit.call(self.gm, node.target, (product, factor), {}, near=self.whole)
 
@@ -169,7 +158,3 @@ class _Parting:
         return edit.call(
             self.gm, aten.select.int, (self.products[key], last, place), {}, near=self.whole
         )
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Node) and isinstance(view.value(value), torch.Tensor)
