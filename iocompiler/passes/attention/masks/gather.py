@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import sympy
 from torch.fx import Node
@@ -11,17 +11,8 @@ from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import expression, known
 from iocompiler.passes.attention.masks.arithmetic import affine, plain
 from iocompiler.passes.attention.masks.places import At, aligned
+from iocompiler.passes.attention.masks.rule import Reading
 from iocompiler.passes.attention.masks.values import Index, Value, extremes
-
-
-class Reading(Protocol):
-    """Evaluates elements of one graph; ``bounds`` holds the size of each index in use."""
-
-    bounds: dict[sympy.Symbol, sympy.Expr]
-
-    def value(self, node: Any, at: At) -> Value: ...
-
-    def opaque(self, node: Node, at: At) -> Value: ...
 
 
 def picked(reading: Reading, node: Node, at: At) -> Value | None:

@@ -32,8 +32,8 @@ class Integers:
         for term in sympy.Add.make_args(sympy.expand(expr)):
             part, negative = self._term(term)
             if total is None:
-                zero_ = self._build.const(0)
-                total = self._build.map("sub", zero_, part) if negative else part
+                zero = self._build.const(0)
+                total = self._build.map("sub", zero, part) if negative else part
             else:
                 total = self._build.map("sub" if negative else "add", total, part)
         assert total is not None

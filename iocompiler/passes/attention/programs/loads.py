@@ -56,7 +56,15 @@ class Loads:
 
     def finite(self, node: Node, at: At) -> int:
         """The element loaded; its finite values stay finite when multiplied by log2(e)."""
-        return self._finite(self.as_is(node, at), node, at)
+        value = self.as_is(node, at)
+        if self._build.type(value) != "float":
+            return value
+        found = self._evaluator.element(node, at, self._bounds)
+        if getattr(found, "bound", LARGEST + 1) <= LARGEST or requires_grad(node):
+            return value
+        lowest = self._build.map("maximum", value, self._build.const(MOST_NEGATIVE))
+        infinite = self._build.map("eq", value, self._build.const(float("-inf")))
+        return self._build.map("where", infinite, value, lowest)
 
     def as_is(self, node: Node, at: At) -> int:
         """The element loaded."""
@@ -85,19 +93,9 @@ class Loads:
             return self._build.load(place, subscripts, type_)
         present = {axis for group in source.dims for axis in resolve(group)}
         names = zip("bhij", self._frame.scores, strict=True)
-        zero_ = self._build.const(0)
-        subscripts = [self._build.index(n) if present & set(g) else zero_ for n, g in names]
+        zero = self._build.const(0)
+        subscripts = [self._build.index(n) if present & set(g) else zero for n, g in names]
         return self._build.load(place, subscripts, type_)
-
-    def _finite(self, value: int, node: Node, at: At) -> int:
-        if self._build.type(value) != "float":
-            return value
-        found = self._evaluator.element(node, at, self._bounds)
-        if getattr(found, "bound", LARGEST + 1) <= LARGEST or requires_grad(node):
-            return value
-        lowest = self._build.map("maximum", value, self._build.const(MOST_NEGATIVE))
-        infinite = self._build.map("eq", value, self._build.const(float("-inf")))
-        return self._build.map("where", infinite, value, lowest)
 
     def _group(self, place: sympy.Expr, extent: Any) -> Group:
         """The axes whose index a place is."""
