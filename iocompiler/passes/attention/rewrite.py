@@ -17,6 +17,7 @@ from iocompiler.passes.attention.reading.description import Attention, Declined,
 from iocompiler.passes.attention.reading.frame import forward_views
 from iocompiler.passes.attention.reading.recognise import recognise
 from iocompiler.passes.attention.running import forward, inductor, scored, seeds, strides
+from iocompiler.passes.attention.running.choice import planned
 from iocompiler.passes.attention.running.scored import ScoredCall
 from iocompiler.passes.attention.sums.joined import Joined, join
 from iocompiler.passes.attention.sums.mixed import Parted, part
@@ -89,7 +90,7 @@ def _call(
     found = results.private(gm, found)
     alone.check(gm, found)
     results.check_readers(gm, found, forward_views(found)[0])
-    call = _planned(found, Evaluator(gm))
+    call = planned(found, Evaluator(gm))
     if target.is_inductor():
         inductor.check(gm, call)
     return call, call.variant + ("+weights" if found.is_shared else "")
@@ -128,28 +129,3 @@ def _joining(gm: GraphModule, node: Node, joins: list[Joined]) -> Attention | No
             return recognise(node)
         except Sum as scores:
             joins.append(join(gm, scores.node))
-
-
-def _planned(found: Attention, evaluator: Evaluator) -> forward.Call | ScoredCall:
-    """The library's call, or a score program where there is none or it is dearer.
-
-    Raises:
-        Declined: neither runs it.
-    """
-    call: forward.Call | None = None
-    declined: Declined | None = None
-    try:
-        call = forward.plan(found, evaluator)
-    except Declined as reason:
-        declined = reason
-    if found.reads_rows or scored.wanted(call, found):
-        try:
-            return scored.plan(scored.proved(found, call), evaluator)
-        except Declined as reason:
-            if found.reads_rows:
-                raise
-            declined = declined and Declined(f"{declined}; {reason}")
-    if call is None:
-        assert declined is not None
-        raise declined
-    return call

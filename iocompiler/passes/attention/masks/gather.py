@@ -11,7 +11,7 @@ from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import expression, known
 from iocompiler.passes.attention.masks.arithmetic import affine, plain
 from iocompiler.passes.attention.masks.places import At, aligned
-from iocompiler.passes.attention.masks.rule import Reading
+from iocompiler.passes.attention.masks.protocol import Reading
 from iocompiler.passes.attention.masks.values import Index, Value, extremes
 
 

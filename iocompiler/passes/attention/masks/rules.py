@@ -25,7 +25,7 @@ from iocompiler.passes.attention.masks.arithmetic import (
     power,
 )
 from iocompiler.passes.attention.masks.places import At
-from iocompiler.passes.attention.masks.rule import Reading, Rule
+from iocompiler.passes.attention.masks.protocol import Reading, Rule
 from iocompiler.passes.attention.masks.values import (
     FORMULAS,
     Formula,

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from iocompiler.graph import view
 from iocompiler.passes.attention.dims import views
+from iocompiler.passes.attention.reading.description import Inverse
 
 aten = torch.ops.aten
 
@@ -23,6 +24,14 @@ def number(value: Any) -> float | None:
         except Exception:  # known at run time only
             return None
     return constant(value)
+
+
+def literal(factor: Any) -> float | None:
+    """The number a factor is, None where it is known at run time only."""
+    if isinstance(factor, Inverse):
+        below = literal(factor.of)
+        return None if below is None or below == 0.0 else 1.0 / below
+    return number(factor)
 
 
 def constant(value: Any) -> float | None:

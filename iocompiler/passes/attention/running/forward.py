@@ -7,24 +7,21 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.attention_choice import choose
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
-from iocompiler.passes.attention.dims.axes import Dims, flat
-from iocompiler.passes.attention.dims.views import Operand
+from iocompiler.passes.attention.dims.axes import flat
 from iocompiler.passes.attention.masks import structure
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.limits import DROWNS, MOST_NEGATIVE
 from iocompiler.passes.attention.masks.structure import Mask, Masking
-from iocompiler.passes.attention.reading.constants import number
+from iocompiler.passes.attention.reading.constants import literal
 from iocompiler.passes.attention.reading.description import (
     Attention,
     Bias,
@@ -32,16 +29,20 @@ from iocompiler.passes.attention.reading.description import (
     Causal,
     Declined,
     Fill,
-    Inverse,
     Pointwise,
     Scale,
     Step,
 )
 from iocompiler.passes.attention.reading.frame import Frame, forward_views
-from iocompiler.passes.attention.running import strides
+from iocompiler.passes.attention.running.operands import (
+    cast,
+    check_dtypes,
+    finish,
+    multiplied,
+    operands,
+)
 
 aten = torch.ops.aten
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,7 @@ def plan(found: Attention, evaluator: Evaluator) -> Call:
     Raises:
         Declined: no kernel expresses it.
     """
-    if found.dtype not in _DTYPES:
-        raise Declined(f"the output is {found.dtype}")
-    for operand in (found.query, found.key, found.value):
-        if not views.dtype(operand.node).is_floating_point:
-            raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
+    check_dtypes(found)
     scale, factors, steps = _folded(found.steps)
     if any(found.column in flat(factor.dims) for factor in factors):
         raise Declined("the scores are multiplied by a tensor that differs from key to key")
@@ -139,14 +136,6 @@ def _scaled(step: Step, scale: float) -> Step:
     return replace(step, value=step.value * scale) if isinstance(step, Fill) else step
 
 
-def literal(factor: Any) -> float | None:
-    """The number a factor is, None where it is known at run time only."""
-    if isinstance(factor, Inverse):
-        below = literal(factor.of)
-        return None if below is None or below == 0.0 else 1.0 / below
-    return number(factor)
-
-
 def apply(gm: GraphModule, call: Call) -> None:
     """Put the call where the attention's output was computed, and erase what it stands for."""
     found, frame = call.found, Frame(call.found)
@@ -171,76 +160,6 @@ def apply(gm: GraphModule, call: Call) -> None:
         choice.layout,
     )
     finish(gm, found, arranger, arranger.call(operator.getitem, results, 0), anchor, dims)
-
-
-def operands(arranger: Arranger, found: Attention, frame: Frame) -> tuple[Node, Node, Node]:
-    """Query, key and value as the semantic ops take them."""
-    query, key, value = (
-        cast(arranger, arranger.operand(_narrowed(operand, found.dtype), target), found.dtype)
-        for operand, target in (
-            (found.query, frame.query),
-            (found.key, frame.key),
-            (found.value, frame.value),
-        )
-    )
-    return query, key, value
-
-
-def multiplied(
-    arranger: Arranger, query: Node, factors: tuple[Scale, ...], frame: Frame, dtype: torch.dtype
-) -> Node:
-    """The query times (or divided by) what the scores are."""
-    for factor in factors:
-        inverse = isinstance(factor.factor, Inverse)
-        by = factor.factor.of if inverse else factor.factor
-        if factor.dims:  # [B, H, S, 1] of the scores, as of the query
-            by = arranger.arranged(by, factor.dims, frame.scores, widen=False)
-        else:
-            by = _single(arranger, by)
-        query = arranger.call(aten.div.Tensor if inverse else aten.mul.Tensor, query, by)
-        query = cast(arranger, query, dtype)
-    return query
-
-
-def finish(
-    gm: GraphModule, found: Attention, arranger: Arranger, out: Node, anchor: Node, dims: Dims
-) -> None:
-    """Let the output [B, H, S, E] stand where it was computed, and erase what it stands for."""
-    out = arranger.arranged(out, Frame(found).out, dims)
-    out = cast(arranger, out, views.dtype(anchor))
-    strides.note(out, view.value(anchor))
-    edit.redirect(gm, anchor, out)
-    for node in reversed(list(gm.graph.nodes)):
-        if node in found.interior:
-            edit.erase(gm, node)  # a dropout is never erased for being unread alone
-
-
-def _narrowed(operand: Operand, dtype: torch.dtype) -> Operand:
-    """Without a widening cast of what already has the output's dtype: the kernels accumulate in
-    float32 anyway.
-    """
-    node, dims = operand.stages[-1]
-    if views.dtype(node) == dtype or node.target is not aten.to.dtype:
-        return operand
-    source: Any = node.args[0]
-    if views.dtype(source) != dtype or dtype not in (torch.float16, torch.bfloat16):
-        return operand
-    return Operand((*operand.stages, *views.stages(source, dims)))
-
-
-def cast(arranger: Arranger, node: Node, dtype: torch.dtype) -> Node:
-    return node if views.dtype(node) == dtype else arranger.call(aten.to.dtype, node, dtype)
-
-
-def _single(arranger: Arranger, factor: Any) -> Any:
-    """A tensor of one element without dims, so that it widens nothing."""
-    if (
-        isinstance(factor, Node)
-        and isinstance(view.value(factor), torch.Tensor)
-        and len(views.shape(factor))
-    ):
-        return arranger.call(aten.reshape.default, factor, [])
-    return factor
 
 
 def _bias(arranger: Arranger, call: Call, frame: Frame) -> Node | None:

@@ -14,9 +14,8 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
-from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
-from iocompiler.ops.scored_attention import FORWARD, ROWS, WIDEST, choose
+from iocompiler.ops.scored_attention import FORWARD, ROWS, choose
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import flat, resolved
@@ -25,12 +24,12 @@ from iocompiler.passes.attention.programs.distances import Distances
 from iocompiler.passes.attention.programs.loads import Source
 from iocompiler.passes.attention.programs.program import Extraction, Scored
 from iocompiler.passes.attention.programs.weights_program import WeightsExtraction
+from iocompiler.passes.attention.reading.constants import literal
 from iocompiler.passes.attention.reading.description import (
     Attention,
     Beside,
     Bias,
     Cast,
-    Causal,
     Declined,
     Pointwise,
     RowSum,
@@ -39,13 +38,17 @@ from iocompiler.passes.attention.reading.description import (
 )
 from iocompiler.passes.attention.reading.frame import Frame, forward_views
 from iocompiler.passes.attention.reading.results import check_readers
-from iocompiler.passes.attention.running import decode, forward, seeds, strides
+from iocompiler.passes.attention.running import seeds, strides
+from iocompiler.passes.attention.running.operands import (
+    cast,
+    check_dtypes,
+    finish,
+    multiplied,
+    operands,
+)
 from iocompiler.tile.dropout import threshold
 
 aten = torch.ops.aten
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HOPPER = (9, 0)
-_DROPPED_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -74,59 +77,15 @@ class ScoredCall:
         return "+".join(["program", *(name for name, there in names if there)])
 
 
-def wanted(call: forward.Call | None, found: Attention) -> bool:
-    """Whether a program is better than ``call``, the libraries' way: where that is none, and on a
-    GPU where it needs a matrix of biases, where few queries meet many keys, or with dropout.
-    """
-    if call is None:
-        return True
-    if target.device_type(view.value(found.query.node)) != "cuda":
-        return False
-    if not (call.masking.masks or call.masking.terms):
-        return decode.is_better(call) or _drops_faster(found)
-    narrow = all(isinstance(each, int) and each <= WIDEST for each in _widths(found))
-    return narrow and found.dtype != torch.float64
-
-
-def proved(found: Attention, call: forward.Call | None) -> Attention:
-    """An attention for which a library needs no tensor added to the scores as causal or not, which
-    was proved of masks that may be written in another way (of positions, of documents of which
-    there is one): a program need not read them. Any other as it is written.
-    """
-    if call is None or call.masking.masks or call.masking.terms:
-        return found
-    structure = (Causal(),) if call.masking.causal else ()
-    return replace(found, steps=(Scale(call.scale), *call.factors, *structure))
-
-
-def _drops_faster(found: Attention) -> bool:
-    """Whether our dropout, of fewer random words than the libraries draw, makes up for slower
-    products: of heads 64 wide, forward and backward, whatever the length (measured on Hopper,
-    benchmarks/RESULTS.md); heads of 128 lose up to 26 % of a training step.
-    """
-    if not 0.0 < found.dropout_p < 1.0 or found.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    like = view.value(found.query.node)
-    return target.capability(like) >= _HOPPER and set(_widths(found)) == {_DROPPED_WIDTH}
-
-
-def _widths(found: Attention) -> tuple[Any, Any]:
-    return found.width.size, found.value_width.size
-
-
 def plan(found: Attention, evaluator: Evaluator) -> ScoredCall:
     """The attention as a score program.
 
     Raises:
         Declined: there is none.
     """
-    if found.dtype not in _DTYPES:
-        raise Declined(f"the output is {found.dtype}")
+    check_dtypes(found)
     if threshold(found.dropout_p) >= 2**32:
         raise Declined("a dropout of everything")
-    for operand in (found.query, found.key, found.value):
-        if not views.dtype(operand.node).is_floating_point:
-            raise Declined(f"{operand.node.name} is {views.dtype(operand.node)}")
     factors, rest = _factors(found)
     kind = WeightsExtraction if found.weights else Extraction
     return ScoredCall(found, kind.extract(replace(found, steps=rest), evaluator), factors)
@@ -141,7 +100,7 @@ def _factors(found: Attention) -> tuple[tuple[Scale, ...], tuple[Step, ...]]:
         step
         for step in first
         if isinstance(step, Scale)
-        and (step.dims or forward.literal(step.factor) is None)
+        and (step.dims or literal(step.factor) is None)
         and found.column not in flat(step.dims)
     ]
     return tuple(factors), tuple(step for step in found.steps if step not in factors)
@@ -152,8 +111,8 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
     found, frame = call.found, Frame(call.found)
     anchor, dims = forward_views(found)
     arranger = Arranger(gm, anchor, (found.query, found.key, found.value))
-    query, key, value = forward.operands(arranger, found, frame)
-    query = forward.multiplied(arranger, query, call.factors, frame, found.dtype)
+    query, key, value = operands(arranger, found, frame)
+    query = multiplied(arranger, query, call.factors, frame, found.dtype)
     loaded = [_loaded(arranger, source, frame) for source in call.scored.sources]
     numbers = [arranger.size((axis,)) for axis in call.scored.numbers]
     q, k, v = (view.value(each) for each in (query, key, value))
@@ -180,7 +139,7 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
             out = _shared(arranger, out, sums, found.sink, frame)
         for each in found.row_sums:
             edit.delay(waiting, _redirected(gm, arranger, each, sums, frame))
-    forward.finish(gm, found, arranger, out, anchor, dims)
+    finish(gm, found, arranger, out, anchor, dims)
 
 
 def _shared(arranger: Arranger, out: Node, sums: Node, sink: Beside, frame: Frame) -> Node:
@@ -189,7 +148,7 @@ def _shared(arranger: Arranger, out: Node, sums: Node, sink: Beside, frame: Fram
     if isinstance(of, Node):
         node, dims = views.stages(of, sink.dims)[-1]
         of = arranger.arranged(node, dims, frame.scores[:3], widen=False)
-        of = forward.cast(arranger, of, views.dtype(sums))
+        of = cast(arranger, of, views.dtype(sums))
     share = sums if of == 0.0 else arranger.call(aten.sub.Tensor, sums, of)
     share = arranger.call(aten.unsqueeze.default, arranger.call(aten.sigmoid.default, share), 3)
     return arranger.call(aten.mul.Tensor, out, share)
@@ -200,7 +159,7 @@ def _redirected(
 ) -> Node:
     """Let the readers of a log-sum-exp read the operator's; returns what they read."""
     new = arranger.arranged(sums, frame.scores[:3], resolved(each.dims))
-    new = forward.cast(arranger, new, views.dtype(each.node))
+    new = cast(arranger, new, views.dtype(each.node))
     strides.note(new, view.value(each.node))
     return edit.redirect(gm, each.node, new)
 

@@ -6,53 +6,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
-from iocompiler.graph import view
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
-from iocompiler.passes.attention.dims.axes import Dims, Group, flat, known, resolve, resolved, size
+from iocompiler.passes.attention.dims.axes import known, size
 from iocompiler.passes.attention.dims.views import Operand
-from iocompiler.passes.attention.reading import contraction, scores
-from iocompiler.passes.attention.reading.description import Bias, Cast, Declined, Inverse, Scale
-from iocompiler.passes.attention.reading.scores import Scores
+from iocompiler.passes.attention.reading import contraction
+from iocompiler.passes.attention.reading.description import Declined
+from iocompiler.passes.attention.sums.parts import Part, Side, batched, read, row_of, separable
 
 aten = torch.ops.aten
 _MATRICES = 3
 """Without a kernel of its own, a sum of two products writes and reads so many matrices of scores
 more than one product does."""
-
-
-@dataclass(frozen=True)
-class _Side:
-    """The operand of one product that has the rows (or the columns) of the scores."""
-
-    node: Node
-    dims: Dims
-
-    def places(self, dims: Dims) -> set[int]:
-        """The dims of the scores that it has."""
-        own = set(flat(self.dims))
-        return {d for d, group in enumerate(dims) if own & set(group)}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One product of the sum: its operands, the dims of the scores in its axes, the axes it is
-    contracted over, what it is multiplied by (and whether that divides), what is added to it.
-    """
-
-    rows: _Side
-    columns: _Side
-    dims: Dims
-    over: Group
-    factors: tuple[tuple[Any, bool], ...]
-    biases: tuple[Bias, ...]
 
 
 @dataclass(frozen=True)
@@ -82,10 +54,10 @@ def join(gm: GraphModule, total: Node) -> Joined:
     Raises:
         Declined: they are not of the same rows and columns, or more would move than now.
     """
-    parts = [_part(gm, total, *term) for term in _terms(total)]
-    if not _separable(parts):
+    parts = read(gm, total)
+    if not separable(parts):
         return _added(gm, total, parts)
-    row = _row(parts)
+    row = row_of(parts)
     _check_price(total, parts, row)
     operands = [Operand(((s.node, s.dims),)) for p in parts for s in (p.rows, p.columns)]
     arranger = Arranger(gm, total, operands)
@@ -110,87 +82,14 @@ def join(gm: GraphModule, total: Node) -> Joined:
     return Joined(total, total.args, product)
 
 
-def _terms(total: Node) -> list[tuple[Scores, float]]:
-    """The two products that a node adds, and what each is multiplied by there."""
-    found = contraction.read(total)
-    if found is not None:
-        assert found.added is not None
-        added = scores.read(found.added)
-        own = scores.read(total, adds=False)
-        assert added is not None
-        assert own is not None
-        return [(own, 1.0), (added, found.beta)]
-    left, right = (scores.read(each) for each in total.args[:2])  # type: ignore[arg-type]
-    assert left is not None
-    assert right is not None
-    alpha = total.kwargs.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
-        raise Declined("a part of the scores is scaled by what is known at run time only")
-    sign = -1.0 if total.target is aten.sub.Tensor else 1.0
-    return [(left, 1.0), (right, sign * float(alpha))]
-
-
-def _part(gm: GraphModule, total: Node, found: Scores, factor: float) -> _Part:
-    dims = resolved(found.dims)
-    _check_place(gm, total, found.nodes)
-    if len(dims) != len(views.shape(total)) or len(dims) < 2:
-        raise Declined("the scores are widened by a sum")
-    factors: list[tuple[Any, bool]] = []
-    biases: list[Bias] = []
-    for step in (*found.steps, Scale(factor)):
-        if isinstance(step, Scale) and not step.dims:
-            inverse = isinstance(step.factor, Inverse)
-            factors.append((step.factor.of if inverse else step.factor, inverse))
-            if biases and not isinstance(step.factor, (int, float)):
-                raise Declined("a part of the scores is changed before it is added to the others")
-            biases = [replace(each, factor=each.factor * step.factor) for each in biases]
-        elif isinstance(step, Bias):
-            biases.append(step)
-        elif not isinstance(step, Cast):
-            raise Declined("a part of the scores is changed before it is added to the others")
-    first = found.contraction
-    sides = [
-        _Side(node, resolved(its))
-        for node, its in ((first.left, first.left_dims), (first.right, first.right_dims))
-    ]
-    if len(dims) - 1 in sides[0].places(dims):
-        sides.reverse()
-    factors = [each for each in factors if each[0] != 1.0]
-    return _Part(
-        *(sides[0], sides[1], dims, resolve((first.contracted,))),
-        *(tuple(factors), tuple(biases)),
-    )
-
-
-def _separable(parts: Sequence[_Part]) -> bool:
-    """Whether all products are of the same rows and columns."""
-    last = len(parts[0].dims) - 1
-    return bool(_rows(parts)) and not any(last in p.rows.places(p.dims) for p in parts)
-
-
-def _row(parts: Sequence[_Part]) -> int:
-    """The dim of the scores that is the row of one product, as the last is its column."""
-    return _rows(parts)[-1]
-
-
-def _rows(parts: Sequence[_Part]) -> list[int]:
-    wide = set().union(*(part.columns.places(part.dims) for part in parts))
-    return [d for d in range(len(parts[0].dims) - 1) if d not in wide]
-
-
-def _batched(part: _Part) -> int:
-    """Along how many dims there is a product for each place."""
-    return len(part.rows.places(part.dims) & part.columns.places(part.dims))
-
-
-def _added(gm: GraphModule, total: Node, parts: Sequence[_Part]) -> Joined:
+def _added(gm: GraphModule, total: Node, parts: Sequence[Part]) -> Joined:
     """The sum with the product that is none of a row with a column (of a query with the position of
     a key relative to it, say) as a tensor that is added.
     """
-    alone = [n for n, part in enumerate(parts) if _separable([part])]
+    alone = [n for n, part in enumerate(parts) if separable([part])]
     if not alone or contraction.read(total) is not None:
         raise Declined("the scores are a sum of products over other rows and columns")
-    kept = max(alone, key=lambda n: _batched(parts[n]))
+    kept = max(alone, key=lambda n: batched(parts[n]))
     sides = list(total.args[:2])
     # the same tensor, but no scores to who reads them
     sides[1 - kept] = edit.call(gm, aten.positive.default, (sides[1 - kept],), {}, near=total)
@@ -199,19 +98,7 @@ def _added(gm: GraphModule, total: Node, parts: Sequence[_Part]) -> Joined:
     return Joined(total, before, total)
 
 
-def _check_place(gm: GraphModule, total: Node, nodes: Sequence[Node]) -> None:
-    """Raise `Declined` where the products cannot be computed where the sum is."""
-    regions = view.regions(gm)
-    if any(regions.get(node) != regions.get(total) for node in nodes):
-        raise Declined("grad mode or autocast changes between the parts of the scores")
-    order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    first, last = min(order[node] for node in nodes), order[total]
-    between = list(gm.graph.nodes)[first:last]
-    if any(view.mutates(node) for node in between):
-        raise Declined("something is written between the parts of the scores")
-
-
-def _check_price(total: Node, parts: Sequence[_Part], row: int) -> None:
+def _check_price(total: Node, parts: Sequence[Part], row: int) -> None:
     """Raise `Declined` where the operands together are more than the matrices they stand for: few
     queries over a cache of keys, say.
     """
@@ -227,19 +114,17 @@ def _check_price(total: Node, parts: Sequence[_Part], row: int) -> None:
         raise Declined(f"its parts put together would move {moved} elements to save {saved}")
 
 
-def _kept(parts: Sequence[_Part], sides: Sequence[_Side], place: int) -> list[int]:
+def _kept(parts: Sequence[Part], sides: Sequence[Side], place: int) -> list[int]:
     """The dims of the scores that some operand on a side has, and that of its own last."""
     own = [side.places(part.dims) for part, side in zip(parts, sides, strict=True)]
     return [*sorted(set().union(*own) - {place}), place]
 
 
-def _together(
-    arranger: Arranger, parts: Sequence[_Part], sides: Sequence[_Side], place: int
-) -> Node:
+def _together(arranger: Arranger, parts: Sequence[Part], sides: Sequence[Side], place: int) -> Node:
     """The operands side by side along the width, with the dims of the scores that any has."""
     kept = _kept(parts, sides, place)
     rank = len(parts[0].dims)
-    other = _row(parts) if place == rank - 1 else rank - 1
+    other = row_of(parts) if place == rank - 1 else rank - 1
     order = [*(d for d in range(rank) if d not in (place, other)), place]
     pieces = []
     for part, side in zip(parts, sides, strict=True):
