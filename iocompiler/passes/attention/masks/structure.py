@@ -12,7 +12,6 @@ import sympy
 import torch
 from torch.fx import Node
 
-from iocompiler.graph import view
 from iocompiler.graph.patterns import HIDES
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import broadcast, extents, indices
@@ -151,7 +150,7 @@ def _parts(step: Bias, evaluator: Evaluator) -> list[Step] | None:
 
 
 def _is_float(node: Node) -> bool:
-    return isinstance(view.value(node), torch.Tensor) and views.dtype(node).is_floating_point
+    return views.is_tensor(node) and views.dtype(node).is_floating_point
 
 
 def _combined(found: Attention, masks: list[Mask], terms: list[Bias], size: float) -> Masking:

@@ -34,7 +34,6 @@ from iocompiler.passes.attention.reading.description import Attention, Declined
 from iocompiler.passes.attention.reading.frame import Frame
 from iocompiler.tile.score import ScoreBuilder
 
-aten = torch.ops.aten
 _DEEPEST = 60
 
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch.fx import Node
 
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import Axis, Dims, flat, resolve
 from iocompiler.passes.attention.dims.views import Operand
-from iocompiler.passes.attention.reading.description import Declined
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What `Attention` says of its operands, without what lies between them."""
-
-    query: Operand
-    key: Operand
-    value: Operand
-    row: Axis | None
-    column: Axis
-    width: Axis
-    value_width: Axis
-    rows: tuple[Axis, ...]
+from iocompiler.passes.attention.reading.description import Declined, Operands
 
 
 def assemble(

@@ -98,14 +98,30 @@ class RowSum:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """softmax over ``column`` of the scores after ``steps``, times ``value``.
+class Operands:
+    """What an attention is of, in common axes.
 
     Attributes:
         query, key, value: query has the axis ``row``, key and value ``column``; ``width`` is
-            contracted between
-            query and key, ``value_width`` is value's own.
+            contracted between query and key, ``value_width`` is value's own.
         rows: the axes of the output but the last, in its order: batch, heads and ``row``.
+    """
+
+    query: Operand
+    key: Operand
+    value: Operand
+    row: Axis | None
+    column: Axis
+    width: Axis
+    value_width: Axis
+    rows: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Attention(Operands):
+    """softmax over ``column`` of the scores after ``steps``, times ``value``.
+
+    Attributes:
         steps: the score program, in the order it is applied to query times key.
         dropout_p: of the probabilities.
         dtype: of the output.
@@ -119,14 +135,6 @@ class Attention:
             scores.
     """
 
-    query: Operand
-    key: Operand
-    value: Operand
-    row: Axis | None
-    column: Axis
-    width: Axis
-    value_width: Axis
-    rows: tuple[Axis, ...]
     steps: tuple[Step, ...]
     dropout_p: float
     dtype: torch.dtype

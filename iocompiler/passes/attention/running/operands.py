@@ -91,10 +91,6 @@ def cast(arranger: Arranger, node: Node, dtype: torch.dtype) -> Node:
 
 def _single(arranger: Arranger, factor: Any) -> Any:
     """A tensor of one element without dims, so that it widens nothing."""
-    if (
-        isinstance(factor, Node)
-        and isinstance(view.value(factor), torch.Tensor)
-        and len(views.shape(factor))
-    ):
+    if views.is_tensor(factor) and len(views.shape(factor)):
         return arranger.call(aten.reshape.default, factor, [])
     return factor
