@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.ops.target import planned_for
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import choice
 from tests.passes.attention_cases import Compiled, heads
 
 
@@ -65,7 +65,7 @@ def test_the_rest_stays_with_the_libraries(sizes: dict[str, Any]) -> None:
 
 def test_one_program_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """A growing cache: one graph after the first, its length a run-time number."""
-    monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
     compiled = Compiled(sdpa)
     with torch.no_grad():
         for columns in (40, 41, 42, 130):
@@ -84,7 +84,7 @@ def test_a_cache_of_static_length_has_its_mask_as_an_operand(rows: int) -> None:
     given = {n: x.detach() for n, x in heads(rows=rows, groups=2, columns=70).items()}
     compiled = Compiled(decode)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scored, "wanted", lambda call, found: True)
+        patch.setattr(choice, "wanted", lambda call, found: True)
         for start in (5, 40):
             position = torch.arange(start, start + rows)
             found = compiled(**given, position=position)
@@ -103,7 +103,7 @@ def test_what_differs_from_head_to_head_in_a_group(
         s = q @ k.mT * 0.3 + slopes[:, None, None] * far + padding[:, None, None, :]
         return s.softmax(-1) @ v
 
-    monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
     given = {n: x.detach() for n, x in heads(rows=rows, groups=2, columns=70).items()}
     given["slopes"] = torch.tensor([0.1, 0.05, 0.02, 0.01])
     given["padding"] = torch.zeros(2, 70).index_fill(1, torch.arange(9), torch.finfo().min)

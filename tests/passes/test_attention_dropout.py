@@ -14,7 +14,7 @@ import iocompiler as ioc
 from iocompiler.ops.random import SEEDS
 from iocompiler.ops.scored_attention import FORWARD
 from iocompiler.ops.target import planned_for
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import choice
 from iocompiler.tile.dropout import kept
 from iocompiler.tile.score import parsed
 from tests.passes.attention_cases import Compiled, heads
@@ -96,7 +96,7 @@ def test_rows_that_a_mask_hides(
     function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where every score is a finite number a row is dropped from 1 / n; with no score it is 0."""
-    monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
     given = heads()
     keep = torch.ones(2, 7, dtype=torch.bool)
     keep[0, 3:] = False

@@ -17,7 +17,7 @@ from iocompiler.backend import Compiler
 from iocompiler.graph.fingerprint import fingerprint
 from iocompiler.graph.held import look
 from iocompiler.ops import target
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import choice
 from iocompiler.tile.score import ScoreProgram
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, heads
@@ -113,7 +113,7 @@ def test_taken(
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attention is made a program, as on a GPU those are that have a mask or a bias."""
-    monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
 
 
 def program(function: Callable[..., Any], mask: Tensor) -> ScoreProgram:
@@ -169,7 +169,7 @@ def test_a_row_that_is_hidden_altogether(
     zeros of the latter.
     """
     if as_program:
-        monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+        monkeypatch.setattr(choice, "wanted", lambda call, found: True)
     module, inputs = Holding(added, mask(value)), heads()
     expected = module(**inputs)
     if not as_program:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import choice
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling
 
@@ -123,7 +123,7 @@ def test_taken(function: Callable[..., Any], variant: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("function", [plain, einsums])
 def test_as_a_program(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Values may be narrower than queries, as DeepSeek's are."""
-    monkeypatch.setattr(scored, "wanted", lambda call, found: True)
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
     assert check(function, parts(value=6), torch.float32).variants == ["program"]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.ops.scored_attention import FORWARD
-from iocompiler.passes.attention import scored
+from iocompiler.passes.attention.running import choice
 from iocompiler.tile.score import ScoreProgram, parsed
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling, heads
@@ -33,7 +33,7 @@ from tests.passes.test_attention_taken import (
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attention is made a program, as on a GPU those are that have a mask or a bias."""
-    monkeypatch.setattr(scored, "wanted", lambda call, found: not found.dropout_p)
+    monkeypatch.setattr(choice, "wanted", lambda call, found: not found.dropout_p)
 
 
 def check(function: Callable[..., Any], inputs: dict[str, Tensor], dtype: torch.dtype) -> Compiled:

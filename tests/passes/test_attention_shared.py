@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iocompiler.passes.attention import contraction
+from iocompiler.passes.attention.reading import contraction
 from tests.passes.attention_cases import Compiled, Taken, heads, in_float32
 from tests.passes.test_attention_rows import SINKS, above, beside, check
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import TypeAlias
 
 from torch.fx import GraphModule, Node
 
@@ -14,26 +11,16 @@ from iocompiler.graph import view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
 from iocompiler.ops import target
-from iocompiler.passes.attention import (
-    contraction,
-    execute,
-    inductor,
-    library,
-    results,
-    scored,
-    seeds,
-    strides,
-)
-from iocompiler.passes.attention.arrange import forward_views
-from iocompiler.passes.attention.description import Attention, Declined, Operand
-from iocompiler.passes.attention.evaluate import Evaluator
-from iocompiler.passes.attention.joined import Joined, join
-from iocompiler.passes.attention.mixed import Mix, Parted, part
-from iocompiler.passes.attention.recognise import recognise
-from iocompiler.passes.attention.scored import ScoredCall
-from iocompiler.passes.attention.scores import Sum
-
-Roots: TypeAlias = Mapping[Node, frozenset[Node]]
+from iocompiler.passes.attention.masks.evaluate import Evaluator
+from iocompiler.passes.attention.reading import alone, contraction, library, results
+from iocompiler.passes.attention.reading.description import Attention, Declined, Mix, Sum
+from iocompiler.passes.attention.reading.frame import forward_views
+from iocompiler.passes.attention.reading.recognise import recognise
+from iocompiler.passes.attention.running import forward, inductor, scored, seeds, strides
+from iocompiler.passes.attention.running.choice import planned
+from iocompiler.passes.attention.running.scored import ScoredCall
+from iocompiler.passes.attention.sums.joined import Joined, join
+from iocompiler.passes.attention.sums.mixed import Parted, part
 
 _PATTERN = "attention"
 
@@ -81,7 +68,7 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
     if isinstance(call, ScoredCall):
         scored.apply(gm, call)
     else:
-        execute.apply(gm, call)
+        forward.apply(gm, call)
     for each in joins:
         edit.erase(gm, each.total)
     record(gm, Rewrite(_PATTERN, where, variant))
@@ -90,7 +77,7 @@ def _rewrite(gm: GraphModule, node: Node) -> int:
 
 def _call(
     gm: GraphModule, node: Node, joins: list[Joined]
-) -> tuple[execute.Call | ScoredCall, str] | None:
+) -> tuple[forward.Call | ScoredCall, str] | None:
     """What runs the attention that ends in a node, and its variant; ``joins``: what was made one in
     its scores.
 
@@ -101,9 +88,9 @@ def _call(
     if found is None:
         return None
     found = results.private(gm, found)
-    _check_alone(gm, found)
+    alone.check(gm, found)
     results.check_readers(gm, found, forward_views(found)[0])
-    call = _planned(found, Evaluator(gm))
+    call = planned(found, Evaluator(gm))
     if target.is_inductor():
         inductor.check(gm, call)
     return call, call.variant + ("+weights" if found.is_shared else "")
@@ -142,76 +129,3 @@ def _joining(gm: GraphModule, node: Node, joins: list[Joined]) -> Attention | No
             return recognise(node)
         except Sum as scores:
             joins.append(join(gm, scores.node))
-
-
-def _planned(found: Attention, evaluator: Evaluator) -> execute.Call | ScoredCall:
-    """The library's call, or a score program where there is none or it is dearer.
-
-    Raises:
-        Declined: neither runs it.
-    """
-    call: execute.Call | None = None
-    declined: Declined | None = None
-    try:
-        call = execute.plan(found, evaluator)
-    except Declined as reason:
-        declined = reason
-    if found.reads_rows or scored.wanted(call, found):
-        try:
-            return scored.plan(scored.proved(found, call), evaluator)
-        except Declined as reason:
-            if found.reads_rows:
-                raise
-            declined = declined and Declined(f"{declined}; {reason}")
-    if call is None:
-        assert declined is not None
-        raise declined
-    return call
-
-
-def _check_alone(gm: GraphModule, found: Attention) -> None:
-    """Raise `Declined` where something in between is switched, or written in place."""
-    regions = view.regions(gm)
-    if len({regions.get(node) for node in found.interior}) > 1:
-        raise Declined("grad mode or autocast changes in between")
-    writes = [node for node in gm.graph.nodes if view.mutates(node)]
-    if not writes:
-        return
-    order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    roots = view.roots(gm)
-    start, end = min(order[node] for node in found.interior), order[found.anchor]
-    looked = _looked(found, roots)
-    for node in writes:
-        written = frozenset().union(*(roots[target] for target in view.mutates(node)))
-        since = [order[each] for each, memory in looked if written & memory]
-        read = since or written & _storages(found, roots)
-        if read and min([*since, start]) <= order[node] <= end:
-            raise Declined(f"{view.where(node) or node.name} writes what the attention reads")
-        if order[node] > end and written & roots[found.anchor]:
-            # our backward reads the output, that of a product does not
-            raise Declined(f"{view.where(node) or node.name} writes into the output")
-
-
-def _storages(found: Attention, roots: Roots) -> frozenset[Node]:
-    """Those the operands lie in."""
-    return frozenset().union(*(roots[each.stages[-1][0]] for each in _operands(found)))
-
-
-def _looked(found: Attention, roots: Roots) -> list[tuple[Node, frozenset[Node]]]:
-    """The nodes that have looked at memory which the attention will read, and at which: all that
-    the operands are views or copies of, and the masks. What makes an operand's memory looks at
-    nothing: that may be filled (a cache of keys) before anything does.
-    """
-    looked: list[tuple[Node, frozenset[Node]]] = []
-    for operand in _operands(found):
-        nodes = [node for node, _ in operand.stages]
-        looked += [(node, roots[node] | roots[of]) for node, of in pairwise(nodes)]
-        if roots[nodes[-1]] != {nodes[-1]}:
-            looked.append((nodes[-1], roots[nodes[-1]]))
-    steps = (*found.steps, *([found.sink] if found.sink else []))
-    held = [getattr(each, "of", each) for step in steps for each in vars(step).values()]
-    return looked + [(each, roots[each]) for each in held if isinstance(each, Node)]
-
-
-def _operands(found: Attention) -> tuple[Operand, ...]:
-    return found.query, found.key, found.value

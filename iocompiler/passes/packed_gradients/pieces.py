@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.passes.attention.axes import known
-from iocompiler.passes.attention.views import shape
+from iocompiler.passes.attention.dims.axes import known
+from iocompiler.passes.attention.dims.views import shape
 
 aten = torch.ops.aten
 

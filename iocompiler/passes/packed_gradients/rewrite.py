@@ -12,8 +12,8 @@ from iocompiler.graph.match import graph_pass
 from iocompiler.ops.aligned_mm import ALIGNED
 from iocompiler.ops.packed_gradients import PACKED
 from iocompiler.ops.scored_attention import BACKWARD
-from iocompiler.passes.attention.axes import known
-from iocompiler.passes.attention.views import shape
+from iocompiler.passes.attention.dims.axes import known
+from iocompiler.passes.attention.dims.views import shape
 from iocompiler.passes.packed_gradients.layout import packed
 
 aten = torch.ops.aten

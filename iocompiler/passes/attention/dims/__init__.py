@@ -1,0 +1,1 @@
+"""What the dims of a tensor mean, and how views bring it to other ones."""

@@ -1,0 +1,1 @@
+"""What masks and biases mean: their elements, said without running anything."""
