@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import rewrite, view
+from iocompiler.graph.sizes import same_sizes
 
 aten = torch.ops.aten
 _MOVES = (
@@ -92,9 +92,7 @@ def _move(gm: GraphModule, cast: Node, moves: list[Node], source: Node) -> int:
 def _is_as_good(new: Node, cast: Node, first: Node) -> bool:
     """Whether it lies as the result of the cast does, in memory of its own as that does."""
     mine, theirs, read = (view.tensors(each)[0] for each in (new, cast, first))
-    alike = mine.dim() == theirs.dim() and all(
-        statically_known_true(a == b) for a, b in zip(mine.stride(), theirs.stride(), strict=True)
-    )
+    alike = same_sizes(mine.stride(), theirs.stride())
     return alike and mine.untyped_storage()._cdata != read.untyped_storage()._cdata
 
 

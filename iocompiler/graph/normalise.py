@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.autocast import spell_out_autocast
 from iocompiler.graph.early_casts import cast_early
 from iocompiler.graph.functional import make_functional
 from iocompiler.graph.match import graph_pass
+from iocompiler.graph.sizes import equal, same_sizes
 
 aten = torch.ops.aten
 
@@ -205,7 +205,7 @@ def _does_nothing(gm: GraphModule, node: Node, old: torch.Tensor, new: torch.Ten
     if node.target is aten.to.dtype:
         return old.dtype == new.dtype and len(rest) == 1 and not node.kwargs
     if node.target in (aten.reshape.default, aten.expand.default):
-        return old.dim() == new.dim() and all(map(_equal, old.shape, new.shape))
+        return same_sizes(old.shape, new.shape)
     if node.target is aten.dropout.default:
         return bool(rest[0] == 0 or rest[1] is False)
     if node.target in (aten.add.Tensor, aten.cat.default):
@@ -226,7 +226,7 @@ def _kept_part(node: Node) -> Any:
 
 
 def _is_empty_vector(x: torch.Tensor) -> bool:
-    return x.dim() == 1 and statically_known_true(x.shape[0] == 0)
+    return x.dim() == 1 and equal(x.shape[0], 0)
 
 
 def _written(gm: GraphModule, node: Node) -> bool:
@@ -235,7 +235,3 @@ def _written(gm: GraphModule, node: Node) -> bool:
     return bool(view.written(gm, roots) & storages) or any(
         user.op == "output" for user in node.users
     )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)

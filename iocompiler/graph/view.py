@@ -14,8 +14,9 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
+
+from iocompiler.graph.sizes import equal
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -143,7 +144,7 @@ def is_contiguous(tensor: torch.Tensor) -> bool:
     """True where row-major strides are certain for every value of the sizes; adds no guard."""
     expected: Any = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+        if not equal(size, 1) and not equal(stride, expected):
             return False
         expected = expected * size
     return True

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from iocompiler.graph.sizes import equal, known
 from iocompiler.ops import target
 
 KERNELS = ("cudnn", "flash", "efficient", "cpu", "blockwise")
@@ -62,13 +62,13 @@ def _kernel(
         plain = q.dtype in (torch.float32, torch.float64, *_HALF) and (
             bias is None or bias.dtype == q.dtype
         )
-        same = plain and dropout_p == 0.0 and _equal(q.shape[3], v.shape[3])
+        same = plain and dropout_p == 0.0 and equal(q.shape[3], v.shape[3])
         return "cpu" if same else "blockwise"
     if target.device_type(q) != "cuda" or dropout_p >= 1.0:
         return "blockwise"
     capability = target.capability(q)
-    same_head = _equal(q.shape[3], v.shape[3])
-    square = not causal or _equal(q.shape[2], k.shape[2])
+    same_head = equal(q.shape[3], v.shape[3])
+    square = not causal or equal(q.shape[2], k.shape[2])
     half = q.dtype in _HALF and capability >= (8, 0)
     if half and bias is None and same_head and square and q.shape[3] <= 256:
         if capability >= (9, 0) and _cudnn_takes(q, k, dropout_p):
@@ -88,30 +88,22 @@ def _kernel(
 
 def _efficient_takes(x: Tensor) -> bool:
     # with other widths its backward reads past the end of a head (seen on an H200, torch 2.11)
-    return _true(x.shape[3] * x.element_size() % 16 == 0)
+    return known(x.shape[3] * x.element_size() % 16 == 0)
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, dropout_p: float) -> bool:
     if not torch.backends.cuda.cudnn_sdp_enabled() or torch.are_deterministic_algorithms_enabled():  # type: ignore[no-untyped-call]
         return False
-    if not _true(q.shape[3] % 8 == 0) or q.shape[3] > 128:
+    if not known(q.shape[3] % 8 == 0) or q.shape[3] > 128:
         return False
-    if not _true(q.shape[2] > 1) or not _true(k.shape[2] > 1):
+    if not known(q.shape[2] > 1) or not known(k.shape[2] > 1):
         return False
     # its dropout wants whole tiles
-    return dropout_p == 0.0 or (_true(q.shape[2] % 64 == 0) and _true(k.shape[2] % 64 == 0))
+    return dropout_p == 0.0 or (known(q.shape[2] % 64 == 0) and known(k.shape[2] % 64 == 0))
 
 
 def _order(x: Tensor) -> str:
-    if _true(x.stride(2) < x.stride(1)) and not _true(x.shape[1] == 1):
+    if known(x.stride(2) < x.stride(1)) and not known(x.shape[1] == 1):
         return "h"
-    outermost = _true(x.stride(0) < x.stride(2)) and not _true(x.shape[0] == 1)
+    outermost = known(x.stride(0) < x.stride(2)) and not known(x.shape[0] == 1)
     return "t" if outermost else "s"
-
-
-def _equal(a: int, b: int) -> bool:
-    return _true(a == b)
-
-
-def _true(condition: bool) -> bool:
-    return statically_known_true(condition)

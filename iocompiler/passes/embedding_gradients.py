@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import graph_pass
+from iocompiler.graph.sizes import same_sizes
 from iocompiler.ops import target
 from iocompiler.ops.embedding_gradient import DTYPES, GRADIENT, INDEX_DTYPES, ONTO
 
@@ -62,7 +62,9 @@ def _indexed(gm: GraphModule, node: Node) -> int:
     rows = table.shape[0]
     if table.dim() != 2 or not isinstance(rows, int) or not known:
         return 0
-    if target.device_type(given) != "cuda" or not _is_shape(given, (*read.shape, table.shape[1])):
+    if target.device_type(given) != "cuda" or not same_sizes(
+        given.shape, (*read.shape, table.shape[1])
+    ):
         return 0
 
     def summed(index: Any, grad: Any) -> Any:
@@ -71,11 +73,6 @@ def _indexed(gm: GraphModule, node: Node) -> int:
 
     rewrite.substitute(gm, node, summed, index, grad)
     return 1
-
-
-def _is_shape(x: torch.Tensor, shape: Any) -> bool:
-    pairs = zip(x.shape, shape, strict=False)
-    return x.dim() == len(shape) and all(statically_known_true(a == b) for a, b in pairs)
 
 
 def _added(gm: GraphModule, add: Node) -> int:
@@ -123,4 +120,4 @@ def _is_like(base: Node, top: Node) -> bool:
     a, b = view.value(base), view.value(top)
     if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
-    return _is_shape(a, b.shape)
+    return same_sizes(a.shape, b.shape)

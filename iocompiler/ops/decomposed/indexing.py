@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from iocompiler.graph.sizes import equal, same_sizes
 from iocompiler.ops.decomposed.arithmetic import DECLINED, cast
 
 aten = torch.ops.aten
@@ -22,7 +22,7 @@ def _line_of(base: Tensor, dim: int, index: Tensor) -> Tensor | None:
         return None
     dim = dim % base.dim()
     wanted = [1 if d == dim else size for d, size in enumerate(base.shape)]
-    if not all(statically_known_true(a == b) for a, b in zip(index.shape, wanted, strict=True)):
+    if not same_sizes(index.shape, wanted):
         return None
     positions = torch.arange(base.shape[dim], device=base.device)
     return positions.reshape([-1] + [1] * (base.dim() - dim - 1)) == index
@@ -141,7 +141,7 @@ def _is_in_order(x: Tensor) -> bool:
     """Whether its strides are those of an empty tensor of its shape."""
     expected: Any = 1
     for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
-        if not statically_known_true(stride == expected):
+        if not equal(stride, expected):
             return False
         expected = expected * size
     return True

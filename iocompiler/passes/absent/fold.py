@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import rewrite, view
+from iocompiler.graph.sizes import same_sizes
 from iocompiler.passes.absent.rules import NOTHING, verdict
 from iocompiler.passes.absent.sizes import Sizes
 
@@ -80,10 +80,10 @@ class _Fold:
 
         if now().dtype != wanted.dtype:
             made = self._call(prims.convert_element_type.default, (made, wanted.dtype), node)
-        if not _equal(now().shape, wanted.shape):
+        if not same_sizes(now().shape, wanted.shape):
             shape = self._sizes.shape(wanted, node)
             made = self._call(aten.expand.default, (made, shape), node)
-        if not _equal(now().stride(), wanted.stride()):
+        if not same_sizes(now().stride(), wanted.stride()):
             if not view.is_contiguous(wanted):
                 return None
             dense = {"memory_format": torch.contiguous_format}
@@ -107,13 +107,6 @@ class _Fold:
 
     def _call(self, target: Any, arguments: tuple[Any, ...], near: Node, named: Any = None) -> Node:
         return rewrite.call(self._flat, target, arguments, named or {}, near=near)
-
-
-def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether sizes (or strides) are certain to be the same; adds no guard."""
-    if len(some) != len(others):
-        return False
-    return all(statically_known_true(a == b) for a, b in zip(some, others, strict=True))
 
 
 def _is_dead(node: Node) -> bool:

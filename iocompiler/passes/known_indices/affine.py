@@ -8,7 +8,9 @@ from math import prod
 from typing import Any, TypeAlias
 
 import torch
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from iocompiler.graph.sizes import known
 
 Integer: TypeAlias = "int | torch.SymInt"
 
@@ -138,11 +140,6 @@ def _first_equal(old: Sequence[Integer], new: Sequence[Integer]) -> tuple[int, i
             if known(prod(old[:a]) == prod(new[: total - a])):
                 return a, total - a
     return None
-
-
-def known(condition: Any) -> bool:
-    """True where it holds for every value of the sizes; adds no guard."""
-    return statically_known_true(condition)
 
 
 def guarded(condition: Any) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
-from iocompiler.passes.known_indices.affine import Affine, known
+from iocompiler.graph.sizes import known
+from iocompiler.passes.known_indices.affine import Affine
 from iocompiler.passes.known_indices.rules import RULES
 
 _LARGEST_CONSTANT = 1 << 16

@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.findings import Miss, Rewrite, record
 from iocompiler.graph.match import graph_pass
-from iocompiler.passes.known_indices.affine import Affine, guarded, known
+from iocompiler.graph.sizes import known
+from iocompiler.passes.known_indices.affine import Affine, guarded
 from iocompiler.passes.known_indices.reader import Reader
 from iocompiler.passes.known_indices.rows import NoSlice, Rows, rows_of, spread
 from iocompiler.passes.known_indices.rules import shape

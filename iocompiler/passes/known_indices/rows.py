@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from iocompiler.passes.known_indices.affine import Affine, Integer, known
+from iocompiler.graph.sizes import known
+from iocompiler.passes.known_indices.affine import Affine, Integer
 
 aten = torch.ops.aten
 

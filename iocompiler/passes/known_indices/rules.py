@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.passes.known_indices.affine import Affine, Integer, known
+from iocompiler.graph.sizes import known
+from iocompiler.passes.known_indices.affine import Affine, Integer
 
 aten = torch.ops.aten
 Read: TypeAlias = "Callable[[Any], Affine | None]"

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from iocompiler.graph import rewrite, view
+from iocompiler.graph.sizes import same_sizes
 from iocompiler.graph.storage_order import Order, lies_in, memory_format, order_of
 from iocompiler.ops.laid_out import LAID_OUT
 from iocompiler.passes.layouts.problem import Problem
@@ -93,7 +93,7 @@ class Rewriter:
         after = view.value(node)
         if not isinstance(after, Tensor):
             self._renewed.add(node)
-        elif any(not _equal(a, b) for a, b in zip(after.stride(), before.stride(), strict=True)):
+        elif not same_sizes(after.stride(), before.stride()):
             self._renewed.add(node)
             self._traced[node] = before
         elif view.is_view(node) or node.target is operator.getitem:
@@ -106,7 +106,3 @@ def _is_found_by_a_run(value: Any) -> bool:
     sizes = [s for x in leaves if isinstance(x, Tensor) for s in (*x.shape, *x.stride())]
     numbers = [x for x in (*leaves, *sizes) if isinstance(x, (torch.SymInt, torch.SymFloat))]
     return any(not x.node.has_hint() for x in numbers)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)

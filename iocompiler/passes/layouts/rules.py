@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import same_sizes
 from iocompiler.graph.storage_order import is_movable
 from iocompiler.ops.decomposed import norms
 
@@ -90,9 +90,7 @@ def _is_as_large(operand: Node, node: Node) -> bool:
     small, large = view.value(operand), view.value(node)
     if not isinstance(small, torch.Tensor) or not isinstance(large, torch.Tensor):
         return False
-    return small.dim() == large.dim() and all(
-        statically_known_true(a == b) for a, b in zip(small.shape, large.shape, strict=True)
-    )
+    return same_sizes(small.shape, large.shape)
 
 
 _BY_NAME = {name: rule for rule in RULES for name in rule.ops.split()}

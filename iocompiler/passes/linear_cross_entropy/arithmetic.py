@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import equal, same_sizes
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form
 from iocompiler.passes.linear_cross_entropy.head import TRANSPOSES, order_of
 from iocompiler.passes.linear_cross_entropy.reader import (
@@ -22,8 +23,6 @@ from iocompiler.passes.linear_cross_entropy.reader import (
     are_alike,
     is_wide,
     keeps_all,
-    same,
-    same_shape,
 )
 
 aten = torch.ops.aten
@@ -46,7 +45,7 @@ def _added(sign: float) -> Rule:
         # a number each row, beside the row's logits
         whole, row = (view.tensors(each)[0].shape for each in node.args[:2])  # type: ignore[arg-type]
         expected = [1 if d == first.dim else size for d, size in enumerate(whole)]
-        return first.plus(second, sign) if same_shape(row, expected) else None
+        return first.plus(second, sign) if same_sizes(row, expected) else None
 
     return rule
 
@@ -121,7 +120,7 @@ def _kept(reader: Reader, node: Node) -> Form | None:
         return None
     if form.dim is not None:
         old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
-        last = form.dim == old.dim() - 1 and same(old.shape[-1], new.shape[-1])
+        last = form.dim == old.dim() - 1 and equal(old.shape[-1], new.shape[-1])
         taken = last and node.target in _REGROUPED and is_wide(node)
         return replace(form, dim=new.dim() - 1) if taken else None
     return form if node.target is not aten.select.int or keeps_all(node) else None

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import equal
 from iocompiler.passes.linear_cross_entropy.description import Declined, Head
 
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ def _head(node: Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Head 
     if len({value.dtype for value in values}) > 1:
         return None
     columns = values[1].shape[1 if transposed else 0]
-    if bias is not None and (values[2].dim() != 1 or not _same(values[2].shape[0], columns)):
+    if bias is not None and (values[2].dim() != 1 or not equal(values[2].shape[0], columns)):
         return None
     return Head(node, x, weight, bias, transposed)
 
@@ -156,7 +156,7 @@ def order_of(node: Node) -> list[int]:
 
 def _check_move(node: Node, dim: int) -> None:
     old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
-    if not old.dim() or dim != new.dim() - 1 or not _same(old.shape[-1], new.shape[-1]):
+    if not old.dim() or dim != new.dim() - 1 or not equal(old.shape[-1], new.shape[-1]):
         raise Declined(f"{node.target} splits or cuts the classes")
     arguments: Any = node.args
     if node.target not in RESHAPES:
@@ -169,7 +169,3 @@ def _check_cast(node: Node) -> None:
     old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
     if not new.is_floating_point() or new.dtype.itemsize < old.dtype.itemsize:
         raise Declined(f"the logits are rounded to {new.dtype}")
-
-
-def _same(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import equal, same_sizes
 from iocompiler.passes.linear_cross_entropy.description import Labels
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form
 
@@ -82,7 +82,7 @@ class Reader:
         if value.dim() > rows_.dim():
             return None
         for size, of_rows in zip(reversed(value.shape), reversed(rows_.shape)):  # noqa: B905
-            if not (same(size, 1) or same(size, of_rows)):
+            if not (equal(size, 1) or equal(size, of_rows)):
                 return None
         return 1.0, (Factor(kind, x, tuple(rows_.shape)),)
 
@@ -116,7 +116,7 @@ def base_of(target: Node) -> Node:
 def keeps_all(node: Node) -> bool:
     """Whether what ``select`` chooses from is alone in its dim."""
     dim: Any = node.args[1]
-    return same(view.tensors(node.args[0])[0].shape[dim], 1)  # type: ignore[arg-type]
+    return equal(view.tensors(node.args[0])[0].shape[dim], 1)  # type: ignore[arg-type]
 
 
 def is_wide(node: Node) -> bool:
@@ -129,12 +129,4 @@ def is_wide(node: Node) -> bool:
 def are_alike(node: Node, *others: Any) -> bool:
     """Whether nothing is repeated: all have the shape of ``node``."""
     shape = view.tensors(node)[0].shape
-    return all(same_shape(view.tensors(each)[0].shape, shape) for each in others)
-
-
-def same(a: Any, b: Any) -> bool:
-    return bool(statically_known_true(a == b))
-
-
-def same_shape(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return all(same_sizes(view.tensors(each)[0].shape, shape) for each in others)

@@ -8,18 +8,11 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import equal, same_sizes
 from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import Labels
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term, rows
-from iocompiler.passes.linear_cross_entropy.reader import (
-    ORDERED,
-    Reader,
-    Rule,
-    base_of,
-    is_wide,
-    same,
-    same_shape,
-)
+from iocompiler.passes.linear_cross_entropy.reader import ORDERED, Reader, Rule, base_of, is_wide
 
 aten = torch.ops.aten
 _PICKING = (aten.gather.default, aten.take_along_dim.default, aten.index.Tensor)
@@ -66,7 +59,7 @@ def _gather(reader: Reader, node: Node) -> Form | None:
     if int(dim) % whole.dim() != form.dim or picked.dim() != whole.dim():  # type: ignore[arg-type]
         return None
     expected = [1 if d == form.dim else size for d, size in enumerate(whole.shape)]
-    if not same_shape(picked.shape, expected) or picked.dtype != torch.int64:
+    if not same_sizes(picked.shape, expected) or picked.dtype != torch.int64:
         return None
     reader.labels[node] = Labels(base_of(index))
     return form.picked()
@@ -83,9 +76,9 @@ def _index(reader: Reader, node: Node) -> Form | None:
     values = [view.tensors(each)[0] for each in indices]
     if whole.dim() != 2 or any(v.dim() != 1 or v.dtype != torch.int64 for v in values):
         return None
-    if counted.target is not aten.arange.default or not same(values[0].shape[0], whole.shape[0]):
+    if counted.target is not aten.arange.default or not equal(values[0].shape[0], whole.shape[0]):
         return None
-    if not same(values[1].shape[0], whole.shape[0]):
+    if not equal(values[1].shape[0], whole.shape[0]):
         return None
     reader.labels[node] = Labels(base_of(target), wrapped=True)
     return form.picked()

@@ -10,18 +10,10 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import known
 from iocompiler.ops.packed_gradients import DIMS, PARTS, Packing
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import (
-    Axis,
-    Dims,
-    Group,
-    flat,
-    fresh,
-    known,
-    resolve,
-    size,
-)
+from iocompiler.passes.attention.dims.axes import Axis, Dims, Group, flat, fresh, resolve, size
 from iocompiler.passes.packed_gradients.pieces import ADD, CAT, SCATTERS, Piece, pieces, readers
 
 aten = torch.ops.aten

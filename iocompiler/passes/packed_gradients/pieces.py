@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.passes.attention.dims.axes import known
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims.views import shape
 
 aten = torch.ops.aten

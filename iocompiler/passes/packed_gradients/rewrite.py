@@ -9,10 +9,10 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.match import graph_pass
+from iocompiler.graph.sizes import known
 from iocompiler.ops.aligned_mm import ALIGNED
 from iocompiler.ops.packed_gradients import PACKED
 from iocompiler.ops.scored_attention import BACKWARD
-from iocompiler.passes.attention.dims.axes import known
 from iocompiler.passes.attention.dims.views import shape
 from iocompiler.passes.packed_gradients.layout import packed
 

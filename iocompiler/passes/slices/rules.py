@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import known
 
 aten = torch.ops.aten
 Cuts: TypeAlias = dict[Node, int]
@@ -64,9 +64,9 @@ def _pointwise(node: Node, dim: int) -> Cuts | None:
         if not isinstance(given, Tensor):
             continue
         at = dim - (made.dim() - given.dim())
-        if at < 0 or _known(given.shape[at] == 1):
+        if at < 0 or known(given.shape[at] == 1):
             continue
-        if not _known(given.shape[at] == made.shape[dim]):
+        if not known(given.shape[at] == made.shape[dim]):
             return None
         found[each] = at
     return found
@@ -112,8 +112,8 @@ def _matmul(node: Node, dim: int) -> Cuts | None:
     found: Cuts = {}
     for x, own in zip((left, right), ranks, strict=True):
         at = dim - (rank - own)
-        if at >= 0 and not _known(view.value(x).shape[at] == 1):
-            if not _known(view.value(x).shape[at] == view.value(node).shape[dim]):
+        if at >= 0 and not known(view.value(x).shape[at] == 1):
+            if not known(view.value(x).shape[at] == view.value(node).shape[dim]):
                 return None
             found[x] = at
     return found
@@ -152,7 +152,7 @@ def _attention(node: Node, dim: int) -> Cuts | None:
         rows = view.value(mask)
         if rows.dim() < 2 or mask in (query, key, value):
             return None
-        if not _known(rows.shape[-2] == 1):
+        if not known(rows.shape[-2] == 1):
             found[mask] = rows.dim() - 2
     return found
 
@@ -206,17 +206,17 @@ def _selected(node: Node, dim: int) -> Cuts | None:
 def _expanded(node: Node, dim: int) -> Cuts | None:
     given, made = view.value(_first(node)), view.value(node)
     at = dim - (made.dim() - given.dim())
-    if at < 0 or _known(given.shape[at] == 1):
+    if at < 0 or known(given.shape[at] == 1):
         return {}
-    return {_first(node): at} if _known(given.shape[at] == made.shape[dim]) else None
+    return {_first(node): at} if known(given.shape[at] == made.shape[dim]) else None
 
 
 def _reshaped(node: Node, dim: int) -> Cuts | None:
     """A dimension that stands with as many elements before it, and after it, as it did."""
     given, made = view.value(_first(node)).shape, view.value(node).shape
     for at, size in enumerate(given):
-        same = _known(size == made[dim]) and _known(_count(given[:at]) == _count(made[:dim]))
-        if same and _known(_count(given[at + 1 :]) == _count(made[dim + 1 :])):
+        same = known(size == made[dim]) and known(_count(given[:at]) == _count(made[:dim]))
+        if same and known(_count(given[at + 1 :]) == _count(made[dim + 1 :])):
             return {_first(node): at}
     return None
 
@@ -226,10 +226,6 @@ def _count(sizes: Sequence[Any]) -> Any:
     for size in sizes:
         count = count * size
     return count
-
-
-def _known(condition: Any) -> bool:
-    return statically_known_true(condition)
 
 
 _VIEWS: dict[Any, Rule] = {

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from iocompiler.graph.sizes import known
 
 
 class Axis:
@@ -37,11 +38,6 @@ class Axis:
 
 Group: TypeAlias = tuple[Axis, ...]
 Dims: TypeAlias = tuple[Group, ...]
-
-
-def known(condition: Any) -> bool:
-    """True where the condition holds for every size there can be."""
-    return bool(statically_known_true(condition))
 
 
 def fresh(shape: Iterable[Any]) -> Dims:

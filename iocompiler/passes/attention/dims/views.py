@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.passes.attention.dims.axes import Dims, Group, known, regroup, resolve, resolved
+from iocompiler.graph.sizes import known, same_sizes
+from iocompiler.passes.attention.dims.axes import Dims, Group, regroup, resolve, resolved
 
 aten = torch.ops.aten
 
@@ -222,5 +223,4 @@ def _same_shape(node: Node) -> bool:
 
 def alike(one: Any, other: Any) -> bool:
     """Whether two tensors are known to have one shape."""
-    old, new = shape(one), shape(other)
-    return len(old) == len(new) and all(known(a == b) for a, b in zip(old, new, strict=True))
+    return same_sizes(shape(one), shape(other))

@@ -7,8 +7,9 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import expression, known
+from iocompiler.passes.attention.dims.axes import expression
 from iocompiler.passes.attention.masks.arithmetic import affine, plain
 from iocompiler.passes.attention.masks.places import At, aligned
 from iocompiler.passes.attention.masks.protocol import Reading

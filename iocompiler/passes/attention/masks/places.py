@@ -12,8 +12,9 @@ from torch.fx import Node
 from iocompiler.graph import view
 from iocompiler.graph.held import held
 from iocompiler.graph.patterns import Band, Hiding
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Axis, expression, fresh, known, resolve
+from iocompiler.passes.attention.dims.axes import Axis, expression, fresh, resolve
 from iocompiler.passes.attention.masks.values import (
     Bounds,
     Formula,

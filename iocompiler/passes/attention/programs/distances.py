@@ -13,9 +13,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
-from iocompiler.passes.attention.dims.axes import Axis, expression, known
+from iocompiler.passes.attention.dims.axes import Axis, expression
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.places import At, aligned
 from iocompiler.passes.attention.masks.values import Bounds, Index

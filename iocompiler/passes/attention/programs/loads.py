@@ -9,8 +9,9 @@ import sympy
 import torch
 from torch.fx import Node
 
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Dims, Group, extents, index, known, resolve, size
+from iocompiler.passes.attention.dims.axes import Dims, Group, extents, index, resolve, size
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.limits import LARGEST, MOST_NEGATIVE, requires_grad
 from iocompiler.passes.attention.masks.places import At

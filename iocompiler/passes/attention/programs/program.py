@@ -9,8 +9,9 @@ import sympy
 from torch.fx import Node
 
 from iocompiler.graph.patterns import HIDES
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Axis, Dims, indices, known
+from iocompiler.passes.attention.dims.axes import Axis, Dims, indices
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.limits import DROWNS, MOST_NEGATIVE, reach
 from iocompiler.passes.attention.masks.places import At

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from iocompiler.passes.attention.dims.axes import Axis, Dims, broadcast, flat, fresh, known
+from iocompiler.graph.sizes import known
+from iocompiler.passes.attention.dims.axes import Axis, Dims, broadcast, flat, fresh
 from iocompiler.passes.attention.dims.views import shape
 
 aten = torch.ops.aten

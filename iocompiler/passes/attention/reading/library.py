@@ -8,16 +8,9 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import (
-    Axis,
-    Dims,
-    Group,
-    broadcast,
-    fresh,
-    known,
-    resolve,
-)
+from iocompiler.passes.attention.dims.axes import Axis, Dims, Group, broadcast, fresh, resolve
 from iocompiler.passes.attention.reading.assemble import assemble
 from iocompiler.passes.attention.reading.constants import number
 from iocompiler.passes.attention.reading.description import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from iocompiler.passes.attention.dims.axes import known
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims.views import shape
 
 aten = torch.ops.aten

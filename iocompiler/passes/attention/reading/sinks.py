@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import known
 from iocompiler.passes.attention.reading import powers
 from iocompiler.passes.attention.reading.constants import constant
 from iocompiler.passes.attention.reading.powers import Powers

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from iocompiler.passes.attention.dims.axes import known
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.reading.description import Declined
 from iocompiler.passes.attention.reading.results import is_differentiated
 from iocompiler.passes.attention.running.forward import Call

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
-from iocompiler.passes.attention.dims.axes import known
+from iocompiler.graph.sizes import known
 
 aten = torch.ops.aten
 _WANTED = "attention_strides"

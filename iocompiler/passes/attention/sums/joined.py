@@ -13,9 +13,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
+from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
-from iocompiler.passes.attention.dims.axes import known, size
+from iocompiler.passes.attention.dims.axes import size
 from iocompiler.passes.attention.dims.views import Operand
 from iocompiler.passes.attention.reading import contraction
 from iocompiler.passes.attention.reading.description import Declined
