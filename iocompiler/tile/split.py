@@ -47,6 +47,8 @@ def can_split(program: TileProgram) -> bool:
     """Whether its reductions can be cut into parts: nothing along them waits for their results, but
     for reductions that go on beside another (`tile/online.py`), of parts of one size.
     """
+    if not program.reduced:
+        return False
     after = _after_reductions(program)
     beside = online(program)
     reduced = {a.name for a in program.reduced}
@@ -63,7 +65,7 @@ def can_split(program: TileProgram) -> bool:
             return False
         if op.kind == "store" and after[position] and program.varies[position] & reduced:
             return False
-    return bool(program.reduced) and any(op.kind == "reduce" for op in program.ops)
+    return any(op.kind == "reduce" for op in program.ops)
 
 
 def _after_reductions(program: TileProgram) -> list[bool]:

@@ -243,6 +243,13 @@ def test_running_statistics_are_written_by_the_kernel_that_finds_them(batch: int
     assert [bool(kernel.program.reduced) for kernel, size in sizes if size == 5] == [True, True]
 
 
+def test_the_moments_of_one_number() -> None:
+    x = torch.randn(())
+    torch.testing.assert_close(
+        Planned()(lambda x: torch.var_mean(x, correction=0))(x), torch.var_mean(x, correction=0)
+    )
+
+
 def test_what_several_rows_or_columns_overwrite_is_a_kernel_of_its_own() -> None:
     """A total of row sums, and sums down columns beside sums along rows: no program is alone."""
 
