@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from iocompiler.cost_model.device import Device, current_device, kin
 
@@ -46,6 +47,18 @@ def inductor() -> Iterator[None]:
 def is_inductor() -> bool:
     """Whether Inductor compiles the graph, for the CPU: what it fuses itself is left to it."""
     return _inductor.get()
+
+
+def planned() -> Capability | None:
+    """What tensors on the CPU count as."""
+    return _planned.get()
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can be launched over ``x``, or over what ``x`` stands for: a fake tensor on
+    the CPU, for the one that will be on the device planned for.
+    """
+    return x.is_cuda or (_planned.get() is not None and isinstance(x, FakeTensor))
 
 
 def device_type(x: Tensor) -> str:

@@ -103,8 +103,8 @@ def report_of(
     for number, record in enumerate(records):
         plans = {name: record.plans[name] for name in _ORDER if name in record.plans}
         parts = [Part(name, plan, size_hints(record.flat[name])) for name, plan in plans.items()]
-        kernels = Kernels(plans, row, compile_kernels)
-        ledger = build_report(parts, row, kernels.describe)
+        kernels = Kernels(parts, row, compile_kernels)
+        ledger = build_report(parts, row, kernels.describe, kernels.templates)
         total += replace(
             ledger,
             rewrites=tuple(record.rewrites),
