@@ -19,7 +19,13 @@ from iocompiler.compilation import Compilation
 from iocompiler.convenience import compile as compiled
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.device import device as device_named
-from iocompiler.errors import BudgetWarning, CannotExplain, FallbackWarning, IOCompilerError
+from iocompiler.errors import (
+    BudgetWarning,
+    CannotExplain,
+    FallbackWarning,
+    IOCompilerError,
+    cause_of,
+)
 from iocompiler.ops.target import planned_for
 from iocompiler.pipeline import DEFAULT, Pipeline
 from iocompiler.plan.build import size_hints
@@ -86,8 +92,7 @@ def explain(
     except IOCompilerError:
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {_first_line(str(error))}"
-        raise CannotExplain(model=_name(model), cause=cause) from error
+        raise CannotExplain(model=_name(model), cause=cause_of(error)) from error
     lost = torch._dynamo.utils.counters["graph_break"] - breaks
     return report_of(records, row, compile_kernels, lost)
 

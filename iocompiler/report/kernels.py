@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 
 from iocompiler.cost_model.device import Device
+from iocompiler.errors import cause_of
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan
 from iocompiler.report.build import Part
 from iocompiler.report.ledger import Lost, Resources, Template
 from iocompiler.report.templates import Templates
-from iocompiler.report.words import cause_of
 
 
 class Kernels:

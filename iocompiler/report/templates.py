@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from iocompiler.cost_model.device import Device
+from iocompiler.errors import cause_of
 from iocompiler.ops.target import planned_for
 from iocompiler.plan.data import AtenStep
 from iocompiler.report.build import Part
 from iocompiler.report.ledger import Lost, Resources, Template
-from iocompiler.report.words import cause_of
 
 if TYPE_CHECKING:
     from iocompiler.runtime.template_form import Form

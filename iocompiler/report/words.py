@@ -1,4 +1,4 @@
-"""Schedules, tensors and errors in a few words."""
+"""Schedules and tensors in a few words."""
 
 from __future__ import annotations
 
@@ -28,12 +28,6 @@ def show_tile(tile: MatmulTile) -> str:
     )
     words += f", {tile.programs} programs" if tile.programs else ""
     return words + (", by descriptors" if tile.loads == "descriptors" else "")
-
-
-def cause_of(error: BaseException) -> str:
-    """As "CompileError: kernel 'k' does not compile": the first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 _SHORT = {
