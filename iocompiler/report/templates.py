@@ -38,7 +38,7 @@ class Templates:
         major, minor = device.capability
         with planned_for(device.capability):
             self._calls = by_call(part.plan, _HERE, part.hints, 10 * major + minor)
-        self._images = prepare(form for _, forms in self._calls for form in forms)
+        self._images = prepare(dict.fromkeys(f for _, forms in self._calls for f in forms))
 
     def of(self, step: AtenStep) -> tuple[Template, ...]:
         """What a step of the plan launches; what differs in nothing that is shown, once."""
