@@ -23,6 +23,9 @@ _NO_GPU: Capability = (9, 0)  # what is compiled for where no GPU is present
 _planned: ContextVar[Capability | None] = ContextVar("planned", default=None)
 _inductor: ContextVar[bool] = ContextVar("inductor", default=False)
 
+planned = _planned.get  # no function of its own: each launch asks
+"""What tensors on the CPU count as: ``planned()``."""
+
 
 @contextmanager
 def planned_for(capability: Capability | None) -> Iterator[None]:
@@ -47,11 +50,6 @@ def inductor() -> Iterator[None]:
 def is_inductor() -> bool:
     """Whether Inductor compiles the graph, for the CPU: what it fuses itself is left to it."""
     return _inductor.get()
-
-
-def planned() -> Capability | None:
-    """What tensors on the CPU count as."""
-    return _planned.get()
 
 
 def on_gpu(x: Tensor) -> bool:

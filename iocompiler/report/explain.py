@@ -61,8 +61,8 @@ def explain(
         training: also the backward, from the output's ``.loss``, else from the first scalar output,
             else from the sum of all outputs. Without it, the model is called under
             ``torch.no_grad()``.
-        compile_kernels: compile the generated kernels to cubins, for registers, spills and shared
-        memory.
+        compile_kernels: compile the generated kernels, and the templates that calls launch, to
+            cubins, for registers, spills and shared memory.
         pipeline: the passes to run.
         memory_budget: as the option of that name; the report then has ``trades``.
 
