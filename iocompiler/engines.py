@@ -15,6 +15,8 @@ from torch.fx import GraphModule
 
 from iocompiler.awaited import ready
 from iocompiler.cost_model.device import DEVICES, Device
+from iocompiler.errors import StrictFallback, UnboundedFallback
+from iocompiler.ops.attempt import refusing
 from iocompiler.options import Options
 from iocompiler.plan.data import Plan
 from iocompiler.runtime import tangents
@@ -30,6 +32,17 @@ def load(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
     attribute ``source`` can be loaded again from that text, of what has the attribute ``ready``
     the kernels are still being compiled.
     """
+    return _as_asked(_begun(plan, gm, options, name), options)
+
+
+def _as_asked(run: Boxed, options: Options) -> Boxed:
+    """``run``; where the options want an error, one when a template of an operator fails."""
+    if options.strict:
+        return refusing(run, StrictFallback)
+    return run if options.no_fallback is None else refusing(run, UnboundedFallback)
+
+
+def _begun(plan: Plan, gm: GraphModule, options: Options, name: str) -> Boxed:
     if callable(options.engine):
         return boxed(options.engine(plan, gm))
     if options.engine == "reference":
@@ -125,11 +138,13 @@ def text_loader(options: Options) -> LoadText | None:
     """How the engine of the options runs the text of a module: `runtime.load.load_text`, or the
     ``load_text`` of an engine of one's own; None for an engine that knows only plans.
     """
+    load_text: LoadText | None = getattr(options.engine, "load_text", None)
     if options.engine == "auto":
         from iocompiler.runtime.load import load_text
-
-        return load_text
-    return getattr(options.engine, "load_text", None)
+    if load_text is None:
+        return None
+    loader = load_text
+    return lambda text, name, device: _as_asked(loader(text, name, device), options)
 
 
 def replayed(

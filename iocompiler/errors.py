@@ -206,6 +206,12 @@ def close_match(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
+def cause_of(error: BaseException) -> str:
+    """As "CompileError: kernel 'k' does not compile": the first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'unknown'}"
+
+
 def add_note(error: BaseException, note: str) -> None:
     """`BaseException.add_note`, also for Python 3.10: a traceback does not show it there, the
     messages that we make from `__notes__` do.

@@ -19,6 +19,7 @@ from iocompiler.errors import (
     FallbackWarning,
     StrictFallback,
     UnboundedFallback,
+    cause_of,
 )
 from iocompiler.options import Options
 
@@ -60,9 +61,8 @@ class Attempts:
         return any(lost.region == region for lost in self.compilation.fallbacks)
 
     def _record(self, region: str, error: Exception, instead: str) -> None:
-        message = (str(error).strip() or repr(error)).splitlines()[0]
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        cause = f"{type(error).__name__}: {message}{notes}"
+        cause = cause_of(error) + notes
         self.compilation.fallbacks.append(Fallback(region, cause, getattr(error, "where", "")))
         if self.options.strict:
             raise StrictFallback(region=region, cause=cause) from error

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from iocompiler.ops import library
 from iocompiler.ops.attempt import template_or
+from iocompiler.ops.target import on_gpu
 
 aten = torch.ops.aten
 
@@ -86,7 +87,7 @@ def _flat(grad: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _has_template(grad: Tensor, indices: Tensor, rows: int) -> bool:
     fits = max(rows, indices.numel()) < _MOST
-    return grad.is_cuda and fits and grad.dtype in DTYPES and indices.dtype in INDEX_DTYPES
+    return on_gpu(grad) and fits and grad.dtype in DTYPES and indices.dtype in INDEX_DTYPES
 
 
 def _launch(table: Tensor, grad: Tensor, indices: Tensor, padding_idx: int, added: bool) -> None:

@@ -19,6 +19,7 @@ from iocompiler.ops.linear_cross_entropy_products import (
     with_zeros,
 )
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
+from iocompiler.ops.target import on_gpu
 
 # What the logits of one chunk may take, in bytes: at a vocabulary of 128256 in bfloat16 these are
 # 2048 rows: on an H200 1.13 x the three products alone, where 1024 rows took 1.21 and 4096 1.13.
@@ -26,7 +27,6 @@ SCRATCH_BYTES = 1 << 29
 # The same where the logits are kept, whole, by the user: there is room for their gradient too, and
 # each further chunk reads and writes the weight's gradient once more.
 KEPT_SCRATCH_BYTES = 1 << 31
-ALIGNED_DEVICES = ("cuda",)
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -146,7 +146,7 @@ class _Room:
             x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
         )
         columns = _columns(vocabulary, x)
-        aligned = x.device.type not in ALIGNED_DEVICES or is_aligned(columns, itemsize)
+        aligned = not on_gpu(x) or is_aligned(columns, itemsize)
         row = columns if aligned else filled(columns)
         self._scratch = x.new_empty((held, row))[:, :columns]
 
@@ -182,4 +182,4 @@ def _chunk(
 def _columns(vocabulary: int, x: Tensor) -> int:
     """Classes, with those that are filled up."""
     odd = is_unlike_products(vocabulary, x.element_size())
-    return filled(vocabulary) if odd and x.device.type in ALIGNED_DEVICES else vocabulary
+    return filled(vocabulary) if odd and on_gpu(x) else vocabulary

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iocompiler.ops import linear_cross_entropy_walk as walk
 from iocompiler.ops.attempt import template_or
+from iocompiler.ops.target import on_gpu
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def evaluate(piece: Piece, rows: Rows, setting: Setting) -> None:
 
 
 def _has_template(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype != torch.float64
+    return on_gpu(logits) and logits.dtype != torch.float64
 
 
 def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from iocompiler.cost_model.device import Device, current_device, kin
 
@@ -21,6 +22,9 @@ Capability = tuple[int, int]
 _NO_GPU: Capability = (9, 0)  # what is compiled for where no GPU is present
 _planned: ContextVar[Capability | None] = ContextVar("planned", default=None)
 _inductor: ContextVar[bool] = ContextVar("inductor", default=False)
+
+planned = _planned.get  # no function of its own: each launch asks
+"""What tensors on the CPU count as: ``planned()``."""
 
 
 @contextmanager
@@ -46,6 +50,13 @@ def inductor() -> Iterator[None]:
 def is_inductor() -> bool:
     """Whether Inductor compiles the graph, for the CPU: what it fuses itself is left to it."""
     return _inductor.get()
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can be launched over ``x``, or over what ``x`` stands for: a fake tensor on
+    the CPU, for the one that will be on the device planned for.
+    """
+    return x.is_cuda or (_planned.get() is not None and isinstance(x, FakeTensor))
 
 
 def device_type(x: Tensor) -> str:

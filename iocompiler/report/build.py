@@ -16,7 +16,7 @@ from iocompiler.cost_model.roofline import relaid_bytes, time
 from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, TensorSpec, made
 from iocompiler.report.crossing import at_extents, crossing
-from iocompiler.report.ledger import Edge, Kernel, Report, Resources
+from iocompiler.report.ledger import Edge, Kernel, Report, Resources, Template
 from iocompiler.report.words import show_schedule, show_spec, show_tile
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
@@ -24,6 +24,8 @@ from iocompiler.tile.traffic import traffic
 
 Describe = Callable[[KernelStep | MatmulStep | BatchStep], tuple[str, Resources | None]]
 """The Triton text of a generated kernel and what it takes when compiled."""
+Launched = Callable[[AtenStep], tuple[Template, ...]]
+"""The templates a call launches."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,25 @@ class Part:
     hints: Mapping[str, int] = field(default_factory=dict)
 
 
-def build_report(parts: Iterable[Part], device: Device, describe: Describe | None = None) -> Report:
+def build_report(
+    parts: Iterable[Part],
+    device: Device,
+    describe: Describe | None = None,
+    launched: Launched | None = None,
+) -> Report:
     """The ledger of the graphs one Dynamo graph became: its forward and backward, or its inference.
 
     Args:
         parts: forward before backward: what the backward takes from the forward is known by its
         names.
         describe: gives generated kernels their text and resources; without it they have none.
+        launched: gives calls their templates.
     """
     ledger, costs = Report(device.name), Cost()
     known: dict[str, int] = {}
     parts = tuple(parts)
     for part in parts:
-        kernels, cost = _kernels(part, device, describe or _undescribed)
+        kernels, cost = _kernels(part, device, describe or _undescribed, launched or _unknown)
         edges = (
             Edge(e.producer, e.consumer, round(value_of(e.bytes, part.hints)), e.reason, part.name)
             for e in part.plan.unfused
@@ -69,7 +77,13 @@ def _undescribed(step: KernelStep | MatmulStep | BatchStep) -> tuple[str, Resour
     return "", None
 
 
-def _kernels(part: Part, device: Device, describe: Describe) -> tuple[tuple[Kernel, ...], Cost]:
+def _unknown(step: AtenStep) -> tuple[Template, ...]:
+    return ()
+
+
+def _kernels(
+    part: Part, device: Device, describe: Describe, launched: Launched
+) -> tuple[tuple[Kernel, ...], Cost]:
     """The launches of a plan in order, and their costs together."""
     specs = {name: spec for name, spec in part.plan.inputs if spec is not None}
     found: list[Kernel] = []
@@ -83,7 +97,7 @@ def _kernels(part: Part, device: Device, describe: Describe) -> tuple[tuple[Kern
             found.append(launch)
         elif isinstance(step, AtenStep):
             cost, called = _called(step, part, device, specs)
-            found += [] if called is None else [called]
+            found += [] if called is None else [replace(called, templates=launched(step))]
         else:
             cost = Cost()
         specs |= made(step)

@@ -21,7 +21,13 @@ from iocompiler.compilation import Compilation
 from iocompiler.convenience import compile as compiled
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.device import device as device_named
-from iocompiler.errors import BudgetWarning, CannotExplain, FallbackWarning, IOCompilerError
+from iocompiler.errors import (
+    BudgetWarning,
+    CannotExplain,
+    FallbackWarning,
+    IOCompilerError,
+    cause_of,
+)
 from iocompiler.ops.target import planned_for
 from iocompiler.pipeline import DEFAULT, Pipeline
 from iocompiler.plan.build import size_hints
@@ -58,8 +64,8 @@ def explain(
         training: also the backward, from the output's ``.loss``, else from the first scalar output,
             else from the sum of all outputs. Without it, the model is called under
             ``torch.no_grad()``.
-        compile_kernels: compile the generated kernels to cubins, for registers, spills and shared
-        memory.
+        compile_kernels: compile the generated kernels, and the templates that calls launch, to
+            cubins, for registers, spills and shared memory.
         pipeline: the passes to run.
         memory_budget: as the option of that name; the report then has ``trades``.
 
@@ -105,8 +111,8 @@ def report_of(
     for number, record in enumerate(records):
         plans = {name: record.plans[name] for name in _ORDER if name in record.plans}
         parts = [Part(name, plan, size_hints(record.flat[name])) for name, plan in plans.items()]
-        kernels = Kernels(plans, row, compile_kernels)
-        ledger = build_report(parts, row, kernels.describe)
+        kernels = Kernels(parts, row, compile_kernels)
+        ledger = build_report(parts, row, kernels.describe, kernels.templates)
         total += replace(
             ledger,
             rewrites=tuple(record.rewrites),
@@ -193,7 +199,7 @@ def _cause(error: Exception) -> str:
     random number), where it stands.
     """
     if not isinstance(error, DataDependentOutputException):
-        return f"{type(error).__name__}: {_first_line(str(error))}"
+        return cause_of(error)
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*_NOT_THE_USERS, "<"))]
     place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""

@@ -1,18 +1,21 @@
-"""The text of generated kernels and what they take on the device: registers, spills, shared
-memory."""
+"""The text of generated kernels, and what they and the templates take on the device: registers,
+spills, shared memory."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable
 
 from iocompiler.cost_model.device import Device
-from iocompiler.plan.data import BatchStep, KernelStep, MatmulStep, Plan
-from iocompiler.report.ledger import Lost, Resources
+from iocompiler.errors import cause_of
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan
+from iocompiler.report.build import Part
+from iocompiler.report.ledger import Lost, Resources, Template
+from iocompiler.report.templates import Templates
 
 
 class Kernels:
-    """Describes the generated kernels of the plans of one Dynamo graph, by the name of the flat
-    graph.
+    """Describes the generated kernels of the plans of one Dynamo graph, and the templates that
+    their calls launch.
 
     What cannot be emitted or compiled would run on aten: it stands in ``lost``, and the kernels
     concerned have no text or no resources.
@@ -22,19 +25,27 @@ class Kernels:
         plan that is not for CUDA, have nothing to compile.
     """
 
-    def __init__(self, plans: Mapping[str, Plan], device: Device, compile_kernels: bool) -> None:
+    def __init__(self, parts: Iterable[Part], device: Device, compile_kernels: bool) -> None:
         self.lost: list[Lost] = []
         self._texts: dict[Hashable, str] = {}
         self._taken: dict[Hashable, Resources] = {}
-        for name, plan in plans.items():
-            if compile_kernels and device.capability is not None and plan.device.startswith("cuda"):
-                self._compile(name, plan, device)
+        self._templates: list[Templates] = []
+        if compile_kernels and device.capability is not None:
+            for part in parts:
+                if part.plan.device.startswith("cuda"):
+                    self._compile(part, device)
+        self.lost += [lost for each in self._templates for lost in each.lost()]
 
-    def _compile(self, name: str, plan: Plan, device: Device) -> None:
+    def _compile(self, part: Part, device: Device) -> None:
         try:
-            self._taken |= compiled_resources(plan, device)
+            self._templates.append(Templates(part, device))
+            self._taken |= compiled_resources(part.plan, device)
         except Exception as error:  # whatever the backend would fall back for
-            self.lost.append(Lost(name, _cause(error), getattr(error, "where", "")))
+            self.lost.append(Lost(part.name, cause_of(error), getattr(error, "where", "")))
+
+    def templates(self, step: AtenStep) -> tuple[Template, ...]:
+        """Those that a step launches, where they are compiled."""
+        return next(filter(None, (each.of(step) for each in self._templates)), ())
 
     def describe(self, step: KernelStep | MatmulStep | BatchStep) -> tuple[str, Resources | None]:
         """The Triton text of a step's kernel, and what it takes if it was compiled."""
@@ -49,13 +60,8 @@ class Kernels:
         try:
             return emit_step(step, step.name)
         except Exception as error:
-            self.lost.append(Lost(step.name, _cause(error), step.where[0] if step.where else ""))
+            self.lost.append(Lost(step.name, cause_of(error), step.where[0] if step.where else ""))
             return ""
-
-
-def _cause(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def compiled_resources(plan: Plan, device: Device) -> dict[Hashable, Resources]:

@@ -24,8 +24,18 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Template:
+    """A hand-written template that a call launches, and what it takes; None where it was not, or
+    cannot be, compiled.
+    """
+
+    name: str
+    resources: Resources | None = None
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """One launch.
+    """One launch, or one call.
 
     Attributes:
         name: of the kernel, or the operator's qualified name for a plain call.
@@ -42,6 +52,7 @@ class Kernel:
         resources: of the compiled kernel; None where it was not compiled.
         formula: ``bytes`` in the size symbols; "" where shapes are static.
         generated: whether the kernel is ours.
+        templates: of a call, those it launches, in order, each kernel of them once.
     """
 
     name: str
@@ -58,6 +69,7 @@ class Kernel:
     resources: Resources | None = None
     formula: str = ""
     generated: bool = False
+    templates: tuple[Template, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 from iocompiler.errors import ReportFormat
 from iocompiler.graph.findings import Miss, Rewrite
 from iocompiler.recompute.trade import trade_of
-from iocompiler.report.ledger import Copied, Edge, Kernel, Lost, Report, Resources
+from iocompiler.report.ledger import Copied, Edge, Kernel, Lost, Report, Resources, Template
 from iocompiler.report.text import as_svg, as_text
 
-_SCHEMA = 3
+_SCHEMA = 4
 _LISTS: dict[str, type[Any]] = {
     "rewrites": Rewrite,
     "misses": Miss,
@@ -81,10 +81,13 @@ def from_json(text: str) -> Report:
 
 
 def _kernel(item: dict[str, Any]) -> Kernel:
-    resources = item["resources"] and Resources(**item["resources"])
-    return Kernel(
-        **{**item, "ops": tuple(item["ops"]), "where": tuple(item["where"]), "resources": resources}
-    )
+    plain = {**item, "ops": tuple(item["ops"]), "where": tuple(item["where"])}
+    templates = tuple(Template(t["name"], _resources(t)) for t in item["templates"])
+    return Kernel(**{**plain, "resources": _resources(item), "templates": templates})
+
+
+def _resources(item: dict[str, Any]) -> Resources | None:
+    return item["resources"] and Resources(**item["resources"])
 
 
 def as_mlir(report: Report) -> str:

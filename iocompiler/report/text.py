@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iocompiler.recompute.trade import Trade
-from iocompiler.report.ledger import Edge, Kernel, Report
+from iocompiler.report.ledger import Edge, Kernel, Report, Resources
 
 WIDTH = 120
 MOST_KERNELS = 40
@@ -142,14 +142,14 @@ def grouped(kernels: tuple[Kernel, ...]) -> list[Group]:
     for kernel in kernels:
         # the same program over the same sizes: the text names neither tensors nor lines
         key = (kernel.name, kernel.graph, kernel.bytes, kernel.flops, kernel.tile, kernel.layout)
-        groups.setdefault(key, []).append(kernel)
+        groups.setdefault((*key, kernel.templates), []).append(kernel)
     found = [Group(members[0], tuple(members)) for members in groups.values()]
     return sorted(found, key=lambda g: -g.time_us)
 
 
 def _kernels(report: Report) -> Table:
     groups = grouped(report.kernels)
-    compiled = any(k.resources for k in report.kernels)
+    compiled = any(k.resources or k.templates for k in report.kernels)
     table = _table("kernels, most time first")
     table.add_column("n", justify="right")
     table.add_column("in", no_wrap=True)
@@ -163,6 +163,8 @@ def _kernels(report: Report) -> Table:
     table.add_column("where", min_width=21, overflow="fold")
     for group in groups[:MOST_KERNELS]:
         _row(table, *_kernel_cells(group, compiled))
+        for each in group.first.templates:  # a line of its own below the call
+            _row(table, "", "", f"  {each.name}", *[""] * 4, _show_resources(each.resources), "")
     rest = sum(g.bytes for g in groups[MOST_KERNELS:])
     _remainder(table, len(groups) - MOST_KERNELS, "kernels", rest, columns=(2, 3))
     return table
@@ -184,10 +186,13 @@ def _kernel_cells(group: Group, compiled: bool) -> list[str]:
         first.tile if not first.tile.endswith(first.name) else "",
     ]
     if compiled:
-        r = first.resources
-        cells.append(f"{r.registers}/{r.spills}/{r.shared}" if r else "")
+        cells.append(_show_resources(first.resources))
     more = f" +{len(lines) - 1}" if len(lines) > 1 else ""
     return [*cells, lines[0] + more if lines else ""]
+
+
+def _show_resources(r: Resources | None) -> str:
+    return f"{r.registers}/{r.spills}/{r.shared}" if r else ""
 
 
 def _unfused(report: Report) -> Table:

@@ -49,42 +49,51 @@ def launched(
     plan: Plan, device: torch.device, hints: Mapping[str, int], capability: int
 ) -> list[Form]:
     """The forms of what the plan's calls launch on ``device``, in order."""
+    calls = by_call(plan, device, hints, capability)
+    return list(dict.fromkeys(form for _, forms in calls for form in forms))
+
+
+def by_call(
+    plan: Plan, device: torch.device, hints: Mapping[str, int], capability: int
+) -> list[tuple[AtenStep, tuple[Form, ...]]]:
+    """The calls of operators that launch templates, those in regions too, and the forms of what
+    each launches.
+
+    Args:
+        device: the CPU where the plan's GPU is not here: it is then the one planned for
+            (`ops.target`).
+    """
+    # of what an operator keeps for later calls (tables of blocks) the tensors are real
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = functools.partial(_fake, device, hints, mode)
+    known: dict[str, tuple[Form, ...]] = {}  # equal layers have equal calls
+    found: list[tuple[AtenStep, tuple[Form, ...]]] = []
+    with unset_fake_temporarily(), torch.no_grad():
+        for name, step, places in _calls(plan):
+            with contextlib.suppress(KeyError):
+                given = resolve((step.args, dict(step.kwargs)), places, hints, device)
+                call = repr((name, given))
+                if call not in known:
+                    known[call] = _forms(name, tree_map_only(_Place, fake, given), capability)
+                found.append((step, known[call]))
+    return found
+
+
+def _forms(name: str, given: Any, capability: int) -> tuple[Form, ...]:
+    """What an operator launches; of one that fails, what it launched before."""
     found: dict[Form, None] = {}
 
     def note(launch: Launch, tensors: Mapping[str, Any]) -> None:
         found[launch.form(tensors, capability)] = None
 
-    # of what an operator keeps for later calls (tables of blocks) the tensors are real
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = functools.partial(_fake, device, hints, mode)
-    with unset_fake_temporarily(), torch.no_grad(), watched(note):
-        for name, given in _distinct(plan, device, hints):
-            with contextlib.suppress(Exception):
-                args, kwargs = tree_map_only(_Place, fake, given)
-                library.function(name)(*args, **kwargs)
-    return list(found)
-
-
-def _distinct(
-    plan: Plan, device: torch.device, hints: Mapping[str, int]
-) -> Iterator[tuple[str, Any]]:
-    """The calls by name and arguments, in which places stand for tensors; those of equal layers
-    once.
-    """
-    seen: set[str] = set()
-    for name, step, places in _calls(plan):
-        with contextlib.suppress(KeyError):
-            given = resolve((step.args, dict(step.kwargs)), places, hints, device)
-            call = repr((name, given))
-            if call not in seen:
-                seen.add(call)
-                yield name, given
+    args, kwargs = given
+    with contextlib.suppress(Exception), watched(note):
+        library.function(name)(*args, **kwargs)
+    return tuple(found)
 
 
 def _calls(plan: Plan) -> Iterator[tuple[str, AtenStep, dict[str, _Place]]]:
-    """The calls of operators that launch templates, those in regions too: name, step, and where
-    the tensors are that it may read.
-    """
+    """Name, step, and where the tensors are that it may read."""
     places = _places(plan)
     for step in plan.steps:
         if not isinstance(step, AtenStep):

@@ -9,6 +9,7 @@ import torch
 
 from iocompiler.cost_model.attention_decode import MOST_QUERIES, Decode, parts, tile
 from iocompiler.cost_model.attention_tiles import Tile
+from iocompiler.ops.target import Capability
 from iocompiler.runtime.attention_form import Form, device_row
 from iocompiler.runtime.template_launch import Launch, tile_arguments
 
@@ -86,11 +87,13 @@ def split(form: Form) -> tuple[Tile, int]:
     """The tile, and in how many parts the keys are read."""
     columns = form.key.shape[2]
     rounded = -(-columns // _COLUMNS) * _COLUMNS
-    chosen, count = _split(_sizes(form, rounded), form.device)
+    chosen, count = _split(_sizes(form, rounded), form.device, form.planned)
     return chosen, min(form.parts or count, -(-columns // chosen.n))
 
 
 @functools.lru_cache(maxsize=4096)
-def _split(sizes: tuple[int, ...], device: torch.device) -> tuple[Tile, int]:
+def _split(
+    sizes: tuple[int, ...], device: torch.device, planned: Capability | None
+) -> tuple[Tile, int]:
     task = Decode(*sizes)
-    return tile(task), parts(task, device_row(device))
+    return tile(task), parts(task, device_row(device, planned))

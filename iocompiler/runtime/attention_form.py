@@ -17,7 +17,8 @@ from torch import Tensor
 from iocompiler.codegen.score_functions import module_text
 from iocompiler.cost_model.attention_order import heads_together
 from iocompiler.cost_model.attention_tiles import Row, padded, row
-from iocompiler.cost_model.device import DEVICES, Device, current_device
+from iocompiler.cost_model.device import DEVICES, Device, current_device, kin
+from iocompiler.ops.target import Capability, planned
 from iocompiler.runtime.load import imported, module_file
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
@@ -25,7 +26,7 @@ from iocompiler.tile.score_operands import use
 
 T = TypeVar("T")
 _MOST = 1024
-_NO_GPU, _ANY = (9, 0), "h200"  # the interpreter: any rows will do
+_ANY = "h200"  # the interpreter: any rows will do
 _forms: dict[tuple[Hashable, ...], Form] = {}
 
 
@@ -55,6 +56,7 @@ class Form:
     parts: int
     dropout_p: float
     device: torch.device
+    planned: Capability | None
     precision: str
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -77,8 +79,9 @@ class Form:
     def row(self) -> Row:
         if self.tiles is not None:
             return self.tiles
-        device, width = self.device, max(self.query.shape[3], self.value.shape[3])
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _NO_GPU
+        width = max(self.query.shape[3], self.value.shape[3])
+        capability = device_row(self.device, self.planned).capability
+        assert capability is not None
         found = row(capability, self.query.dtype.itemsize, width)
         loads, masked = _loads(self.program), width < padded(width)
         if masked:
@@ -146,7 +149,7 @@ class Form:
             heads, read = batch * groups, self.group * self.query.shape[2] * each
         else:
             heads, read = batch * groups * self.group, columns * each // self.group
-        return {"together": heads_together(heads, read, device_row(self.device))}
+        return {"together": heads_together(heads, read, device_row(self.device, self.planned))}
 
     @property
     def slopes(self) -> dict[str, Any]:
@@ -166,11 +169,11 @@ def form(
     """The form of a problem, found again where there was one like it."""
     query, key, value = inputs
     dtype, device = query.dtype, query.device
-    precision = _precision(dtype)
+    precision, instead = _precision(dtype), planned()
     # the tensors first: where two keys differ, they do so there
     known = (
         *(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()),
-        *(dtype, device, precision, numbers, dropout_p, program, tiles, parts),
+        *(dtype, device, instead, precision, numbers, dropout_p, program, tiles, parts),
         *[(x.shape, x.stride(), x.dtype) for x in operands],
     )
     found = _forms.get(known)
@@ -180,14 +183,16 @@ def form(
         likes = tuple(Like.of(x) for x in operands)
         found = _forms[known] = Form(
             Like.of(query), Like.of(key), Like.of(value), program, likes, numbers, tiles, parts,
-            dropout_p, device, precision,
+            dropout_p, device, instead, precision,
         )  # fmt: skip
     return found
 
 
 @functools.lru_cache(maxsize=64)
-def device_row(device: torch.device) -> Device:
-    """What the device is priced by."""
+def device_row(device: torch.device, instead: Capability | None) -> Device:
+    """What the device is priced by, or the one that is planned for instead."""
+    if instead is not None:
+        return kin(instead)
     return current_device(device) if device.type == "cuda" else DEVICES[_ANY]
 
 

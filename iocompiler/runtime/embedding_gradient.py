@@ -14,7 +14,9 @@ from iocompiler.codegen.kernels.embedding_gradient import (
     embedding_order,
     embedding_sums,
 )
+from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.embedding import CHUNK, Tiles, by_counting, tiles
+from iocompiler.ops.target import Capability, planned
 from iocompiler.runtime.attention_form import device_row
 from iocompiler.runtime.template_launch import Launch
 
@@ -36,10 +38,15 @@ class _Form(NamedTuple):
     table_dtype: torch.dtype
     index_dtype: torch.dtype
     device: torch.device
+    planned: Capability | None
+
+    @property
+    def gpu(self) -> Device:
+        return device_row(self.device, self.planned)
 
     @property
     def tiles(self) -> Tiles:
-        return tiles(self.tokens, self.width, self.grad_dtype, device_row(self.device))
+        return tiles(self.tokens, self.width, self.grad_dtype, self.gpu)
 
 
 class _Launches(NamedTuple):
@@ -70,7 +77,7 @@ def accumulate(
         return
     form = _Form(
         count, table.shape[0], width, padding_idx, grad.stride(0) if count > 1 else width, added,
-        grad.dtype, table.dtype, indices.dtype, grad.device,
+        grad.dtype, table.dtype, indices.dtype, grad.device, planned(),
     )  # fmt: skip
     found = _launches(form)
     order, keys = _ordered(found, indices)
@@ -112,7 +119,7 @@ def _launches(form: _Form) -> _Launches:
         "BLOCK": chosen.columns,
     }
     order = None
-    if by_counting(form.tokens, device_row(form.device)):
+    if by_counting(form.tokens, form.gpu):
         order = Launch(
             embedding_order, **keyed, BLOCK_M=chosen.counted, BLOCK_N=chosen.others,
             AHEAD=chosen.ahead, num_warps=8,

@@ -72,6 +72,15 @@ class Module:
         exec(code, namespace)
         return namespace
 
+    def users_line(self, line: int) -> str:
+        """The user's line of a call at this line of the file: the comment above it."""
+        for text in reversed(self.source.splitlines()[:line]):
+            if text.startswith("    # "):
+                return text.strip()[2:]
+            if text.startswith("def "):
+                break
+        return ""
+
     # what the call cell uses
 
     def tools(self) -> tuple[Callable[..., Any], ...]:

@@ -31,13 +31,16 @@ def image(form: Form) -> Image:
     return found.result()
 
 
-def prepare(forms: Iterable[Form]) -> None:
+def prepare(forms: Iterable[Form]) -> dict[Form, Future[Image]]:
     """Have these compiled in the background; a failure is told to who asks for the image."""
+    places: dict[Form, Future[Image]] = {}
     for form in forms:
         found, is_new = _claimed(form)
+        places[form] = found
         if is_new:
             # no thread of a pool's: those are waited for when the program ends
             threading.Thread(target=_find, args=(form, found), daemon=True).start()
+    return places
 
 
 def _claimed(form: Form) -> tuple[Future[Image], bool]:

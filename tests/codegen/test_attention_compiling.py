@@ -10,6 +10,7 @@ import triton
 
 from iocompiler.cost_model.attention_decode import programs_per_sm, tile
 from iocompiler.cost_model.device import DEVICES
+from iocompiler.ops.target import planned_for
 from iocompiler.runtime import attention_decode
 from iocompiler.runtime.attention import Problem
 from iocompiler.versions import version_tuple
@@ -51,9 +52,8 @@ def test_the_usual_tiles_spill_nothing(name: str, monkeypatch: pytest.MonkeyPatc
 def test_every_width_compiles(
     name: str, width: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: divmod(capability, 10))
-    monkeypatch.setattr("iocompiler.runtime.attention_form._NO_GPU", divmod(capability, 10))
-    found = resources(problem(name, width, dtype), capability, monkeypatch)
+    with planned_for(divmod(capability, 10)):
+        found = resources(problem(name, width, dtype), capability, monkeypatch)
     assert all(each["shared"] <= SHARED[capability] for each in found.values()), found
     if dtype == torch.bfloat16 and capability == 90:
         assert all(each["spills"] <= SPILLS for each in found.values()), found

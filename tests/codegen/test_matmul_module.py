@@ -93,7 +93,7 @@ def test_the_report_counts_what_is_no_longer_moved() -> None:
     plan = plan_on_fakes(block, *shapes, dtype=torch.bfloat16)
     device = DEVICES["h200"]
     whole = folded(plan, {site.key: SMALL for site in sites(plan)})
-    kernels = Kernels({"inference": whole}, device, compile_kernels=False)
+    kernels = Kernels([Part("inference", whole)], device, compile_kernels=False)
     before = build_report([Part("inference", plan)], device)
     after = build_report([Part("inference", whole)], device, kernels.describe)
     products = 2 * 4096 * (2048 + 512) * 2  # written and read again

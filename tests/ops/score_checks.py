@@ -81,7 +81,7 @@ def some_slow(names: Iterable[str], fast: set[str]) -> list[Any]:
 def in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the keys of few queries be read in so many parts."""
 
-    def split(sizes: tuple[int, ...], device: torch.device) -> tuple[Tile, int]:
+    def split(sizes: tuple[int, ...], *device: object) -> tuple[Tile, int]:
         return tile(Decode(*sizes)), parts
 
     monkeypatch.setattr(attention_decode, "_split", split)

@@ -11,12 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from iocompiler.errors import CompileError, FallbackWarning, LaunchError
+import iocompiler as ioc
+from iocompiler.errors import (
+    CompileError,
+    FallbackWarning,
+    LaunchError,
+    StrictFallback,
+    UnboundedFallback,
+)
 from iocompiler.ops import attempt, embedding_gradient
 from iocompiler.ops import linear_cross_entropy_rows as ce
 from iocompiler.ops.scored_attention import scored_attention
 from iocompiler.ops.scored_blockwise import Blockwise
+from iocompiler.ops.target import planned_for
 from tests.ops.score_programs import CASES, heads, reference
+from tests.runtime.text_engine import TextEngine
 
 REFUSED = LaunchError(kernel="k", action="loading", cause="out of shared memory")
 BROKEN = CompileError(kernel="k", cause="no such instruction")
@@ -129,3 +138,61 @@ def test_a_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
         ce.evaluate(ce.Piece(logits, target, losses), ce.Rows(), ce.Setting())
     expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
     torch.testing.assert_close(losses, expected)
+
+
+# --- in a compiled graph
+
+
+def looked_up(table: Tensor, indices: Tensor) -> Tensor:
+    return torch.nn.functional.embedding(indices, table).tanh()
+
+
+def step(**options: Any) -> str:
+    """A training step of a lookup, by whose gradient the table is checked; what the cache did."""
+    records: list[Any] = []
+    torch._dynamo.reset()
+    backend = ioc.Compiler(engine=TextEngine(), on_compiled=records.append, **options)
+    run = torch.compile(looked_up, backend=backend)
+    table, indices = torch.randn(40, 8, requires_grad=True), torch.arange(12) // 2
+    exact = torch.autograd.grad(looked_up(table, indices).sum(), table)
+    with planned_for((9, 0)):
+        found = torch.autograd.grad(run(table, indices).sum(), table)
+    torch.testing.assert_close(found, exact)
+    return str(records[0].cache)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, told: None) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise REFUSED
+
+    monkeypatch.setenv("IOCOMPILER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedding_gradient, "on_gpu", lambda x: True)
+    monkeypatch.setattr(embedding_gradient, "_launch", refuse)
+
+
+@pytest.mark.usefixtures("refused")
+def test_the_warning_names_the_line() -> None:
+    with pytest.warns(FallbackWarning, match=r"out of shared memory \(at test_attempt.py:\d+\)"):
+        step()
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"strict": True}, StrictFallback), ({"no_fallback": 10**9}, UnboundedFallback)],
+)
+def test_where_an_error_is_asked_for(
+    options: dict[str, Any], error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding_gradient, "on_gpu", lambda x: False)
+        assert step(**options) == "stored"
+    told = r"embedding table failed.*: LaunchError: .*out of shared memory \(at test_attempt.py"
+    if error is UnboundedFallback:
+        told = told.replace(".*: L", " and would run on aten: L")
+    with pytest.raises(error, match=told):
+        step(cache=False, **options)
+    monkeypatch.setattr(TextEngine, "__call__", lambda *_: pytest.fail("it is in the cache"))
+    with pytest.raises(error, match=told):
+        step(**options)

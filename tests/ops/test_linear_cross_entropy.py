@@ -138,7 +138,7 @@ def test_logits_that_are_kept(
 def test_an_odd_vocabulary_is_filled_up(
     through: str, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "ALIGNED_DEVICES", ("cpu",))  # as on a GPU
+    monkeypatch.setattr(chunks, "on_gpu", lambda x: True)
     _check_kept(torch.bfloat16, 303, "mean", through, bias, "cpu")
 
 

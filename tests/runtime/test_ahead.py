@@ -17,6 +17,7 @@ from iocompiler.backend import Compiler
 from iocompiler.ops import (
     embedding_gradient,
     library,
+    linear_cross_entropy_chunks,
     linear_cross_entropy_copied,
     linear_cross_entropy_rows,
     target,
@@ -88,14 +89,9 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """With the choices that a GPU gets."""
-    monkeypatch.setattr(
-        linear_cross_entropy_rows, "evaluate", linear_cross_entropy_rows.launch_rows
-    )
-    monkeypatch.setattr(
-        "iocompiler.ops.linear_cross_entropy_chunks.evaluate", linear_cross_entropy_rows.launch_rows
-    )
+    for module in (linear_cross_entropy_rows, linear_cross_entropy_chunks, embedding_gradient):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
     monkeypatch.setattr(rewrite, "LEAST_BYTES", 0)
-    monkeypatch.setattr(embedding_gradient, "_has_template", lambda *_: True)
     return Engine()
 
 
@@ -135,9 +131,6 @@ def test_a_training_step(
 def test_a_forward_that_returns_its_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch a chunk; the logits of some are made where others will be kept."""
     monkeypatch.setattr(linear_cross_entropy_copied, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(
-        linear_cross_entropy_copied, "evaluate", linear_cross_entropy_rows.launch_rows
-    )
     torch._dynamo.reset()
     case = CASES["gpt2-eager"]
     model = case.module(SIZE, 0.1).bfloat16().eval()

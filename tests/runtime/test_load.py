@@ -147,6 +147,20 @@ def test_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].startswith("median of 20 calls: ")
 
 
+def test_the_users_line_of_a_call_is_the_comment_above_it() -> None:
+    steps = [
+        kernel("first", binary("add", 8), ("x", "x", "a"), spec(8)),
+        kernel("second", binary("mul", 8), ("a", "x", "b"), spec(8), "model.py:7"),
+    ]
+    graph = plan({"x": spec(8)}, list(steps), (Ref("b"),))
+    call: Any = load_text(emit_module(graph, "graph"), "graph", binder=interpreter(graph))
+    module = call.module
+    lines = module.source.splitlines()
+    start = lines.index("def call(args):")
+    runs = [n for n, line in enumerate(lines, 1) if line.startswith("    run_") and n > start]
+    assert [module.users_line(number) for number in runs] == ["", "model.py:7"]
+
+
 def test_files_that_are_imported_bind_at_the_first_call(tmp_path: Path) -> None:
     code = """
     import sys
