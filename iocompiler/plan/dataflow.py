@@ -205,7 +205,8 @@ class Dataflow:
 
     def _choose_virtual(self) -> None:
         stored = self._must_be_stored()
-        overwritten = self._overwritten()
+        updates = self._updates()
+        overwritten = set(updates.values())
         weight: dict[Node, int] = {}
         reads: dict[Node, dict[Node, int]] = {}
         for node in sorted([*self.kernel, *self.virtual], key=lambda n: self.order[n]):
@@ -219,6 +220,8 @@ class Dataflow:
                 or node.target is aten.copy_.default
             ):
                 continue
+            if node in updates and (overwritten & reads[node].keys()) - {updates[node]}:
+                continue  # another update may stand before this one, or wait for it as this for it
             free = not reads[node]
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
             few = len(reads[node]) <= _FEW_SCALARS and not overwritten & reads[node].keys()
@@ -238,10 +241,12 @@ class Dataflow:
                 self.outputs = {storage_owner(a) for a in node.all_input_nodes}
         return stored
 
-    def _overwritten(self) -> set[Node]:
-        """What updates write into: their old elements are gone for later readers."""
+    def _updates(self) -> dict[Node, Node]:
+        """What inputs become, and those that are written into: their old elements are gone for
+        later readers.
+        """
         updates = self.graph.find_nodes(op="call_function", target=aten.copy_.default)
-        return {storage_owner(node.args[0]) for node in updates}
+        return {storage_owner(n.args[1]): storage_owner(n.args[0]) for n in updates}
 
     def _bytes_read(self, node: Node, reads: dict[Node, dict[Node, int]]) -> dict[Node, int]:
         """Bytes of each stored tensor read for ``node``, at most as many elements as it has."""

@@ -21,7 +21,7 @@ from iocompiler.plan.sizes import equal, normal, size_of
 from iocompiler.plan.space import output_index, root_space, settled, stored_into
 from iocompiler.plan.views import Index, NotAffine, SplitAxis
 from iocompiler.tile.index import Affine, Axis, Size
-from iocompiler.tile.program import Buffer, TileProgram
+from iocompiler.tile.program import Buffer, TileProgram, loads_first
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _finish(lowering: Lowering, outputs: tuple[Node, ...]) -> Lowered:
     program = lowering.builder.program(
         lowering.space.part(reduced=False), lowering.space.part(reduced=True), tuple(buffers)
     )
-    return _canonical(program, {name: node for node, name in lowering.names.items()})
+    return _canonical(loads_first(program), {name: node for node, name in lowering.names.items()})
 
 
 def _on_accelerator(outputs: tuple[Node, ...]) -> bool:

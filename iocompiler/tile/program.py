@@ -25,7 +25,8 @@ rand   float32 uniform in [0, 1): Philox2x32-7 (``tile/philox.py``) of counter `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -228,8 +229,7 @@ def drop_dead(program: TileProgram) -> TileProgram:
         if op.kind == "store" or position in live:
             live.add(position)
             live.update(op.reads)
-    renumber = {old: new for new, old in enumerate(sorted(live))}
-    ops = tuple(_renumbered(program.ops[old], renumber) for old in sorted(live))
+    ops = _in_order(program, sorted(live))
     touched = {op.buffer for op in ops}
     return TileProgram(
         program.parallel,
@@ -237,6 +237,26 @@ def drop_dead(program: TileProgram) -> TileProgram:
         tuple(b for b in program.buffers if b.name in touched),
         ops,
     )
+
+
+def loads_first(program: TileProgram) -> TileProgram:
+    """The program with no load behind a store to its buffer: all of them read what was there."""
+    stored: set[str] = set()
+    late = False
+    for op in program.ops:
+        late |= op.kind == "load" and op.buffer in stored
+        stored |= {op.buffer} if op.kind == "store" else set()
+    if not late:
+        return program
+    places = range(len(program.ops))
+    order = sorted(places, key=lambda place: program.ops[place].kind == "store")
+    return replace(program, ops=_in_order(program, order))
+
+
+def _in_order(program: TileProgram, places: Sequence[int]) -> tuple[Op, ...]:
+    """The operations at these places, each behind those it reads."""
+    renumber = {old: new for new, old in enumerate(places)}
+    return tuple(_renumbered(program.ops[old], renumber) for old in places)
 
 
 def _renumbered(op: Op, renumber: dict[int, int]) -> Op:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from tests.plan.graphs import Planned, relative_error
 
+X46, W46 = torch.randn(4, 6), torch.randn(4, 6)
+
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
@@ -282,6 +284,19 @@ def test_swap_in_place_keeps_old_values() -> None:
     want = fn(want_x)
     torch.testing.assert_close(Planned()(fn)(x), want)
     assert torch.equal(x, want_x)
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_inputs_become_what_others_were(exchanged: bool) -> None:
+    def fn(x, w):
+        old = x * 1
+        x.copy_(w * 2 if exchanged else x + 1)
+        w.copy_(old * 5)
+        return x.softmax(-1)
+
+    ours, theirs = ([x.clone() for x in (X46, W46)] for _ in range(2))
+    torch.testing.assert_close(Planned()(fn)(*ours), fn(*theirs))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_one_plan_serves_every_size() -> None:
