@@ -82,7 +82,6 @@ def test_another_length_compiles_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["alibi", "softcap", "sunk", "document"])
 def test_rows_with_a_gradient(name: str, dtype: torch.dtype) -> None:
     given = {"device": "cuda", "scale": 0.125, "by_rows": True}
