@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._dynamo.source import AttrSource
 from torch._guards import CompileContext, TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
@@ -92,5 +93,9 @@ def _guard(value: Tensor, expected: Pattern) -> Callable[[Any, Any], None]:
     def install(builder: Any, guard: Any) -> None:
         manager = builder.get_guard_manager(guard)
         manager.add_lambda_guard(unchanged, [f"{guard.name} holds the mask it held"], None)
+        # torch 2.11 skips the guards of a tensor, as of what cannot change, while its module's
+        # attributes are the same; not of one with attributes that are guarded
+        version = AttrSource(guard.originating_source, "_version")
+        builder.get_guard_manager_from_source(version)
 
     return install
