@@ -251,17 +251,11 @@ def test_dropout_draws_anew_in_every_replay(records: list[Compilation]) -> None:
     assert all(not torch.equal(a, b) for a, b in pairwise(masks))
 
 
-@pytest.mark.parametrize(
-    ("f", "reason"),
-    [
-        (lambda x: x[x > 0].sum() * 2, "hands a value or a shape to the host"),
-        (lambda x: torch.linalg.inv(x[:, :33] + 9 * torch.eye(33, device=DEVICE)), "went wrong"),
-    ],
-    ids=["found sizes", "errors of the host"],
-)
-def test_what_cannot_be_recorded_runs_without(
-    f: Callable[[Tensor], Tensor], reason: str, records: list[Compilation]
-) -> None:
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_what_cannot_be_recorded_runs_without(records: list[Compilation]) -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.flatten().index_select(0, (x > 0).flatten().nonzero().squeeze(1)).sum() * 2
+
     run = graphed(f, records)
     with torch.no_grad():
         for _ in range(4):
@@ -269,4 +263,5 @@ def test_what_cannot_be_recorded_runs_without(
             x = rows()
             same(run(x), f(x))
     assert not any(record.recorded for record in records)
-    assert any(reason in lost.cause for record in records for lost in record.fallbacks)
+    causes = [lost.cause for record in records for lost in record.fallbacks]
+    assert any("hands a value or a shape to the host" in cause for cause in causes)
