@@ -16,7 +16,7 @@ from iocompiler.codegen.row_tile import (
     name_reduced,
     tile,
 )
-from iocompiler.tile.online import Online, levels, online
+from iocompiler.tile.online import Online, levels, means, online
 from iocompiler.tile.program import Op
 
 _VECTOR = 16  # elements of one byte in the widest access
@@ -157,20 +157,16 @@ def _write_pass(
 
 def _take_in(writer: KernelWriter, folds: list[int], beside: dict[int, Online]) -> None:
     """Write how the lanes of each reduction take in a piece of the row."""
+    mean_of = means(beside)
     squares = {its.beside: i for i, its in beside.items() if its.kind == "squares"}
     for position in folds:  # before the maximum's own lanes hold the piece
         if position in beside and beside[position].kind == "powers":
             rescaled.accumulate(writer, position, beside[position].beside)
     for position in folds:
-        if position in _means(beside):
+        if position in mean_of:  # its lanes keep a mean instead
             moments.accumulate(writer, position, squares.get(position))
         elif position not in beside:
             _accumulate(writer, position)
-
-
-def _means(beside: dict[int, Online]) -> dict[int, int]:
-    """The sums of which lanes keep a mean instead, and where that of the row stands."""
-    return {its.beside: its.against for its in beside.values() if its.kind != "powers"}
 
 
 def _write_pieces(writer: KernelWriter, piece: Callable[[bool], None]) -> None:
@@ -243,9 +239,9 @@ def _finish_accumulator(writer: KernelWriter, position: int, beside: dict[int, O
     op = writer.program.ops[position]
     name = f"{op.fn}_{position}"
     writer.names[f"%{position}"] = name
-    means = _means(beside)
-    if position in means:
-        moments.finish(writer, position, means[position])
+    mean_of = means(beside)
+    if position in mean_of:
+        moments.finish(writer, position, mean_of[position])
         return
     if position in beside:
         its = beside[position]

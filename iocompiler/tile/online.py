@@ -9,6 +9,7 @@ at the end (`codegen/rescaled.py`, `codegen/moments.py`). Only in float32, over 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,11 @@ def online(program: TileProgram) -> dict[int, Online]:
             if its is not None:
                 found[position] = its
     return found
+
+
+def means(beside: Mapping[int, Online]) -> dict[int, int]:
+    """The sums that others go on beside, and the place of the mean behind each."""
+    return {its.beside: its.against for its in beside.values() if its.kind != "powers"}
 
 
 def levels(program: TileProgram) -> list[int]:

@@ -16,13 +16,16 @@ from collections.abc import Mapping
 import torch
 
 from iocompiler.tile.index import Size
-from iocompiler.tile.online import Online
+from iocompiler.tile.online import Online, means
 from iocompiler.tile.program import Builder, TileProgram
 
 
-def means(beside: Mapping[int, Online]) -> dict[int, int]:
-    """The sums that others go on beside, and the place of the mean behind each."""
-    return {its.beside: its.against for its in beside.values() if its.kind != "powers"}
+def after_reductions(program: TileProgram) -> list[bool]:
+    """For each operation, whether it is a reduction or waits for one."""
+    found: list[bool] = []
+    for op in program.ops:
+        found.append(op.kind == "reduce" or any(found[r] for r in op.reads))
+    return found
 
 
 def between(program: TileProgram, beside: Mapping[int, Online]) -> set[int]:
@@ -31,9 +34,7 @@ def between(program: TileProgram, beside: Mapping[int, Online]) -> set[int]:
     """
     settled = set(means(beside).values())
     reduced = {a.name for a in program.reduced}
-    waits: list[bool] = []
-    for op in program.ops:
-        waits.append(op.kind == "reduce" or any(waits[r] for r in op.reads))
+    waits = after_reductions(program)
     wanted = {
         i
         for i, op in enumerate(program.ops)

@@ -8,9 +8,9 @@ import torch
 
 from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import Affine, Axis, Size, ceil_div, product, row_major
-from iocompiler.tile.online import online
+from iocompiler.tile.online import means, online
 from iocompiler.tile.ops import REDUCES
-from iocompiler.tile.parts import between, means, together
+from iocompiler.tile.parts import after_reductions, between, together
 from iocompiler.tile.program import Buffer, Builder, Op, TileProgram, drop_dead
 
 _FOLDABLE = {"sum", "max", "min", "prod", "any"}
@@ -49,7 +49,7 @@ def can_split(program: TileProgram) -> bool:
     """
     if not program.reduced:
         return False
-    after = _after_reductions(program)
+    after = after_reductions(program)
     beside = online(program)
     reduced = {a.name for a in program.reduced}
     if beside and _equal_parts(program.reduced[0].size, _MOST_PARTS) < 2:
@@ -66,13 +66,6 @@ def can_split(program: TileProgram) -> bool:
         if op.kind == "store" and after[position] and program.varies[position] & reduced:
             return False
     return any(op.kind == "reduce" for op in program.ops)
-
-
-def _after_reductions(program: TileProgram) -> list[bool]:
-    found: list[bool] = []
-    for op in program.ops:
-        found.append(op.kind == "reduce" or any(found[r] for r in op.reads))
-    return found
 
 
 def _near_divisor(size: Size, parts: int) -> int:
@@ -166,7 +159,7 @@ def _move(
 def _second(
     program: TileProgram, parts: int, folds: list[int], partials: list[Buffer], points: Size
 ) -> TileProgram:
-    after, beside = _after_reductions(program), online(program)
+    after, beside = after_reductions(program), online(program)
     mean_of = means(beside)
     reduced = {a.name for a in program.reduced}
     names = {a.name: Affine.of(f"x{i}") for i, a in enumerate(program.parallel)}
