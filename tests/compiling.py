@@ -9,6 +9,10 @@ import torch
 
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
+from iocompiler.versions import version_tuple
+
+OLD_TORCH = version_tuple(torch.__version__) < (2, 13)
+"""Where torch itself, with any backend, traces less or compiles more often."""
 
 
 def compiled(

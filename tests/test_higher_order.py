@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
 from iocompiler.plan.data import AtenStep, KernelStep, Region, all_steps, regions
-from iocompiler.versions import version_tuple
 from tests.accuracy import Results, compare
+from tests.compiling import OLD_TORCH
 from tests.runtime.text_engine import TextEngine
 
 ENGINES = {"reference": lambda: "reference", "text": TextEngine}
@@ -263,7 +263,7 @@ def test_functions_under_a_transform_are_calls() -> None:
 
 
 CHECKED = pytest.mark.skipif(
-    version_tuple(torch.__version__) < (2, 13),
+    OLD_TORCH,
     reason="AOTAutograd drops the checks of torch.linalg, with any backend",
 )
 

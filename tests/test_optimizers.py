@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.plan.data import AtenStep
-from iocompiler.versions import version_tuple
+from tests.compiling import OLD_TORCH
 
 SHAPES = ((5, 7), (33,), (4, 4, 3), (1,), (), (129, 17), (33,), (5, 7))
 Make = Callable[[list[Tensor], bool], Optimizer]
@@ -55,9 +55,7 @@ def test_a_rate_in_a_tensor_changes_without_a_new_graph() -> None:
     assert len(records) == 1
 
 
-SPECIALIZED = pytest.mark.skipif(
-    version_tuple(torch.__version__) < (2, 13), reason="Dynamo compiles a graph for each rate"
-)
+SPECIALIZED = pytest.mark.skipif(OLD_TORCH, reason="Dynamo compiles a graph for each rate")
 
 
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "each"])

@@ -15,15 +15,15 @@ import torch
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.plan.data import KernelStep
-from iocompiler.versions import version_tuple
 from tests.accuracy import assert_as_accurate_as_eager, compare
+from tests.compiling import OLD_TORCH
 from tests.models.stepping import adamw_steps
 from tests.models.zoo import CASES, LAYERS, PLAIN, SDPA, T5_RELU, TINY, Case, Size, with_signs
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SLOW = pytest.mark.slow
 ONE_OPERATOR = pytest.mark.skipif(
-    version_tuple(torch.__version__) < (2, 13),
+    OLD_TORCH,
     reason="in evaluation the encoder layer is one operator, which Dynamo does not trace",
 )
 _TRAINED = ("bert", "gpt2", "llama", "t5")

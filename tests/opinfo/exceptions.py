@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from iocompiler.versions import version_tuple
+from tests.compiling import OLD_TORCH
 
 NO_GRAPH = "Dynamo hands no graph over"
 
@@ -54,7 +52,7 @@ FALLBACKS: dict[str, str] = {
     "GuardOnDataDependentSymNode": "a decomposition of torch asks for a size that only a run finds",
     "DynamicOutputShapeException": "sizes read from values: AOTAutograd has none to trace with",
 }
-if version_tuple(torch.__version__) < (2, 13):
+if OLD_TORCH:
     FALLBACKS[NO_GRAPH] = "operators called as functions of the class, as torch.Tensor.__radd__"
 
 
