@@ -172,6 +172,7 @@ def replayed(
         plan,
         device,
         static_inputs=static,
+        returned=0 if backward else _returned(plan),
         is_backward=backward,
         is_inference=name == "inference",
     )
@@ -183,6 +184,13 @@ def _fixed_inputs() -> list[int]:
     context = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return list(metadata.static_input_indices or ()) if metadata is not None else []
+
+
+def _returned(plan: Plan) -> int:
+    """How many outputs are the caller's: a forward has what it saves behind them."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return len(plan.outputs) if metadata is None else metadata.num_forward_returns
 
 
 def _saved_inputs(gm: GraphModule) -> list[int]:

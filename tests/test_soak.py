@@ -20,7 +20,7 @@ def test_short() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    found = soak.soak(Setting("cuda", 100, 120.0), lambda line: None)
+    found = soak.soak(Setting("cuda", 100, 120.0, shapes=6), lambda line: None)
     assert found["wrong"] == []
 
 

@@ -18,6 +18,7 @@ import torch
 
 from iocompiler.codegen.values import Values
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, references
+from iocompiler.runtime import kept
 from iocompiler.runtime.reference import operator_named
 
 _CHECK = "aten._linalg_check_errors.default"
@@ -98,6 +99,7 @@ def record(
     device_index: int,
     *,
     static_inputs: Sequence[int] = (),
+    returned: int = 0,
     is_backward: bool = False,
     is_inference: bool = False,
 ) -> Call:
@@ -105,7 +107,8 @@ def record(
     that.
 
     ``static_inputs`` are positions of tensors that never move (parameters and buffers). Sizes among
-    the arguments are keys: each set of them has its own graph. The plan must have no `obstacle`.
+    the arguments are keys: each set of them has its own graph. The first ``returned`` outputs are
+    the caller's, who may keep them (`runtime.kept`). The plan must have no `obstacle`.
     """
     from torch._inductor import cudagraph_trees
     from torch._inductor.cudagraph_utils import PlaceholderInfo
@@ -127,14 +130,24 @@ def record(
     known = inspect.signature(cudagraph_trees.cudagraphify).parameters
     settings = {key: value for key, value in settings.items() if key in known}
     recorded: list[Call] = []
+    held = kept.on_device(device_index)
 
     def replay(args: list[Any]) -> list[Any]:
+        manager = cudagraph_trees.get_manager(device_index, create_if_none_exists=False)
+        if manager is not None and manager.can_start_new_generation():
+            held.move()
+        if not is_backward:
+            held.watch(args[i] for i in static_inputs)
         if not recorded:
             graphed = cudagraph_trees.cudagraphify_impl(
                 call, args, tuple(static_inputs), **settings
             )
             recorded.append(graphed)
-        return recorded[0](args)
+        outputs = recorded[0](args)
+        if is_backward:
+            held.gradients(outputs)
+            return outputs
+        return held.hand_out(outputs, returned)
 
     replay._boxed_call = True  # type: ignore[attr-defined]
     return replay

@@ -159,44 +159,54 @@ def test_outputs_within_one_step_stay(records: list[Compilation]) -> None:
                 same(y, module(x))
 
 
-def test_an_output_of_an_earlier_step_is_never_another_value(records: list[Compilation]) -> None:
-    """What a later step wrote over says so when it is read; a copy of it is the reader's own."""
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_outputs_of_earlier_steps_stay(records: list[Compilation], mode: Callable[[], Any]) -> None:
+    """Through warm-up, recording and replays."""
     module = block()
     run = graphed(module, records)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor]] = []
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = rows()
+        with mode():
+            kept.append((run(x), module(x)))
+    for found, expected in kept:
+        same(found, expected)
+    assert all_recorded(records)
+
+
+def test_what_later_steps_are_given(records: list[Compilation]) -> None:
+    """Outputs kept in a list, read by the same graph again."""
+    module = block()
+    run = graphed(module, records)
+    x = rows()
+    kept, expected = [x], [x]
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(6):
             torch.compiler.cudagraph_mark_step_begin()
-            x = rows()
-            y = run(x)
-            kept.append((y, y.clone(), module(x)))
-    lost = 0
-    for y, copy, expected in kept:
-        same(copy, expected)
-        try:
-            read = y.clone()
-        except RuntimeError as error:
-            if "overwritten" not in str(error):
-                raise
-            lost += 1
-        else:
-            same(read, expected)
-    assert lost < len(kept), "the last step's own output"
+            kept.append(run(kept[-1]))
+            expected.append(module(expected[-1]))
+    same(kept, expected)
+    assert all_recorded(records)
 
 
-def test_gradients_accumulate_over_steps(records: list[Compilation]) -> None:
+@pytest.mark.parametrize("mark", [True, False])
+def test_gradients_accumulate_over_steps(records: list[Compilation], mark: bool) -> None:
     """A gradient that is kept must not lie where the next step writes."""
     module = block()
     run = graphed(module, records)
-    inputs = [rows() for _ in range(5)]
-    grads = []
-    for f in (run, module):
-        module.zero_grad(set_to_none=True)
-        for x in inputs:
-            torch.compiler.cudagraph_mark_step_begin()
-            f(x).square().mean().backward()
-        grads.append([p.grad.clone() for p in module.parameters()])
-    same(*grads)
+    for _ in range(3):
+        inputs = [rows() for _ in range(4)]
+        grads = []
+        for f in (run, module):
+            module.zero_grad(set_to_none=True)
+            for x in inputs:
+                if mark:
+                    torch.compiler.cudagraph_mark_step_begin()
+                f(x).square().mean().backward()
+            grads.append([p.grad.clone() for p in module.parameters()])
+        same(*grads)
+    assert all_recorded(records)
 
 
 def test_an_optimizer_moves_the_parameters(records: list[Compilation]) -> None:
