@@ -9,6 +9,7 @@ from typing import Any
 
 from torch._dynamo import disable
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch.fx import GraphModule
@@ -31,6 +32,8 @@ def differentiated(
     if come_in_a_list(inputs):
         return aot_autograd(bw_compiler=bw_compiler, **how)(graph, inputs)
 
+    _name_sources(graph)
+
     def backward(*args: Any) -> Any:
         made = disable(bw_compiler, reason="a compiler is not traced")(*args)  # type: ignore[no-untyped-call]
         return disable(made, reason="a backward is compiled already")  # type: ignore[no-untyped-call]
@@ -41,3 +44,15 @@ def differentiated(
     counters["aot_autograd"]["ok"] += 1
     made: Callable[..., Any] = disable(run, reason="a graph is compiled already")  # type: ignore[no-untyped-call]
     return made
+
+
+def _name_sources(graph: GraphModule) -> None:
+    """Say where the tensors that the graph holds are from: a graph of which that is not known has,
+    for AOTAutograd, neither parameters nor buffers, and each is an input like any other. It saves
+    what was computed from one rather than the one that is there, and CUDA graphs copy them.
+    """
+    known = getattr(graph, "_param_name_to_source", {})
+    tensors = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    graph._param_name_to_source = {  # type: ignore[assignment]
+        name: known.get(name, ConstantSource(name)) for name in tensors
+    }

@@ -160,7 +160,7 @@ def replayed(
     from iocompiler.runtime import graphs
 
     backward = name == "backward"
-    static = _saved_inputs(gm) if backward else _fixed_inputs()
+    static = _saved_inputs(gm) if backward else fixed_inputs()
     reason = graphs.obstacle(plan, static)
     device = torch.device(plan.device).index or 0
     if backward and not forward:
@@ -179,7 +179,7 @@ def replayed(
     return boxed(recorded), ""
 
 
-def _fixed_inputs() -> list[int]:
+def fixed_inputs() -> list[int]:
     """Positions of parameters and buffers, which stay where they are from call to call."""
     context = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None

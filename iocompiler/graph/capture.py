@@ -77,6 +77,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
             with mode:
                 node.meta["val"] = _like(view.value(node))
     traced.meta.update(gm.meta)
+    traced._param_name_to_source = getattr(gm, "_param_name_to_source", {})  # type: ignore[assignment]
     _enter_checkpoints(traced)
     return traced
 

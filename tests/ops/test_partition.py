@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
+from iocompiler.aot import differentiated
 from iocompiler.graph.capture import capture
 from iocompiler.graph.normalise import normalise
 from iocompiler.ops import decompositions, target
@@ -40,20 +39,20 @@ def parts_of(
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Any:
         graph = capture(gm, inputs)
-        constants = {name: ConstantSource(name) for name, _ in graph.named_buffers()}
-        graph._param_name_to_source = constants  # without it AOTAutograd knows of no parameters
         normalise(graph)
         if ours:
             with target.planned_for((9, 0)):
                 dropout(graph)
         graph.recompile()
         compiler = lambda flat, _: make_boxed_func(flat.forward)
-        return aot_autograd(
+        return differentiated(
+            graph,
+            inputs,
             fw_compiler=compiler,
             bw_compiler=compiler,
             decompositions=decompositions.table(),
             partition_fn=keep,
-        )(graph, inputs)
+        )
 
     torch._dynamo.reset()
     torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
