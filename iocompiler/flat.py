@@ -24,7 +24,7 @@ from iocompiler.observe import dump_text
 from iocompiler.options import Options
 from iocompiler.pipeline import Pipeline
 from iocompiler.plan.data import Plan
-from iocompiler.runtime import tangents
+from iocompiler.runtime import libraries, tangents
 from iocompiler.runtime.graph_cache import Slot
 from iocompiler.runtime.tangents import Boxed
 
@@ -168,6 +168,7 @@ class FlatGraphs:
         """Under "reduce-overhead", ``run`` as a CUDA graph; what cannot be one is written down."""
         if self.options.mode != "reduce-overhead" or self.options.engine != "auto":
             return run
+        libraries.wait()
         recorded = "forward" in self.compilation.recorded
         run, reason = engines.replayed(ready(run), plan, flat, name, recorded)
         if reason:

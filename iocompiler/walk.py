@@ -31,7 +31,7 @@ from iocompiler.ops.decompositions import table
 from iocompiler.ops.partition import partition
 from iocompiler.options import Options
 from iocompiler.pipeline import Observer, Pipeline
-from iocompiler.runtime import tangents
+from iocompiler.runtime import libraries, tangents
 from iocompiler.runtime.graph_cache import Slot, slot
 from iocompiler.runtime.kernels import warm_workers
 from iocompiler.versions import require_supported
@@ -114,6 +114,7 @@ class _Walk:
                 "graph", lambda: engines.inductor(chosen, inputs, self._bounded())
             )
         else:
+            libraries.load_ahead(graph)
             place.lifted(graph, gm)
             run = self.attempts.attempt("graph", lambda: self._differentiate(graph, inputs, place))
             run = run and without_subclasses(run, inputs)
