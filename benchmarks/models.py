@@ -40,7 +40,7 @@ LOSS_DRIFT = 0.05
 def main() -> None:
     args = arguments()
     peers = chosen(args.peers)
-    shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "GiB")]
+    shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "device ms", "GiB")]
     shown += [*columns(tuple(p for p in peers if p.backend), "first s"), "check"]
     session = Session(args, Table(f"models, attention {args.attention}, bf16", shown))
     for model in MODELS.values():
@@ -124,6 +124,8 @@ def _measure(args: argparse.Namespace, model: Model, phase: str, peer: Peer, row
     row[f"{peer.name} GiB"] = peak.gib
     time = timing.steps(step, args.steps, args.budget)
     row[f"{peer.name} ms"], row[f"{peer.name} spread ms"] = time.ms, time.spread_ms
+    queued = timing.steps(step, args.steps, args.budget, queued=True)
+    row[f"{peer.name} device ms"] = queued.ms
 
 
 def training_step(
