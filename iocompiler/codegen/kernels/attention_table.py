@@ -60,7 +60,11 @@ def table_row(table, table_strides, b, h, row, RANGES: tl.constexpr):
 
 @triton.jit
 def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
-    """The position of the n-th partial or full block of a row."""
+    """The position of the n-th partial or full block of a row; behind the last one, any number.
+
+    A loop asks for the next one in each of its turns: of a load whose result is an address in the
+    same turn Triton makes a copy that is waited for, and with it for the tiles that it had ahead.
+    """
     table, first, left, full = visited
     if RANGES:
         if PARTIAL:
