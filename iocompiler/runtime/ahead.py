@@ -7,8 +7,7 @@ and its launches are noted. What cannot run so is compiled when it is first laun
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from iocompiler.tile.index import Size
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A tensor of a plan, so many elements behind an allocation."""
 
     spec: TensorSpec
@@ -40,7 +39,7 @@ def compile_ahead(plan: Plan, device: torch.device, hints: Mapping[str, int]) ->
     Args:
         hints: values of the plan's size symbols; calls that read others are left out.
     """
-    if any(_calls(plan)):
+    if any(calls(plan, library.launches)):
         major, minor = torch.cuda.get_device_capability(device)
         prepare(launched(plan, device, hints, 10 * major + minor))
 
@@ -65,16 +64,20 @@ def by_call(
     """
     # of what an operator keeps for later calls (tables of blocks) the tensors are real
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = functools.partial(_fake, device, hints, mode)
+
+    def fake(place: Place) -> Tensor:
+        with mode:
+            return memory(place, device, hints)
+
     known: dict[str, tuple[Form, ...]] = {}  # equal layers have equal calls
     found: list[tuple[AtenStep, tuple[Form, ...]]] = []
     with unset_fake_temporarily(), torch.no_grad():
-        for name, step, places in _calls(plan):
+        for name, step, places in calls(plan, library.launches):
             with contextlib.suppress(KeyError):
                 given = resolve((step.args, dict(step.kwargs)), places, hints, device)
                 call = repr((name, given))
                 if call not in known:
-                    known[call] = _forms(name, tree_map_only(_Place, fake, given), capability)
+                    known[call] = _forms(name, tree_map_only(Place, fake, given), capability)
                 found.append((step, known[call]))
     return found
 
@@ -92,37 +95,37 @@ def _forms(name: str, given: Any, capability: int) -> tuple[Form, ...]:
     return tuple(found)
 
 
-def _calls(plan: Plan) -> Iterator[tuple[str, AtenStep, dict[str, _Place]]]:
-    """Name, step, and where the tensors are that it may read."""
+def calls(
+    plan: Plan, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, AtenStep, dict[str, Place]]]:
+    """The calls of our own operators whose names are ``wanted``, those in regions too: name, step,
+    and where the tensors are that it may read.
+    """
     places = _places(plan)
     for step in plan.steps:
         if not isinstance(step, AtenStep):
             continue
         for region in regions((step.args, dict(step.kwargs))):
-            yield from _calls(region.plan)
+            yield from calls(region.plan, wanted)
         namespace, name, *_ = step.target.split(".")
-        if namespace == "iocompiler" and library.launches(name):
+        if namespace == "iocompiler" and wanted(name):
             yield name, step, places
 
 
-def _places(plan: Plan) -> dict[str, _Place]:
-    places = {name: _Place(spec) for name, spec in plan.inputs if spec is not None}
+def _places(plan: Plan) -> dict[str, Place]:
+    places = {name: Place(spec) for name, spec in plan.inputs if spec is not None}
     for step in plan.steps:
         if isinstance(step, ViewStep) and step.base in places:
-            places[step.name] = _Place(step.spec, places[step.base].offset + step.offset)
+            places[step.name] = Place(step.spec, places[step.base].offset + step.offset)
         else:
-            places |= {name: _Place(spec) for name, spec in made(step).items()}
+            places |= {name: Place(spec) for name, spec in made(step).items()}
     return places
 
 
-def _fake(
-    device: torch.device, hints: Mapping[str, int], mode: FakeTensorMode, place: _Place
-) -> Tensor:
+def memory(place: Place, device: torch.device, hints: Mapping[str, int]) -> Tensor:
+    """An uninitialised tensor that lies as the one of the plan; CUDA devices are ``device``."""
     spec, offset = place.spec, size_value(place.offset, hints)
     shape, stride = size_values(spec.shape, hints), size_values(spec.stride, hints)
     where = device if torch.device(spec.device).type == "cuda" else torch.device(spec.device)
-    with mode:
-        memory = torch.empty(
-            offset + storage_elements(shape, stride), dtype=spec.dtype, device=where
-        )
-        return memory.as_strided(shape, stride, offset)
+    storage = torch.empty(offset + storage_elements(shape, stride), dtype=spec.dtype, device=where)
+    return storage.as_strided(shape, stride, offset)

@@ -23,6 +23,7 @@ from iocompiler.runtime.cache import default_cache
 from iocompiler.runtime.kernels import KernelSpec
 from iocompiler.runtime.launch import Launch
 from iocompiler.runtime.module import Module
+from iocompiler.runtime.rehearsal import rehearse
 
 Call = Callable[[list[Any]], list[Any]]
 
@@ -61,8 +62,9 @@ def begin(
     """
     where = torch.device(device or plan.device)
     module = Module(module_file(emit_module(plan, name), name), str(where))
-    call = _call(module)
-    if where.type == "cuda":
+    on_gpu = where.type == "cuda"
+    call = _call(module, (lambda: rehearse(plan, where, hints or {})) if on_gpu else None)
+    if on_gpu:
         module.begin()
         with contextlib.suppress(Exception):  # what fails is told when it is launched
             compile_ahead(plan, where, hints or {})
@@ -79,12 +81,16 @@ def load_text(
     return result
 
 
-def _call(module: Module) -> Call:
-    """The function of the module's file, which is run."""
+def _call(module: Module, meanwhile: Callable[[], None] | None = None) -> Call:
+    """The function of the module's file, which is run; ``meanwhile`` is done before it is waited
+    for kernels.
+    """
     call: Any = _on_its_device(module.execute()["call"], module.device)
 
     def ready() -> None:
         if not module.bound:
+            if meanwhile is not None:
+                meanwhile()
             module.bind()
         call.resources = module.resources
 
