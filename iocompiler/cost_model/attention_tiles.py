@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, replace
+
+from iocompiler.tile.score import ScoreProgram
+from iocompiler.tile.score_operands import use
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class Row:
     dq: Tile
     dkv: Tile
     operand: Tile  # square: see `operand_diagonals`
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        """The largest blocks that tiles of all kernels are made of."""
+        tiles = (self.forward, self.dq, self.dkv)
+        return math.gcd(*(t.m for t in tiles)), math.gcd(*(t.n for t in tiles))
 
     def lighter(self, *, gathers: bool = False) -> Row:
         """For a program that loads an element for each score, or masks loads of a narrow head: its
@@ -90,6 +101,35 @@ def row(capability: tuple[int, int], bytes_each: int, width: int) -> Row:
         if capability >= each.capability and bytes_each <= each.bytes and width <= each.width:
             return each
     raise LookupError(f"heads of {width} elements of {bytes_each} bytes")
+
+
+@functools.lru_cache(maxsize=512)
+def chosen(program: ScoreProgram, capability: tuple[int, int], bytes_each: int, width: int) -> Row:
+    """The tiles for a program on a device.
+
+    Args:
+        width: the larger one of keys' and values' heads.
+
+    Raises:
+        LookupError: no template takes heads as wide.
+    """
+    found = row(capability, bytes_each, width)
+    loads, masked = _loads(program), width < padded(width)
+    if masked:
+        found = found.unlimited()
+    if not loads and not masked:
+        return found
+    return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
+
+
+def _loads(program: ScoreProgram) -> str:
+    """How an element is loaded for each score: "diagonal" for places that are computed, "tile", ""
+    where none is.
+    """
+    ways = [use(program, load) for load in program.loads(program.score)]
+    if any(way is None or way.way == "diagonal" for way in ways):
+        return "diagonal"
+    return "tile" if any(way is not None and way.way == "tile" for way in ways) else ""
 
 
 def padded(width: int) -> int:

@@ -5,6 +5,7 @@ from here.
 from iocompiler.ops import (
     aligned_mm,
     attention,
+    attention_classes,
     embedding_gradient,
     laid_out,
     linear_cross_entropy,
@@ -17,6 +18,7 @@ from iocompiler.ops.library import function
 __all__ = [
     "aligned_mm",
     "attention",
+    "attention_classes",
     "embedding_gradient",
     "function",
     "laid_out",

@@ -7,7 +7,9 @@ or, of a program whose scores are weights, with no softmax. Beside it stands the
 row of scores, by which a caller may go on (a sink's share of the row, a loss).
 
 The program (``tile/score.py``) travels as text; the tensors it loads stand beside query, key and
-value. On a GPU the Triton templates of ``codegen/kernels/`` run it, else aten, block by block.
+value. Which blocks a mask leaves that reads one may be given, where calls share it
+(`attention_classes`). On a GPU the Triton templates of ``codegen/kernels/`` run it, else aten,
+block by block.
 Gradients flow to query, key, value and to operands of floating point.
 """
 
@@ -29,7 +31,7 @@ from iocompiler.tile.score import ScoreProgram, parsed
 
 GIVEN = (
     "Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] numbers, str program, "
-    "str kernel, str layout, Tensor? seed, float dropout_p"
+    "str kernel, str layout, Tensor? seed, float dropout_p, Tensor? classes"
 )
 SAVED = "Tensor grad, Tensor out, Tensor logsumexp, Tensor? grad_logsumexp"
 FORWARD = library.define(f"scored_attention({GIVEN}) -> (Tensor out, Tensor logsumexp)")
@@ -80,7 +82,7 @@ def scored_attention(
         raise ValueError("dropout takes a seed, and no program that is 'uniform' or 'weights'")
     out: Tensor = FORWARD(
         *(query, key, value, list(operands), list(numbers), program.key),
-        *(kernel or choose(query, value), layout or "ssss", seed, dropout_p),
+        *(kernel or choose(query, value), layout or "ssss", seed, dropout_p, None),
     )[0]
     return out
 
@@ -91,11 +93,6 @@ def choose(query: Tensor, value: Tensor) -> str:
     narrow = all(isinstance(x.shape[3], int) and x.shape[3] <= WIDEST for x in (query, value))
     on_gpu = target.device_type(query) == "cuda"
     return "template" if on_gpu and fits and narrow else "blockwise"
-
-
-@functools.lru_cache(maxsize=512)
-def _program(text: str) -> ScoreProgram:
-    return parsed(text)
 
 
 class Call(NamedTuple):
@@ -111,6 +108,7 @@ class Call(NamedTuple):
     layout: str
     seed: Tensor | None
     dropout_p: float
+    classes: Tensor | None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +123,7 @@ class Call(NamedTuple):
 
     def logsumexp(self) -> tuple[tuple[Any, ...], torch.dtype]:
         """Its shape and dtype."""
-        planes = _program(self.program).planes
+        planes = parsed(self.program).planes
         wide = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         return (planes, *self.query.shape[:3]), wide
 
@@ -136,15 +134,16 @@ class Call(NamedTuple):
 
     def problem(self) -> Any:
         return _templates().Problem(
-            *(self.query, self.key, self.value, _program(self.program)),
+            *(self.query, self.key, self.value, parsed(self.program)),
             *(tuple(self.operands), tuple(self.numbers)),
             dropout_p=self.dropout_p,
             seed=self.seed,
+            known=self.classes,
         )
 
     def blockwise(self) -> Blockwise:
         return Blockwise(
-            *(self.query, self.key, self.value, _program(self.program)),
+            *(self.query, self.key, self.value, parsed(self.program)),
             *(self.operands, self.numbers, self.dropout_p, self.seed),
         )
 
@@ -275,23 +274,23 @@ def _operand_fake(*given: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, operands, *ctx.setting, seed, ctx.dropout_p = inputs
-    ctx.save_for_backward(query, key, value, seed, *operands, *output)
+    query, key, value, operands, *ctx.setting, seed, ctx.dropout_p, classes = inputs
+    ctx.save_for_backward(query, key, value, seed, classes, *operands, *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, of_rows: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, seed, *operands, out, lse = ctx.saved_tensors
+    query, key, value, seed, classes, *operands, out, lse = ctx.saved_tensors
     # torch takes an empty list of numbers for one of tensors
     unused: tuple[Any, ...] = (
         [] if ctx.setting[0] == [] else None,
         *(None for _ in ctx.setting[1:]),
-        *(None, None),
+        *(None, None, None),
     )
     if grad is None and of_rows is None:
         return (None, None, None, [None] * len(operands), *unused)
     saved = (torch.zeros_like(out) if grad is None else grad, out, lse, of_rows)
-    given = (*saved, query, key, value, operands, *ctx.setting, seed, ctx.dropout_p)
+    given = (*saved, query, key, value, operands, *ctx.setting, seed, ctx.dropout_p, classes)
     needed = ctx.needs_input_grad[:3]
     found = BACKWARD(*given) if any(needed) else (None, None, None)
     wanted = ctx.needs_input_grad[3]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Row, Tile, padded
-from iocompiler.runtime.attention_blocks import classes, listed, proved, visited
+from iocompiler.runtime.attention_blocks import listed, proved, visited
+from iocompiler.runtime.attention_classes import mask, proved_classes
 from iocompiler.runtime.attention_decode import few_queries, split_forward
 from iocompiler.runtime.attention_form import Form, form
 from iocompiler.runtime.template_launch import Launch, tile_arguments
@@ -38,6 +39,7 @@ class Problem:
         tiles: instead of those of the cost model's table.
         parts: of the keys, where few queries meet them; 0: as many as are priced best.
         dropout_p, seed: of the probabilities; one int64 where dropout_p is not 0.
+        known: the classes of the blocks of the form's grain, where somebody has found them.
     """
 
     query: Tensor
@@ -50,6 +52,7 @@ class Problem:
     parts: int = field(default=0, compare=False)
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    known: Tensor | None = None
 
     @functools.cached_property
     def form(self) -> Form:
@@ -66,10 +69,20 @@ class Problem:
     @functools.cached_property
     def _classes(self) -> Tensor:
         """Found once for all kernels of a forward or a backward."""
-        return self.classes(self.form.grain)
+        grain = self.form.grain
+        if self.known is not None and self.known.shape[2:] == grain.counts:
+            return self.known
+        return self.classes(grain)
 
     def classes(self, grid: Grid) -> Tensor:
-        return classes(self.form, grid, self.operands)
+        """0, 1 or 2 for each block that is empty, partial or full, int8 [B or 1, H or 1, M, N]."""
+        form = self.form
+        if form.reads:
+            return mask(self.program, self.operands, self.numbers, grid).classes(self.operands)
+        return form.once(
+            ("classes", grid.m, grid.n),
+            lambda: proved_classes(form.program, grid, form.numbers, form.device),
+        )
 
     @property
     def tensors(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The tables of blocks the attention templates visit: proved on the host where a mask reads no
-tensor, and kept; else asked on the device, without reading anything back.
+tensor, and kept; else listed on the device by the classes of blocks, without reading anything back.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime.attention_form import Form
 from iocompiler.runtime.template_launch import Launch
 from iocompiler.tile.score import ScoreProgram
-from iocompiler.tile.score_blocks import Grid, classify
-from iocompiler.tile.score_tables import Table, extents, table, without_loads
+from iocompiler.tile.score_blocks import Grid
+from iocompiler.tile.score_tables import Table, table
 
-_COUNT = 8
-"""Blocks one program classifies: what it reads of their rows is read once."""
 _ORDERED = 64
 """Rows one program finds a place for."""
-_SCORES = 2048
-"""A warp looks at so many scores at a time: with more, registers spill."""
 
 
 def proved(form: Form, tile: Tile, *, transposed: bool) -> Table:
@@ -99,67 +95,6 @@ def _list_launch(grain: Grid, grid: Grid, kinds: Tensor, *, transposed: bool) ->
         BLOCK=max(16, 1 << (across - 1).bit_length()),
         num_warps=1,
     )
-
-
-def classes(form: Form, grid: Grid, operands: tuple[Tensor, ...]) -> Tensor:
-    """0, 1 or 2 for each block of scores that is empty, partial or full, int8 [B or 1, H or 1, M,
-    N].
-    """
-    if not form.reads:
-        return form.once(("classes", grid.m, grid.n), lambda: _proved_classes(form, grid))
-    batched, by_head = _differs(form.program)
-    own_batch, own_heads = grid.batch if batched else 1, grid.heads if by_head else 1
-    down, across = grid.counts
-    found = operands[0].new_empty((own_batch, own_heads, down, across), dtype=torch.int8)
-    reach = form.once(
-        ("reach", grid.m, grid.n),
-        lambda: _reach(form.program, grid, form.numbers, form.device),
-    )
-
-    def prepared() -> Launch:
-        return Launch(
-            _kernels().classify_blocks,
-            reach_strides=reach.strides,
-            strides=form.common["strides"],
-            numbers=form.numbers,
-            own_heads=own_heads,
-            rows=grid.rows,
-            columns=grid.columns,
-            keep=form.functions.keep,
-            BLOCK_M=grid.m,
-            BLOCK_N=grid.n,
-            COUNT=_COUNT,
-            num_warps=max(1, min(8, grid.m * grid.n // _SCORES)),
-        )
-
-    form.once(("classify", grid.m, grid.n), prepared).run(
-        own_batch * own_heads * down * -(-across // _COUNT),
-        Classes=found,
-        Reach=reach.entries,
-        operands=operands,
-    )
-    return found
-
-
-def _proved_classes(form: Form, grid: Grid) -> Tensor:
-    some, every = classify(form.program, grid, (), form.numbers)
-    return (some.to(torch.int8) + every).contiguous().to(form.device)
-
-
-@functools.lru_cache(maxsize=512)
-def _differs(program: ScoreProgram) -> tuple[bool, bool]:
-    """Whether the mask differs from batch to batch, and from head to head."""
-    names = {program.ops[value].fn for value in program.behind(program.keep)}
-    return "b" in names, "h" in names
-
-
-@functools.lru_cache(maxsize=256)
-def _reach(
-    program: ScoreProgram, grid: Grid, numbers: tuple[int, ...], device: torch.device
-) -> Table:
-    """What the part of a mask that reads no tensor leaves of each row."""
-    found = extents(without_loads(program), grid, numbers)
-    return Table(found.to(device), True, 2)
 
 
 def _kernels() -> Any:

@@ -5,7 +5,6 @@ differ in their memory alone find it again.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from iocompiler.codegen.score_functions import module_text
 from iocompiler.cost_model.attention_order import heads_together
-from iocompiler.cost_model.attention_tiles import Row, padded, row
+from iocompiler.cost_model.attention_tiles import Row, chosen, padded
 from iocompiler.cost_model.device import DEVICES, Device, current_device, kin
 from iocompiler.ops.target import Capability, planned
 from iocompiler.runtime.load import imported, module_file
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
-from iocompiler.tile.score_operands import use
 
 T = TypeVar("T")
 _MOST = 1024
@@ -82,13 +80,7 @@ class Form:
         width = max(self.query.shape[3], self.value.shape[3])
         capability = device_row(self.device, self.planned).capability
         assert capability is not None
-        found = row(capability, self.query.dtype.itemsize, width)
-        loads, masked = _loads(self.program), width < padded(width)
-        if masked:
-            found = found.unlimited()
-        if not loads and not masked:
-            return found
-        return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
+        return chosen(self.program, capability, self.query.dtype.itemsize, width)
 
     @property
     def group(self) -> int:
@@ -102,8 +94,7 @@ class Form:
     @functools.cached_property
     def grain(self) -> Grid:
         """The largest blocks that tiles of all kernels are made of."""
-        tiles = (self.row.forward, self.row.dq, self.row.dkv)
-        return self.grid(math.gcd(*(t.m for t in tiles)), math.gcd(*(t.n for t in tiles)))
+        return self.grid(*self.row.grain)
 
     def grid(self, m: int, n: int) -> Grid:
         batch, heads, rows, _ = self.query.shape
@@ -213,14 +204,3 @@ def functions(
     """The module with the Triton functions of a program, imported from a real file."""
     path = module_file(module_text(program, ranks, gradients, dropout_p, lifts=lifts), "score")
     return imported(path, "iocompiler_score")
-
-
-@functools.lru_cache(maxsize=512)
-def _loads(program: ScoreProgram) -> str:
-    """How an element is loaded for each score: "diagonal" for places that are computed, "tile", ""
-    where none is.
-    """
-    ways = [use(program, load) for load in program.loads(program.score)]
-    if any(way is None or way.way == "diagonal" for way in ways):
-        return "diagonal"
-    return "tile" if any(way is not None and way.way == "tile" for way in ways) else ""

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from math import inf
 from typing import Any, Literal, TypeAlias, cast
 
@@ -105,6 +105,19 @@ class ScoreProgram:
         """The loads that these values are computed from."""
         return tuple(sorted(v for v in self.behind(*values) if self.ops[v].kind == "load"))
 
+    def mask(self) -> tuple[ScoreProgram, tuple[int, ...]]:
+        """A program that only says which scores are kept, and which operands of this one it reads,
+        in order.
+        """
+        build = ScoreBuilder(list(self.ops))
+        alone = build.program(build.const(0.0), self.keep)
+        read = tuple(sorted({int(op.value) for op in alone.ops if op.kind == "load"}))
+        ops = (
+            replace(op, value=read.index(int(op.value))) if op.kind == "load" else op
+            for op in alone.ops
+        )
+        return replace(alone, ops=tuple(ops)), read
+
     def __str__(self) -> str:
         lines = [f"%{place} = {_show(op)}" for place, op in enumerate(self.ops)]
         kept = "" if self.keep is None else f" where %{self.keep}, else {self.empty}"
@@ -135,6 +148,7 @@ def _word(op: ScoreOp) -> str:
     return " ".join([name + value, *map(str, op.inputs)])
 
 
+@lru_cache(maxsize=512)
 def parsed(text: str) -> ScoreProgram:
     """The program a `ScoreProgram.key` says."""
     words, _, results = text.partition(" -> ")

@@ -7,6 +7,7 @@ it is empty, else partial. Vectorised over the grid of blocks; nothing is read b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,19 @@ def classify(
         found.low.shape, (1, 1, *grid.counts)
     )
     return (found.high > 0.0).expand(shape), (found.low > 0.0).expand(shape)
+
+
+def classes_shape(program: ScoreProgram, grid: Grid) -> tuple[int, int, int, int]:
+    """[B or 1, H or 1, rows of blocks, columns of blocks]."""
+    batched, by_head = _differs(program)
+    return (grid.batch if batched else 1, grid.heads if by_head else 1, *grid.counts)
+
+
+@functools.lru_cache(maxsize=512)
+def _differs(program: ScoreProgram) -> tuple[bool, bool]:
+    """Whether the mask differs from batch to batch, and from head to head."""
+    names = {program.ops[value].fn for value in program.behind(program.keep)}
+    return "b" in names, "h" in names
 
 
 def _ranges(

@@ -62,7 +62,7 @@ def test_rows_with_a_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     operands = case.operands(2, 4, 17, 40)
     leaves = [x.clone().requires_grad_() for x in given]
     learned = [x.clone().requires_grad_() if x.is_floating_point() else x for x in operands]
-    arguments = (*leaves, learned, [], case.program().key, "blockwise", "ssss", None, 0.0)
+    arguments = (*leaves, learned, [], case.program().key, "blockwise", "ssss", None, 0.0, None)
     out, sums = FORWARD(*arguments)
     ours = (out, ROWS(sums, "blockwise"))
     exact = reference_rows(*leaves, case.program(), learned)

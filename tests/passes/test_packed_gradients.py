@@ -378,7 +378,7 @@ def test_values(packing: str, dropout_p: float) -> None:
     seed = torch.tensor(7) if dropout_p else None
     program = CASES["alibi"].program()
     given = (q, k, v, list(CASES["alibi"].operands(2, 4, 5, 5)), [], program.key)
-    setting = ("blockwise", "ssss", seed, dropout_p)
+    setting = ("blockwise", "ssss", seed, dropout_p, None)
     given = (torch.randn(q.shape), *FORWARD(*given, *setting), None, *given, *setting)
     apart = dict(zip("qkv", BACKWARD(*given), strict=True))
     front, back = packing[:-4].split("|")

@@ -34,6 +34,21 @@ def value(program: ScoreProgram, wanted: int, score: Tensor, operands: list[Tens
     return evaluate(program, [wanted], score, places(), operands, [], torch.float64)[0]
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].program().keep])
+def test_a_mask_alone_keeps_the_same_scores(name: str) -> None:
+    program = CASES[name].program()
+    operands = list(CASES[name].operands(*SIZES))
+    alone, read = program.mask()
+    assert not {op.kind for op in alone.ops} & {"score"}
+    given = [operands[n] for n in read]
+    assert len(given) == len({op.value for op in alone.ops if op.kind == "load"})
+    assert program.keep is not None
+    assert alone.keep is not None
+    score = torch.randn(SIZES, dtype=torch.float64)
+    kept = value(alone, alone.keep, score, given)
+    assert torch.equal(kept, value(program, program.keep, score, operands))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_text_goes_both_ways(name: str) -> None:
     program = CASES[name].program()

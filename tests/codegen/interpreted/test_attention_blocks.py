@@ -12,7 +12,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.cost_model.attention_tiles import Row, Tile
-from iocompiler.runtime.attention import Problem
+from iocompiler.ops.attention_classes import CLASSES
+from iocompiler.runtime.attention import Problem, forward
 from iocompiler.runtime.attention_blocks import listed
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_reference import evaluate
@@ -52,6 +53,9 @@ def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
     problem = Problem(q, k, k, case.program(), tuple(operands), tiles=tiles)
     kinds = problem.classes(grain)
     exact = asked(name, operands, grain)
+    alone, read = case.program().mask()  # and by the operator that layers share
+    same = CLASSES([operands[n] for n in read], [], [2, 2, *sizes], [16, 16], alone.key)
+    assert torch.equal(kinds, same)
     torch.testing.assert_close(kinds.expand_as(exact), exact)
     assert kinds.shape[1] == 1, "no mask here differs from head to head"
     for m, n, transposed in ((32, 16, True), (16, 64, False), (64, 32, True)):
@@ -72,3 +76,30 @@ def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
                 assert line[2 : 2 + partial] == (row == 1).nonzero().flatten().tolist()
                 start = 2 + found.room
                 assert line[start : start + full] == (row == 2).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("grain", [(16, 16), (32, 16)], ids=["its own", "another"])
+def test_classes_that_are_given(grain: tuple[int, int]) -> None:
+    """Those of a layer before, where they are of the blocks that this one has."""
+    torch.manual_seed(0)
+    case, tile = CASES["document"], Tile(16, 16, 4, 1)
+    operands = tuple(case.operands(2, 2, 70, 90))
+    q, k = (torch.randn(2, 2, length, 16) for length in (70, 90))
+    tiles = Row((0, 0), 4, 16, tile, tile, tile, tile)
+    alone, read = case.program().mask()
+    given = CLASSES([operands[n] for n in read], [], [2, 2, 70, 90], list(grain), alone.key)
+    results = []
+    for known in (None, given):
+        problem = Problem(q, k, k, case.program(), operands, tiles=tiles, known=known)
+        results.append(torch.empty_like(q))
+        forward(problem, results[-1])
+        assert (problem._classes is given) == (known is given and grain == (16, 16))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+def test_classes_of_nothing() -> None:
+    alone, read = CASES["document"].program().mask()
+    operands = CASES["document"].operands(2, 2, 70, 90)
+    setting = ([operands[n] for n in read], [], [2, 2, 0, 90], [16, 16], alone.key)
+    assert CLASSES(*setting).shape == (2, 1, 0, 6)
+    torch.library.opcheck(CLASSES, setting, test_utils=("test_schema", "test_faketensor"))

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from iocompiler.cost_model.attention_decode import MOST_QUERIES
+from iocompiler.cost_model.attention_tiles import chosen
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
+from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
+from iocompiler.ops.attention_classes import CLASSES
 from iocompiler.ops.scored_attention import FORWARD, ROWS, choose
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
@@ -47,6 +51,7 @@ from iocompiler.passes.attention.running.operands import (
     operands,
 )
 from iocompiler.tile.dropout import threshold
+from iocompiler.tile.score import ScoreProgram
 
 aten = torch.ops.aten
 
@@ -116,7 +121,8 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
     loaded = [_loaded(arranger, source, frame) for source in call.scored.sources]
     numbers = [arranger.size((axis,)) for axis in call.scored.numbers]
     q, k, v = (view.value(each) for each in (query, key, value))
-    letters = order(q, k, v) + _out_order(anchor, q)
+    letters, kernel = order(q, k, v) + _out_order(anchor, q), choose(q, v)
+    sizes = [arranger.size(group) for group in frame.scores]
     results = arranger.call(
         FORWARD,
         query,
@@ -125,10 +131,11 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
         loaded,
         numbers,
         call.scored.program.key,
-        choose(q, v),
+        kernel,
         letters,
         seeds.drawn(arranger, q.device) if found.dropout_p else None,
         found.dropout_p,
+        _classes(arranger, call.scored.program, (q, v), loaded, numbers, sizes, kernel),
     )
     waiting = check_readers(gm, found, anchor)
     out = arranger.call(operator.getitem, results, 0)
@@ -140,6 +147,33 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
         for each in found.row_sums:
             edit.delay(waiting, _redirected(gm, arranger, each, sums, frame))
     finish(gm, found, arranger, out, anchor, dims)
+
+
+def _classes(
+    arranger: Arranger,
+    program: ScoreProgram,
+    like: tuple[torch.Tensor, torch.Tensor],
+    loaded: list[Node],
+    numbers: list[Any],
+    sizes: list[Any],
+    kernel: str,
+) -> Node | None:
+    """The blocks that a mask leaves of the scores, where the template asks for them and the mask
+    reads tensors; a call of its own, which layers with one mask share.
+
+    Args:
+        like: query and value.
+        sizes: [B, H, S, K]; few queries are not asked for in blocks.
+    """
+    query, value = like
+    alone, read = program.mask()
+    few = isinstance(sizes[2], int) and sizes[2] <= MOST_QUERIES
+    if kernel != "template" or not read or few:
+        return None
+    width = max(query.shape[3], value.shape[3])
+    tiles = chosen(program, target.capability(query), query.element_size(), width)
+    of_mask = [loaded[n] for n in read]
+    return arranger.call(CLASSES, of_mask, numbers, sizes, list(tiles.grain), alone.key)
 
 
 def _shared(arranger: Arranger, out: Node, sums: Node, sink: Beside, frame: Frame) -> Node:
