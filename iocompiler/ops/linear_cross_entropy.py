@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import library
-from iocompiler.ops.linear_cross_entropy_chunks import accumulated, walk
+from iocompiler.ops.linear_cross_entropy_chunks import walk
+from iocompiler.ops.linear_cross_entropy_head import accumulated
 from iocompiler.ops.linear_cross_entropy_products import wide
 from iocompiler.ops.linear_cross_entropy_rows import Rows, Setting
 
