@@ -1,13 +1,13 @@
-"""`iocompiler::linear_divergence`: a linear head's logits compared with another distribution, neither
-of them ever whole.
+"""`iocompiler::linear_divergence`: a linear head's logits compared with another distribution, which
+may be another head's; neither's logits are ever whole.
 
     z    = x @ weight.T + bias, and, where there is another weight, the other's logits likewise
     row  = share * divergence(z, other) + coefficient * cross_entropy(z, target) + squared * lse^2
     loss = row, or its sum
 
-`linear_divergence_rows.Divergence` says which divergences there are, `Setting` how logits are scaled
-and capped. Rows are worked off in chunks (`linear_divergence_chunks.py`); when gradients are made
-is as `linear_cross_entropy.py` has it.
+`linear_divergence_rows.Divergence` says which divergences there are, `Setting` how logits are
+scaled and capped. Rows are worked off in chunks (`linear_divergence_chunks.py`); when gradients are
+made is as `linear_cross_entropy.py` has it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linear + divergence chunk by chunk: both rows of logits of a chunk, their losses and gradients."""
+"""Linear + divergence chunk by chunk: both logits of a chunk, their losses and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iocompiler.ops.linear_divergence_rows import Divergence, Pair, evaluate
 
 
 class Linear(NamedTuple):
-    """A head: x [T, D], weight [V, D], bias [V]; without a weight x is what it would make, [T, V]."""
+    """A head: x [T, D], weight [V, D], bias [V]; without a weight x is its result, [T, V]."""
 
     x: Tensor
     weight: Tensor | None

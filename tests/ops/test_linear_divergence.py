@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from iocompiler.ops import linear_cross_entropy_chunks as chunks
 from iocompiler.ops.linear_cross_entropy_rows import Setting
