@@ -46,6 +46,12 @@ class Divergence:
     reversed: bool = False
     spread: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where the attributes do not go with each other."""
+        plain = self.kind == "probabilities" and not (self.entropy or self.reversed)
+        if self.kind not in KINDS or (self.spread and not plain):
+            raise ValueError(f"no divergence: {self}")
+
 
 @dataclass(frozen=True)
 class Pair:

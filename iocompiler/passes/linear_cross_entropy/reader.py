@@ -4,7 +4,7 @@ ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from iocompiler.graph import view
 from iocompiler.graph.sizes import equal, same_sizes
-from iocompiler.passes.linear_cross_entropy.description import Labels
+from iocompiler.passes.linear_cross_entropy import distribution as distributions
+from iocompiler.passes.linear_cross_entropy.description import Comparison, Distribution, Labels
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form
 
 aten = torch.ops.aten
@@ -32,16 +33,18 @@ class Reader:
     Attributes:
         forms: by node; those of the logits are given.
         labels: of each node that picks a target's logit.
+        others: what the logits are compared with, of each node that does.
+        divergences: how, of each node that makes the summands.
 
     Args:
-        rules: by operator.
+        rules: by operator, tried in turn.
         dependent: everything that hangs on the logits.
         fixed: whether a node has no gradient.
     """
 
     def __init__(
         self,
-        rules: Mapping[Any, Rule],
+        rules: Mapping[Any, Sequence[Rule]],
         forms: Mapping[Node, Form],
         dependent: Collection[Node],
         fixed: Callable[[Node], bool],
@@ -49,12 +52,15 @@ class Reader:
         self._rules = rules
         self.forms = dict(forms)
         self.labels: dict[Node, Labels] = {}
+        self.others: dict[Node, Distribution] = {}
+        self.divergences: dict[Node, Comparison] = {}
         self._dependent, self._fixed = dependent, fixed
 
     def read(self, node: Node) -> None:
         """Enter the form of a call, if it is understood."""
-        rule = self._rules.get(node.target)
-        if rule is not None and node not in self.forms:
+        for rule in self._rules.get(node.target, ()):
+            if node in self.forms:
+                return
             found = rule(self, node)
             if found is not None and all(found.terms.values()):
                 self.forms[node] = found
@@ -65,6 +71,25 @@ class Reader:
     def row_form(self, x: Any) -> Form | None:
         found = self.form(x)
         return found if found is not None and found.dim is None else None
+
+    def other(self, node: Node, x: Any, dim: int, *, logs: bool, at: Node | None = None) -> bool:
+        """Enter what the logits meet: ``x``, which is to have the shape of ``node``, classes along
+        ``dim``.
+
+        Args:
+            logs: whether it holds logarithms.
+            at: where they meet, if that is not ``node``.
+
+        Returns:
+            whether it is a distribution that does not hang on the logits.
+        """
+        if not isinstance(x, Node) or x in self._dependent or not are_alike(node, x):
+            return False
+        found = distributions.read(x, dim, logs=logs, fixed=self._fixed(x))
+        if found is None:
+            return False
+        self.others[at or node] = found
+        return True
 
     def factor(self, x: Any, like: Node, kind: Any) -> tuple[float, tuple[Factor, ...]] | None:
         """``x`` as a number or factor of the rows (or the sum) ``like``."""
