@@ -111,7 +111,7 @@ def launch_rows(pair: Pair, rows: Rows, setting: Setting, divergence: Divergence
         logits.shape[1],
         (into.shape[1], other_into.shape[1]),
         (logits.stride(0), other.stride(0), into.stride(0), other_into.stride(0)),
-        pair.other_gradient is not None or _is_wide(other),
+        _is_wide(other),
         (pair.target is not None, rows.coefficient is not None, rows.squared is not None),
         (pair.gradient is not None, pair.other_gradient is not None),
         tuple([x.dtype for x in tensors.values()]),
@@ -121,8 +121,13 @@ def launch_rows(pair: Pair, rows: Rows, setting: Setting, divergence: Divergence
 
 
 def _is_wide(rows: Tensor) -> bool:
-    """Whether rows are read in what a thread reads at once, wherever the first begins."""
-    return all(n * rows.element_size() % walk.ALIGNED == 0 for n in (rows.shape[1], rows.stride(0)))
+    """Whether what a thread reads at once begins where it should in all rows if it does in the
+    first, and is memory of theirs at the end of the last.
+    """
+    size = rows.element_size()
+    row, stride = -(-rows.shape[1] * size // walk.ALIGNED) * walk.ALIGNED, rows.stride(0) * size
+    last = rows.storage_offset() * size + (rows.shape[0] - 1) * stride + row
+    return stride % walk.ALIGNED == 0 and last <= rows.untyped_storage().nbytes()
 
 
 class _Form(NamedTuple):

@@ -54,7 +54,7 @@ def _other(
         t = tl.where(live, bounded(y, rate, CAPPED, False) * factor, float("-inf"))
         p = t
     elif KIND == _PROBABILITIES:
-        p = tl.where(live, (1 - spread) * y + spread / vocabulary, 0.0) if SPREAD else y
+        p = tl.where(live, (1 - spread) * y + spread / vocabulary if SPREAD else y, 0.0)
         t = tl.log2(p) if LOGS else p
     else:
         t = tl.where(live, y * _LOG2_E, float("-inf"))
