@@ -119,9 +119,24 @@ def by_hand(g):
     return (logp.exp() * (logp - logq)).sum(-1).mean() * 4
 
 
+def by_the_tutorial(g):
+    """PyTorch's own."""
+    with torch.no_grad():
+        teacher = F.linear(g.xt, g.wt)
+    p = F.softmax(teacher / 2, dim=-1)
+    logq = F.log_softmax(F.linear(g.x, g.w) / 2, dim=-1)
+    return torch.sum(p * (p.log() - logq)) / logq.size()[0] * (2**2)
+
+
 def soft_cross_entropy(g):
     p = F.softmax(F.linear(g.xt, g.wt).detach(), -1)
     return -(p * F.log_softmax(F.linear(g.x, g.w), -1)).sum(-1).mean()
+
+
+def negative_weights(g):
+    p = F.softmax(F.linear(g.xt, g.wt), -1).detach()
+    rows = torch.sum(-p * F.log_softmax(F.linear(g.x, g.w) / 0.5, -1), dim=-1)
+    return (rows * g.mask).mean()
 
 
 def soft_targets_of_a_head(g):
@@ -154,6 +169,7 @@ def mean_over_everything(g):
 HEADS = [
     batchmean, summed_logs, trained_together, distilled, distilled_softly_first, masked_rows,
     masked_summands, hidden_summands, row_by_row, by_hand, soft_cross_entropy,
+    by_the_tutorial, negative_weights,
     soft_targets_of_a_head, shifted, classes_second, capped, mean_over_everything,
 ]  # fmt: skip
 
@@ -394,3 +410,75 @@ def test_is_no_near_miss(f: Model) -> None:
     torch.testing.assert_close(run(inputs()), f(inputs()))
     assert not records[0].rewrites
     assert not records[0].misses
+
+
+def expanded_mask(g):
+    each = F.kl_div(F.linear(g.x, g.w).log_softmax(-1), g.p, reduction="none")
+    return (each * g.mask.unsqueeze(-1).expand_as(each)).sum()
+
+
+def test_a_mask_that_is_expanded() -> None:
+    assert check(expanded_mask, torch.float32, False).rewrites
+
+
+@pytest.mark.parametrize("f", [masked_rows, distilled_softly_first])
+def test_masks_and_labels_that_leave_nothing_are_as_eager(f: Model) -> None:
+    torch._dynamo.reset()
+    given = inputs()
+    given = given._replace(mask=torch.zeros(B, S), y=torch.full_like(given.y, 3))
+    run, records = compiled(f, PIPELINE)
+    torch.testing.assert_close(run(given), f(given), equal_nan=True)
+    assert records[0].rewrites
+
+
+def test_another_length_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    given = inputs()
+    run, records = compiled(distilled, PIPELINE, dynamic=True)
+    for length in (9, 5, 3):
+        part = [
+            t[:, :length].detach().clone().requires_grad_(t.requires_grad)
+            if t.shape[:2] == (B, S)
+            else t
+            for t in given
+        ]
+        torch.testing.assert_close(run(Given(*part)), distilled(Given(*part)))
+    assert len(records) == 1
+
+
+def test_what_is_written_between_is_read_before() -> None:
+    def f(g):
+        teacher = F.linear(g.xt, g.wt)
+        g.xt.mul_(2)
+        return F.kl_div(
+            F.linear(g.x, g.w).log_softmax(-1), teacher.softmax(-1), reduction="batchmean"
+        )
+
+    torch._dynamo.reset()
+    run, records = compiled(f, PIPELINE)
+    with torch.no_grad():
+        torch.testing.assert_close(run(inputs()), f(inputs()))
+    assert not records[0].rewrites
+    assert "writes in between" in records[0].misses[0].reason
+
+
+def test_without_gradients_only_losses_are_computed() -> None:
+    torch._dynamo.reset()
+    given = inputs()
+    run, records = compiled(distilled, PIPELINE, engine="reference")
+    with torch.no_grad():
+        torch.testing.assert_close(run(given), distilled(given))
+    calls = [n.target for g in records[0].flat.values() for n in g.graph.nodes]
+    assert torch.ops.iocompiler.linear_divergence_losses.default in calls
+    assert torch.ops.iocompiler.linear_divergence_gradients.default not in calls
+
+
+def test_one_number_has_its_gradients_made_in_the_forward() -> None:
+    torch._dynamo.reset()
+    run, records = compiled(distilled, PIPELINE, engine="reference")
+    given = inputs()
+    for mine, theirs in zip(results(run, given), results(distilled, given), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    calls = [n.target for n in records[0].flat["forward"].graph.nodes]
+    (made,) = (n for n in calls if "linear_divergence" in str(n))
+    assert made == torch.ops.iocompiler.linear_divergence_gradients.default

@@ -41,6 +41,7 @@ class Distribution:
 
     Attributes:
         read: what meets the logits, classes along ``dim``.
+        sign: -1 where its negative meets them.
         fixed: whether no gradient flows into it.
         given: what holds it if no head is to compute it, classes along ``given_dim``, as ``kind``
             says; logits are to be multiplied by ``outer``.
@@ -50,6 +51,7 @@ class Distribution:
 
     read: Node
     dim: int
+    sign: float
     fixed: bool
     given: Node
     given_dim: int

@@ -36,7 +36,11 @@ def read(node: Node, dim: int, *, logs: bool, fixed: bool) -> Distribution | Non
         return None
     kind, at, place = _LOGS if logs else _PROBABILITIES, node, dim
     path: list[Node] = []
-    given = (node, dim, kind, 1.0)
+    sign = 1.0
+    while at.target is aten.neg.default:
+        path.append(at)
+        at, sign = at.args[0], -sign  # type: ignore[assignment]
+    given = (at, dim, kind, 1.0)
     head: Head | None = None
     while True:
         found = _before(at, place, kind)
@@ -52,10 +56,8 @@ def read(node: Node, dim: int, *, logs: bool, fixed: bool) -> Distribution | Non
             break
     if head is None and not fixed:
         return None
-    if head is not None:
-        path = [*reversed(path)]
-        path = [*head.path, *path]
-    return Distribution(node, dim, fixed, *given, head, tuple(path) if head is not None else ())
+    calls = () if head is None else (*head.path, *reversed(path))
+    return Distribution(node, dim, sign, fixed, *given, head, calls)
 
 
 def _before(node: Node, dim: int, kind: str) -> tuple[Node, int, str] | None:

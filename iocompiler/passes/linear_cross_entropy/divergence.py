@@ -52,7 +52,7 @@ def _kl_div(reader: Reader, node: Node) -> Form | None:
     if form.dim is None or not (are_alike(mine, theirs)):
         return None
     # what is entered stands for the matrix, whatever is summed of it
-    if not reader.other(mine, other, form.dim, logs=how or logs, at=node):
+    if reader.other(mine, other, form.dim, logs=how or logs, at=node) != 1.0:
         raise Declined(_LEARNED)
     each = _compared(reader, node, form, 1.0, reversed_=how)
     reduction = given["reduction"]
@@ -92,7 +92,7 @@ def _soft_targets(reader: Reader, node: Node) -> Form | None:
     if given["weight"] is not None:
         raise Declined("class weights with soft targets")
     logits, target, smoothing = given["self"], given["target"], float(given["label_smoothing"])
-    if not reader.other(logits, target, form.dim, logs=False, at=node):
+    if reader.other(logits, target, form.dim, logs=False, at=node) != 1.0:
         raise Declined(_LEARNED)
     other = reader.others[node]
     if smoothing and (other.head is not None or other.kind != "probabilities"):
@@ -112,19 +112,19 @@ def _met(reader: Reader, node: Node) -> Form | None:
         form, beside = reader.form(mine), reader.form(theirs)
         if form is None or form.dim is None:
             continue
-        number = form.logarithm()
-        if number is not None and beside is None:
-            if reader.other(node, theirs, form.dim, logs=False):
-                return _compared(reader, node, form, -number, entropy=False)
-        elif _is_q(form) and beside is None:
-            if reader.other(node, theirs, form.dim, logs=True):
-                return _compared(reader, node, form, -1.0, entropy=False, reversed_=True)
-        elif set(form.terms) == {"z", "lse", "logp"}:
-            sign = form.terms["logp"][0].number
-            if beside is None and reader.other(node, theirs, form.dim, logs=False):
-                return _compared(reader, node, form, sign)
-            if beside is not None and _is_q(beside) and beside.outer == form.outer:
-                return _compared(reader, node, form, -sign, reversed_=True)
+        number, gap = form.logarithm(), set(form.terms) == {"z", "lse", "logp"}
+        if gap:
+            number = -form.terms["logp"][0].number
+        if beside is not None:
+            if gap and number is not None and _is_q(beside) and beside.outer == form.outer:
+                return _compared(reader, node, form, number, reversed_=True)
+        elif number is not None:
+            sign = reader.other(node, theirs, form.dim, logs=False)
+            return _compared(reader, node, form, -number * sign, entropy=gap) if sign else None
+        elif _is_q(form):
+            sign = reader.other(node, theirs, form.dim, logs=True)
+            how = {"entropy": False, "reversed_": True}
+            return _compared(reader, node, form, -sign, **how) if sign else None
     return None
 
 
@@ -137,7 +137,7 @@ def _difference(reader: Reader, node: Node) -> Form | None:
             continue
         if form.logarithm() != 1.0 or not (are_alike(node, mine) and isinstance(theirs, Node)):
             continue
-        if reader.other(node, theirs, form.dim, logs=True):
+        if reader.other(node, theirs, form.dim, logs=True) == 1.0:
             return form.times(sign).plus(Form({"logp": (Term(-sign),)}))
     return None
 
@@ -171,6 +171,8 @@ def _summands(reader: Reader, x: Any) -> Form | None:
 
 
 def _times(reader: Reader, form: Form, other: Any, of: Any, kind: Any) -> Form | None:
+    while isinstance(other, Node) and other.target is aten.expand.default:
+        other = other.args[0]
     found = reader.factor(other, of, kind)
     if found is None or form.dim is None:
         return None

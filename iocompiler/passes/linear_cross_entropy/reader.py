@@ -72,7 +72,7 @@ class Reader:
         found = self.form(x)
         return found if found is not None and found.dim is None else None
 
-    def other(self, node: Node, x: Any, dim: int, *, logs: bool, at: Node | None = None) -> bool:
+    def other(self, node: Node, x: Any, dim: int, *, logs: bool, at: Node | None = None) -> float:
         """Enter what the logits meet: ``x``, which is to have the shape of ``node``, classes along
         ``dim``.
 
@@ -81,15 +81,16 @@ class Reader:
             at: where they meet, if that is not ``node``.
 
         Returns:
-            whether it is a distribution that does not hang on the logits.
+            1, or -1 for its negative; 0 where it is no distribution that does not hang on the
+            logits.
         """
         if not isinstance(x, Node) or x in self._dependent or not are_alike(node, x):
-            return False
+            return 0.0
         found = distributions.read(x, dim, logs=logs, fixed=self._fixed(x))
         if found is None:
-            return False
+            return 0.0
         self.others[at or node] = found
-        return True
+        return found.sign
 
     def factor(self, x: Any, like: Node, kind: Any) -> tuple[float, tuple[Factor, ...]] | None:
         """``x`` as a number or factor of the rows (or the sum) ``like``."""
