@@ -26,7 +26,7 @@ from iocompiler.passes.linear_cross_entropy.description import (
 from iocompiler.passes.linear_cross_entropy.divergence import is_compared
 from iocompiler.passes.linear_cross_entropy.emit import united
 from iocompiler.passes.linear_cross_entropy.forms import Form, matrix
-from iocompiler.passes.linear_cross_entropy.reader import Reader, Rule, base_of, is_fixed
+from iocompiler.passes.linear_cross_entropy.reader import Reader, Rule, base_of, fixed
 from iocompiler.passes.linear_cross_entropy.statistics import is_picked
 
 aten = torch.ops.aten
@@ -90,8 +90,6 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node], compared: set[Node])
         Declined: there is a head and nearly a loss.
     """
     logits: Any = statistic.args[0]
-    if statistic.target is aten.softmax.int and not is_compared(statistic):
-        return
     try:
         dim = _class_dim(statistic)
         main = heads.read(logits, dim) if dim is not None else None
@@ -190,8 +188,7 @@ class _Search:
             found = self._logits_of(node)
             if found is not None and _signature(found[0]) == _signature(self._main):
                 forms[node] = matrix(found[1], found[0].outer)
-        regions, known = view.regions(self._gm), dict[Node, bool]()
-        return Reader(_RULES, forms, self._dependent, lambda n: is_fixed(n, regions, known))
+        return Reader(_RULES, forms, self._dependent, fixed(self._gm))
 
     def _compared(
         self, region: Collection[Node], reader: Reader

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
 from iocompiler.graph.sizes import equal, same_sizes
@@ -39,7 +39,7 @@ class Reader:
     Args:
         rules: by operator, tried in turn.
         dependent: everything that hangs on the logits.
-        fixed: whether a node has no gradient.
+        fixed: nodes that have no gradient.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Reader:
         rules: Mapping[Any, Sequence[Rule]],
         forms: Mapping[Node, Form],
         dependent: Collection[Node],
-        fixed: Callable[[Node], bool],
+        fixed: Collection[Node],
     ) -> None:
         self._rules = rules
         self.forms = dict(forms)
@@ -86,7 +86,7 @@ class Reader:
         """
         if not isinstance(x, Node) or x in self._dependent or not are_alike(node, x):
             return 0.0
-        found = distributions.read(x, dim, logs=logs, fixed=self._fixed(x))
+        found = distributions.read(x, dim, logs=logs, fixed=x in self._fixed)
         if found is None:
             return 0.0
         self.others[at or node] = found
@@ -98,7 +98,7 @@ class Reader:
             if kind == "over":
                 return (1.0 / x, ()) if x else None
             return float(x), ()
-        if not isinstance(x, Node) or x in self._dependent or not self._fixed(x):
+        if not isinstance(x, Node) or x in self._dependent or x not in self._fixed:
             return None
         value, rows_ = view.value(x), view.tensors(like)[0]
         if not isinstance(value, torch.Tensor):
@@ -113,21 +113,25 @@ class Reader:
         return 1.0, (Factor(kind, x, tuple(rows_.shape)),)
 
 
-def is_fixed(node: Node, regions: Mapping[Node, view.Region], known: dict[Node, bool]) -> bool:
-    """Whether no gradient flows into a node from anywhere."""
-    if node not in known:
+def fixed(gm: GraphModule) -> set[Node]:
+    """The nodes into which no gradient flows from anywhere."""
+    regions = view.regions(gm)
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
         value = view.value(node)
         plain = isinstance(value, torch.Tensor) and value.is_floating_point()
         if not plain or node.target is aten.detach.default or not regions[node].grad:
-            known[node] = True
+            found.add(node)
         elif node.op == "get_attr":
-            constant = getattr(node.graph.owning_module, str(node.target), None)
-            known[node] = isinstance(constant, torch.Tensor) and not constant.requires_grad
+            constant = getattr(gm, str(node.target), None)
+            if isinstance(constant, torch.Tensor) and not constant.requires_grad:
+                found.add(node)
         elif node.op == "call_function":
-            known[node] = all(is_fixed(each, regions, known) for each in node.all_input_nodes)
-        else:
-            known[node] = not node.meta.get("requires_grad", True)
-    return known[node]
+            if all(each in found for each in node.all_input_nodes):
+                found.add(node)
+        elif not node.meta.get("requires_grad", True):
+            found.add(node)
+    return found
 
 
 def base_of(target: Node) -> Node:

@@ -15,11 +15,12 @@ from iocompiler.ops import target
 from iocompiler.ops.linear_cross_entropy_chunks import SCRATCH_BYTES
 from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import Declined
+from iocompiler.passes.linear_cross_entropy.divergence import is_compared
 from iocompiler.passes.linear_cross_entropy.emit import Emitter, Other
 from iocompiler.passes.linear_cross_entropy.found import STATISTICS, Found, find
 from iocompiler.passes.linear_cross_entropy.head import MOVES, RESHAPES, TRANSPOSES
 from iocompiler.passes.linear_cross_entropy.operands import operands
-from iocompiler.passes.linear_cross_entropy.reader import is_fixed
+from iocompiler.passes.linear_cross_entropy.reader import fixed
 from iocompiler.passes.linear_cross_entropy.twins import Twins
 
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = (
     seen: set[Node] = set()
     compared: set[Node] = set()
     declined: list[tuple[Node, Miss]] = []
-    for node in _learned_first(gm, view.calls(gm, *losses.TARGETS, *STATISTICS)):
+    for node in _statistics(gm):
         if node._erased or node in seen:
             continue
         told = node in compared
@@ -76,12 +77,17 @@ def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = (
     return changed
 
 
-def _learned_first(gm: GraphModule, statistics: Iterable[Node]) -> list[Node]:
-    """Statistics of what has a gradient before others: of two heads that are compared, the student
-    is asked for first.
+def _statistics(gm: GraphModule) -> list[Node]:
+    """Where logits come to a statistic of each row; of two heads that are compared, the one that
+    has a gradient is asked for first: the student.
     """
-    regions, known = view.regions(gm), dict[Node, bool]()
-    return sorted(statistics, key=lambda node: is_fixed(node, regions, known))
+    found = [
+        node
+        for node in view.calls(gm, *losses.TARGETS, *STATISTICS)
+        if node.target is not aten.softmax.int or is_compared(node)
+    ]
+    without = fixed(gm) if len(found) > 1 else ()
+    return sorted(found, key=lambda node: node in without)
 
 
 def _replaced(
