@@ -144,8 +144,7 @@ def test_a_forward_that_returns_its_logits(engine: Engine, monkeypatch: pytest.M
     assert set(engine.ran) == set(engine.expected)
 
 
-@pytest.mark.parametrize("vocabulary", [128, 131])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("given", "vocabulary"), [(False, 131), (True, 128)])
 def test_a_student_beside_its_teacher(given: bool, vocabulary: int, engine: Engine) -> None:
     """In rows that are filled up, and in those of another's logits, which are not."""
 
