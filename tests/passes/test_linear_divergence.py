@@ -149,6 +149,13 @@ def shifted(g):
     return F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
 
 
+def shifted_at_each_place(g):
+    student, teacher = F.linear(g.x, g.w), F.linear(g.xt, g.wt).detach()
+    hard = F.cross_entropy(student[:, :-1].reshape(-1, V), g.y[:, 1:].reshape(-1))
+    logp, logq = (F.log_softmax(z[:, :-1] / 2, -1) for z in (teacher, student))
+    return hard + (F.softmax(teacher[:, :-1] / 2, -1) * (logp - logq)).sum(-1).mean()
+
+
 def classes_second(g):
     student, teacher = F.linear(g.x, g.w), F.linear(g.xt, g.wt).detach()
     return F.cross_entropy(student.transpose(1, 2), teacher.softmax(-1).transpose(1, 2))
@@ -170,7 +177,8 @@ HEADS = [
     batchmean, summed_logs, trained_together, distilled, distilled_softly_first, masked_rows,
     masked_summands, hidden_summands, row_by_row, by_hand, soft_cross_entropy,
     by_the_tutorial, negative_weights,
-    soft_targets_of_a_head, shifted, classes_second, capped, mean_over_everything,
+    soft_targets_of_a_head, shifted, shifted_at_each_place, classes_second, capped,
+    mean_over_everything,
 ]  # fmt: skip
 
 
@@ -282,7 +290,8 @@ def check(f: Model, dtype: torch.dtype, dynamic: bool) -> Any:
 
 # what has most of the rules in it, half in one dtype, half in the other; all where it may be slow
 _FEW = [
-    distilled, by_the_tutorial, trained_together, masked_summands, row_by_row, shifted, capped,
+    distilled, by_the_tutorial, trained_together, masked_summands, row_by_row,
+    shifted_at_each_place, capped,
     negative_weights, given_logits, smoothed_targets, whole_anyway, reversed_,
 ]  # fmt: skip
 _WAYS = ((torch.float32, True), (torch.bfloat16, False))
@@ -487,3 +496,32 @@ def test_one_number_has_its_gradients_made_in_the_forward() -> None:
     calls = [n.target for n in records[0].flat["forward"].graph.nodes]
     (made,) = (n for n in calls if "linear_divergence" in str(n))
     assert made == torch.ops.iocompiler.linear_divergence_gradients.default
+
+
+def test_shares_that_are_known_at_run_time() -> None:
+    """Numbers of Python that change are symbols in the graph."""
+
+    def f(g: Given, share: float) -> Tensor:
+        return share * distilled(g) + (1 - share) * soft_targets(g)
+
+    torch._dynamo.reset()
+    given = inputs()
+    run, records = compiled(f, PIPELINE, dynamic=True)
+    for share in (0.25, 0.75):
+        torch.testing.assert_close(run(given, share), f(given, share))
+    assert len(records) == 1
+
+
+def one_slice_of_two_views(g):
+    """The same call, behind another view, chooses other rows, as many."""
+    logits = F.linear(g.x, g.w)
+    hard = F.cross_entropy(logits.view(3, 2, 3, V)[:, :1].reshape(-1, V), g.y[0])
+    return hard + F.cross_entropy(logits.view(9, 2, V)[:, :1].reshape(-1, V), g.p[0])
+
+
+def test_slices_of_other_rows_are_not_the_same() -> None:
+    torch._dynamo.reset()
+    given = inputs()
+    run, _ = compiled(one_slice_of_two_views, PIPELINE)
+    found = results(run, given), results(one_slice_of_two_views, given)
+    torch.testing.assert_close(*found)

@@ -47,6 +47,7 @@ class Distribution:
             says; logits are to be multiplied by ``outer``.
         head: of the linear that computes it, whose rows ``path``, the calls from there on in the
             graph's order, brings to those of ``read``; None where there is none.
+        rows: how it does, as `head.rows` has it.
     """
 
     read: Node
@@ -59,6 +60,7 @@ class Distribution:
     outer: float
     head: Head | None = None
     path: tuple[Node, ...] = ()
+    rows: tuple[object, ...] = ()
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -66,7 +68,7 @@ class Distribution:
         if self.head is None:
             return (self.fixed, self.given, self.given_dim, self.kind, self.outer)
         head = self.head
-        return (self.fixed, head.node, head.outer, head.inner, head.capped, head.views)
+        return (self.fixed, head.node, head.outer, head.inner, head.capped, self.rows)
 
 
 @dataclass(frozen=True)

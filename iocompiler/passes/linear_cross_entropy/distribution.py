@@ -57,7 +57,7 @@ def read(node: Node, dim: int, *, logs: bool, fixed: bool) -> Distribution | Non
     if head is None and not fixed:
         return None
     calls = () if head is None else (*head.path, *reversed(path))
-    return Distribution(node, dim, sign, fixed, *given, head, calls)
+    return Distribution(node, dim, sign, fixed, *given, head, calls, heads.rows(calls))
 
 
 def _before(node: Node, dim: int, kind: str) -> tuple[Node, int, str] | None:

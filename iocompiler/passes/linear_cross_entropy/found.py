@@ -296,5 +296,4 @@ class _Search:
 
 def _signature(head: Head) -> tuple[Any, ...]:
     """What two logits must have in common to have the same rows, but for what multiplies them."""
-    moves = tuple(node for node in head.views if node.target not in heads.RESHAPES)
-    return (head.inner, head.capped, moves)
+    return (head.inner, head.capped, heads.rows(head.views))

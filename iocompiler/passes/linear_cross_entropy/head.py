@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,17 @@ def read(node: Node, dim: int, *through: Any) -> Head | None:
         outer=outer,
         inner=inner,
         capped=capped,
+    )
+
+
+def rows(calls: Iterable[Node]) -> tuple[Any, ...]:
+    """Which rows of a head's logits ``calls`` choose, one after the other, and in what order: equal
+    for those that choose the same.
+    """
+    return tuple(
+        (node.target, node.args[1:], tuple(map(str, view.tensors(node.args[0])[0].shape)))  # type: ignore[arg-type]
+        for node in calls
+        if node.target in (*MOVES, *TRANSPOSES) and node.target not in RESHAPES
     )
 
 

@@ -157,6 +157,6 @@ def is_wide(node: Node) -> bool:
 
 
 def are_alike(node: Node, *others: Any) -> bool:
-    """Whether nothing is repeated: all have the shape of ``node``."""
-    shape = view.tensors(node)[0].shape
-    return all(same_sizes(view.tensors(each)[0].shape, shape) for each in others)
+    """Whether nothing is repeated: all are tensors of the shape of ``node``."""
+    shape, found = view.tensors(node)[0].shape, [view.tensors(each) for each in others]
+    return all(each and same_sizes(each[0].shape, shape) for each in found)
