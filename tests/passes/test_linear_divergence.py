@@ -391,7 +391,13 @@ def wider_teacher(g):
     return F.kl_div(F.linear(g.x, g.w).log_softmax(-1), teacher, reduction="sum")
 
 
+def targets_and_logits(g):
+    logits = F.linear(g.x, g.w)
+    return -(g.p * logits.log_softmax(-1)).sum(-1).mean() + logits.square().mean()
+
+
 DECLINED = [
+    (targets_and_logits, "used elsewhere"),
     (two_teachers, "several distributions"), (both_ways, "in several ways"),
     (jensen_shannon, "hangs on them"), (taught_by_itself, "hangs on them"),
     (learned_targets, "is learned"), (learned_teacher_with_a_loss, "used elsewhere"),

@@ -175,7 +175,8 @@ class _Search:
         compared = [n for n in self._dependent if n.target is aten.kl_div.default]
         if none and any(n not in reader.forms for n in compared):
             raise Declined("a divergence between distributions: the logits stay whole")
-        if none and (reader.labels or compared or any(is_picked(n) for n in self._dependent)):
+        near = bool(reader.labels or reader.divergences or compared)
+        if none and (near or any(is_picked(n) for n in self._dependent)):
             self._why(reader)
             raise Declined(
                 "what is computed of the logits is no sum of cross-entropies and divergences"
