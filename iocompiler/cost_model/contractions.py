@@ -108,29 +108,49 @@ def linear_losses(call: Call) -> Cost:
     """input [t, k], weight [n, k]: a head's losses, its logits written and read in chunks; those
     that are kept are among the results.
     """
-    return _head(call, 1, 2)
+    return _moved(call, ()) + _head(call.args[0], call.args[1], 0)
 
 
 def linear_loss_gradients(call: Call) -> Cost:
     """The logits, then a product for each gradient; the gradients overwrite the logits and are read
     by each product."""
-    products = sum(call.argument(name, True) is True for name in ("x_grad", "weight_grad"))
-    return _head(call, 1 + products, 3 + products)
+    asked = _asked(call, "x_grad", "weight_grad")
+    return _moved(call, ()) + _head(call.args[0], call.args[1], asked, True)
 
 
-def _head(call: Call, products: int, passes: int) -> Cost:
-    data, weight = call.args[0], call.args[1]
-    rows, k = data.spec.shape
-    n = weight.spec.shape[0]
+def linear_divergences(call: Call) -> Cost:
+    """The losses of a head beside another's, or beside rows that are given; with the gradients of
+    either, where the operator has them.
+    """
+    gradients = "gradients" in call.name
+    found = _moved(call, ())
+    for names in (("x", "weight"), ("other", "other_weight")):
+        data, weight = (call.argument(name) for name in names)
+        if weight is not None:
+            asked = _asked(call, *(f"{name}_grad" for name in names)) if gradients else 0
+            found += _head(data, weight, asked, asked > 0)
+    return found
+
+
+def _asked(call: Call, *gradients: str) -> int:
+    """How many of these gradients are; all, where it is not said."""
+    return sum(call.argument(name, True) is True for name in gradients)
+
+
+def _head(data: Operand, weight: Operand, products: int, gradient: bool = False) -> Cost:
+    """Its logits, written by a product and read by a row kernel, which with a ``gradient`` writes
+    that in their place, for so many further products to read.
+    """
+    (rows, k), n = data.spec.shape, weight.spec.shape[0]
     one = Contraction(1, rows, n, k, data.spec.dtype)
-    moved = _moved(call, (one,) * products)
-    logits = rows * n * data.spec.dtype.itemsize
+    inner = (one,) * (1 + products)
+    logits, passes = rows * n * data.spec.dtype.itemsize, 2 + gradient + products
     return Cost(
-        moved.read_bytes + (passes - passes // 2) * logits,
-        moved.written_bytes + passes // 2 * logits,
-        moved.flops + 5 * rows * n,
+        (passes - passes // 2) * logits,
+        passes // 2 * logits,
+        sum((each.flops for each in inner), 0) + 5 * rows * n,
         rows * n,
-        moved.contractions,
+        inner,
     )
 
 

@@ -176,6 +176,8 @@ ROWS: tuple[Row, ...] = (
     Row("matmul", contractions.matmul),
     Row("iocompiler.linear_cross_entropy_losses", contractions.linear_losses),
     Row("iocompiler.linear_cross_entropy_gradients", contractions.linear_loss_gradients),
+    Row("iocompiler.linear_divergence_losses", contractions.linear_divergences),
+    Row("iocompiler.linear_divergence_gradients", contractions.linear_divergences),
     Row("convolution conv1d conv2d conv3d", contractions.convolution),
     Row("conv_transpose2d conv_transpose3d", contractions.transposed_convolution),
     Row("convolution_backward", contractions.convolution_backward),

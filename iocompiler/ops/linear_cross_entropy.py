@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import library
-from iocompiler.ops.linear_cross_entropy_chunks import accumulated, walk
+from iocompiler.ops.linear_cross_entropy_chunks import walk
+from iocompiler.ops.linear_cross_entropy_head import accumulated
 from iocompiler.ops.linear_cross_entropy_products import wide
 from iocompiler.ops.linear_cross_entropy_rows import Rows, Setting
 
@@ -111,7 +112,9 @@ class _Loss(torch.autograd.Function):
         count = _count(target, setting[0]) if ctx.reduction == "mean" else None
         if count is not None:
             coefficient, squared = _averaged(coefficient, squared, target, count.to(wide(x)))
-        *shares, scale = _scaled(coefficient, squared, x.dtype)
+        shares, scale = [coefficient, squared], None
+        if coefficient is not None:
+            shares, scale = scaled(shares, x.dtype)
         losses, logits, *gradients = GRADIENTS(*tensors, *shares, *setting, keep, *needed)
         ctx.save_for_backward(*gradients, scale, *(inputs[:2] if keep else ()))
         total = losses.sum() if scale is None else (losses * scale).sum()
@@ -169,20 +172,19 @@ def _averaged(
     return whole, None if squared is None else squared * share
 
 
-def _scaled(
-    coefficient: Tensor | None, squared: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def scaled(
+    shares: Sequence[Tensor | None], *dtypes: torch.dtype
+) -> tuple[list[Tensor | None], Tensor | None]:
     """Shares of the rows with a greatest of 1, and what they are to be multiplied by again: the
     gradients, made before the loss's own is known, are then within float16's range, like those of
-    a loss without shares.
+    a loss without shares. None beside other dtypes.
     """
-    if dtype != torch.float16 or coefficient is None or not coefficient.numel():
-        return coefficient, squared, None
-    greatest = coefficient.abs().max()
-    if squared is not None:
-        greatest = torch.maximum(greatest, squared.abs().max())
+    given = [share for share in shares if share is not None]
+    if torch.float16 not in dtypes or not given or not given[0].numel():
+        return list(shares), None
+    greatest = torch.stack([share.abs().max() for share in given]).max()
     scale = torch.where((greatest > 0) & greatest.isfinite(), greatest, 1.0)
-    return coefficient / scale, None if squared is None else squared / scale, scale
+    return [share if share is None else share / scale for share in shares], scale
 
 
 def _losses(

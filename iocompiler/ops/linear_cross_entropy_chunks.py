@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from iocompiler.ops import linear_cross_entropy_copied as copied
+from iocompiler.ops.linear_cross_entropy_head import Head, scratch
 from iocompiler.ops.linear_cross_entropy_products import (
     ROWS,
-    add_outer,
     filled,
     is_aligned,
     is_unlike_products,
-    project,
     wide,
-    with_zeros,
 )
 from iocompiler.ops.linear_cross_entropy_rows import Piece, Rows, Setting, evaluate
-from iocompiler.ops.target import on_gpu
 
 # What the logits of one chunk may take, in bytes: at a vocabulary of 128256 in bfloat16 these are
 # 2048 rows: on an H200 1.13 x the three products alone, where 1024 rows took 1.21 and 4096 1.13.
@@ -29,14 +25,9 @@ SCRATCH_BYTES = 1 << 29
 KEPT_SCRATCH_BYTES = 1 << 31
 
 
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the weight's gradient is summed in: unscaled sums may leave float16's range."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def chunk_rows(rows: int, vocabulary: int, itemsize: int, scratch: int) -> int:
-    """Rows of a chunk: as many as ``scratch`` bytes hold, then evened out over the chunks."""
-    most = max(scratch // (filled(vocabulary) * itemsize) // ROWS, 1) * ROWS
+def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
+    """Rows of a chunk: as many as ``budget`` bytes hold, then evened out over the chunks."""
+    most = max(budget // (filled(vocabulary) * itemsize) // ROWS, 1) * ROWS
     chunks = -(-rows // most)
     return min(rows, -(-rows // max(chunks, 1) // ROWS) * ROWS)
 
@@ -75,56 +66,18 @@ def walk(
         losses = copied.walk_copied(x, weight, bias, target, rows_of, setting, kept)
         return losses, None, None, None
     losses = x.new_zeros((rows,), dtype=wide(x))
-    head = _Head(weight, bias)
-    dx, dweight, dbias = head.empty_gradients(x, needed)
+    head = Head(x, weight, bias, needed)
     room = _Room(x, vocabulary, any(needed), kept)
     for first in range(0, rows, max(room.chunk, 1)):
         some = slice(first, min(first + room.chunk, rows))
         made = room.logits(some)
-        project(x[some], head.weight, head.bias, made)
+        head.project(some, made)
         d = room.gradient(some)
         piece = Piece(made[:, :vocabulary], target[some], losses[some], d, room.copy(some))
         evaluate(piece, rows_of.part(some), setting)
-        if d is None:
-            continue
-        if dx is not None:
-            torch.mm(d, head.weight, out=dx[some])
-        if dweight is not None:
-            add_outer(d, x[some], dweight, first=not first)
-        if dbias is not None:
-            dbias += d.sum(0, dtype=wide(x))
-    dweight, dbias = (d if d is None else d[:vocabulary] for d in (dweight, dbias))
-    return losses, dx, dweight, dbias
-
-
-class _Head:
-    """The weight and the bias as products like them.
-
-    On a GPU the extents of a product in half precision must be aligned (see `aligned_mm.py` for
-    why): an odd vocabulary is filled up with zeros, once. A product over it in two parts would
-    round in between, and what the second adds to a first that is nearly a row of the weight would
-    be lost in every row.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        columns = _columns(weight.shape[0], weight)
-        if columns != weight.shape[0]:
-            self.weight = with_zeros(weight, columns)
-            self.bias = None if bias is None else with_zeros(bias, columns)
-
-    def empty_gradients(
-        self, x: Tensor, needed: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of x, weight and bias; the weight's is written whole by the first chunk there is."""
-        of_x, of_weight, of_bias = needed
-        shape, dtype = tuple(self.weight.shape), accumulated(self.weight.dtype)
-        new = self.weight.new_empty if x.shape[0] else self.weight.new_zeros
-        return (
-            x.new_empty(x.shape) if of_x else None,
-            new(shape, dtype=dtype) if of_weight else None,
-            x.new_zeros(shape[:1], dtype=wide(x)) if of_bias else None,
-        )
+        if d is not None:
+            head.take(some, d)
+    return losses, *head.gradients()
 
 
 class _Room:
@@ -145,10 +98,7 @@ class _Room:
         self.chunk, held = _chunk(
             x.shape[0], vocabulary, itemsize, gradient=gradient, kept=kept is not None
         )
-        columns = _columns(vocabulary, x)
-        aligned = not on_gpu(x) or is_aligned(columns, itemsize)
-        row = columns if aligned else filled(columns)
-        self._scratch = x.new_empty((held, row))[:, :columns]
+        self._scratch = scratch(x, vocabulary, held)
 
     def logits(self, some: slice) -> Tensor:
         """[rows, columns], where the products of ``some`` rows go."""
@@ -177,9 +127,3 @@ def _chunk(
     budget = KEPT_SCRATCH_BYTES if kept else SCRATCH_BYTES
     chunk = chunk_rows(rows, vocabulary, itemsize, budget)
     return chunk, chunk
-
-
-def _columns(vocabulary: int, x: Tensor) -> int:
-    """Classes, with those that are filled up."""
-    odd = is_unlike_products(vocabulary, x.element_size())
-    return filled(vocabulary) if odd and on_gpu(x) else vocabulary

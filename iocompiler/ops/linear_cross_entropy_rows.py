@@ -178,40 +178,46 @@ def _launch(form: _Form) -> Any:
 
 def reference_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     """What the kernel `cross_entropy_rows` computes, in plain aten."""
-    logits, target, losses = piece.logits, piece.target, piece.losses
+    logits, losses = piece.logits, piece.losses
     if piece.tails is not None:
         logits = torch.cat([logits, piece.tails], 1)
     vocabulary = piece.vocabulary
     if piece.copy is not None:
         piece.copy.copy_(logits)
-    kept = target != setting.ignore_index
     z = logits.to(losses.dtype)
     if setting.capped:
         z = torch.tanh(setting.inner * z)
     slope = setting.outer * setting.inner * (1 - z * z) if setting.capped else setting.outer
-    z = setting.outer * z
+    loss, d = hard_rows(setting.outer * z, piece.target, rows, setting)
+    losses.copy_(loss)
+    if piece.gradient is None:
+        return
+    d *= slope
+    kept = piece.target != setting.ignore_index
+    ignored = ~kept if rows.squared is None else torch.zeros_like(kept)
+    piece.gradient[:, :vocabulary] = torch.where(ignored[:, None], 0.0, d)
+    piece.gradient[:, vocabulary:] = 0.0
+
+
+def hard_rows(z: Tensor, target: Tensor, rows: Rows, setting: Setting) -> tuple[Tensor, Tensor]:
+    """(losses [rows], their gradient over z) of scaled and capped logits z [rows, V]."""
+    kept = target != setting.ignore_index
     label = torch.where(kept, target, 0)[:, None]
     lse = torch.logsumexp(z, 1)
     cross = lse - (1 - setting.smoothing) * z.gather(1, label)[:, 0]
     if setting.smoothing:
         cross = cross - setting.smoothing * z.mean(1)
-    hit = kept.to(losses.dtype)
+    hit = kept.to(z.dtype)
     if rows.coefficient is not None:
-        hit = torch.where(kept, rows.coefficient.to(losses.dtype), 0.0)
+        hit = torch.where(kept, rows.coefficient.to(z.dtype), 0.0)
     loss, mass = torch.where(hit == 0, 0.0, hit * cross), hit
     if rows.squared is not None:
-        share = rows.squared.to(losses.dtype)
+        share = rows.squared.to(z.dtype)
         loss = loss + torch.where(share == 0, 0.0, share * lse * lse)
         mass = mass + torch.where(share == 0, 0.0, 2 * share * lse)
-    losses.copy_(loss)
-    if piece.gradient is None:
-        return
     d = mass[:, None] * torch.exp(z - lse[:, None])
     hit = hit[:, None]
     if setting.smoothing:
-        d -= hit * (setting.smoothing / vocabulary)
+        d -= hit * (setting.smoothing / z.shape[1])
     d.scatter_add_(1, label, (setting.smoothing - 1.0) * hit)
-    d *= slope
-    ignored = ~kept if rows.squared is None else torch.zeros_like(kept)
-    piece.gradient[:, :vocabulary] = torch.where(ignored[:, None], 0.0, d)
-    piece.gradient[:, vocabulary:] = 0.0
+    return loss, d

@@ -74,3 +74,15 @@ def of_row(vocabulary: int, itemsize: int, *, copied: bool, capped: bool) -> dic
         "DEPTH": way.depth if again else 0,
         "num_warps": way.warps,
     }
+
+
+def of_two_rows(vocabulary: int, itemsize: int) -> dict[str, int]:
+    """BLOCK, WIDE and the options of a launch of the kernel `divergence_rows`.
+
+    Args:
+        vocabulary: elements of both rows, at most ``itemsize`` bytes each.
+    """
+    wide = ALIGNED // itemsize
+    warps = 4 if vocabulary * itemsize <= 1 << 14 else 16
+    block = min(warps * _LANES * wide, max(1 << vocabulary.bit_length(), wide))
+    return {"BLOCK": block, "WIDE": wide, "num_warps": warps}

@@ -50,6 +50,10 @@ _LIBRARY = {
         "linear + cross-entropy in chunks: cuBLAS and a row kernel",
     ),
     **dict.fromkeys(
+        ("linear_divergence_losses", "linear_divergence_gradients"),
+        "linear + divergence in chunks: cuBLAS and a row kernel",
+    ),
+    **dict.fromkeys(
         ("embedding_gradient", "embedding_gradient_onto"), "embedding gradient: our templates"
     ),
     **dict.fromkeys(

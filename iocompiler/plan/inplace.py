@@ -45,6 +45,7 @@ _INTO = "iocompiler.embedding_gradient_.default"
 _OWNING = FRESH | {
     "iocompiler.aligned_mm.default", "iocompiler.embedding_gradient.default", _ONTO,
     "iocompiler.linear_cross_entropy_gradients.default",
+    "iocompiler.linear_divergence_gradients.default",
 }  # fmt: skip
 """All calls we know that of, each of their results by itself."""
 LEAST_BYTES = 1 << 24

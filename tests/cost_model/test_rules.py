@@ -404,6 +404,22 @@ def test_a_head_with_its_loss_counts_its_products(products):
     assert sum(each.flops for each in c.contractions) == products * 2 * 64 * 32 * 100
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_divergence_counts_the_products_of_both_heads(given):
+    pytest.importorskip("iocompiler.ops.linear_divergence")
+    x, weight, rows = spec(64, 32), spec(100, 32), spec(64)
+    other = (spec(64, 100), None, None) if given else (spec(64, 16), spec(100, 16), None)
+    setting = (-100, 0.0, 1.0, 1.0, False, 0.5, "logits", 0.5, 1.0, False, True, False, 0.0)
+    args = (x, weight, None, *other, None, None, None, rows, *setting)
+    one, two = 2 * 64 * 32 * 100, 0 if given else 2 * 64 * 16 * 100
+    c = price(call("iocompiler.linear_divergence_losses.default", *args, out=spec(64)))
+    assert sum(each.flops for each in c.contractions) == one + two
+    assert c.read_bytes >= 64 * 100 * 4 * (1 if given else 2)
+    masks = (True, True, False, not given, False, False)
+    c = price(call("iocompiler.linear_divergence_gradients.default", *args, *masks, out=spec(64)))
+    assert sum(each.flops for each in c.contractions) == 3 * one + 2 * two
+
+
 def test_an_odd_product_is_staged_where_its_rows_leave_unaligned():
     pytest.importorskip("iocompiler.ops.aligned_mm")
     a, b = spec(64, 32, dtype=torch.bfloat16), spec(32, 37, dtype=torch.bfloat16, stride=(1, 32))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.compiling import compiled
@@ -82,3 +83,38 @@ def test_returned_logits_are_kept(make: Callable[[], nn.Module]) -> None:
     found = [r for record in records for r in record.rewrites]
     (rewrite,) = (r for r in found if r.pattern == "linear_cross_entropy")
     assert "logits kept" in rewrite.variant
+
+
+class Distilled(nn.Module):
+    """A training step of a student: its labels, and what a teacher says of the same tokens."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        found = self.student(input_ids=tokens, labels=tokens)
+        with torch.no_grad():
+            taught = self.teacher(input_ids=tokens).logits
+        each = F.kl_div(
+            F.log_softmax(found.logits / 2, -1), F.softmax(taught / 2, -1), reduction="none"
+        ).sum(-1)
+        loss: Tensor = 0.5 * found.loss + 0.5 * 4 * (each * mask).sum() / mask.sum()
+        return loss
+
+
+def test_distillation_from_another_architecture() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Distilled(gpt2().eval(), llama().eval())
+    tokens, mask = torch.randint(0, V, (2, 12)), (torch.rand(2, 12) > 0.3).float()
+    run, records = compiled(model, PIPELINE)
+    mine, theirs = run(tokens, mask), model(tokens, mask)
+    torch.testing.assert_close(mine, theirs)
+    leaves = list(model.student.parameters())
+    pairs = (torch.autograd.grad(loss, leaves, allow_unused=True) for loss in (mine, theirs))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other)
+    found = [r for record in records for r in record.rewrites]
+    (rewrite,) = (r for r in found if r.pattern == "linear_cross_entropy")
+    assert rewrite.variant == "mean, KL, another head, cross-entropy"

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iocompiler.ops import linear_cross_entropy as operators
 from iocompiler.ops import linear_cross_entropy_chunks as chunks
 from iocompiler.ops import linear_cross_entropy_copied as copied
+from iocompiler.ops import linear_cross_entropy_head as heads
 from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
 from tests.accuracy import relative_error
 
@@ -138,7 +139,7 @@ def test_logits_that_are_kept(
 def test_an_odd_vocabulary_is_filled_up(
     through: str, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "on_gpu", lambda x: True)
+    monkeypatch.setattr(heads, "on_gpu", lambda x: True)
     _check_kept(torch.bfloat16, 303, "mean", through, bias, "cpu")
 
 

@@ -296,10 +296,6 @@ def used_twice(x, w, b, y):
     return F.cross_entropy(logits, y.view(-1)) + logits.square().mean()
 
 
-def probabilities(x, w, b, y):
-    return F.cross_entropy(F.linear(x, w).view(-1, V), F.one_hot(y, V).to(x.dtype).view(-1, V))
-
-
 def dropped(x, w, b, y):
     return F.cross_entropy(F.relu(F.linear(x, w)).view(-1, V), y.view(-1))
 
@@ -388,12 +384,6 @@ def smoothed_and_weighted(x, w, b, y):
     )
 
 
-def divergence(x, w, b, y):
-    taught = (x * 2).detach() @ w.detach().t()
-    student = F.log_softmax(F.linear(x, w) / 2, -1)
-    return F.kl_div(student, F.softmax(taught / 2, -1), reduction="batchmean") * 4
-
-
 def rounded_softmax(x, w, b, y):
     logp = F.linear(x, w).log_softmax(-1).to(torch.bfloat16)
     return -logp.gather(-1, y.unsqueeze(-1)).float().mean()
@@ -401,15 +391,15 @@ def rounded_softmax(x, w, b, y):
 
 DECLINED = [
     (another_softmax, "columns"), (other_targets, "several targets"),
-    (cold_z_loss, "used elsewhere"), (unshifted_z_loss, "used elsewhere"),
+    (cold_z_loss, "no sum of cross-entropies"), (unshifted_z_loss, "used elsewhere"),
     (rows_turned, "used elsewhere"), (several_picked, "used elsewhere"),
     (entropy, "used elsewhere"),
     (margin, "no sum of cross-entropies"), (smoothed_and_weighted, "label smoothing"),
-    (rounded_softmax, "used elsewhere"), (divergence, "divergence"),
+    (rounded_softmax, "used elsewhere"),
     (returned_whole, "some of their rows"), (returned_other_way, "another order"),
     (returned_and_used, "used elsewhere"), (returned_before, "returned elsewhere"),
     (used_twice, "used elsewhere"),
-    (probabilities, "class numbers"), (dropped, "relu"), (cut_classes, "splits or cuts"),
+    (dropped, "relu"), (cut_classes, "splits or cuts"),
     (over_rows, "columns"), (split_classes, "splits or cuts"), (softmax_of_rows, "another dim"),
     (rounded, "rounded"), (under_no_grad, "grad mode"),
 ]  # fmt: skip

@@ -104,6 +104,23 @@ def test_sizes_are_taken_at_their_hints() -> None:
     assert storage_bytes(found, {"s0": 10}) == 160
 
 
+def test_the_logits_of_two_heads_count() -> None:
+    rows, vocabulary = 300, 4099
+    shapes = {"x": (rows, 32), "w": (vocabulary, 32), "t": (rows, 16), "u": (vocabulary, 16)}
+    specs = {
+        name: TensorSpec(shape, (shape[1], 1), torch.bfloat16, "cpu")
+        for name, shape in shapes.items()
+    }
+    share = TensorSpec((rows,), (1,), torch.float32, "cpu")
+    setting = (-100, 0.0, 1.0, 1.0, False, 0.5, "logits", 0.5, 1.0, False, True, False, 0.0)
+    heads = (Ref("x"), Ref("w"), None, Ref("t"), Ref("u"), None)
+    args = (*heads, None, None, None, Ref("s"), *setting)
+    step = AtenStep("iocompiler.linear_divergence_losses.default", args, (), (("r", share),), True)
+    made = Plan((*specs.items(), ("s", share)), (step,), (), "cpu")
+    filled = 4160 * 2  # bytes of a row
+    assert scheduled_peak(made, NOTHING, {}, {}) == rows * 4 + filled * (2 * rows + 32 + 16)
+
+
 @pytest.mark.parametrize("vocabulary", [4096, 4099])
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_heads_logits_count_while_it_runs(vocabulary: int, keep: bool) -> None:

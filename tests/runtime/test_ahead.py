@@ -17,9 +17,10 @@ from iocompiler.backend import Compiler
 from iocompiler.ops import (
     embedding_gradient,
     library,
-    linear_cross_entropy_chunks,
     linear_cross_entropy_copied,
+    linear_cross_entropy_head,
     linear_cross_entropy_rows,
+    linear_divergence_rows,
     target,
 )
 from iocompiler.passes.linear_cross_entropy import rewrite
@@ -89,14 +90,15 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """With the choices that a GPU gets."""
-    for module in (linear_cross_entropy_rows, linear_cross_entropy_chunks, embedding_gradient):
+    losses = (linear_cross_entropy_rows, linear_divergence_rows, linear_cross_entropy_head)
+    for module in (*losses, embedding_gradient):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     monkeypatch.setattr(rewrite, "LEAST_BYTES", 0)
     return Engine()
 
 
 def train(
-    model: torch.nn.Module, inputs: Mapping[str, Any], engine: Engine, **options: Any
+    model: Callable[..., Any], inputs: Mapping[str, Any], engine: Engine, **options: Any
 ) -> None:
     torch._dynamo.reset()
     with target.planned_for((9, 0)):
@@ -139,6 +141,25 @@ def test_a_forward_that_returns_its_logits(engine: Engine, monkeypatch: pytest.M
     rows = SIZE.batch * SIZE.length
     chunks = linear_cross_entropy_copied.chunks_of(rows, SIZE.vocabulary, 2)
     assert engine.counts["cross_entropy_rows"] == len(chunks) > 2
+    assert set(engine.ran) == set(engine.expected)
+
+
+@pytest.mark.parametrize(("given", "vocabulary"), [(False, 131), (True, 128)])
+def test_a_student_beside_its_teacher(given: bool, vocabulary: int, engine: Engine) -> None:
+    """In rows that are filled up, and in those of another's logits, which are not."""
+
+    def loss(x: Any, weight: Any, taught: Any, teacher: Any) -> SimpleNamespace:
+        student = (x @ weight.t()).log_softmax(-1)
+        other = taught if given else taught @ teacher.t()
+        each = torch.nn.functional.kl_div(student, other.softmax(-1), reduction="batchmean")
+        return SimpleNamespace(loss=each)
+
+    heads = [torch.randn(n, 16).bfloat16().requires_grad_() for n in (300, vocabulary)]
+    width = vocabulary if given else 24
+    taught = [torch.randn(n, width).bfloat16() for n in (300, vocabulary)]
+    names = ("x", "weight", "taught", "teacher")
+    train(loss, dict(zip(names, (*heads, *taught), strict=True)), engine)
+    assert engine.counts["divergence_rows"] == 1
     assert set(engine.ran) == set(engine.expected)
 
 

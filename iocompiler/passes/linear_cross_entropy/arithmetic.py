@@ -38,6 +38,8 @@ def _added(sign: float) -> Rule:
         first, second = (reader.form(x) for x in node.args[:2])
         if first is None or second is None or node.kwargs or first.reduced != second.reduced:
             return None
+        if not first.agrees(second):
+            return None
         if first.dim is None and second.dim is None:
             return first.plus(second, sign) if are_alike(node, *node.args[:2]) else None
         if first.dim is None or second.dim is not None or not is_wide(node):
@@ -146,7 +148,7 @@ def _summed(reader: Reader, node: Node) -> Form | None:
             return None
     means = node.target in (aten.mean.default, aten.mean.dim)
     total = form.times(1.0, Factor("rows")) if means else form
-    return Form(total.terms, reduced=True)
+    return replace(total, reduced=True)
 
 
 RULES: dict[Any, Rule] = {

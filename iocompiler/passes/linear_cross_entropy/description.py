@@ -36,6 +36,54 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """What logits are compared with: one of the ``kind``s of `ops.linear_divergence_rows`.
+
+    Attributes:
+        read: what meets the logits, classes along ``dim``.
+        sign: -1 where its negative meets them.
+        fixed: whether no gradient flows into it.
+        given: what holds it if no head is to compute it, classes along ``given_dim``, as ``kind``
+            says; logits are to be multiplied by ``outer``.
+        head: of the linear that computes it, whose rows ``path``, the calls from there on in the
+            graph's order, brings to those of ``read``; None where there is none.
+        rows: how it does, as `head.rows` has it.
+    """
+
+    read: Node
+    dim: int
+    sign: float
+    fixed: bool
+    given: Node
+    given_dim: int
+    kind: str
+    outer: float
+    head: Head | None = None
+    path: tuple[Node, ...] = ()
+    rows: tuple[object, ...] = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What two that are the same have in common."""
+        if self.head is None:
+            return (self.fixed, self.given, self.given_dim, self.kind, self.outer)
+        head = self.head
+        return (self.fixed, head.node, head.outer, head.inner, head.capped, self.rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which divergence it is, of logits multiplied by ``scale``, as
+    `ops.linear_divergence_rows.Divergence` has it.
+    """
+
+    scale: float
+    entropy: bool = True
+    reversed: bool = False
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
 class Labels:
     """The class of each row: ``target`` in the rows' order; -1 is the last where ``wrapped``.
     Rows with the target ``ignore_index`` have no cross-entropy; None: all have one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,28 @@ from torch.fx import GraphModule, Node
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
-from iocompiler.passes.linear_cross_entropy.description import Declined, Head, Labels
-from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term
+from iocompiler.ops.linear_divergence import LINEAR_DIVERGENCE
+from iocompiler.passes.linear_cross_entropy.description import Comparison, Declined, Head, Labels
+from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Statistic, Term
 
 aten = torch.ops.aten
 # no target is this: every row has a cross-entropy
 _NEVER = -(1 << 62)
 _MEAN = Term(1.0, (Factor("kept"),))
+
+
+@dataclass(frozen=True)
+class Other:
+    """What the logits are compared with, and how.
+
+    Attributes:
+        tensors: x [T, C], weight [V, C] and bias [V] or None; or [T, V], None and None.
+        numbers: kind, outer, inner and capped of `ops.linear_divergence_rows.Divergence`.
+    """
+
+    comparison: Comparison
+    tensors: tuple[Node, Node | None, Node | None]
+    numbers: tuple[str, float, float, bool]
 
 
 class Emitter:
@@ -28,21 +43,32 @@ class Emitter:
     Args:
         x: [T, D].
         keeps: whether the logits are a result too.
+        other: what they are compared with; None: nothing.
     """
 
     def __init__(
-        self, gm: GraphModule, near: Node, x: Node, labels: Labels, head: Head, *, keeps: bool
+        self,
+        gm: GraphModule,
+        near: Node,
+        x: Node,
+        labels: Labels | None,
+        head: Head,
+        *,
+        keeps: bool,
+        other: Other | None = None,
     ) -> None:
         self._gm, self._near, self._x, self._head = gm, near, x, head
-        self._keeps, self._logits = keeps, x
-        self._labels = labels
-        self._ignore = _NEVER if labels.ignore_index is None else labels.ignore_index
+        self._keeps, self._logits, self._other = keeps, x, other
         value = view.tensors(x)[0]
         self._wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-        self._given = labels.target
-        self._target = self._call(aten.reshape.default, labels.target, [-1])
-        if labels.wrapped:
-            self._target = self._wrapped(self._target)
+        self._given, self._target = head.x, None
+        self._ignore, self._smoothing = _NEVER, 0.0
+        if labels is not None:
+            self._given, self._smoothing = labels.target, labels.smoothing
+            self._ignore = _NEVER if labels.ignore_index is None else labels.ignore_index
+            self._target = self._call(aten.reshape.default, labels.target, [-1])
+            if labels.wrapped:
+                self._target = self._wrapped(self._target)
 
     def loss(self, form: Form, weight: Node) -> Node:
         """What a form in normal form is, in the shape and dtype of the node it is made before."""
@@ -70,33 +96,45 @@ class Emitter:
         What a sum is multiplied by goes into it: its gradients, made in the forward, are then those
         of the whole, and a backward that begins with 1 has nothing left to do.
         """
-        cross, square = form.terms["cross"], form.terms.get("square", ())
-        if len(cross) == 1 and not square:
+        names: tuple[Statistic, ...] = ("cross", "square", "divergence")
+        cross, square, divergence = (form.terms.get(name, ()) for name in names)
+        if len(cross) == 1 and not (square or divergence):
             (term,) = cross
             if not form.reduced:
                 return self._row_by_row(term, weight)
             if term in (Term(), _MEAN):
                 reduction = "mean" if term == _MEAN else "sum"
-                return self._operator(weight, None, None, reduction)
-        coefficients = [self._coefficient(terms) for terms in (cross, square)]
-        reduction = "sum" if form.reduced else "none"
-        result = self._operator(weight, coefficients[0], coefficients[1], reduction)
-        return self._or_nan(result, cross)
+                return self._operator(weight, reduction=reduction)
+        shares = [self._coefficient(terms) for terms in (cross, square, divergence)]
+        result = self._operator(weight, *shares, reduction="sum" if form.reduced else "none")
+        return self._or_nan(result, (*cross, *divergence))
 
     def _row_by_row(self, term: Term, weight: Node) -> Node:
         """Rows have their gradients in the backward, be they multiplied before or behind."""
         inside = tuple(f for f in term.factors if self._is_of_rows(f) or f.kind == "classes")
         outside = [f for f in term.factors if f not in inside]
         coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
-        result = self._operator(weight, coefficient, None, "none")
+        result = self._operator(weight, coefficient, reduction="none")
         return self._times(result, term.number, outside)
 
     def _operator(
-        self, weight: Node, coefficient: Node | None, squared: Node | None, reduction: str
+        self,
+        weight: Node,
+        coefficient: Node | None = None,
+        squared: Node | None = None,
+        share: Node | None = None,
+        *,
+        reduction: str,
     ) -> Node:
-        head = self._head
-        setting = (self._ignore, self._labels.smoothing, head.outer, head.inner, head.capped)
-        inputs = (self._x, weight, head.bias, self._target, coefficient, squared)
+        head, other = self._head, self._other
+        setting = (self._ignore, self._smoothing, head.outer, head.inner, head.capped)
+        shares = (self._target, coefficient, squared)
+        if other is not None:
+            how = other.comparison
+            compared = (how.scale, *other.numbers, how.entropy, how.reversed, how.spread)
+            tensors = (self._x, weight, head.bias, *other.tensors, *shares, share)
+            return self._call(LINEAR_DIVERGENCE, *tensors, *setting, *compared, reduction)
+        inputs = (self._x, weight, head.bias, *shares)
         if not self._keeps:
             return self._call(LINEAR_CROSS_ENTROPY, *inputs, *setting, reduction)
         both = self._call(WITH_LOGITS, *inputs, *setting, reduction)
@@ -134,7 +172,12 @@ class Emitter:
         return total
 
     def _ones(self) -> Node:
-        return self._call(aten.ones_like.default, self._target, dtype=self._wide)
+        return self._call(aten.new_ones.default, self._x, [self._rows()], dtype=self._wide)
+
+    def _rows(self) -> Any:
+        """How many there are: a number, or a node where it is symbolic."""
+        rows = view.tensors(self._x)[0].shape[0]
+        return rows if isinstance(rows, int) else self._call(aten.sym_size.int, self._x, 0)
 
     def _times(self, value: Node, number: float, factors: Sequence[Factor]) -> Node:
         for factor in factors:
@@ -143,10 +186,9 @@ class Emitter:
 
     def _by(self, value: Node, factor: Factor) -> Node:
         if factor.kind == "rows":
-            rows: Any = view.tensors(self._target)[0].shape[0]
-            if not isinstance(rows, int):
-                rows = self._call(aten.sym_size.int, self._target, 0)
-            return self._call(aten.div.Tensor, value, rows)
+            return self._call(aten.div.Tensor, value, self._rows())
+        if factor.kind == "columns":
+            return self._call(aten.div.Tensor, value, self._classes())
         if factor.kind == "kept":
             count = self._call(aten.sum.default, self._mask())
             return self._call(aten.div.Tensor, value, count)
@@ -202,13 +244,17 @@ class Emitter:
 
     def _wrapped(self, target: Node) -> Node:
         """Classes counted from the end, as indices are."""
-        weight, dim = self._head.weight, int(self._head.transposed)
-        classes: Any = view.tensors(weight)[0].shape[dim]
-        if not isinstance(classes, int):
-            classes = self._call(aten.sym_size.int, weight, dim)
-        counted = self._call(aten.add.Tensor, target, classes)
+        counted = self._call(aten.add.Tensor, target, self._classes())
         negative = self._call(aten.lt.Scalar, target, 0)
         return self._call(aten.where.self, negative, counted, target)
+
+    def _classes(self) -> Any:
+        """How many there are: a number, or a node where it is symbolic."""
+        weight, dim = self._head.weight, int(self._head.transposed)
+        classes: Any = view.tensors(weight)[0].shape[dim]
+        if isinstance(classes, int):
+            return classes
+        return self._call(aten.sym_size.int, weight, dim)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return edit.call(self._gm, target, args, kwargs, near=self._near)

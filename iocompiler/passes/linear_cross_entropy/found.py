@@ -4,26 +4,38 @@ everything goes through.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
-from iocompiler.passes.linear_cross_entropy import arithmetic, statistics
+from iocompiler.passes.linear_cross_entropy import arithmetic, divergence, statistics
 from iocompiler.passes.linear_cross_entropy import head as heads
 from iocompiler.passes.linear_cross_entropy import loss as losses
-from iocompiler.passes.linear_cross_entropy.description import Declined, Head, Labels
+from iocompiler.passes.linear_cross_entropy.description import (
+    Comparison,
+    Declined,
+    Distribution,
+    Head,
+    Labels,
+)
+from iocompiler.passes.linear_cross_entropy.divergence import is_compared
 from iocompiler.passes.linear_cross_entropy.emit import united
 from iocompiler.passes.linear_cross_entropy.forms import Form, matrix
-from iocompiler.passes.linear_cross_entropy.reader import Reader, base_of, is_fixed
+from iocompiler.passes.linear_cross_entropy.reader import Reader, Rule, base_of, fixed
 from iocompiler.passes.linear_cross_entropy.statistics import is_picked
 
 aten = torch.ops.aten
-_RULES = {**statistics.RULES, **arithmetic.RULES}
-STATISTICS = (aten.log_softmax.int, aten.logsumexp.default)
+STATISTICS = (aten.log_softmax.int, aten.logsumexp.default, aten.softmax.int)
+_RULES: dict[Any, tuple[Rule, ...]] = defaultdict(tuple)
+for _rules in (statistics.RULES, arithmetic.RULES):
+    _RULES.update({target: (rule,) for target, rule in _rules.items()})
+for _target, _more in divergence.RULES.items():
+    _RULES[_target] += _more
 
 
 @dataclass(frozen=True)
@@ -36,32 +48,43 @@ class Found:
         form: in normal form, of the node ``end``.
         region: the calls that fall away, in the graph's order, ``end`` last.
         kept: whether the program returns the logits too: calls that lead there stay.
+        other, comparison: what they are compared with, and how.
+        beside: the calls of the other's head, which fall away too, in the graph's order.
     """
 
     head: Head
     logits: Node
     dim: int
     path: tuple[Node, ...]
-    labels: Labels
+    labels: Labels | None
     form: Form
     end: Node
     region: tuple[Node, ...]
     kept: bool = False
+    other: Distribution | None = None
+    comparison: Comparison | None = None
+    beside: tuple[Node, ...] = ()
 
     def read(self) -> Iterator[Node]:
         """What the operator is to read."""
-        yield from (n for n in (self.head.x, self.head.weight, self.head.bias) if n is not None)
-        yield self.labels.target
+        heads_ = [self.head, self.other.head if self.other is not None else None]
+        for head in (each for each in heads_ if each is not None):
+            yield from (n for n in (head.x, head.weight, head.bias) if n is not None)
+        if self.other is not None and self.other.head is None:
+            yield self.other.given
+        if self.labels is not None:
+            yield self.labels.target
         for terms in self.form.terms.values():
             yield from (f.node for t in terms for f in t.factors if f.node is not None)
 
 
-def find(gm: GraphModule, statistic: Node, seen: set[Node]) -> Iterator[Found]:
+def find(gm: GraphModule, statistic: Node, seen: set[Node], compared: set[Node]) -> Iterator[Found]:
     """What the logits that ``statistic`` reads come to, the most first, each without some of the
     last steps of the one before; nothing where there is no head, or no loss.
 
     Args:
         seen: statistics of the same logits are added.
+        compared: those of the other logits that these are compared with.
 
     Raises:
         Declined: there is a head and nearly a loss.
@@ -71,15 +94,21 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node]) -> Iterator[Found]:
         dim = _class_dim(statistic)
         main = heads.read(logits, dim) if dim is not None else None
         if statistic.target in losses.TARGETS and main is not None:
-            losses.labels(losses.arguments(statistic))
+            given = losses.arguments(statistic)
+            if not losses.is_soft(given):
+                losses.labels(given)
     except Declined:
         if statistic.target in losses.TARGETS and not heads.linear_near(logits):
             return
-        if statistic.target in STATISTICS and not is_picked(statistic):
+        if statistic.target in STATISTICS and not (is_picked(statistic) or is_compared(statistic)):
             return
         raise
     if main is not None and dim is not None:
-        yield from _Search(gm, main, logits, dim, seen).run()
+        search = _Search(gm, main, logits, dim, seen)
+        try:
+            yield from search.run()
+        finally:
+            compared |= search.others()
 
 
 def _class_dim(statistic: Node) -> int | None:
@@ -89,7 +118,7 @@ def _class_dim(statistic: Node) -> int | None:
         return None
     if statistic.target is aten.cross_entropy_loss.default:
         return losses.class_dim(logits)
-    if statistic.target is aten.log_softmax.int:
+    if statistic.target in (aten.log_softmax.int, aten.softmax.int):
         dim: Any = statistic.args[1]
         wanted = {
             losses.class_dim(statistic) for u in statistic.users if u.target in losses.TARGETS
@@ -118,9 +147,17 @@ class _Search:
                 self._dependent[node] = None
                 if node.target in (*losses.TARGETS, *STATISTICS):
                     seen.add(node)
+        self._reader = self._new_reader()
+
+    def others(self) -> set[Node]:
+        """The calls between other heads, with which the logits are compared, and these."""
+        return {node for other in self._reader.others.values() for node in other.path}
 
     def run(self) -> Iterator[Found]:
-        reader = self._read()
+        reader = self._reader
+        for node in self._dependent:
+            if node.op == "call_function":
+                reader.read(node)
         ends = [n for n, form in reader.forms.items() if form.dim is None]
         path, none = tuple(self._path), True
         for end in sorted(ends, key=lambda n: self._order[n], reverse=True):
@@ -129,28 +166,57 @@ class _Search:
             if form is None or not self._is_closed(region, end, reader, kept):
                 continue
             none = False
-            labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
-            given = (self._main, self._logits, self._dim, path, labels, form, end, tuple(region))
-            yield Found(*given, bool(kept))
-        if none and any(n.target is aten.kl_div.default for n in self._dependent):
+            labels = None
+            if "cross" in form.terms:
+                labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
+            main = self._main if form.outer is None else replace(self._main, outer=form.outer)
+            given = (main, self._logits, self._dim, path, labels, form, end, tuple(region))
+            yield Found(*given, bool(kept), *self._compared(region, reader))
+        compared = [n for n in self._dependent if n.target is aten.kl_div.default]
+        if none and any(n not in reader.forms for n in compared):
             raise Declined("a divergence between distributions: the logits stay whole")
-        if none and (reader.labels or any(is_picked(n) for n in self._dependent)):
+        near = bool(reader.labels or reader.divergences or compared)
+        if none and (near or any(is_picked(n) for n in self._dependent)):
             self._why(reader)
-            raise Declined("what is computed of the logits is no sum of cross-entropies")
+            raise Declined(
+                "what is computed of the logits is no sum of cross-entropies and divergences"
+            )
 
-    def _read(self) -> Reader:
-        """The forms of everything that hangs on the logits."""
+    def _new_reader(self) -> Reader:
+        """For everything that hangs on the logits; it knows these."""
         forms = {}
         for node in self._dependent:
             found = self._logits_of(node)
             if found is not None and _signature(found[0]) == _signature(self._main):
-                forms[node] = matrix(found[1])
-        regions, known = view.regions(self._gm), dict[Node, bool]()
-        reader = Reader(_RULES, forms, self._dependent, lambda n: is_fixed(n, regions, known))
-        for node in self._dependent:
-            if node.op == "call_function":
-                reader.read(node)
-        return reader
+                forms[node] = matrix(found[1], found[0].outer)
+        return Reader(_RULES, forms, self._dependent, fixed(self._gm))
+
+    def _compared(
+        self, region: Collection[Node], reader: Reader
+    ) -> tuple[Distribution | None, Comparison | None, tuple[Node, ...]]:
+        """What is compared with the logits in a region, how, and the calls that fall away with it.
+
+        Raises:
+            Declined: there are several, or it is a head's whose logits cannot fall away.
+        """
+        others = [reader.others[n] for n in region if n in reader.others]
+        how = [reader.divergences[n] for n in region if n in reader.divergences]
+        if not others:
+            return None, None, ()
+        if any(each.key != others[0].key for each in others) or len({*how}) != 1:
+            raise Declined("the logits are compared with several distributions, or in several ways")
+        other, head = others[0], others[0].head
+        if head is None:
+            return other, how[0], ()
+        inside = {*head.also, head.node, *(node for each in others for node in each.path)}
+        for node in inside:
+            for user in node.users:
+                if user in inside or user in region or user.target is aten.sym_size.int:
+                    continue
+                if other.fixed:  # they are whole anyway
+                    return replace(other, head=None, path=()), how[0], ()
+                raise Declined("what they are compared with is used elsewhere, and is learned")
+        return other, how[0], tuple(sorted(inside, key=lambda n: self._order[n]))
 
     def _logits_of(self, node: Node) -> tuple[Head, int] | None:
         """Of a call that the logits themselves go through: the head read from it, and along which
@@ -230,6 +296,5 @@ class _Search:
 
 
 def _signature(head: Head) -> tuple[Any, ...]:
-    """What two logits must have in common to have the same rows."""
-    moves = tuple(node for node in head.views if node.target not in heads.RESHAPES)
-    return (head.outer, head.inner, head.capped, moves)
+    """What two logits must have in common to have the same rows, but for what multiplies them."""
+    return (head.inner, head.capped, heads.rows(head.views))

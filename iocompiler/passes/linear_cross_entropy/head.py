@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,18 +14,21 @@ from iocompiler.graph.sizes import equal
 from iocompiler.passes.linear_cross_entropy.description import Declined, Head
 
 aten = torch.ops.aten
-_COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default)
+COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default)
 RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 MOVES = (*RESHAPES, aten.slice.Tensor, aten.select.int)
 TRANSPOSES = (aten.transpose.int, aten.permute.default)
 _FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 # what logits may go through
-PATH = (*_COPIES, *MOVES, *TRANSPOSES, *_FACTORS, aten.to.dtype, aten.tanh.default)
+PATH = (*COPIES, *MOVES, *TRANSPOSES, *_FACTORS, aten.to.dtype, aten.tanh.default)
 _NEAR = 4  # this far behind an operator that is not understood, a linear makes it a near miss
 
 
-def read(node: Node, dim: int) -> Head | None:
+def read(node: Node, dim: int, *through: Any) -> Head | None:
     """The head whose logits ``node`` computes, classes along ``dim``; None where there is none.
+
+    Args:
+        through: what may stand between, and changes nothing.
 
     Raises:
         Declined: there is one, but something stands between that is not understood.
@@ -38,21 +42,21 @@ def read(node: Node, dim: int) -> Head | None:
             break
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
             return None
-        factor = _factor(node)
+        number = factor(node)
         if node.target in TRANSPOSES:
             dim = order_of(node)[dim]
             moves.append(node)
         elif node.target in MOVES:
-            _check_move(node, dim)
+            check_move(node, dim)
             dim = view.tensors(node.args[0])[0].dim() - 1
             moves.append(node)
         elif node.target is aten.to.dtype:
-            _check_cast(node)
-        elif factor is not None:
-            outer, inner = (outer, inner * factor) if capped else (outer * factor, inner)
+            check_cast(node)
+        elif number is not None:
+            outer, inner = (outer, inner * number) if capped else (outer * number, inner)
         elif node.target is aten.tanh.default and not capped:
             capped = True
-        elif node.target not in _COPIES:
+        elif node.target not in (*COPIES, *through):
             if linear_near(node):
                 raise Declined(f"{node.target} between the head and the loss")
             return None
@@ -67,6 +71,17 @@ def read(node: Node, dim: int) -> Head | None:
         outer=outer,
         inner=inner,
         capped=capped,
+    )
+
+
+def rows(calls: Iterable[Node]) -> tuple[Any, ...]:
+    """Which rows of a head's logits ``calls`` choose, one after the other, and in what order: equal
+    for those that choose the same.
+    """
+    return tuple(
+        (node.target, node.args[1:], tuple(map(str, view.tensors(node.args[0])[0].shape)))  # type: ignore[arg-type]
+        for node in calls
+        if node.target in (*MOVES, *TRANSPOSES) and node.target not in RESHAPES
     )
 
 
@@ -129,7 +144,7 @@ def linear_near(node: Node, far: int = _NEAR) -> bool:
     return any(linear_near(each, far - 1) for each in reads)
 
 
-def _factor(node: Node) -> float | None:
+def factor(node: Node) -> float | None:
     """What a call multiplies by, where that is a number."""
     if node.target not in _FACTORS:
         return None
@@ -154,7 +169,7 @@ def order_of(node: Node) -> list[int]:
     return order
 
 
-def _check_move(node: Node, dim: int) -> None:
+def check_move(node: Node, dim: int) -> None:
     old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
     if not old.dim() or dim != new.dim() - 1 or not equal(old.shape[-1], new.shape[-1]):
         raise Declined(f"{node.target} splits or cuts the classes")
@@ -165,7 +180,7 @@ def _check_move(node: Node, dim: int) -> None:
             raise Declined(f"{node.target} splits or cuts the classes")
 
 
-def _check_cast(node: Node) -> None:
+def check_cast(node: Node) -> None:
     old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
     if not new.is_floating_point() or new.dtype.itemsize < old.dtype.itemsize:
         raise Declined(f"the logits are rounded to {new.dtype}")

@@ -28,6 +28,12 @@ def class_dim(logits: Node) -> int:
     return min(1, view.tensors(logits)[0].dim() - 1)
 
 
+def is_soft(given: dict[str, Any]) -> bool:
+    """Whether the targets are a probability for each class."""
+    target, logits = (view.tensors(given[name])[0] for name in ("target", "self"))
+    return target.is_floating_point() and target.dim() == logits.dim()
+
+
 def labels(given: dict[str, Any]) -> Labels:
     """The targets of a loss with the arguments ``given``.
 

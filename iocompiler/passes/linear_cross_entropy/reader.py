@@ -4,15 +4,16 @@ ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
 from iocompiler.graph.sizes import equal, same_sizes
-from iocompiler.passes.linear_cross_entropy.description import Labels
+from iocompiler.passes.linear_cross_entropy import distribution as distributions
+from iocompiler.passes.linear_cross_entropy.description import Comparison, Distribution, Labels
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form
 
 aten = torch.ops.aten
@@ -32,29 +33,34 @@ class Reader:
     Attributes:
         forms: by node; those of the logits are given.
         labels: of each node that picks a target's logit.
+        others: what the logits are compared with, of each node that does.
+        divergences: how, of each node that makes the summands.
 
     Args:
-        rules: by operator.
+        rules: by operator, tried in turn.
         dependent: everything that hangs on the logits.
-        fixed: whether a node has no gradient.
+        fixed: nodes that have no gradient.
     """
 
     def __init__(
         self,
-        rules: Mapping[Any, Rule],
+        rules: Mapping[Any, Sequence[Rule]],
         forms: Mapping[Node, Form],
         dependent: Collection[Node],
-        fixed: Callable[[Node], bool],
+        fixed: Collection[Node],
     ) -> None:
         self._rules = rules
         self.forms = dict(forms)
         self.labels: dict[Node, Labels] = {}
+        self.others: dict[Node, Distribution] = {}
+        self.divergences: dict[Node, Comparison] = {}
         self._dependent, self._fixed = dependent, fixed
 
     def read(self, node: Node) -> None:
         """Enter the form of a call, if it is understood."""
-        rule = self._rules.get(node.target)
-        if rule is not None and node not in self.forms:
+        for rule in self._rules.get(node.target, ()):
+            if node in self.forms:
+                return
             found = rule(self, node)
             if found is not None and all(found.terms.values()):
                 self.forms[node] = found
@@ -66,13 +72,33 @@ class Reader:
         found = self.form(x)
         return found if found is not None and found.dim is None else None
 
+    def other(self, node: Node, x: Any, dim: int, *, logs: bool, at: Node | None = None) -> float:
+        """Enter what the logits meet: ``x``, which is to have the shape of ``node``, classes along
+        ``dim``.
+
+        Args:
+            logs: whether it holds logarithms.
+            at: where they meet, if that is not ``node``.
+
+        Returns:
+            1, or -1 for its negative; 0 where it is no distribution that does not hang on the
+            logits.
+        """
+        if not isinstance(x, Node) or x in self._dependent or not are_alike(node, x):
+            return 0.0
+        found = distributions.read(x, dim, logs=logs, fixed=x in self._fixed)
+        if found is None:
+            return 0.0
+        self.others[at or node] = found
+        return found.sign
+
     def factor(self, x: Any, like: Node, kind: Any) -> tuple[float, tuple[Factor, ...]] | None:
         """``x`` as a number or factor of the rows (or the sum) ``like``."""
         if isinstance(x, (int, float)) and not isinstance(x, bool):
             if kind == "over":
                 return (1.0 / x, ()) if x else None
             return float(x), ()
-        if not isinstance(x, Node) or x in self._dependent or not self._fixed(x):
+        if not isinstance(x, Node) or x in self._dependent or x not in self._fixed:
             return None
         value, rows_ = view.value(x), view.tensors(like)[0]
         if not isinstance(value, torch.Tensor):
@@ -87,21 +113,25 @@ class Reader:
         return 1.0, (Factor(kind, x, tuple(rows_.shape)),)
 
 
-def is_fixed(node: Node, regions: Mapping[Node, view.Region], known: dict[Node, bool]) -> bool:
-    """Whether no gradient flows into a node from anywhere."""
-    if node not in known:
+def fixed(gm: GraphModule) -> set[Node]:
+    """The nodes into which no gradient flows from anywhere."""
+    regions = view.regions(gm)
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
         value = view.value(node)
         plain = isinstance(value, torch.Tensor) and value.is_floating_point()
         if not plain or node.target is aten.detach.default or not regions[node].grad:
-            known[node] = True
+            found.add(node)
         elif node.op == "get_attr":
-            constant = getattr(node.graph.owning_module, str(node.target), None)
-            known[node] = isinstance(constant, torch.Tensor) and not constant.requires_grad
+            constant = getattr(gm, str(node.target), None)
+            if isinstance(constant, torch.Tensor) and not constant.requires_grad:
+                found.add(node)
         elif node.op == "call_function":
-            known[node] = all(is_fixed(each, regions, known) for each in node.all_input_nodes)
-        else:
-            known[node] = not node.meta.get("requires_grad", True)
-    return known[node]
+            if all(each in found for each in node.all_input_nodes):
+                found.add(node)
+        elif not node.meta.get("requires_grad", True):
+            found.add(node)
+    return found
 
 
 def base_of(target: Node) -> Node:
@@ -127,6 +157,6 @@ def is_wide(node: Node) -> bool:
 
 
 def are_alike(node: Node, *others: Any) -> bool:
-    """Whether nothing is repeated: all have the shape of ``node``."""
-    shape = view.tensors(node)[0].shape
-    return all(same_sizes(view.tensors(each)[0].shape, shape) for each in others)
+    """Whether nothing is repeated: all are tensors of the shape of ``node``."""
+    shape, found = view.tensors(node)[0].shape, [view.tensors(each) for each in others]
+    return all(each and same_sizes(each[0].shape, shape) for each in found)

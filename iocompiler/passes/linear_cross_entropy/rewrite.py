@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.fx import GraphModule, Node
@@ -15,9 +15,12 @@ from iocompiler.ops import target
 from iocompiler.ops.linear_cross_entropy_chunks import SCRATCH_BYTES
 from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import Declined
-from iocompiler.passes.linear_cross_entropy.emit import Emitter
+from iocompiler.passes.linear_cross_entropy.divergence import is_compared
+from iocompiler.passes.linear_cross_entropy.emit import Emitter, Other
 from iocompiler.passes.linear_cross_entropy.found import STATISTICS, Found, find
 from iocompiler.passes.linear_cross_entropy.head import MOVES, RESHAPES, TRANSPOSES
+from iocompiler.passes.linear_cross_entropy.operands import operands
+from iocompiler.passes.linear_cross_entropy.reader import fixed
 from iocompiler.passes.linear_cross_entropy.twins import Twins
 
 aten = torch.ops.aten
@@ -56,25 +59,51 @@ def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = (
     """
     changed = 0
     seen: set[Node] = set()
-    for node in list(view.calls(gm, *losses.TARGETS, *STATISTICS)):
+    compared: set[Node] = set()
+    declined: list[tuple[Node, Miss]] = []
+    for node in _statistics(gm):
         if node._erased or node in seen:
             continue
+        told = node in compared
         try:
-            changed += _replaced(gm, node, seen, least_bytes, devices)
+            found = find(gm, node, seen, compared)
+            changed += _replaced(gm, found, least_bytes, devices)
         except Declined as reason:
-            record(gm, Miss(_PATTERN, view.where(node), str(reason)))
+            if not told:
+                declined.append((node, Miss(_PATTERN, view.where(node), str(reason))))
+    for node, miss in declined:
+        if not node._erased:  # with the other head that it was compared with
+            record(gm, miss)
     return changed
 
 
+def _statistics(gm: GraphModule) -> list[Node]:
+    """Where logits come to a statistic of each row; of two heads that are compared, the one that
+    has a gradient is asked for first: the student.
+    """
+    found = [
+        node
+        for node in view.calls(gm, *losses.TARGETS, *STATISTICS)
+        if node.target is not aten.softmax.int or is_compared(node)
+    ]
+    without = fixed(gm) if len(found) > 1 else ()
+    return sorted(found, key=lambda node: node in without)
+
+
 def _replaced(
-    gm: GraphModule, statistic: Node, seen: set[Node], least_bytes: int, devices: Sequence[str]
+    gm: GraphModule, losses_: Iterable[Found], least_bytes: int, devices: Sequence[str]
 ) -> int:
-    """1 where the loss that ``statistic`` is part of has been replaced, 0 where there is none."""
+    """1 where one of ``losses_``, the first that can be, has been replaced; 0 where there is none.
+
+    Raises:
+        Declined: none of them can be; why not the first.
+    """
     problem: Declined | None = None
-    for found in find(gm, statistic, seen):
+    for found in losses_:
         try:
             _check_devices(found)
             _check_kept(found, devices)
+            _check_dtypes(found)
             _check_price(found, least_bytes)
             _check_order(gm, found)
             _replace(gm, found)
@@ -88,15 +117,17 @@ def _replaced(
 
 def _check_order(gm: GraphModule, found: Found) -> None:
     regions = view.regions(gm)
-    if len({regions[node].grad for node in found.region}) > 1:
+    learned = () if found.other is None or found.other.fixed else found.beside
+    if len({regions[node].grad for node in (*found.region, *learned)}) > 1:
         raise Declined("grad mode changes between the head and the loss")
     writes = [node for node in gm.graph.nodes if view.mutates(node)]
     if not writes:
         return
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     roots = view.roots(gm)
-    storages = frozenset().union(*(roots[node] for node in (*found.read(), *found.region)))
-    first = min(order[node] for node in found.region)
+    calls = (*found.region, *found.beside)
+    storages = frozenset().union(*(roots[node] for node in (*found.read(), *calls)))
+    first = min(order[node] for node in calls)
     for node in writes:
         between = first <= order[node] <= order[found.end]
         if between and any(roots[written] & storages for written in view.mutates(node)):
@@ -112,6 +143,8 @@ def _check_devices(found: Found) -> None:
 def _check_kept(found: Found, devices: Sequence[str]) -> None:
     if not found.kept:
         return
+    if found.other is not None:
+        raise Declined("the logits are returned too, beside a divergence")
     here = target.device_type(view.tensors(found.head.node)[0])
     if here not in devices:
         raise Declined(f"the logits are returned too, which saves nothing on {here!r}")
@@ -120,6 +153,14 @@ def _check_kept(found: Found, devices: Sequence[str]) -> None:
         raise Declined("the logits are returned, and the loss is of some of their rows only")
     if moves & {*TRANSPOSES}:
         raise Declined("the logits are returned, and the loss has their rows in another order")
+
+
+def _check_dtypes(found: Found) -> None:
+    if found.other is None:
+        return
+    dtypes = {view.tensors(node)[0].dtype for node in (found.other.given, found.head.node)}
+    if torch.float64 in dtypes and len(dtypes) > 1:
+        raise Declined("one of the distributions is in float64, and the other is not")
 
 
 def _check_price(found: Found, least_bytes: int) -> None:
@@ -138,7 +179,10 @@ def _replace(gm: GraphModule, found: Found) -> None:
         weight = head.weight
         if head.transposed:
             weight = edit.call(gm, aten.transpose.int, (weight, 0, 1), {}, near=end)
-        emitter = Emitter(gm, end, x, found.labels, head, keeps=found.kept)
+        other = None
+        if found.other is not None and found.comparison is not None:
+            other = Other(found.comparison, *operands(gm, found.other, end))
+        emitter = Emitter(gm, end, x, found.labels, head, keeps=found.kept, other=other)
         new = emitter.loss(found.form, weight)
     except Declined:
         edit.erase_dead(gm)
@@ -146,7 +190,7 @@ def _replace(gm: GraphModule, found: Found) -> None:
     record(gm, Rewrite(_PATTERN, view.where(end), _variant(found)))
     kept = _kept(gm, found, emitter) if found.kept else []
     edit.redirect(gm, end, new)
-    for node in reversed(found.region):
+    for node in reversed((*found.beside, *found.region)):
         if not node._erased and not node.users:
             edit.erase(gm, node)
     for old, again in reversed(kept):
@@ -180,8 +224,19 @@ def _variant(found: Found) -> str:
     parts = ["none" if not form.reduced else "mean" if kinds & {"kept", "rows"} else "sum"]
     parts += ["bias"] if head.bias is not None else []
     parts += ["soft-cap"] if head.capped else []
-    parts += ["label smoothing"] if found.labels.smoothing else []
+    parts += ["label smoothing"] if found.labels and found.labels.smoothing else []
     parts += ["class weights"] if "class" in kinds else []
     parts += ["squared logsumexp"] if "square" in form.terms else []
     parts += ["logits kept"] if found.kept else []
+    parts += _compared(found)
     return ", ".join(parts)
+
+
+def _compared(found: Found) -> list[str]:
+    other, how = found.other, found.comparison
+    if other is None or how is None:
+        return []
+    what = f"{'reverse ' if how.reversed else ''}{'KL' if how.entropy else 'soft targets'}"
+    source = f"given {other.kind}" if other.head is None else "another head"
+    parts = [what, source, *([] if other.fixed else ["learned"])]
+    return [*parts, *(["cross-entropy"] if found.labels is not None else [])]

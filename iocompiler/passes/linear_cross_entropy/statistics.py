@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def _log_softmax(reader: Reader, node: Node) -> Form | None:
     dim: Any = node.args[1]
     if dim % view.tensors(node)[0].dim() != form.dim:
         return None
-    return form.plus(rows(lse=-1.0))
+    return form.plus(rows(None, lse=-1.0))
 
 
 def _logsumexp(reader: Reader, node: Node) -> Form | None:
@@ -45,7 +46,7 @@ def _logsumexp(reader: Reader, node: Node) -> Form | None:
         return None
     dims: Any = node.args[1]
     rank = view.tensors(node.args[0])[0].dim()  # type: ignore[arg-type]
-    return rows(lse=1.0) if [d % rank for d in dims] == [form.dim] else None
+    return rows(form.outer, lse=1.0) if [d % rank for d in dims] == [form.dim] else None
 
 
 def _gather(reader: Reader, node: Node) -> Form | None:
@@ -86,6 +87,8 @@ def _index(reader: Reader, node: Node) -> Form | None:
 
 def _loss(reader: Reader, node: Node) -> Form | None:
     given = losses.arguments(node)
+    if losses.is_soft(given):
+        return None
     form = reader.form(given["self"])
     expected = {"z"} if node.target is aten.cross_entropy_loss.default else {"z", "lse"}
     if form is None or set(form.terms) != expected or form.dim != losses.class_dim(given["self"]):
@@ -94,12 +97,12 @@ def _loss(reader: Reader, node: Node) -> Form | None:
         return None
     reader.labels[node] = losses.labels(given)
     reduction, weight = given["reduction"], given["weight"]
-    found = rows(cross=1.0)
+    found = rows(form.outer, cross=1.0)
     if weight is not None:
         found = found.times(1.0, Factor("class", weight))
     if reduction == losses.MEAN:
         found = found.times(1.0, Factor("kept") if weight is None else Factor("classes", weight))
-    return Form(found.terms, reduced=reduction != losses.NONE)
+    return replace(found, reduced=reduction != losses.NONE)
 
 
 RULES: dict[Any, Rule] = {
