@@ -4,7 +4,7 @@ with it and with the sizes of its products.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from iocompiler.tile.program import Buffer, Op
 
 # what the template calls the sums of each product
 _SUMS = {"sums0": "sums", "sums1": "others"}
-_TEMPLATES = ("matmul.py", "matmul_descriptors.py")
+_TEMPLATES = ("matmul.py", "matmul_descriptors.py", "matmul_sums.py")
 # loads one element at a time need a register each, and an address
 _ANY_POINTERS = MatmulTile(64, 64, 32, num_warps=4, num_stages=2)
 # of a tile: along the batch it is one matrix, along rows y, along columns x
@@ -138,37 +138,81 @@ def _parameter(buffer: Buffer) -> str:
 def _kernel(step: MatmulStep, name: str) -> str:
     made, tile = step.product, step.tile
     parameters = [*map(_parameter, step.buffers), *step.size_symbols]
-    second = made.rights[1] if len(made.rights) > 1 else None
-    sizes = ", ".join(expressions.size(size) for size in (made.batch, made.m, made.n, made.k))
     operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
-    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
-    if tile.loads == "descriptors":
-        template = "matmul_descriptors"
-        sizes = sizes.partition(", ")[2]  # there is no batch
-        flags = [made.left[1] == 1, *(strides[0] == 1 for strides in made.rights)]
-        flags += [False] * (3 - len(flags))
-    else:
-        template = "matmul"
-        even = ((tile.m, made.m), (tile.n, made.n), (tile.k, made.k))
-        flags = [tile.programs > 0, *(_divides(block, size) for block, size in even)]
-    space = " x ".join(str(size) for size in (made.batch, made.m, made.n, made.k))
+    space = " x ".join(str(size) for size in (made.batch, made.m, made.n, *made.depths))
+    call = _sums_call(step) if made.more else _call(step)
     return "\n".join(
         [
             "@triton.jit",
             f"def {name}({', '.join(parameters)}):",
             f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {space}"""',
-            f"    {template}(",
-            f"        left_ptr, {', '.join(_rights(made))},",
-            f"        {sizes},",
-            f"        {_strides(made.left)}, {_strides(made.rights[0])},"
-            f" {_strides(second or (0, 0, 0))},",
+            f"    {call.template}(",
+            *(f"        {line}," for line in call.given),
             f"        ({', '.join(operands)},), {name}_epilogue,",
-            f"        {', '.join(map(str, walk))},",
-            f"        {', '.join(map(str, flags))},",
+            *(f"        {', '.join(map(str, each))}," for each in (call.walk, call.flags)),
             "    )",
             "",
         ]
     )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A template, and what it is called with: lines before the epilogue, and numbers behind it."""
+
+    template: str
+    given: tuple[str, ...]
+    walk: tuple[int, ...]
+    flags: tuple[bool, ...]
+
+
+def _call(step: MatmulStep) -> _Call:
+    made, tile = step.product, step.tile
+    second = made.rights[1] if len(made.rights) > 1 else (0, 0, 0)
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
+    if tile.loads == "descriptors":
+        template, sizes = "matmul_descriptors", (made.m, made.n, made.k)  # there is no batch
+        flags = [made.left[1] == 1, *(strides[0] == 1 for strides in made.rights)]
+        flags += [False] * (3 - len(flags))
+    else:
+        template, sizes = "matmul", (made.batch, made.m, made.n, made.k)
+        flags = _even(step)
+    given = (
+        f"left_ptr, {', '.join(_rights(made))}",
+        ", ".join(map(expressions.size, sizes)),
+        f"{_strides(made.left)}, {_strides(made.rights[0])}, {_strides(second)}",
+    )
+    return _Call(template, given, walk, tuple(flags))
+
+
+def _sums_call(step: MatmulStep) -> _Call:
+    """Of products that are added up."""
+    made, tile = step.product, step.tile
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts, len(made.depths))
+    if tile.loads == "descriptors":
+        template, sizes = "matmul_sums_descriptors", (made.m, made.n)
+        flags = [made.left[1] == 1, made.rights[0][0] == 1]
+    else:
+        template, sizes = "matmul_sums", (made.batch, made.m, made.n)
+        flags = _even(step)
+    sides = [f"{buffer.name}_ptr" for buffer in made.operands]
+    given = (
+        f"({', '.join(sides[::2])}), ({', '.join(sides[1::2])})",
+        f"{', '.join(map(expressions.size, sizes))}, ({', '.join(map(expressions.size, made.depths))})",
+        f"({', '.join(map(_strides, made.lefts))})",
+        f"({', '.join(map(_strides, made.all_rights))})",
+    )
+    return _Call(template, given, walk, tuple(flags))
+
+
+def _even(step: MatmulStep) -> list[bool]:
+    """What is known where operands come by pointers: whether programs walk, and where blocks end
+    with the product.
+    """
+    made, tile = step.product, step.tile
+    extents = [(tile.m, made.m), (tile.n, made.n)]
+    inner = all(_divides(tile.k, depth) for depth in made.depths)
+    return [tile.programs > 0, *(_divides(block, size) for block, size in extents), inner]
 
 
 def _rights(made: Product) -> list[str]:

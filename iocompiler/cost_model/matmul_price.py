@@ -75,7 +75,7 @@ def template_time(
     space = Space(made, program, device, hints)
     slots = tile.programs or device.sm_count * space.resident(tile)
     filled = -(-space.tiles(tile) // slots) * slots
-    depth = -(-space.sizes[2] // tile.k) * tile.k + FILL_K
+    depth = space.steps(tile) * tile.k + FILL_K
     flops = 2 * filled * tile.m * tile.n * depth * len(made.rights)
     rate = device.matmul_rate(made.dtype) * NARROW.get(min(tile.m, tile.n), 1.0)
     moved = epilogue_traffic(made, program)

@@ -224,10 +224,17 @@ class Space:
     @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         made = self.made
-        m, n, k, batch = (
-            max(1, round(value_of(s, self.hints))) for s in (made.m, made.n, made.k, made.batch)
-        )
-        return m, n, k, batch
+        m, n, batch = (max(1, round(value_of(s, self.hints))) for s in (made.m, made.n, made.batch))
+        return m, n, sum(self.depths), batch
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """The inner extent of each product of a sum."""
+        return tuple(max(1, round(value_of(k, self.hints))) for k in self.made.depths)
+
+    def steps(self, tile: MatmulTile) -> int:
+        """Of the inner extents: a step has operands of one product."""
+        return sum(-(-k // tile.k) for k in self.depths)
 
     def tiles(self, tile: MatmulTile) -> int:
         m, n, _, batch = self.sizes
@@ -241,7 +248,7 @@ class Space:
         tiles = self.tiles(tile)
         each = -(-tiles // device.sm_count)  # of the busiest multiprocessor
         beside = min(resident, each)
-        steps = -(-self.sizes[2] // tile.k)
+        steps = self.steps(tile)
         filling, once = self._filling(tile), 0.0
         if tile.loads == "descriptors":
             once = _DESCRIPTORS_S

@@ -11,6 +11,7 @@ from iocompiler.ops import (
     packed_gradients,
     random,
     scored_attention,
+    sum_of_products,
 )
 from iocompiler.ops.library import function
 
@@ -24,4 +25,5 @@ __all__ = [
     "packed_gradients",
     "random",
     "scored_attention",
+    "sum_of_products",
 ]

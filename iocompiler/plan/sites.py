@@ -22,9 +22,9 @@ from iocompiler.plan.data import (
     references,
 )
 from iocompiler.plan.factors import Factors, factors_of
-from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
+from iocompiler.plan.matrix import Made, NoEpilogue, epilogue, stored
 from iocompiler.plan.moving import bases_of, names_read, storage, storages, written
-from iocompiler.plan.product import MatmulTile, Product
+from iocompiler.plan.product import MatmulTile, Product, Term
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
@@ -40,18 +40,21 @@ _MOST_BUFFERS = 16
 # float64 was 2.6 to 3.5 times the library's
 _TF32 = "in TF32 the library rounds operands, which the template would cut off"
 
+_SUM = "sum_of_products"
+
 # the tile of a step nobody has chosen one for
 UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A kernel that can be the epilogue of the products it reads.
+    """A kernel that can be the epilogue of the products it reads; or products that are added up,
+    by themselves.
 
     Attributes:
         name: one for all equal sites of the plan, in every process.
         step: what would run instead; its tile is `UNCHOSEN`.
-        places: of the products' steps and, last, of the kernel's, in the plan.
+        places: of the products' steps and, last, of the kernel's, in the plan; or of the sum's.
         parts: the tensors of column sums in parts that have other parts then.
     """
 
@@ -80,8 +83,9 @@ def sites(plan: Plan) -> tuple[Site, ...]:
 
 
 def survey(plan: Plan) -> Iterator[Site | Declined]:
-    """Every kernel that reads a product element by element: a site, or why it is none. A result
-    written over what dies (`in_place`) comes too late for one.
+    """Every kernel that reads a product element by element: a site, or why it is none; then the
+    sums of products that are part of none. A result written over what dies (`in_place`) comes too
+    late for one.
     """
     look = _Look(plan)
     names: dict[SiteKey, str] = {}
@@ -97,6 +101,11 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
             found = replace(found, name=name)
         if found is not None:
             yield found
+    for place, step in enumerate(plan.steps):
+        if isinstance(step, AtenStep) and place not in look.taken:
+            alone = look.alone(place, step)
+            if alone is not None:
+                yield replace(alone, name=names.setdefault(alone.key, _unused(_SUM, names)))
 
 
 def _is_by_element(step: KernelStep) -> bool:
@@ -154,6 +163,28 @@ class _Look:
         # what stands in the way of a product by itself
         _, product, reason = min(reasons, key=lambda each: each[0])
         return Declined(step.name, product, reason)
+
+    def alone(self, place: int, step: AtenStep) -> Site | None:
+        """The site of products that are added up, with nothing behind them that it could take."""
+        factors = factors_of(step, self.specs)
+        if factors is None or not factors.more or factors.tf32:
+            return None
+        ((name, spec),) = made(step).items()
+        sums = Made(
+            frozenset(), spec.dtype, (factors.batch, factors.m, factors.n), factors.result,
+            kept=Buffer("product0", spec.dtype, "out", factors.elements),
+        )  # fmt: skip
+        folded = MatmulStep(
+            _SUM,
+            self._product([factors]),
+            stored(sums),
+            UNCHOSEN,
+            (*factors.operands, name),
+            ((name, spec),),
+            (step.node,),
+            (step.where,) if step.where else (),
+        )
+        return Site("", folded, (place,))
 
     def _groups(self, products: Mapping[str, Factors]) -> Iterator[list[tuple[str, Factors]]]:
         """What may be made in one step: two products of one left operand, one, its halves."""
@@ -213,6 +244,7 @@ class _Look:
         stored = dict.fromkeys(name for name, _, row in rows if row.kept is not None)
         kept = [(name, self.specs[name]) for name in stored]
         own = program.buffers[len(rows) :]
+        left, right, *others = rows[0][1].operands
         parts = self._parts(step, program, names)
         folded = MatmulStep(
             f"{step.name}_of_{title}",
@@ -220,8 +252,10 @@ class _Look:
             program,
             UNCHOSEN,
             (
-                rows[0][1].left[0],
-                *(f.right[0] for _, f, _ in rows),
+                left,
+                right,
+                *(f.right[0] for _, f, _ in rows[1:]),
+                *others,
                 *(names[b.name] for b in own),
             ),
             (*(_resized(name, spec, parts) for name, spec in step.outputs), *kept),
@@ -254,9 +288,11 @@ class _Look:
         found = Product(
             first.batch, first.m, first.n, first.k, first.dtype,
             first.left[1], tuple(f.right[1] for f in rows), starts,
+            more=tuple(Term(pair.k, pair.left[1], pair.right[1]) for pair in first.more),
         )  # fmt: skip
         begins = [self._offset(first.left[0])]
         begins += [self._offset(f.right[0]) + start for f, start in zip(rows, starts, strict=True)]
+        begins += map(self._offset, first.operands[2:])
         return replace(found, aligned=all(map(found.is_whole, begins)))
 
     def _made(self, place: int, step: KernelStep, name: str, factors: Factors, number: int) -> Made:
