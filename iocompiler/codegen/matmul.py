@@ -4,6 +4,7 @@ with it and with the sizes of its products.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from iocompiler.tile.program import Buffer, Op
 
 # what the template calls the sums of each product
 _SUMS = {"sums0": "sums", "sums1": "others"}
-_TEMPLATES = ("matmul.py", "matmul_descriptors.py", "matmul_sums.py")
+_TEMPLATES = ("matmul.py", "matmul_descriptors.py", "matmul_sums.py", "matmul_groups.py")
 # loads one element at a time need a register each, and an address
 _ANY_POINTERS = MatmulTile(64, 64, 32, num_warps=4, num_stages=2)
 # of a tile: along the batch it is one matrix, along rows y, along columns x
@@ -36,8 +37,11 @@ def emit_matmul(step: MatmulStep, name: str) -> str:
 
 def matmul_grid(step: MatmulStep) -> tuple[Size, Size, Size]:
     """The launch grid, as sizes."""
-    made, tile = step.product, step.tile
-    tiles = product([made.batch, ceil_div(made.m, tile.m), ceil_div(made.n, tile.n)])
+    tile = step.tile
+    tiles: Size = 0
+    for part in step.parts:
+        made = part.product
+        tiles += product([made.batch, ceil_div(made.m, tile.m), ceil_div(made.n, tile.n)])
     if tile.programs == 0:
         return tiles, 1, 1
     # a program that has no tile does nothing: with sizes that are symbols all are launched
@@ -50,7 +54,7 @@ def for_any_pointers(step: MatmulStep) -> MatmulStep | None:
     """
     if step.tile.loads == "pointers":
         return None
-    rows = max(_ANY_POINTERS.m, rows_of_part(step.program))
+    rows = max(_ANY_POINTERS.m, *(rows_of_part(part.program) for part in step.parts))
     return replace(step, tile=replace(_ANY_POINTERS, m=rows, programs=step.tile.programs))
 
 
@@ -115,17 +119,39 @@ class _Epilogue(KernelWriter):
         return f"tl.store({op.buffer}_ptr + {place}, {self.value(op.inputs[0])}{tail})"
 
 
+_PARAMETERS = "sums, others, b, top, n, operands"
+
+
 def _epilogue(step: MatmulStep, name: str) -> str:
+    """Of products beside each other, one that calls theirs: ``b`` is the number of the product."""
+    if not step.product.beside:
+        return _own_epilogue(step, f"{name}_epilogue", 0)
+    texts, calls, begin = [], [], 0
+    for number, part in enumerate(step.parts):
+        texts.append(_own_epilogue(part, f"{name}_epilogue_{number}", begin))
+        calls += [f"    if b == {number}:", f"        {name}_epilogue_{number}({_PARAMETERS})"]
+        begin += len(_operands_of(part))
+    head = ["@triton.jit", f"def {name}_epilogue({_PARAMETERS}):"]
+    return "\n\n".join([*texts, "\n".join(head + calls) + "\n"])
+
+
+def _own_epilogue(step: MatmulStep, name: str, begin: int) -> str:
+    """Its operands stand at ``begin`` among all."""
     writer = _Epilogue(step)
     for position in range(len(step.program.ops)):
         writer.write(position)
-    operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
+    operands = enumerate(_operands_of(step), begin)
     head = [
         "@triton.jit",
-        f"def {name}_epilogue(sums, others, b, top, n, operands):",
-        *(f"    {operand} = operands[{place}]" for place, operand in enumerate(operands)),
+        f"def {name}({_PARAMETERS}):",
+        *(f"    {operand} = operands[{place}]" for place, operand in operands),
     ]
     return "\n".join(head + writer.lines) + "\n"
+
+
+def _operands_of(step: MatmulStep) -> list[str]:
+    """What an epilogue is given, by its own names."""
+    return [*map(_parameter, step.tensors), *step.program.size_symbols]
 
 
 def _parameter(buffer: Buffer) -> str:
@@ -138,17 +164,19 @@ def _parameter(buffer: Buffer) -> str:
 def _kernel(step: MatmulStep, name: str) -> str:
     made, tile = step.product, step.tile
     parameters = [*map(_parameter, step.buffers), *step.size_symbols]
-    operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
-    space = " x ".join(str(size) for size in (made.batch, made.m, made.n, *made.depths))
-    call = _sums_call(step) if made.more else _call(step)
+    spaces = [
+        " x ".join(map(str, (each.batch, each.m, each.n, *each.depths)))
+        for each in (part.product for part in step.parts)
+    ]
+    call = _group_call(step) if made.beside else _sums_call(step) if made.more else _call(step)
     return "\n".join(
         [
             "@triton.jit",
             f"def {name}({', '.join(parameters)}):",
-            f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {space}"""',
+            f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {", ".join(spaces)}"""',
             f"    {call.template}(",
             *(f"        {line}," for line in call.given),
-            f"        ({', '.join(operands)},), {name}_epilogue,",
+            f"        ({', '.join(_operands(step))},), {name}_epilogue,",
             *(f"        {', '.join(map(str, each))}," for each in (call.walk, call.flags)),
             "    )",
             "",
@@ -197,22 +225,62 @@ def _sums_call(step: MatmulStep) -> _Call:
         flags = _even(step)
     sides = [f"{buffer.name}_ptr" for buffer in made.operands]
     given = (
-        f"({', '.join(sides[::2])}), ({', '.join(sides[1::2])})",
-        f"{', '.join(map(expressions.size, sizes))}, ({', '.join(map(expressions.size, made.depths))})",
-        f"({', '.join(map(_strides, made.lefts))})",
-        f"({', '.join(map(_strides, made.all_rights))})",
+        f"{_tuple(sides[::2])}, {_tuple(sides[1::2])}",
+        ", ".join(map(expressions.size, sizes)),
+        _tuple(map(expressions.size, made.depths)),
+        _tuple(map(_strides, made.lefts)),
+        _tuple(map(_strides, made.all_rights)),
     )
     return _Call(template, given, walk, tuple(flags))
+
+
+def _group_call(step: MatmulStep) -> _Call:
+    """Of products beside each other."""
+    products, tile = [part.product for part in step.parts], step.tile
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts, len(products))
+    first = products[0]
+    if tile.loads == "descriptors":
+        template, flags = "matmul_groups_descriptors", [first.left[1] == 1, first.rights[0][0] == 1]
+    else:
+        template, flags = "matmul_groups", _even(step)
+    suffixes = ["", *(f"_{place}" for place in range(1, len(products)))]
+    given = (
+        *(_tuple(f"{side}{suffix}_ptr" for suffix in suffixes) for side in ("left", "right")),
+        _tuple(expressions.size(each.m) for each in products),
+        _tuple(expressions.size(each.n) for each in products),
+        expressions.size(first.k),
+        _tuple(_strides(each.left) for each in products),
+        _tuple(_strides(each.rights[0]) for each in products),
+    )
+    return _Call(template, given, walk, tuple(flags))
+
+
+def _operands(step: MatmulStep) -> list[str]:
+    """What the epilogues are given, by the names of the kernel's parameters."""
+    found, begin = [], 0
+    for part in step.parts:
+        own = step.buffers[begin : begin + len(part.buffers)]
+        found += [_parameter(buffer) for buffer in own[len(part.product.operands) :]]
+        found += part.program.size_symbols
+        begin += len(own)
+    return found
+
+
+def _tuple(items: Iterable[str]) -> str:
+    return f"({', '.join(items)})"
 
 
 def _even(step: MatmulStep) -> list[bool]:
     """What is known where operands come by pointers: whether programs walk, and where blocks end
     with the product.
     """
-    made, tile = step.product, step.tile
-    extents = [(tile.m, made.m), (tile.n, made.n)]
-    inner = all(_divides(tile.k, depth) for depth in made.depths)
-    return [tile.programs > 0, *(_divides(block, size) for block, size in extents), inner]
+    products, tile = [part.product for part in step.parts], step.tile
+    return [
+        tile.programs > 0,
+        all(_divides(tile.m, each.m) for each in products),
+        all(_divides(tile.n, each.n) for each in products),
+        all(_divides(tile.k, depth) for each in products for depth in each.depths),
+    ]
 
 
 def _rights(made: Product) -> list[str]:

@@ -19,13 +19,14 @@ def matmul_cost(made: Product, program: TileProgram) -> Cost:
     inner = tuple(
         Contraction(made.batch, made.m, made.n, k, made.dtype, is_aligned(made)) for k in depths
     )
-    return Cost(
+    own = Cost(
         moved.read_bytes + operands,
         moved.written_bytes,
         moved.flops + sum((each.flops for each in inner), 0),
         moved.transcendentals,
         inner,
     )
+    return sum((matmul_cost(*other) for other in made.beside), own)
 
 
 def epilogue_traffic(made: Product, program: TileProgram) -> Traffic:
@@ -37,7 +38,7 @@ def epilogue_traffic(made: Product, program: TileProgram) -> Traffic:
 
 def is_aligned(made: Product) -> bool:
     """Whether rows of every operand start on boundaries that its loads need to be whole."""
-    if not made.aligned:
+    if not made.aligned or not all(is_aligned(other) for other, _ in made.beside):
         return False
     for row, column, batch in (*made.lefts, *made.all_rights):
         leading = row if column == 1 else column if row == 1 else None

@@ -113,7 +113,8 @@ def _seen(gm: GraphModule, made: Node, shown: Node, product: Node, root: Node) -
 def _terms(node: Node, root: Node) -> list[_Term]:
     """The summands of a tree of plain sums, in order."""
     one, other = node.args
-    assert isinstance(one, Node) and isinstance(other, Node)
+    assert isinstance(one, Node)
+    assert isinstance(other, Node)
     if one is other:
         return [_Term(one, None), _Term(one, None)]
     return [term for each in (one, other) for term in _part(each, root)]

@@ -59,8 +59,8 @@ def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:
     for site in sites(plan) if reasons else ():
         if site.key in reasons:
             changed |= dict.fromkeys(_edges(plan, site), reasons[site.key])
-            if len(site.places) == 1:
-                alone[site.places[0]] = reasons[site.key]
+            if isinstance(plan.steps[site.places[-1]], AtenStep):
+                alone |= dict.fromkeys(site.places, reasons[site.key])
     unfused = tuple(
         replace(edge, reason=changed.get((edge.producer, edge.consumer), edge.reason))
         for edge in plan.unfused

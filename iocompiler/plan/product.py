@@ -59,7 +59,9 @@ class Product:
 
     ``left`` and ``rights`` are strides in elements: along rows, along columns, along the batch;
     ``starts`` the elements at which the right ones begin in their tensors. The product of one right
-    operand is added up with those of ``more``, in one sum.
+    operand is added up with those of ``more``, in one sum. ``beside`` are other products that one
+    launch makes, each with its epilogue, none with a batch; what ``shares`` names, "left" or
+    "right", is the operand of the first of them.
     ``aligned``: each starts at a multiple of 16 bytes where the tensor does whose memory it shows.
     """
 
@@ -73,6 +75,8 @@ class Product:
     starts: tuple[Size, ...]
     aligned: bool = True
     more: tuple[Term, ...] = ()
+    beside: tuple[tuple[Product, TileProgram], ...] = ()
+    shares: Literal["", "left", "right"] = ""
 
     @property
     def depths(self) -> tuple[Size, ...]:
@@ -91,8 +95,8 @@ class Product:
 
     @property
     def operands(self) -> tuple[Buffer, ...]:
-        """What the products read, as parameters of a kernel: "left", "right" and "second"; then
-        "left1", "right1" and so on of those that are added.
+        """What the products read, those beside left out, as parameters of a kernel: "left", "right"
+        and "second"; then "left1", "right1" and so on of those that are added.
         """
         return tuple(
             Buffer(name, self.dtype, "in", start + _extent((*shape, self.batch), strides))
@@ -101,10 +105,14 @@ class Product:
 
     @property
     def elements_read(self) -> tuple[Size, ...]:
-        """Distinct elements of each operand: one that the batch shares is there once."""
+        """Distinct elements of each operand: one that the batch shares is there once, what another
+        product reads not at all.
+        """
         return tuple(
             product([n for n, stride in zip((*shape, self.batch), s, strict=True) if stride != 0])
-            for _, shape, s, _ in self._sides
+            if name != self.shares
+            else 0
+            for name, shape, s, _ in self._sides
         )
 
     @property
@@ -121,16 +129,20 @@ class Product:
     @property
     def takes_descriptors(self) -> bool:
         """Whether every operand is one matrix, with rows or columns that run along memory and start
-        at multiples of 16 bytes wherever the matrix does; those that are added lie alike.
+        at multiples of 16 bytes wherever the matrix does; those of one place in the kernel lie
+        alike.
         """
         if not all(isinstance(size, int) and size for size in (self.n, *self.depths)):
             return False
-        strides = (*self.lefts, *self.all_rights)
-        if self.more and not all(
-            len({side[along] == 1 for side in sides}) == 1
-            for sides, along in ((self.lefts, 1), (self.all_rights, 0))
-        ):
+        made = [self, *(other for other, _ in self.beside)]
+        if not all(other.takes_descriptors and other.k == self.k for other, _ in self.beside):
             return False
+        if self.more or self.beside:
+            lefts = {side[1] == 1 for each in made for side in each.lefts}
+            rights = {side[0] == 1 for each in made for side in each.all_rights}
+            if len(lefts) > 1 or len(rights) > 1:
+                return False
+        strides = (*self.lefts, *self.all_rights)
         return self.aligned and self.batch == 1 and all(map(self._strides_fit, strides))
 
     def _strides_fit(self, strides: tuple[Size, Size, Size]) -> bool:
@@ -145,7 +157,7 @@ class Product:
     @property
     def size_symbols(self) -> frozenset[str]:
         strides = sum((*self.lefts, *self.all_rights), self.starts)
-        sizes = (self.batch, self.m, self.n, *self.depths, *strides)
+        sizes: tuple[Size, ...] = (self.batch, self.m, self.n, *self.depths, *strides)
         return frozenset(s.name for n in sizes if not isinstance(n, int) for s in n.free_symbols)
 
 

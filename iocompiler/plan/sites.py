@@ -22,6 +22,7 @@ from iocompiler.plan.data import (
     references,
 )
 from iocompiler.plan.factors import Factors, factors_of
+from iocompiler.plan.groups import Member, can_join, groups
 from iocompiler.plan.matrix import Made, NoEpilogue, epilogue, stored
 from iocompiler.plan.moving import bases_of, names_read, storage, storages, written
 from iocompiler.plan.product import MatmulTile, Product, Term
@@ -40,7 +41,7 @@ _MOST_BUFFERS = 16
 # float64 was 2.6 to 3.5 times the library's
 _TF32 = "in TF32 the library rounds operands, which the template would cut off"
 
-_SUM = "sum_of_products"
+_SUM, _GROUP = "sum_of_products", "products_of_one_operand"
 
 # the tile of a step nobody has chosen one for
 UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
@@ -106,6 +107,8 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
             alone = look.alone(place, step)
             if alone is not None:
                 yield replace(alone, name=names.setdefault(alone.key, _unused(_SUM, names)))
+    for site in look.beside():
+        yield replace(site, name=names.setdefault(site.key, _unused(_GROUP, names)))
 
 
 def _is_by_element(step: KernelStep) -> bool:
@@ -169,22 +172,50 @@ class _Look:
         factors = factors_of(step, self.specs)
         if factors is None or not factors.more or factors.tf32:
             return None
+        return Site("", self._stored(_SUM, step, factors), (place,))
+
+    def beside(self) -> Iterator[Site]:
+        """The sites of products that share an operand and that nothing else takes."""
+        members: dict[int, Member] = {}
+        count = 0
+        for place, step in enumerate(self.steps):
+            count += not isinstance(step, ViewStep)
+            if isinstance(step, AtenStep) and place not in self.taken:
+                factors = factors_of(step, self.specs)
+                if factors is not None and not factors.tf32 and can_join(step, factors):
+                    members[count] = Member(place, next(iter(made(step))), factors)
+        for group, side in groups(members, self._may_wait):
+            calls = [(self.steps[each.place], each.factors) for each in group]
+            steps = [self._stored(_GROUP, s, f) for s, f in calls if isinstance(s, AtenStep)]
+            yield Site("", _beside(steps, side), tuple(each.place for each in group))
+
+    def _may_wait(self, one: Member, last: Member) -> bool:
+        if one.name in self._roots(set(last.factors.reads)):
+            return False
+        try:
+            self._check_order(last.place, self.steps[last.place], one.name, one.factors)
+        except NoEpilogue:
+            return False
+        return True
+
+    def _stored(self, title: str, step: AtenStep, factors: Factors) -> MatmulStep:
+        """The call as a step that does no more than it."""
         ((name, spec),) = made(step).items()
         sums = Made(
             frozenset(), spec.dtype, (factors.batch, factors.m, factors.n), factors.result,
-            kept=Buffer("product0", spec.dtype, "out", factors.elements),
+            factors.added_to("bias0"), Buffer("product0", spec.dtype, "out", factors.elements),
         )  # fmt: skip
-        folded = MatmulStep(
-            _SUM,
+        added = (factors.added[0],) if factors.added is not None else ()
+        return MatmulStep(
+            title,
             self._product([factors]),
             stored(sums),
             UNCHOSEN,
-            (*factors.operands, name),
+            (*factors.operands, *added, name),
             ((name, spec),),
             (step.node,),
             (step.where,) if step.where else (),
         )
-        return Site("", folded, (place,))
 
     def _groups(self, products: Mapping[str, Factors]) -> Iterator[list[tuple[str, Factors]]]:
         """What may be made in one step: two products of one left operand, one, its halves."""
@@ -338,6 +369,20 @@ class _Look:
                 raise NoEpilogue("what the product is made of is overwritten before")
         if read & self._roots(written(step)):
             raise NoEpilogue("it overwrites what the product is made of")
+
+
+def _beside(steps: Sequence[MatmulStep], shared: str) -> MatmulStep:
+    """One step for several, which share an operand."""
+    first, *others = steps
+    beside = tuple((replace(s.product, shares=shared), s.program) for s in others)
+    return replace(
+        first,
+        product=replace(first.product, beside=beside),
+        args=tuple(arg for step in steps for arg in step.args),
+        outputs=tuple(each for step in steps for each in step.outputs),
+        nodes=tuple(node for step in steps for node in step.nodes),
+        where=tuple(dict.fromkeys(line for step in steps for line in step.where)),
+    )
 
 
 def _resized(name: str, spec: TensorSpec, parts: Mapping[str, Resized]) -> tuple[str, TensorSpec]:

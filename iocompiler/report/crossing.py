@@ -100,12 +100,13 @@ def _buffers(step: Step) -> Iterator[tuple[str, Traffic]]:
         for name, buffer in zip(step.args, step.program.buffers, strict=True):
             yield name, traffic(replace(step.program, buffers=(buffer,)))
     elif isinstance(step, MatmulStep):
-        read, size = step.product.elements_read, step.product.dtype.itemsize
-        count = len(read)
-        for name, elements in zip(step.args, read, strict=False):
-            yield name, Traffic(elements * size, 0, 0, 0)
-        for name, buffer in zip(step.args[count:], step.tensors, strict=True):
-            yield name, traffic(replace(step.program, buffers=(buffer,)))
+        for part in step.parts:
+            read, size = part.product.elements_read, part.product.dtype.itemsize
+            count = len(read)
+            for name, elements in zip(part.args, read, strict=False):
+                yield name, Traffic(elements * size, 0, 0, 0)
+            for name, buffer in zip(part.args[count:], part.tensors, strict=True):
+                yield name, traffic(replace(part.program, buffers=(buffer,)))
     elif isinstance(step, BatchStep):
         for (args, _), extents in zip(step.members, step.extents(), strict=True):
             for name, buffer in zip(args, step.program.buffers, strict=True):

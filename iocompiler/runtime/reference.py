@@ -99,6 +99,11 @@ def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, 
     Args:
         flat: for each of the step's buffers, what lies behind its pointer.
     """
+    if step.product.beside:
+        for part in step.parts:
+            run_matmul(part, flat[: len(part.buffers)], sizes)
+            flat = flat[len(part.buffers) :]
+        return
     made = step.product
     count = len(made.operands)
     batch, m, n, k = size_values((made.batch, made.m, made.n, made.k), sizes)
