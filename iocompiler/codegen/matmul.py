@@ -72,8 +72,10 @@ def template_prelude() -> str:
 class _Epilogue(KernelWriter):
     """The body of an epilogue: a tile of rows by columns, the sums of which are there."""
 
-    def __init__(self, step: MatmulStep):
+    def __init__(self, step: MatmulStep, condition: str = ""):
+        """``condition``: what must be true, or nothing is loaded and stored."""
         super().__init__(step.program, Schedule("pointwise"))
+        self._condition = condition
         self._made, self._tile = made, tile = step.product, step.tile
         self.line(f"m = (top + tl.arange(0, {tile.m}))[:, None]")
         for direction, dim in _TILE_DIRECTIONS.items():
@@ -81,6 +83,10 @@ class _Epilogue(KernelWriter):
             self.flat_axes((*along(step.program, direction), *within), direction, dim)
         self.bounded("y", "m", made.m, tile.m)
         self.bounded("x", "n", made.n, tile.n)
+
+    def _mask(self, spans: set[str], op_mask: str | None) -> str:
+        mask = super()._mask(spans, op_mask)
+        return " & ".join(part for part in (mask, self._condition) if part)
 
     def _load(self, op: Op) -> str:
         return _SUMS[op.buffer] if op.buffer in _SUMS else super()._load(op)
@@ -123,21 +129,23 @@ _PARAMETERS = "sums, others, b, top, n, operands"
 
 
 def _epilogue(step: MatmulStep, name: str) -> str:
-    """Of products beside each other, one that calls theirs: ``b`` is the number of the product."""
+    """Of products beside each other, one that calls theirs: ``b`` is the number of the product. A
+    branch would keep Triton 3.6 from making one loop of tiles and inner extent: it fails in that.
+    """
     if not step.product.beside:
         return _own_epilogue(step, f"{name}_epilogue", 0)
     texts, calls, begin = [], [], 0
     for number, part in enumerate(step.parts):
-        texts.append(_own_epilogue(part, f"{name}_epilogue_{number}", begin))
-        calls += [f"    if b == {number}:", f"        {name}_epilogue_{number}({_PARAMETERS})"]
+        texts.append(_own_epilogue(part, f"{name}_epilogue_{number}", begin, f"(b == {number})"))
+        calls.append(f"    {name}_epilogue_{number}({_PARAMETERS})")
         begin += len(_operands_of(part))
     head = ["@triton.jit", f"def {name}_epilogue({_PARAMETERS}):"]
     return "\n\n".join([*texts, "\n".join(head + calls) + "\n"])
 
 
-def _own_epilogue(step: MatmulStep, name: str, begin: int) -> str:
+def _own_epilogue(step: MatmulStep, name: str, begin: int, condition: str = "") -> str:
     """Its operands stand at ``begin`` among all."""
-    writer = _Epilogue(step)
+    writer = _Epilogue(step, condition)
     for position in range(len(step.program.ops)):
         writer.write(position)
     operands = enumerate(_operands_of(step), begin)

@@ -92,18 +92,22 @@ def matmul_groups_descriptors(
         lefts, rights = lefts + (left,), rights + (right,)
         tiles += tl.cdiv(Ms[i], BLOCK_M) * tl.cdiv(Ns[i], BLOCK_N)
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        # branches around the inner loop would keep it from becoming one with this
         member, begin, end = 0, 0, 0
-        left, right = lefts[0], rights[0]
         rows, columns = tl.cdiv(Ms[0], BLOCK_M), tl.cdiv(Ns[0], BLOCK_N)
         for i in tl.static_range(1, MEMBERS):
             end += tl.cdiv(Ms[i - 1], BLOCK_M) * tl.cdiv(Ns[i - 1], BLOCK_N)
-            if number >= end:
-                member, begin = i, end
-                left, right = lefts[i], rights[i]
-                rows, columns = tl.cdiv(Ms[i], BLOCK_M), tl.cdiv(Ns[i], BLOCK_N)
+            behind = number >= end
+            member, begin = tl.where(behind, i, member), tl.where(behind, end, begin)
+            rows = tl.where(behind, tl.cdiv(Ms[i], BLOCK_M), rows)
+            columns = tl.where(behind, tl.cdiv(Ns[i], BLOCK_N), columns)
         m, n = tile_place(number - begin, rows, columns, GROUP)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(tl.cdiv(K, BLOCK_K)):
+            left, right = lefts[0], rights[0]
+            for i in tl.static_range(1, MEMBERS):
+                if member >= i:
+                    left, right = lefts[i], rights[i]
             a = load_block(left, m * BLOCK_M, step * BLOCK_K, LEFT_IN_ROWS)
             b = load_block(right, n * BLOCK_N, step * BLOCK_K, RIGHT_IN_ROWS)
             sums = tl.dot(a, b.T, sums, input_precision="ieee")
