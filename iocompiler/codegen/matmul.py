@@ -207,15 +207,15 @@ def _call(step: MatmulStep) -> _Call:
     second = made.rights[1] if len(made.rights) > 1 else (0, 0, 0)
     walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
     if tile.loads == "descriptors":
-        template, sizes = "matmul_descriptors", (made.m, made.n, made.k)  # there is no batch
+        template = "matmul_descriptors"
         flags = [made.left[1] == 1, *(strides[0] == 1 for strides in made.rights)]
         flags += [False] * (3 - len(flags))
     else:
-        template, sizes = "matmul", (made.batch, made.m, made.n, made.k)
+        template = "matmul"
         flags = _even(step)
     given = (
         f"left_ptr, {', '.join(_rights(made))}",
-        ", ".join(map(expressions.size, sizes)),
+        _sizes(step, made.k),
         f"{_strides(made.left)}, {_strides(made.rights[0])}, {_strides(second)}",
     )
     return _Call(template, given, walk, tuple(flags))
@@ -226,15 +226,15 @@ def _sums_call(step: MatmulStep) -> _Call:
     made, tile = step.product, step.tile
     walk = (tile.m, tile.n, tile.k, tile.group, tile.parts, len(made.depths))
     if tile.loads == "descriptors":
-        template, sizes = "matmul_sums_descriptors", (made.m, made.n)
+        template = "matmul_sums_descriptors"
         flags = [made.left[1] == 1, made.rights[0][0] == 1]
     else:
-        template, sizes = "matmul_sums", (made.batch, made.m, made.n)
+        template = "matmul_sums"
         flags = _even(step)
     sides = [f"{buffer.name}_ptr" for buffer in made.operands]
     given = (
         f"{_tuple(sides[::2])}, {_tuple(sides[1::2])}",
-        ", ".join(map(expressions.size, sizes)),
+        _sizes(step),
         _tuple(map(expressions.size, made.depths)),
         _tuple(map(_strides, made.lefts)),
         _tuple(map(_strides, made.all_rights)),
@@ -276,6 +276,13 @@ def _operands(step: MatmulStep) -> list[str]:
 
 def _tuple(items: Iterable[str]) -> str:
     return f"({', '.join(items)})"
+
+
+def _sizes(step: MatmulStep, *more: Size) -> str:
+    """The extents of the results; behind descriptors there is no batch."""
+    made = step.product
+    batch = () if step.tile.loads == "descriptors" else (made.batch,)
+    return ", ".join(map(expressions.size, (*batch, made.m, made.n, *more)))
 
 
 def _even(step: MatmulStep) -> list[bool]:

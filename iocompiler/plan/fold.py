@@ -51,7 +51,7 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
 
 
 def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:
-    """The plan with other reasons why the products of some sites pass through memory; of sums by
+    """The plan with other reasons why the products of some sites pass through memory; of those by
     themselves, why they are the library's.
     """
     alone: dict[int, str] = {}
@@ -59,7 +59,7 @@ def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:
     for site in sites(plan) if reasons else ():
         if site.key in reasons:
             changed |= dict.fromkeys(_edges(plan, site), reasons[site.key])
-            if isinstance(plan.steps[site.places[-1]], AtenStep):
+            if not site.has_kernel:
                 alone |= dict.fromkeys(site.places, reasons[site.key])
     unfused = tuple(
         replace(edge, reason=changed.get((edge.producer, edge.consumer), edge.reason))

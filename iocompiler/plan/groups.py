@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from iocompiler.plan.data import AtenStep
 from iocompiler.plan.factors import Factors
@@ -12,6 +13,7 @@ from iocompiler.plan.sizes import equal
 MOST = 4
 WINDOW = 8
 """Steps between a product and the next of its group: operands of the first are held for so long."""
+Side: TypeAlias = Literal["left", "right"]
 _OPERATORS = ("aten.mm.default", "aten.addmm.default")
 
 
@@ -26,7 +28,7 @@ class Member:
 
 def groups(
     members: Mapping[int, Member], may_wait: Callable[[Member, Member], bool]
-) -> Iterator[tuple[list[Member], str]]:
+) -> Iterator[tuple[list[Member], Side]]:
     """Products to be made where the last of them stands, and the operand they share: "left" (layers
     of one input), or "right" (their weights' gradients).
 
@@ -35,7 +37,8 @@ def groups(
         may_wait: whether the first product may be made where the second is.
     """
     left = dict(members)
-    for side in ("left", "right"):
+    sides: tuple[Side, ...] = ("left", "right")
+    for side in sides:
         for group in _sharing(left, side, may_wait):
             if len(group) > 1:
                 yield group, side
@@ -49,7 +52,7 @@ def can_join(step: AtenStep, factors: Factors) -> bool:
 
 
 def _sharing(
-    members: Mapping[int, Member], side: str, may_wait: Callable[[Member, Member], bool]
+    members: Mapping[int, Member], side: Side, may_wait: Callable[[Member, Member], bool]
 ) -> list[list[Member]]:
     found: list[list[Member]] = []
     open_groups: dict[Hashable, tuple[int, list[Member]]] = {}

@@ -44,7 +44,7 @@ class Priced:
         """Why its products pass through memory, where it does not pay."""
         assert self.folded_s is not None
         apart = (self.library_s + self.kernel_s) * 1e6
-        return f"apart {apart:.1f} us, in one {self.folded_s * 1e6:.1f} us: modeled"
+        return f"{self.site.apart} {apart:.1f} us, in one {self.folded_s * 1e6:.1f} us: modeled"
 
 
 def priced(
@@ -72,13 +72,15 @@ def priced(
             continue
         if key not in tiles:
             tiles[key] = choose(*key, device, hints)
-        apart = [plan.steps[place] for place in site.places]
-        kernel = apart.pop() if isinstance(apart[-1], KernelStep) else None
+        calls = [plan.steps[place] for place in site.places]
+        kernel = calls.pop() if site.has_kernel else None
         found[key] = Priced(
             site,
             tiles[key],
-            sum(_call_seconds(step, specs, device, hints) for step in apart),
-            kernel_seconds(kernel.program, device, hints) if kernel is not None else 0.0,
+            sum(_call_seconds(step, specs, device, hints) for step in calls),
+            kernel_seconds(kernel.program, device, hints)
+            if isinstance(kernel, KernelStep)
+            else 0.0,
             matmul_seconds(*key, tiles[key], device, hints),
         )
     return tuple(found.values())

@@ -41,6 +41,10 @@ class MatmulTile:
     loads: Literal["pointers", "descriptors"] = "pointers"
 
 
+UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
+"""The tile of a step nobody has chosen one for."""
+
+
 @dataclass(frozen=True)
 class Term:
     """A product that is added to the first: its inner extent ``k``, and the strides of its left and

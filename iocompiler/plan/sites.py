@@ -6,28 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeAlias
 
-from iocompiler.cost_model.call import call_of_step, resolve
+from iocompiler.plan.alone import beside, sums
 from iocompiler.plan.column_sums import Resized, folds_any, has_column_sums
 from iocompiler.plan.data import (
     AtenStep,
     KernelStep,
     MatmulStep,
     Plan,
-    Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
 )
 from iocompiler.plan.factors import Factors, factors_of
-from iocompiler.plan.groups import Member, can_join, groups
-from iocompiler.plan.matrix import Made, NoEpilogue, epilogue, stored
-from iocompiler.plan.moving import bases_of, names_read, storage, storages, written
-from iocompiler.plan.product import MatmulTile, Product, Term
+from iocompiler.plan.look import Look
+from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
+from iocompiler.plan.moving import names_read
+from iocompiler.plan.product import UNCHOSEN, Product
 from iocompiler.plan.sizes import equal
-from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
 
 SiteKey: TypeAlias = tuple[Product, TileProgram]
@@ -41,32 +38,34 @@ _MOST_BUFFERS = 16
 # float64 was 2.6 to 3.5 times the library's
 _TF32 = "in TF32 the library rounds operands, which the template would cut off"
 
-_SUM, _GROUP = "sum_of_products", "products_of_one_operand"
-
-# the tile of a step nobody has chosen one for
-UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
-
 
 @dataclass(frozen=True)
 class Site:
-    """A kernel that can be the epilogue of the products it reads; or products that are added up,
-    by themselves.
+    """A kernel that can be the epilogue of the products it reads; or products by themselves, that
+    are added up, or share an operand.
 
     Attributes:
         name: one for all equal sites of the plan, in every process.
         step: what would run instead; its tile is `UNCHOSEN`.
-        places: of the products' steps and, last, of the kernel's, in the plan; or of the sum's.
+        places: of the products' steps and, last, of the kernel's, if any, in the plan.
         parts: the tensors of column sums in parts that have other parts then.
+        has_kernel: behind the products.
     """
 
     name: str
     step: MatmulStep
     places: tuple[int, ...]
     parts: Mapping[str, Resized] = field(default_factory=dict)
+    has_kernel: bool = True
 
     @property
     def key(self) -> SiteKey:
         return self.step.key
+
+    @property
+    def apart(self) -> str:
+        """What runs as it stands."""
+        return "library and kernel" if self.has_kernel else "library"
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,9 @@ def sites(plan: Plan) -> tuple[Site, ...]:
 
 
 def survey(plan: Plan) -> Iterator[Site | Declined]:
-    """Every kernel that reads a product element by element: a site, or why it is none; then the
-    sums of products that are part of none. A result written over what dies (`in_place`) comes too
-    late for one.
+    """Every kernel that reads a product element by element: a site, or why it is none; then, of
+    what is part of none, sums of products, and products that share an operand. A result written
+    over what dies (`in_place`) comes too late for one.
     """
     look = _Look(plan)
     names: dict[SiteKey, str] = {}
@@ -102,13 +101,9 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
             found = replace(found, name=name)
         if found is not None:
             yield found
-    for place, step in enumerate(plan.steps):
-        if isinstance(step, AtenStep) and place not in look.taken:
-            alone = look.alone(place, step)
-            if alone is not None:
-                yield replace(alone, name=names.setdefault(alone.key, _unused(_SUM, names)))
-    for site in look.beside():
-        yield replace(site, name=names.setdefault(site.key, _unused(_GROUP, names)))
+    for step, places in chain(sums(look), beside(look)):
+        name = names.setdefault(step.key, _unused(step.name, names))
+        yield Site(name, step, places, has_kernel=False)
 
 
 def _is_by_element(step: KernelStep) -> bool:
@@ -123,31 +118,8 @@ def _unused(wish: str, names: Mapping[SiteKey, str]) -> str:
     return name
 
 
-class _Look:
+class _Look(Look):
     """A plan seen from the kernels that may be epilogues."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.steps = plan.steps
-        self.bases = bases_of(plan.steps)
-        self.views = {step.name: step for step in plan.steps if isinstance(step, ViewStep)}
-        self.specs = {name: spec for name, spec in plan.inputs if spec is not None}
-        self.maker: dict[str, int] = {}
-        for place, step in enumerate(plan.steps):
-            self.specs |= made(step)
-            self.maker |= dict.fromkeys(made(step), place)
-        self.last: dict[str, int] = {}
-        for place, step in enumerate(plan.steps):
-            if not isinstance(step, ViewStep):
-                self.last |= dict.fromkeys(self._roots(names_read(step)), place)
-        left = {r.name for r in references(plan.outputs)}
-        self.last |= dict.fromkeys(self._roots(left), len(plan.steps))
-        self.taken: set[int] = set()
-
-    def _roots(self, names: set[str]) -> set[str]:
-        return storages(names, self.bases)
-
-    def _root(self, name: str) -> str:
-        return storage(name, self.bases)
 
     def at(self, place: int, step: KernelStep) -> Site | Declined | None:
         """The site of the kernel; None where it reads no product."""
@@ -167,56 +139,6 @@ class _Look:
         _, product, reason = min(reasons, key=lambda each: each[0])
         return Declined(step.name, product, reason)
 
-    def alone(self, place: int, step: AtenStep) -> Site | None:
-        """The site of products that are added up, with nothing behind them that it could take."""
-        factors = factors_of(step, self.specs)
-        if factors is None or not factors.more or factors.tf32:
-            return None
-        return Site("", self._stored(_SUM, step, factors), (place,))
-
-    def beside(self) -> Iterator[Site]:
-        """The sites of products that share an operand and that nothing else takes."""
-        members: dict[int, Member] = {}
-        count = 0
-        for place, step in enumerate(self.steps):
-            count += not isinstance(step, ViewStep)
-            if isinstance(step, AtenStep) and place not in self.taken:
-                factors = factors_of(step, self.specs)
-                if factors is not None and not factors.tf32 and can_join(step, factors):
-                    members[count] = Member(place, next(iter(made(step))), factors)
-        for group, side in groups(members, self._may_wait):
-            calls = [(self.steps[each.place], each.factors) for each in group]
-            steps = [self._stored(_GROUP, s, f) for s, f in calls if isinstance(s, AtenStep)]
-            yield Site("", _beside(steps, side), tuple(each.place for each in group))
-
-    def _may_wait(self, one: Member, last: Member) -> bool:
-        if one.name in self._roots(set(last.factors.reads)):
-            return False
-        try:
-            self._check_order(last.place, self.steps[last.place], one.name, one.factors)
-        except NoEpilogue:
-            return False
-        return True
-
-    def _stored(self, title: str, step: AtenStep, factors: Factors) -> MatmulStep:
-        """The call as a step that does no more than it."""
-        ((name, spec),) = made(step).items()
-        sums = Made(
-            frozenset(), spec.dtype, (factors.batch, factors.m, factors.n), factors.result,
-            factors.added_to("bias0"), Buffer("product0", spec.dtype, "out", factors.elements),
-        )  # fmt: skip
-        added = (factors.added[0],) if factors.added is not None else ()
-        return MatmulStep(
-            title,
-            self._product([factors]),
-            stored(sums),
-            UNCHOSEN,
-            (*factors.operands, *added, name),
-            ((name, spec),),
-            (step.node,),
-            (step.where,) if step.where else (),
-        )
-
     def _groups(self, products: Mapping[str, Factors]) -> Iterator[list[tuple[str, Factors]]]:
         """What may be made in one step: two products of one left operand, one, its halves."""
         pair = self._pair(products)
@@ -232,7 +154,7 @@ class _Look:
         """The products the kernel reads whole, by the values they make, the longest sums first."""
         found: dict[str, Factors] = {}
         for name, buffer in zip(step.args, step.buffers, strict=True):
-            root = self._root(name)
+            root = self.root(name)
             place = self.maker.get(root)
             if buffer.role != "in" or place is None or place in self.taken or root in found:
                 continue
@@ -256,7 +178,7 @@ class _Look:
         if any(factors.tf32 for _, factors in products):
             raise NoEpilogue(_TF32)
         for number, (name, factors) in enumerate(products):
-            self._check_order(place, step, name, factors)
+            self.check_order(place, step, name, factors)
             rows.append((name, factors, self._made(place, step, name, factors, number)))
         program = epilogue(step.program, [row for _, _, row in rows])
         if len(program.ops) > _MOST_OPERATIONS or len(program.buffers) > _MOST_BUFFERS:
@@ -267,7 +189,7 @@ class _Look:
                 names[row.added.buffer.name] = factors.added[0]
             if row.kept is not None:
                 names[row.kept.name] = name
-        product = self._product([factors for _, factors, _ in rows])
+        product = self.product([factors for _, factors, _ in rows])
         places = dict.fromkeys(self.maker[name] for name, _, _ in rows)
         makers = [self.steps[at] for at in places]
         calls = [maker for maker in makers if isinstance(maker, AtenStep)]
@@ -313,26 +235,13 @@ class _Look:
                 raise NoEpilogue("what folds its sums is made for their parts")
         return found
 
-    def _product(self, rows: Sequence[Factors]) -> Product:
-        first = rows[0]
-        starts = tuple(f.start * f.right[1][1] for f in rows)
-        found = Product(
-            first.batch, first.m, first.n, first.k, first.dtype,
-            first.left[1], tuple(f.right[1] for f in rows), starts,
-            more=tuple(Term(pair.k, pair.left[1], pair.right[1]) for pair in first.more),
-        )  # fmt: skip
-        begins = [self._offset(first.left[0])]
-        begins += [self._offset(f.right[0]) + start for f, start in zip(rows, starts, strict=True)]
-        begins += map(self._offset, first.operands[2:])
-        return replace(found, aligned=all(map(found.is_whole, begins)))
-
     def _made(self, place: int, step: KernelStep, name: str, factors: Factors, number: int) -> Made:
         shows = [
             (buffer, arg)
             for buffer, arg in zip(step.buffers, step.args, strict=True)
-            if self._root(arg) == name
+            if self.root(arg) == name
         ]
-        if not all(equal(self._offset(arg), 0) for _, arg in shows):
+        if not all(equal(self.offset(arg), 0) for _, arg in shows):
             raise NoEpilogue("it reads a part of the product")
         spec, start = self.specs[name], factors.start * factors.result[2]
         # halves are stored into one tensor
@@ -348,42 +257,6 @@ class _Look:
             start,
         )
 
-    def _offset(self, name: str) -> Size:
-        offset: Size = 0
-        while name in self.views:
-            offset = offset + self.views[name].offset
-            name = self.views[name].base
-        return offset
-
-    def _check_order(self, place: int, step: KernelStep, name: str, factors: Factors) -> None:
-        """The product may wait until the kernel runs: nobody needs it before, nobody changes what
-        it is made of, not even the kernel.
-        """
-        read = self._roots(set(factors.reads))
-        for between in self.steps[self.maker[name] + 1 : place]:
-            if isinstance(between, ViewStep):
-                continue
-            if name in self._roots(names_read(between)):
-                raise NoEpilogue("another step reads the product before")
-            if read & self._roots(_changed(between, self.specs)):
-                raise NoEpilogue("what the product is made of is overwritten before")
-        if read & self._roots(written(step)):
-            raise NoEpilogue("it overwrites what the product is made of")
-
-
-def _beside(steps: Sequence[MatmulStep], shared: str) -> MatmulStep:
-    """One step for several, which share an operand."""
-    first, *others = steps
-    beside = tuple((replace(s.product, shares=shared), s.program) for s in others)
-    return replace(
-        first,
-        product=replace(first.product, beside=beside),
-        args=tuple(arg for step in steps for arg in step.args),
-        outputs=tuple(each for step in steps for each in step.outputs),
-        nodes=tuple(node for step in steps for node in step.nodes),
-        where=tuple(dict.fromkeys(line for step in steps for line in step.where)),
-    )
-
 
 def _resized(name: str, spec: TensorSpec, parts: Mapping[str, Resized]) -> tuple[str, TensorSpec]:
     return name, replace(spec, shape=(parts[name].after,)) if name in parts else spec
@@ -391,12 +264,3 @@ def _resized(name: str, spec: TensorSpec, parts: Mapping[str, Resized]) -> tuple
 
 def _length(size: object) -> float:
     return float(size) if isinstance(size, int) else 0.0
-
-
-def _changed(step: Step, specs: Mapping[str, TensorSpec]) -> set[str]:
-    """The values a step may overwrite: of an operator without a schema, all it reads."""
-    if not isinstance(step, AtenStep):
-        return written(step)
-    if getattr(resolve(step.target), "_schema", None) is None:
-        return names_read(step)
-    return written(step) | {operand.name for operand in call_of_step(step, specs).mutated}
