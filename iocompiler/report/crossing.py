@@ -81,7 +81,10 @@ def _read(step: Step, specs: Mapping[str, TensorSpec]) -> dict[str, Size]:
         if call.name == "aten.copy_":
             return {o.name: nbytes(o.spec) for o in call.operands if o not in call.mutated}
         return {o.name: count * o.spec.dtype.itemsize for o, count in elements_read(call)}
-    return {name: moved.read_bytes for name, moved in _buffers(step)}
+    found: dict[str, Size] = {}
+    for name, moved in _buffers(step):
+        found[name] = greatest(found.get(name, 0), moved.read_bytes)
+    return found
 
 
 def _overwritten(step: Step, specs: Mapping[str, TensorSpec]) -> dict[str, Size]:
