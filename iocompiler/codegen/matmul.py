@@ -10,21 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 
 from iocompiler.codegen import expressions
-from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.codegen.matmul_epilogue import emit_epilogue, parameter
 from iocompiler.codegen.prelude import PRELUDE
 from iocompiler.plan.column_sums import rows_of_part
-from iocompiler.plan.data import MatmulStep, Schedule
-from iocompiler.plan.product import DIRECTIONS, MatmulTile, Product, along
+from iocompiler.plan.data import MatmulStep
+from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.index import Size, ceil_div, product
-from iocompiler.tile.program import Buffer, Op
 
-# what the template calls the sums of each product
-_SUMS = {"sums0": "sums", "sums1": "others"}
 _TEMPLATES = ("matmul.py", "matmul_descriptors.py", "matmul_sums.py", "matmul_groups.py")
 # loads one element at a time need a register each, and an address
 _ANY_POINTERS = MatmulTile(64, 64, 32, num_warps=4, num_stages=2)
-# of a tile: along the batch it is one matrix, along rows y, along columns x
-_TILE_DIRECTIONS = dict(zip(DIRECTIONS, "zyx", strict=True))
 
 
 def emit_matmul(step: MatmulStep, name: str) -> str:
@@ -32,7 +27,7 @@ def emit_matmul(step: MatmulStep, name: str) -> str:
     named ``<buffer>_ptr``, plain numbers for role "scalar"), then its size symbols. It refers to
     the names `template_prelude` defines.
     """
-    return f"{_epilogue(step, name)}\n\n{_kernel(step, name)}"
+    return f"{emit_epilogue(step, name)}\n\n{_kernel(step, name)}"
 
 
 def matmul_grid(step: MatmulStep) -> tuple[Size, Size, Size]:
@@ -66,112 +61,9 @@ def template_prelude() -> str:
     return "\n\n".join([PRELUDE, *(text[text.index("@triton.jit") :] for text in texts)])
 
 
-# --- the epilogue
-
-
-class _Epilogue(KernelWriter):
-    """The body of an epilogue: a tile of rows by columns, the sums of which are there."""
-
-    def __init__(self, step: MatmulStep, condition: str = ""):
-        """``condition``: what must be true, or nothing is loaded and stored."""
-        super().__init__(step.program, Schedule("pointwise"))
-        self._condition = condition
-        self._made, self._tile = made, tile = step.product, step.tile
-        self.line(f"m = (top + tl.arange(0, {tile.m}))[:, None]")
-        for direction, dim in _TILE_DIRECTIONS.items():
-            within = step.program.reduced if direction == "m" else ()
-            self.flat_axes((*along(step.program, direction), *within), direction, dim)
-        self.bounded("y", "m", made.m, tile.m)
-        self.bounded("x", "n", made.n, tile.n)
-
-    def _mask(self, spans: set[str], op_mask: str | None) -> str:
-        mask = super()._mask(spans, op_mask)
-        return " & ".join(part for part in (mask, self._condition) if part)
-
-    def _load(self, op: Op) -> str:
-        return _SUMS[op.buffer] if op.buffer in _SUMS else super()._load(op)
-
-    def _store(self, op: Op) -> str:
-        """Every element of the tile, also where the product is a row or a column."""
-        if self.program.ops[op.inputs[0]].kind == "reduce":
-            return self._store_sums(op)
-        assert op.index is not None
-        address = self._address(op)
-        if not {"x", "y"} <= self.address_spans(op.index):
-            address += " + (m + n) * 0"
-        mask = self._mask({"x", "y"}, None)
-        tail = f", {mask}" if mask else ""
-        return f"tl.store({op.buffer}_ptr + {address}, {self.value(op.inputs[0])}{tail})"
-
-    def _reduce(self, op: Op) -> str:
-        """The sums of each column, in parts: [parts of the tile, columns]."""
-        tile, rows = self._tile, rows_of_part(self.program)
-        columns = tile.n // tile.parts
-        value = self.full(self.tensor(op.inputs[0]), f"[{tile.m}, {columns}]")
-        value = self.guarded(value, op.fn, op.dtype, ("y",))
-        parted = f"tl.reshape({value}, [{tile.m // rows}, {rows}, {columns}])"
-        return f"tl.sum({parted}, axis=1)"
-
-    def _store_sums(self, op: Op) -> str:
-        """To [parts, columns] of the whole product; parts below its last row are none."""
-        tile, rows, made = self._tile, rows_of_part(self.program), self._made
-        part = f"(top // {rows} + tl.arange(0, {tile.m // rows}))[:, None]"
-        wide = expressions.needs_wide(self.program.buffer(op.buffer).elements)
-        masks = [self.masks["x"]] if "x" in self.masks else []
-        if "y" in self.masks:
-            masks.append(f"({part} * {rows} < {expressions.extent(made.m)})")
-        place = f"({part}{'.to(tl.int64)' if wide else ''} * ({expressions.extent(made.n)}) + n)"
-        tail = f", {' & '.join(masks)}" if masks else ""
-        return f"tl.store({op.buffer}_ptr + {place}, {self.value(op.inputs[0])}{tail})"
-
-
-_PARAMETERS = "sums, others, b, top, n, operands"
-
-
-def _epilogue(step: MatmulStep, name: str) -> str:
-    """Of products beside each other, one that calls theirs: ``b`` is the number of the product. A
-    branch would keep Triton 3.6 from making one loop of tiles and inner extent: it fails in that.
-    """
-    if not step.product.beside:
-        return _own_epilogue(step, f"{name}_epilogue", 0)
-    texts, calls, begin = [], [], 0
-    for number, part in enumerate(step.parts):
-        texts.append(_own_epilogue(part, f"{name}_epilogue_{number}", begin, f"(b == {number})"))
-        calls.append(f"    {name}_epilogue_{number}({_PARAMETERS})")
-        begin += len(_operands_of(part))
-    head = ["@triton.jit", f"def {name}_epilogue({_PARAMETERS}):"]
-    return "\n\n".join([*texts, "\n".join(head + calls) + "\n"])
-
-
-def _own_epilogue(step: MatmulStep, name: str, begin: int, condition: str = "") -> str:
-    """Its operands stand at ``begin`` among all."""
-    writer = _Epilogue(step, condition)
-    for position in range(len(step.program.ops)):
-        writer.write(position)
-    operands = enumerate(_operands_of(step), begin)
-    head = [
-        "@triton.jit",
-        f"def {name}({_PARAMETERS}):",
-        *(f"    {operand} = operands[{place}]" for place, operand in operands),
-    ]
-    return "\n".join(head + writer.lines) + "\n"
-
-
-def _operands_of(step: MatmulStep) -> list[str]:
-    """What an epilogue is given, by its own names."""
-    return [*map(_parameter, step.tensors), *step.program.size_symbols]
-
-
-def _parameter(buffer: Buffer) -> str:
-    return buffer.name if buffer.role == "scalar" else f"{buffer.name}_ptr"
-
-
-# --- the kernel
-
-
 def _kernel(step: MatmulStep, name: str) -> str:
     made, tile = step.product, step.tile
-    parameters = [*map(_parameter, step.buffers), *step.size_symbols]
+    parameters = [*map(parameter, step.buffers), *step.size_symbols]
     spaces = [
         " x ".join(map(str, (each.batch, each.m, each.n, *each.depths)))
         for each in (part.product for part in step.parts)
@@ -268,7 +160,7 @@ def _operands(step: MatmulStep) -> list[str]:
     found, begin = [], 0
     for part in step.parts:
         own = step.buffers[begin : begin + len(part.buffers)]
-        found += [_parameter(buffer) for buffer in own[len(part.product.operands) :]]
+        found += [parameter(buffer) for buffer in own[len(part.product.operands) :]]
         found += part.program.size_symbols
         begin += len(own)
     return found

@@ -45,13 +45,19 @@ def sums_of_products(gm: GraphModule) -> int:
     are products whose left operands are computed from the same calls, which therefore are there
     at about the same time: operands of others would be held in memory until the last is there.
     Left alone: products that somebody else reads, sums in a wider dtype, with a factor or with
-    broadcasting, and odd extents in half precision, which `plan/padding.py` cuts.
+    broadcasting, odd extents in half precision, which `plan/padding.py` cuts, and products that
+    would run behind a write into memory.
     """
     sites = 0
     sources = _Sources()
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    writes = [place for node, place in order.items() if view.mutates(node)]
     for node in reversed(list(view.calls(gm, aten.add.Tensor))):
         if not node._erased and _is_plain_sum(node) and not _is_inner(node):
-            sites += _taken(gm, node, sources)
+            products = [term.product for term in _terms(node, node) if term.product is not None]
+            first = min((order[product] for product in products), default=order[node])
+            if not any(first < write < order[node] for write in writes):
+                sites += _taken(gm, node, sources)
     return sites
 
 
