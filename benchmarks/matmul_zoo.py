@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iocompiler.ops.sum_of_products import SUM_OF_PRODUCTS
+
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
+
+Results: TypeAlias = Tensor | tuple[Tensor, ...]
 
 ROWS = 8192
 WIDTHS = (768, 1024, 2048, 4096, 8192)
@@ -26,8 +30,8 @@ class Product:
 
     name: str
     group: str
-    function: Callable[..., Tensor]
-    library: Callable[..., Tensor]
+    function: Callable[..., Results]
+    library: Callable[..., Results]
     layouts: tuple[Layout, ...]
     sizes: tuple[int, int, int]
     products: int = 1
@@ -124,6 +128,60 @@ def gates() -> Iterator[Product]:
             yield Product(title, "gated", function, both, layouts, sizes, products=2)
 
 
+# arguments in the order in which they are used: a graph has them so
+
+
+def layers(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Results:
+    """Of one input."""
+    return F.linear(x, q), F.linear(x, k), F.linear(x, v)
+
+
+def weight_gradients(dq: Tensor, x: Tensor, dk: Tensor, dv: Tensor) -> Results:
+    return torch.mm(dq.t(), x), torch.mm(dk.t(), x), torch.mm(dv.t(), x)
+
+
+def input_gradient(
+    dq: Tensor, dk: Tensor, dv: Tensor, wq: Tensor, wk: Tensor, wv: Tensor
+) -> Tensor:
+    summed: Tensor = SUM_OF_PRODUCTS([dq, dk, dv], [wq, wk, wv])
+    return summed
+
+
+def gradient_parts(
+    dq: Tensor, dk: Tensor, dv: Tensor, wq: Tensor, wk: Tensor, wv: Tensor
+) -> Results:
+    """Before they are added."""
+    return torch.mm(dq, wq), torch.mm(dk, wk), torch.mm(dv, wv)
+
+
+def inputs() -> Iterator[Product]:
+    """Q, K and V of one input: the layers, and the gradients of the input and of their weights. The
+    input's is "apart" as a chain of the library's products, each added to those before; "library"
+    are its products with nothing added.
+    """
+    models = {
+        "BERT-base": (768, (768, 768, 768), (1024, 4096, 8192)),
+        "BERT-large": (1024, (1024, 1024, 1024), (512, 1024, 4096)),
+        "Llama": (4096, (4096, 1024, 1024), (2048, 8192)),
+    }
+    for name, (width, heads, many) in models.items():
+        for rows in many:
+            title = f"{name} {rows}"
+            sizes = (rows, sum(heads), width)
+            weights = tuple(dense(n, width) for n in heads)
+            tangents = tuple(dense(rows, n) for n in heads)
+            x = dense(rows, width)
+            yield Product(f"forward {title}", "layers", layers, layers, (x, *weights), sizes)
+            yield Product(
+                f"dx {title}", "input gradient", input_gradient, gradient_parts,
+                (*tangents, *weights), (rows, width, sum(heads)),
+            )  # fmt: skip
+            yield Product(
+                f"dw {title}", "weight gradients", weight_gradients, weight_gradients,
+                (tangents[0], x, *tangents[1:]), (sum(heads), width, rows),
+            )  # fmt: skip
+
+
 # m, n, k; each with the right operand as rows and as columns
 _SHAPES = (
     *((n, n, n) for n in (512, 1024, 2048, 4096, 8192)),
@@ -154,4 +212,5 @@ PARTS: dict[str, Callable[[], Iterator[Product]]] = {
     "epilogues": epilogues,
     "gates": gates,
     "shapes": shapes,
+    "inputs": inputs,
 }

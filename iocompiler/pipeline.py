@@ -36,6 +36,7 @@ from iocompiler.passes.patches import patches
 from iocompiler.passes.product_order import product_order
 from iocompiler.passes.repeated import repeated
 from iocompiler.passes.slices import slices
+from iocompiler.passes.sums_of_products import sums_of_products
 
 
 class Pass(Protocol):
@@ -213,5 +214,6 @@ DEFAULT = Pipeline(
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
     activations,  # on the flat graph, where it shows whether the backward reads what they read
     packed_gradients,  # on the flat graph, where the backward puts together what was split
+    sums_of_products,  # on the flat graph, where the backward adds what it has split
     embedding_gradients,  # on the flat graph, where the gradients of one table are added
 )

@@ -4,26 +4,22 @@ with it and with the sizes of its products.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from iocompiler.codegen import expressions
-from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.codegen.matmul_epilogue import emit_epilogue, parameter
 from iocompiler.codegen.prelude import PRELUDE
 from iocompiler.plan.column_sums import rows_of_part
-from iocompiler.plan.data import MatmulStep, Schedule
-from iocompiler.plan.product import DIRECTIONS, MatmulTile, Product, along
+from iocompiler.plan.data import MatmulStep
+from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.index import Size, ceil_div, product
-from iocompiler.tile.program import Buffer, Op
 
-# what the template calls the sums of each product
-_SUMS = {"sums0": "sums", "sums1": "others"}
-_TEMPLATES = ("matmul.py", "matmul_descriptors.py")
+_TEMPLATES = ("matmul.py", "matmul_descriptors.py", "matmul_sums.py", "matmul_groups.py")
 # loads one element at a time need a register each, and an address
 _ANY_POINTERS = MatmulTile(64, 64, 32, num_warps=4, num_stages=2)
-# of a tile: along the batch it is one matrix, along rows y, along columns x
-_TILE_DIRECTIONS = dict(zip(DIRECTIONS, "zyx", strict=True))
 
 
 def emit_matmul(step: MatmulStep, name: str) -> str:
@@ -31,13 +27,16 @@ def emit_matmul(step: MatmulStep, name: str) -> str:
     named ``<buffer>_ptr``, plain numbers for role "scalar"), then its size symbols. It refers to
     the names `template_prelude` defines.
     """
-    return f"{_epilogue(step, name)}\n\n{_kernel(step, name)}"
+    return f"{emit_epilogue(step, name)}\n\n{_kernel(step, name)}"
 
 
 def matmul_grid(step: MatmulStep) -> tuple[Size, Size, Size]:
     """The launch grid, as sizes."""
-    made, tile = step.product, step.tile
-    tiles = product([made.batch, ceil_div(made.m, tile.m), ceil_div(made.n, tile.n)])
+    tile = step.tile
+    tiles: Size = 0
+    for part in step.parts:
+        made = part.product
+        tiles += product([made.batch, ceil_div(made.m, tile.m), ceil_div(made.n, tile.n)])
     if tile.programs == 0:
         return tiles, 1, 1
     # a program that has no tile does nothing: with sizes that are symbols all are launched
@@ -50,7 +49,7 @@ def for_any_pointers(step: MatmulStep) -> MatmulStep | None:
     """
     if step.tile.loads == "pointers":
         return None
-    rows = max(_ANY_POINTERS.m, rows_of_part(step.program))
+    rows = max(_ANY_POINTERS.m, *(rows_of_part(part.program) for part in step.parts))
     return replace(step, tile=replace(_ANY_POINTERS, m=rows, programs=step.tile.programs))
 
 
@@ -62,113 +61,133 @@ def template_prelude() -> str:
     return "\n\n".join([PRELUDE, *(text[text.index("@triton.jit") :] for text in texts)])
 
 
-# --- the epilogue
-
-
-class _Epilogue(KernelWriter):
-    """The body of an epilogue: a tile of rows by columns, the sums of which are there."""
-
-    def __init__(self, step: MatmulStep):
-        super().__init__(step.program, Schedule("pointwise"))
-        self._made, self._tile = made, tile = step.product, step.tile
-        self.line(f"m = (top + tl.arange(0, {tile.m}))[:, None]")
-        for direction, dim in _TILE_DIRECTIONS.items():
-            within = step.program.reduced if direction == "m" else ()
-            self.flat_axes((*along(step.program, direction), *within), direction, dim)
-        self.bounded("y", "m", made.m, tile.m)
-        self.bounded("x", "n", made.n, tile.n)
-
-    def _load(self, op: Op) -> str:
-        return _SUMS[op.buffer] if op.buffer in _SUMS else super()._load(op)
-
-    def _store(self, op: Op) -> str:
-        """Every element of the tile, also where the product is a row or a column."""
-        if self.program.ops[op.inputs[0]].kind == "reduce":
-            return self._store_sums(op)
-        assert op.index is not None
-        address = self._address(op)
-        if not {"x", "y"} <= self.address_spans(op.index):
-            address += " + (m + n) * 0"
-        mask = self._mask({"x", "y"}, None)
-        tail = f", {mask}" if mask else ""
-        return f"tl.store({op.buffer}_ptr + {address}, {self.value(op.inputs[0])}{tail})"
-
-    def _reduce(self, op: Op) -> str:
-        """The sums of each column, in parts: [parts of the tile, columns]."""
-        tile, rows = self._tile, rows_of_part(self.program)
-        columns = tile.n // tile.parts
-        value = self.full(self.tensor(op.inputs[0]), f"[{tile.m}, {columns}]")
-        value = self.guarded(value, op.fn, op.dtype, ("y",))
-        parted = f"tl.reshape({value}, [{tile.m // rows}, {rows}, {columns}])"
-        return f"tl.sum({parted}, axis=1)"
-
-    def _store_sums(self, op: Op) -> str:
-        """To [parts, columns] of the whole product; parts below its last row are none."""
-        tile, rows, made = self._tile, rows_of_part(self.program), self._made
-        part = f"(top // {rows} + tl.arange(0, {tile.m // rows}))[:, None]"
-        wide = expressions.needs_wide(self.program.buffer(op.buffer).elements)
-        masks = [self.masks["x"]] if "x" in self.masks else []
-        if "y" in self.masks:
-            masks.append(f"({part} * {rows} < {expressions.extent(made.m)})")
-        place = f"({part}{'.to(tl.int64)' if wide else ''} * ({expressions.extent(made.n)}) + n)"
-        tail = f", {' & '.join(masks)}" if masks else ""
-        return f"tl.store({op.buffer}_ptr + {place}, {self.value(op.inputs[0])}{tail})"
-
-
-def _epilogue(step: MatmulStep, name: str) -> str:
-    writer = _Epilogue(step)
-    for position in range(len(step.program.ops)):
-        writer.write(position)
-    operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
-    head = [
-        "@triton.jit",
-        f"def {name}_epilogue(sums, others, b, top, n, operands):",
-        *(f"    {operand} = operands[{place}]" for place, operand in enumerate(operands)),
-    ]
-    return "\n".join(head + writer.lines) + "\n"
-
-
-def _parameter(buffer: Buffer) -> str:
-    return buffer.name if buffer.role == "scalar" else f"{buffer.name}_ptr"
-
-
-# --- the kernel
-
-
 def _kernel(step: MatmulStep, name: str) -> str:
     made, tile = step.product, step.tile
-    parameters = [*map(_parameter, step.buffers), *step.size_symbols]
-    second = made.rights[1] if len(made.rights) > 1 else None
-    sizes = ", ".join(expressions.size(size) for size in (made.batch, made.m, made.n, made.k))
-    operands = [*map(_parameter, step.tensors), *step.program.size_symbols]
-    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
-    if tile.loads == "descriptors":
-        template = "matmul_descriptors"
-        sizes = sizes.partition(", ")[2]  # there is no batch
-        flags = [made.left[1] == 1, *(strides[0] == 1 for strides in made.rights)]
-        flags += [False] * (3 - len(flags))
-    else:
-        template = "matmul"
-        even = ((tile.m, made.m), (tile.n, made.n), (tile.k, made.k))
-        flags = [tile.programs > 0, *(_divides(block, size) for block, size in even)]
-    space = " x ".join(str(size) for size in (made.batch, made.m, made.n, made.k))
+    parameters = [*map(parameter, step.buffers), *step.size_symbols]
+    spaces = [
+        " x ".join(map(str, (each.batch, each.m, each.n, *each.depths)))
+        for each in (part.product for part in step.parts)
+    ]
+    call = _group_call(step) if made.beside else _sums_call(step) if made.more else _call(step)
     return "\n".join(
         [
             "@triton.jit",
             f"def {name}({', '.join(parameters)}):",
-            f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {space}"""',
-            f"    {template}(",
-            f"        left_ptr, {', '.join(_rights(made))},",
-            f"        {sizes},",
-            f"        {_strides(made.left)}, {_strides(made.rights[0])},"
-            f" {_strides(second or (0, 0, 0))},",
-            f"        ({', '.join(operands)},), {name}_epilogue,",
-            f"        {', '.join(map(str, walk))},",
-            f"        {', '.join(map(str, flags))},",
+            f'    """{tile.m} x {tile.n} x {tile.k} of matmul over {", ".join(spaces)}"""',
+            f"    {call.template}(",
+            *(f"        {line}," for line in call.given),
+            f"        ({', '.join(_operands(step))},), {name}_epilogue,",
+            *(f"        {', '.join(map(str, each))}," for each in (call.walk, call.flags)),
             "    )",
             "",
         ]
     )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A template, and what it is called with: lines before the epilogue, and numbers behind it."""
+
+    template: str
+    given: tuple[str, ...]
+    walk: tuple[int, ...]
+    flags: tuple[bool, ...]
+
+
+def _call(step: MatmulStep) -> _Call:
+    made, tile = step.product, step.tile
+    second = made.rights[1] if len(made.rights) > 1 else (0, 0, 0)
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts)
+    if tile.loads == "descriptors":
+        template = "matmul_descriptors"
+        flags = [made.left[1] == 1, *(strides[0] == 1 for strides in made.rights)]
+        flags += [False] * (3 - len(flags))
+    else:
+        template = "matmul"
+        flags = _even(step)
+    given = (
+        f"left_ptr, {', '.join(_rights(made))}",
+        _sizes(step, made.k),
+        f"{_strides(made.left)}, {_strides(made.rights[0])}, {_strides(second)}",
+    )
+    return _Call(template, given, walk, tuple(flags))
+
+
+def _sums_call(step: MatmulStep) -> _Call:
+    """Of products that are added up."""
+    made, tile = step.product, step.tile
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts, len(made.depths))
+    if tile.loads == "descriptors":
+        template = "matmul_sums_descriptors"
+        flags = [made.left[1] == 1, made.rights[0][0] == 1]
+    else:
+        template = "matmul_sums"
+        flags = _even(step)
+    sides = [f"{buffer.name}_ptr" for buffer in made.operands]
+    given = (
+        f"{_tuple(sides[::2])}, {_tuple(sides[1::2])}",
+        _sizes(step),
+        _tuple(map(expressions.size, made.depths)),
+        _tuple(map(_strides, made.lefts)),
+        _tuple(map(_strides, made.all_rights)),
+    )
+    return _Call(template, given, walk, tuple(flags))
+
+
+def _group_call(step: MatmulStep) -> _Call:
+    """Of products beside each other."""
+    products, tile = [part.product for part in step.parts], step.tile
+    walk = (tile.m, tile.n, tile.k, tile.group, tile.parts, len(products))
+    first = products[0]
+    if tile.loads == "descriptors":
+        template, flags = "matmul_groups_descriptors", [first.left[1] == 1, first.rights[0][0] == 1]
+    else:
+        template, flags = "matmul_groups", _even(step)
+    suffixes = ["", *(f"_{place}" for place in range(1, len(products)))]
+    given = (
+        *(_tuple(f"{side}{suffix}_ptr" for suffix in suffixes) for side in ("left", "right")),
+        _tuple(expressions.size(each.m) for each in products),
+        _tuple(expressions.size(each.n) for each in products),
+        expressions.size(first.k),
+        _tuple(_strides(each.left) for each in products),
+        _tuple(_strides(each.rights[0]) for each in products),
+    )
+    return _Call(template, given, walk, tuple(flags))
+
+
+def _operands(step: MatmulStep) -> list[str]:
+    """What the epilogues are given, by the names of the kernel's parameters."""
+    found, begin = [], 0
+    for part in step.parts:
+        own = step.buffers[begin : begin + len(part.buffers)]
+        found += [parameter(buffer) for buffer in own[len(part.product.operands) :]]
+        found += part.program.size_symbols
+        begin += len(own)
+    return found
+
+
+def _tuple(items: Iterable[str]) -> str:
+    return f"({', '.join(items)})"
+
+
+def _sizes(step: MatmulStep, *more: Size) -> str:
+    """The extents of the results; behind descriptors there is no batch."""
+    made = step.product
+    batch = () if step.tile.loads == "descriptors" else (made.batch,)
+    return ", ".join(map(expressions.size, (*batch, made.m, made.n, *more)))
+
+
+def _even(step: MatmulStep) -> list[bool]:
+    """What is known where operands come by pointers: whether programs walk, and where blocks end
+    with the product.
+    """
+    products, tile = [part.product for part in step.parts], step.tile
+    return [
+        tile.programs > 0,
+        all(_divides(tile.m, each.m) for each in products),
+        all(_divides(tile.n, each.n) for each in products),
+        all(_divides(tile.k, depth) for each in products for depth in each.depths),
+    ]
 
 
 def _rights(made: Product) -> list[str]:

@@ -77,6 +77,21 @@ def aligned_mm(call: Call) -> Cost:
     return replace(cost, contractions=inner, staged_bytes=staged)
 
 
+def sum_of_products(call: Call) -> Cost:
+    """lefts [m, k_i], rights [k_i, n]: each product but the first reads what it is added to."""
+    pairs = list(zip(call.args[0], call.args[1], strict=True))
+    costs = [_product(call, left, right) for left, right in pairs]
+    further = len(pairs) - 1
+    total = sum((nbytes(spec) for spec in call.results), 0)
+    moved = _moved(call, tuple(inner for each in costs for inner in each.contractions))
+    return replace(
+        moved,
+        read_bytes=moved.read_bytes + further * total,
+        written_bytes=moved.written_bytes + further * total,
+        further_launches=further,
+    )
+
+
 def bmm(call: Call) -> Cost:
     return _product(call, call.args[0], call.args[1])
 

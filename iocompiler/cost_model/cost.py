@@ -51,7 +51,7 @@ class Cost:
     functions, which ``flops`` leaves out. ``flops`` counts the contractions' too. Of the written
     bytes, ``staged_bytes`` wait in L2 until the arithmetic that makes them is done, and are copied
     from there. ``relaid_bytes`` a library moves before and after, to have its operands in the order
-    of storage it computes in.
+    of storage it computes in. ``further_launches`` come behind the first.
     """
 
     read_bytes: Size = 0
@@ -61,6 +61,7 @@ class Cost:
     contractions: tuple[Contraction, ...] = ()
     staged_bytes: Size = 0
     relaid_bytes: Size = 0
+    further_launches: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -71,6 +72,7 @@ class Cost:
             self.contractions + other.contractions,
             self.staged_bytes + other.staged_bytes,
             self.relaid_bytes + other.relaid_bytes,
+            self.further_launches + other.further_launches,
         )
 
     @property

@@ -15,14 +15,18 @@ def matmul_cost(made: Product, program: TileProgram) -> Cost:
     rights = len(made.rights)
     moved = epilogue_traffic(made, program)
     operands = sum(made.elements_read, 0) * made.dtype.itemsize
-    inner = Contraction(made.batch, made.m, made.n, made.k, made.dtype, is_aligned(made))
-    return Cost(
+    depths = (*[made.k] * rights, *made.depths[1:])
+    inner = tuple(
+        Contraction(made.batch, made.m, made.n, k, made.dtype, is_aligned(made)) for k in depths
+    )
+    own = Cost(
         moved.read_bytes + operands,
         moved.written_bytes,
-        moved.flops + inner.flops * rights,
+        moved.flops + sum((each.flops for each in inner), 0),
         moved.transcendentals,
-        (inner,) * rights,
+        inner,
     )
+    return sum((matmul_cost(*other) for other in made.beside), own)
 
 
 def epilogue_traffic(made: Product, program: TileProgram) -> Traffic:
@@ -34,9 +38,9 @@ def epilogue_traffic(made: Product, program: TileProgram) -> Traffic:
 
 def is_aligned(made: Product) -> bool:
     """Whether rows of every operand start on boundaries that its loads need to be whole."""
-    if not made.aligned:
+    if not made.aligned or not all(is_aligned(other) for other, _ in made.beside):
         return False
-    for row, column, batch in (made.left, *made.rights):
+    for row, column, batch in (*made.lefts, *made.all_rights):
         leading = row if column == 1 else column if row == 1 else None
         if leading is None or not (made.is_whole(leading) and made.is_whole(batch)):
             return False

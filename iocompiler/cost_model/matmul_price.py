@@ -24,6 +24,7 @@ from iocompiler.cost_model.matmul_tiles import NARROW, Space
 from iocompiler.cost_model.roofline import FILL_K, TRANSCENDENTAL_FLOPS, vector_rate
 from iocompiler.plan.column_sums import rows_of_part
 from iocompiler.plan.product import MatmulTile, Product
+from iocompiler.tile.index import Size
 from iocompiler.tile.program import TileProgram
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -71,24 +72,29 @@ def template_time(
     device: Device,
     hints: Mapping[str, int],
 ) -> TemplateTime:
-    """Of the products, and of an epilogue that stores one or several tensors."""
+    """Of the products, and of epilogues that store one or several tensors."""
     space = Space(made, program, device, hints)
     slots = tile.programs or device.sm_count * space.resident(tile)
     filled = -(-space.tiles(tile) // slots) * slots
-    depth = -(-space.sizes[2] // tile.k) * tile.k + FILL_K
+    depth = space.steps(tile) * tile.k + FILL_K
     flops = 2 * filled * tile.m * tile.n * depth * len(made.rights)
     rate = device.matmul_rate(made.dtype) * NARROW.get(min(tile.m, tile.n), 1.0)
-    moved = epilogue_traffic(made, program)
-    operands = sum(made.elements_read, 0) * made.dtype.itemsize
-    work = moved.flops + TRANSCENDENTAL_FLOPS * moved.transcendentals
-    sums = sum(op.kind == "reduce" for op in program.ops)
-    work += sums * (SUM_FLOPS // rows_of_part(program)) * made.batch * made.m * made.n
+    read: Size = 0
+    written: Size = 0
+    work: Size = 0
+    for each, epilogue in ((made, program), *made.beside):
+        moved = epilogue_traffic(each, epilogue)
+        read += sum(each.elements_read, 0) * made.dtype.itemsize + moved.read_bytes
+        written += moved.written_bytes
+        work += moved.flops + TRANSCENDENTAL_FLOPS * moved.transcendentals
+        sums = sum(op.kind == "reduce" for op in epilogue.ops)
+        work += sums * (SUM_FLOPS // rows_of_part(epilogue)) * each.batch * each.m * each.n
     return TemplateTime(
         flops / rate,
-        value_of(operands + moved.read_bytes, hints) / device.memory_rate,
+        value_of(read, hints) / device.memory_rate,
         device.launch_s
         + AROUND_S
-        + value_of(moved.written_bytes, hints) / device.memory_rate
+        + value_of(written, hints) / device.memory_rate
         + value_of(work, hints) / vector_rate(device, torch.float32),
     )
 

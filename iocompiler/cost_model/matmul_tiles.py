@@ -117,7 +117,8 @@ class Space:
         """Every tile whose sums fit the registers and whose loads fit the shared memory; parts of
         column sums lie in one.
         """
-        m, n, k, _ = self.sizes
+        sizes = [each.sizes[:3] for each in self._launched]
+        m, n, k = (max(extents) for extents in zip(*sizes, strict=True))
         part = rows_of_part(self.program)
         for rows in (block for block in _around(_BLOCKS, m) if block % part == 0):
             for columns in _around(_BLOCKS, n):
@@ -149,7 +150,8 @@ class Space:
     def _parts(self, sums: int) -> int:
         """What the epilogue loads and makes stands beside the sums: the more, the smaller parts."""
         parts = 2 if sums > _MOST_SUMS // 2 else 1
-        return 2 * parts if self._wide_accesses >= _MANY_ACCESSES else parts
+        most = max(each._wide_accesses for each in self._launched)
+        return 2 * parts if most >= _MANY_ACCESSES else parts
 
     @cached_property
     def _wide_accesses(self) -> int:
@@ -224,14 +226,31 @@ class Space:
     @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         made = self.made
-        m, n, k, batch = (
-            max(1, round(value_of(s, self.hints))) for s in (made.m, made.n, made.k, made.batch)
-        )
-        return m, n, k, batch
+        m, n, batch = (max(1, round(value_of(s, self.hints))) for s in (made.m, made.n, made.batch))
+        return m, n, sum(self.depths), batch
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """The inner extent of each product of a sum."""
+        return tuple(max(1, round(value_of(k, self.hints))) for k in self.made.depths)
+
+    def steps(self, tile: MatmulTile) -> int:
+        """Of the inner extents: a step has operands of one product."""
+        return sum(-(-k // tile.k) for k in self.depths)
+
+    @cached_property
+    def beside(self) -> tuple[Space, ...]:
+        """Those of the other products of the launch."""
+        return tuple(Space(*other, self.device, self.hints) for other in self.made.beside)
+
+    @property
+    def _launched(self) -> tuple[Space, ...]:
+        return (self, *self.beside)
 
     def tiles(self, tile: MatmulTile) -> int:
         m, n, _, batch = self.sizes
-        return batch * -(-m // tile.m) * -(-n // tile.n)
+        own = batch * -(-m // tile.m) * -(-n // tile.n)
+        return own + sum(other.tiles(tile) for other in self.beside)
 
     # --- how long it takes
 
@@ -241,7 +260,7 @@ class Space:
         tiles = self.tiles(tile)
         each = -(-tiles // device.sm_count)  # of the busiest multiprocessor
         beside = min(resident, each)
-        steps = -(-self.sizes[2] // tile.k)
+        steps = self.steps(tile)
         filling, once = self._filling(tile), 0.0
         if tile.loads == "descriptors":
             once = _DESCRIPTORS_S
@@ -280,8 +299,8 @@ class Space:
     def _finishing(self, tile: MatmulTile) -> float:
         """The epilogue of one tile by itself."""
         moved, work = self.epilogue
-        m, n, _, batch = self.sizes
-        share = tile.m * tile.n / (batch * m * n)
+        whole = sum(each.sizes[0] * each.sizes[1] * each.sizes[3] for each in self._launched)
+        share = tile.m * tile.n / whole
         part = moved * share
         device = self.device
         computing = work * share * device.sm_count / device.vector_flops
@@ -299,6 +318,7 @@ class Space:
         columns = min(max(1, wave // rows), -(-n // tile.n))
         waves = max(1.0, self.tiles(tile) / (rows * columns))
         once = batch * (m + n * rights) * k * size
+        once += sum(other.sizes[1] * k * size for other in self.beside)
         again = waves * (rows * tile.m + columns * tile.n * rights) * k * size
         operands = once if once <= self.device.l2_bytes else max(once, again)
         others, _ = self.epilogue
@@ -306,10 +326,12 @@ class Space:
 
     @cached_property
     def epilogue(self) -> tuple[float, float]:
-        """Bytes and arithmetic of the epilogue of all tiles."""
+        """Bytes and arithmetic of the epilogues of all tiles."""
         moved = epilogue_traffic(self.made, self.program)
         special = TRANSCENDENTAL_FLOPS * value_of(moved.transcendentals, self.hints)
-        return value_of(moved.bytes, self.hints), value_of(moved.flops, self.hints) + special
+        own = value_of(moved.bytes, self.hints), value_of(moved.flops, self.hints) + special
+        others = [other.epilogue for other in self.beside]
+        return own[0] + sum(bytes for bytes, _ in others), own[1] + sum(work for _, work in others)
 
 
 def _around(blocks: tuple[int, ...], size: int) -> tuple[int, ...]:

@@ -85,7 +85,8 @@ def time(
     copied = value_of(cost.staged_bytes, hints)
     copying = max(copied / device.l2_bytes_per_s, copied / device.memory_rate)
     relaying = value_of(relaid_bytes(cost, device, dtype, tf32), hints) / device.memory_rate
-    return device.launch_s + max(moving, computing, contracting) + copying + relaying
+    launching = (1 + cost.further_launches) * device.launch_s
+    return launching + max(moving, computing, contracting) + copying + relaying
 
 
 def relaid_bytes(cost: Cost, device: Device, dtype: torch.dtype, tf32: bool = False) -> Size:

@@ -168,6 +168,7 @@ ROWS: tuple[Row, ...] = (
     Row("scatter_add scatter_reduce index_add index_reduce", scattered("self", flops=1)),
     Row("mm", contractions.mm),
     Row("iocompiler.aligned_mm", contractions.aligned_mm),
+    Row("iocompiler.sum_of_products", contractions.sum_of_products),
     Row("addmm _addmm_activation", contractions.addmm),
     Row("bmm", contractions.bmm),
     Row("baddbmm", contractions.baddbmm),

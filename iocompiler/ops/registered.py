@@ -13,6 +13,7 @@ from iocompiler.ops import (
     packed_gradients,
     random,
     scored_attention,
+    sum_of_products,
 )
 from iocompiler.ops.library import function
 
@@ -28,4 +29,5 @@ __all__ = [
     "packed_gradients",
     "random",
     "scored_attention",
+    "sum_of_products",
 ]

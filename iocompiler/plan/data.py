@@ -8,7 +8,7 @@ reads names that stand before it.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -121,7 +121,7 @@ class MatmulStep:
     ``program`` is the epilogue: pointwise over the results' axes, named b.., m.. and n.. by the
     direction they lie in. Its first buffers, one a product, are the float32 sums [batch, m, n],
     which never are in memory. ``args`` are value names in the order of `buffers`; the rest is as in
-    a `KernelStep`.
+    a `KernelStep`. Of a product with others beside it, program and `sums` are the first one's.
     """
 
     name: str
@@ -149,14 +149,40 @@ class MatmulStep:
         return self.program.buffers[len(self.product.rights) :]
 
     @property
+    def parts(self) -> tuple[MatmulStep, ...]:
+        """Itself; or for each of several products beside each other what its own step would be,
+        which makes nothing.
+        """
+        if not self.product.beside:
+            return (self,)
+        found, begin = [], 0
+        for made, program in (
+            (replace(self.product, beside=()), self.program),
+            *self.product.beside,
+        ):
+            part = replace(self, product=made, program=program, args=(), outputs=())
+            end = begin + len(part.buffers)
+            found.append(replace(part, args=self.args[begin:end]))
+            begin = end
+        return tuple(found)
+
+    @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """What stands behind each of ``args``: the products' operands, then `tensors`."""
-        return self.product.operands + self.tensors
+        """What stands behind each of ``args``: the products' operands, then `tensors`; then those
+        of the products beside it, their names numbered.
+        """
+        own = self.product.operands + self.tensors
+        for place, part in enumerate(self.parts[1:], 1):
+            own += tuple(replace(b, name=f"{b.name}_{place}") for b in part.buffers)
+        return own
 
     @property
     def size_symbols(self) -> tuple[str, ...]:
         """The sizes that are passed after the buffers."""
-        return tuple(sorted({*self.program.size_symbols, *self.product.size_symbols}))
+        found = {*self.program.size_symbols, *self.product.size_symbols}
+        for made, program in self.product.beside:
+            found |= {*program.size_symbols, *made.size_symbols}
+        return tuple(sorted(found))
 
     @property
     def kernel(self) -> Hashable:

@@ -39,7 +39,8 @@ _CHECKS = frozenset(
 # What a library does best: a call of it is no gap in the planner.
 _LIBRARY = {
     **dict.fromkeys(
-        ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "aligned_mm"), "contraction: cuBLAS"
+        ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "aligned_mm", "sum_of_products"),
+        "contraction: cuBLAS",
     ),
     **dict.fromkeys(("convolution", "convolution_backward"), "contraction: cuDNN"),
     **dict.fromkeys(
@@ -67,6 +68,8 @@ _LIBRARY = {
 }
 
 LIBRARY_REASONS = frozenset(_LIBRARY.values())
+WHY = "; "
+"""Behind the reason for a call may stand why nothing else does its work."""
 
 # Beyond this many operations a shared value is stored, not recomputed by each of its readers.
 _RECOMPUTE_OPS = 40

@@ -20,6 +20,17 @@ Strides = tuple[Size, Size, Size]
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A left [m, k] and a right [k, n] matrix: names, and strides along rows, along columns, along
+    the batch.
+    """
+
+    k: Size
+    left: tuple[str, Strides]
+    right: tuple[str, Strides]
+
+
+@dataclass(frozen=True)
 class Factors:
     """A product [batch, m, n] of left [m, k] and right [k, n], as one call makes it.
 
@@ -30,6 +41,7 @@ class Factors:
         elements: from the result's first to its last.
         tf32: float32 operands are rounded to it.
         start: the first column of a whole product that is meant.
+        more: whose products are added to it.
     """
 
     title: str
@@ -45,18 +57,25 @@ class Factors:
     elements: Size
     tf32: bool
     start: Size = 0
+    more: tuple[Pair, ...] = ()
 
     def halves(self) -> tuple[Factors, Factors] | None:
         """Its left and its right columns as two products of one left operand."""
         half = divide(self.n, 2)
-        if half is None:
+        if half is None or self.more:
             return None
         return replace(self, n=half), replace(self, n=half, start=half)
 
     @property
     def reads(self) -> tuple[str, ...]:
         added = (self.added[0],) if self.added is not None else ()
-        return (self.left[0], self.right[0], *added)
+        return (*self.operands, *added)
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """In the order of a `Product`'s."""
+        more = [side[0] for pair in self.more for side in (pair.left, pair.right)]
+        return (self.left[0], self.right[0], *more)
 
     def pairs_with(self, other: Factors) -> bool:
         """Whether both are products of one left operand, of equal shape."""
@@ -65,6 +84,8 @@ class Factors:
             (other.batch, other.m, other.n, other.k),
         )
         same = all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        if self.more or other.more:
+            return False
         return same and (self.left, self.dtype) == (other.left, other.dtype)
 
     def added_to(self, name: str) -> Added | None:
@@ -80,41 +101,51 @@ def factors_of(step: AtenStep, specs: Mapping[str, TensorSpec]) -> Factors | Non
     read = _OPERATORS.get(step.target)
     if read is None or any(value != 1 for _, value in step.kwargs) or len(step.outputs) != 1:
         return None
-    left, right, added = read(step.args)
+    pairs, added = read(step.args)
     ((name, spec),) = step.outputs
     if name is None or spec is None or spec.dtype not in DTYPES:
         return None
-    for tensor in (left, right, added) if added is not None else (left, right):
+    operands = [operand for pair in pairs for operand in pair]
+    for tensor in (*operands, added) if added is not None else operands:
         there = specs.get(tensor.name) if isinstance(tensor, Ref) else None
         if there is None or (there.dtype, there.device) != (spec.dtype, spec.device):
             return None
-    a, b = specs[left.name], specs[right.name]
+    first, *more = (_pair(left.name, right.name, specs) for left, right in pairs)
     batch = spec.shape[0] if len(spec.shape) == 3 else 1
     m, n = spec.shape[-2:]
     return Factors(
         step.target.split(".")[1],
-        batch, m, n, a.shape[-1], spec.dtype,
-        (left.name, _strides(a)),
-        (right.name, _strides(b)),
+        batch, m, n, first.k, spec.dtype,
+        first.left,
+        first.right,
         _by_direction(spec),
         (added.name, _spread(specs[added.name], len(spec.shape)), _elements(specs[added.name]))
         if added is not None
         else None,
         _elements(spec),
         spec.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32),
+        more=tuple(more),
     )  # fmt: skip
 
 
-_Read = Callable[[tuple[Any, ...]], tuple[Any, Any, Any]]
+def _pair(left: str, right: str, specs: Mapping[str, TensorSpec]) -> Pair:
+    a, b = specs[left], specs[right]
+    return Pair(a.shape[-1], (left, _strides(a)), (right, _strides(b)))
+
+
+_Read = Callable[[tuple[Any, ...]], tuple[list[tuple[Any, Any]], Any]]
 
 _OPERATORS: dict[str, _Read] = {
-    "aten.mm.default": lambda args: (args[0], args[1], None),
-    "aten.bmm.default": lambda args: (args[0], args[1], None),
-    "aten.addmm.default": lambda args: (args[1], args[2], args[0]),
-    "aten.baddbmm.default": lambda args: (args[1], args[2], args[0]),
-    "iocompiler.aligned_mm.default": lambda args: (args[0], args[1], args[2]),
+    "aten.mm.default": lambda args: ([args[:2]], None),
+    "aten.bmm.default": lambda args: ([args[:2]], None),
+    "aten.addmm.default": lambda args: ([args[1:3]], args[0]),
+    "aten.baddbmm.default": lambda args: ([args[1:3]], args[0]),
+    "iocompiler.aligned_mm.default": lambda args: ([args[:2]], args[2]),
+    "iocompiler.sum_of_products.default": lambda args: (list(zip(*args, strict=True)), None),
 }
-"""Of each operator's arguments: left, right, and what is added to their product."""
+"""Of each operator's arguments: pairs of left and right whose products are added up, and what is
+added to them.
+"""
 
 
 def _strides(spec: TensorSpec) -> Strides:

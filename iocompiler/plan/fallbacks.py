@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from iocompiler.errors import FallbackTooLarge
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import AtenStep, Plan
-from iocompiler.plan.dataflow import LIBRARY_REASONS, nbytes
+from iocompiler.plan.dataflow import LIBRARY_REASONS, WHY, nbytes
 
 
 def check_fallbacks(plan: Plan, gm: GraphModule, allowed: int) -> None:
@@ -19,7 +19,7 @@ def check_fallbacks(plan: Plan, gm: GraphModule, allowed: int) -> None:
     """
     nodes, hints = {node.name: node for node in gm.graph.nodes}, size_hints(gm)
     for step in plan.steps:
-        if not isinstance(step, AtenStep) or step.reason in LIBRARY_REASONS:
+        if not isinstance(step, AtenStep) or step.reason.partition(WHY)[0] in LIBRARY_REASONS:
             continue
         node = nodes[step.node]
         written = 0 if _is_view(node) else nbytes(node, hints)

@@ -12,11 +12,13 @@ from dataclasses import replace
 
 from iocompiler.plan.column_sums import Resized, folding
 from iocompiler.plan.data import (
+    AtenStep,
     Plan,
     Step,
     ViewStep,
     made,
 )
+from iocompiler.plan.dataflow import WHY
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Site, SiteKey, sites
 
@@ -49,16 +51,26 @@ def folded(plan: Plan, chosen: Mapping[SiteKey, MatmulTile]) -> Plan:
 
 
 def with_reasons(plan: Plan, reasons: Mapping[SiteKey, str]) -> Plan:
-    """The plan with other reasons why the products of some sites pass through memory."""
+    """The plan with other reasons why the products of some sites pass through memory; of those by
+    themselves, why they are the library's.
+    """
+    alone: dict[int, str] = {}
     changed: dict[tuple[str, str], str] = {}
     for site in sites(plan) if reasons else ():
         if site.key in reasons:
             changed |= dict.fromkeys(_edges(plan, site), reasons[site.key])
+            if not site.has_kernel:
+                alone |= dict.fromkeys(site.places, reasons[site.key])
     unfused = tuple(
         replace(edge, reason=changed.get((edge.producer, edge.consumer), edge.reason))
         for edge in plan.unfused
     )
-    return replace(plan, unfused=unfused)
+    steps = list(plan.steps)
+    for place, reason in alone.items():
+        step = steps[place]
+        assert isinstance(step, AtenStep)
+        steps[place] = replace(step, reason=f"{step.reason}{WHY}{reason}")
+    return replace(plan, steps=tuple(steps), unfused=unfused)
 
 
 def _edges(plan: Plan, site: Site) -> set[tuple[str, str]]:

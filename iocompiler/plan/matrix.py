@@ -84,6 +84,13 @@ def epilogue(program: TileProgram, products: Sequence[Made]) -> TileProgram:
     return found
 
 
+def stored(made: Made) -> TileProgram:
+    """The epilogue that does nothing but store the product."""
+    sizes = zip(DIRECTIONS, made.shape, strict=True)
+    axes = tuple(Axis(f"{name}0", size) for name, size in sizes if not equal(size, 1))
+    return _with_sums(TileProgram(axes, (), (), ()), [made])
+
+
 # --- the axes
 
 

@@ -25,7 +25,7 @@ class Priced:
     """A site by the model, as it stands and as one step with the tile that `choose` gives it.
 
     Attributes:
-        library_s: of the library's calls. kernel_s: of the kernel behind them.
+        library_s: of the library's calls. kernel_s: of the kernel behind them, if any.
         folded_s: of the step; None where nothing was measured that says so.
     """
 
@@ -44,7 +44,7 @@ class Priced:
         """Why its products pass through memory, where it does not pay."""
         assert self.folded_s is not None
         apart = (self.library_s + self.kernel_s) * 1e6
-        return f"library and kernel {apart:.1f} us, in one {self.folded_s * 1e6:.1f} us: modeled"
+        return f"{self.site.apart} {apart:.1f} us, in one {self.folded_s * 1e6:.1f} us: modeled"
 
 
 def priced(
@@ -72,13 +72,15 @@ def priced(
             continue
         if key not in tiles:
             tiles[key] = choose(*key, device, hints)
-        *products, kernel = (plan.steps[place] for place in site.places)
-        assert isinstance(kernel, KernelStep)
+        calls = [plan.steps[place] for place in site.places]
+        kernel = calls.pop() if site.has_kernel else None
         found[key] = Priced(
             site,
             tiles[key],
-            sum(_call_seconds(step, specs, device, hints) for step in products),
-            kernel_seconds(kernel.program, device, hints),
+            sum(_call_seconds(step, specs, device, hints) for step in calls),
+            kernel_seconds(kernel.program, device, hints)
+            if isinstance(kernel, KernelStep)
+            else 0.0,
             matmul_seconds(*key, tiles[key], device, hints),
         )
     return tuple(found.values())

@@ -41,13 +41,31 @@ class MatmulTile:
     loads: Literal["pointers", "descriptors"] = "pointers"
 
 
+UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
+"""The tile of a step nobody has chosen one for."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product that is added to the first: its inner extent ``k``, and the strides of its left and
+    right operand as in `Product`.
+    """
+
+    k: Size
+    left: tuple[Size, Size, Size]
+    right: tuple[Size, Size, Size]
+
+
 @dataclass(frozen=True)
 class Product:
     """``batch`` products of a left [m, k] and one or two right [k, n] matrices of ``dtype``, summed
     in float32.
 
     ``left`` and ``rights`` are strides in elements: along rows, along columns, along the batch;
-    ``starts`` the elements at which the right ones begin in their tensors.
+    ``starts`` the elements at which the right ones begin in their tensors. The product of one right
+    operand is added up with those of ``more``, in one sum. ``beside`` are other products that one
+    launch makes, each with its epilogue, none with a batch; what ``shares`` names, "left" or
+    "right", is the operand of the first of them.
     ``aligned``: each starts at a multiple of 16 bytes where the tensor does whose memory it shows.
     """
 
@@ -60,35 +78,75 @@ class Product:
     rights: tuple[tuple[Size, Size, Size], ...]
     starts: tuple[Size, ...]
     aligned: bool = True
+    more: tuple[Term, ...] = ()
+    beside: tuple[tuple[Product, TileProgram], ...] = ()
+    shares: Literal["", "left", "right"] = ""
+
+    @property
+    def depths(self) -> tuple[Size, ...]:
+        """The inner extent of each product that is added up."""
+        return (self.k, *(term.k for term in self.more))
+
+    @property
+    def lefts(self) -> tuple[tuple[Size, Size, Size], ...]:
+        """The strides of every left operand."""
+        return (self.left, *(term.left for term in self.more))
+
+    @property
+    def all_rights(self) -> tuple[tuple[Size, Size, Size], ...]:
+        """The strides of every right operand."""
+        return (*self.rights, *(term.right for term in self.more))
 
     @property
     def operands(self) -> tuple[Buffer, ...]:
-        """What the products read, as parameters of a kernel: "left", "right" and "second"."""
-        named = zip(("right", "second"), self.rights, self.starts, strict=False)
-        sides = [("left", (self.m, self.k), self.left, 0)]
-        sides += [(name, (self.k, self.n), strides, start) for name, strides, start in named]
+        """What the products read, those beside left out, as parameters of a kernel: "left", "right"
+        and "second"; then "left1", "right1" and so on of those that are added.
+        """
         return tuple(
             Buffer(name, self.dtype, "in", start + _extent((*shape, self.batch), strides))
-            for name, shape, strides, start in sides
+            for name, shape, strides, start in self._sides
         )
 
     @property
     def elements_read(self) -> tuple[Size, ...]:
-        """Distinct elements of each operand: one that the batch shares is there once."""
-        shapes = [(self.m, self.k), *[(self.k, self.n)] * len(self.rights)]
+        """Distinct elements of each operand: one that the batch shares is there once, what another
+        product reads not at all.
+        """
         return tuple(
             product([n for n, stride in zip((*shape, self.batch), s, strict=True) if stride != 0])
-            for shape, s in zip(shapes, (self.left, *self.rights), strict=True)
+            if name != self.shares
+            else 0
+            for name, shape, s, _ in self._sides
         )
+
+    @property
+    def _sides(self) -> list[tuple[str, tuple[Size, Size], tuple[Size, Size, Size], Size]]:
+        """Of each operand: name, shape, strides and where it begins."""
+        named = zip(("right", "second"), self.rights, self.starts, strict=False)
+        sides = [("left", (self.m, self.k), self.left, 0)]
+        sides += [(name, (self.k, self.n), strides, start) for name, strides, start in named]
+        for place, term in enumerate(self.more, 1):
+            sides.append((f"left{place}", (self.m, term.k), term.left, 0))
+            sides.append((f"right{place}", (term.k, self.n), term.right, 0))
+        return sides
 
     @property
     def takes_descriptors(self) -> bool:
         """Whether every operand is one matrix, with rows or columns that run along memory and start
-        at multiples of 16 bytes wherever the matrix does.
+        at multiples of 16 bytes wherever the matrix does; those of one place in the kernel lie
+        alike.
         """
-        if not (isinstance(self.k, int) and isinstance(self.n, int) and self.k and self.n):
+        if not all(isinstance(size, int) and size for size in (self.n, *self.depths)):
             return False
-        strides = (self.left, *self.rights)
+        made = [self, *(other for other, _ in self.beside)]
+        if not all(other.takes_descriptors and other.k == self.k for other, _ in self.beside):
+            return False
+        if self.more or self.beside:
+            lefts = {side[1] == 1 for each in made for side in each.lefts}
+            rights = {side[0] == 1 for each in made for side in each.all_rights}
+            if len(lefts) > 1 or len(rights) > 1:
+                return False
+        strides = (*self.lefts, *self.all_rights)
         return self.aligned and self.batch == 1 and all(map(self._strides_fit, strides))
 
     def _strides_fit(self, strides: tuple[Size, Size, Size]) -> bool:
@@ -102,7 +160,8 @@ class Product:
 
     @property
     def size_symbols(self) -> frozenset[str]:
-        sizes = (self.batch, self.m, self.n, self.k, *self.left, *sum(self.rights, self.starts))
+        strides = sum((*self.lefts, *self.all_rights), self.starts)
+        sizes: tuple[Size, ...] = (self.batch, self.m, self.n, *self.depths, *strides)
         return frozenset(s.name for n in sizes if not isinstance(n, int) for s in n.free_symbols)
 
 

@@ -6,27 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeAlias
 
-from iocompiler.cost_model.call import call_of_step, resolve
+from iocompiler.plan.alone import beside, sums
 from iocompiler.plan.column_sums import Resized, folds_any, has_column_sums
 from iocompiler.plan.data import (
     AtenStep,
     KernelStep,
     MatmulStep,
     Plan,
-    Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
 )
 from iocompiler.plan.factors import Factors, factors_of
+from iocompiler.plan.look import Look
 from iocompiler.plan.matrix import Made, NoEpilogue, epilogue
-from iocompiler.plan.moving import bases_of, names_read, storage, storages, written
-from iocompiler.plan.product import MatmulTile, Product
+from iocompiler.plan.moving import names_read
+from iocompiler.plan.product import UNCHOSEN, Product
 from iocompiler.plan.sizes import equal
-from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
 
 SiteKey: TypeAlias = tuple[Product, TileProgram]
@@ -40,29 +38,34 @@ _MOST_BUFFERS = 16
 # float64 was 2.6 to 3.5 times the library's
 _TF32 = "in TF32 the library rounds operands, which the template would cut off"
 
-# the tile of a step nobody has chosen one for
-UNCHOSEN = MatmulTile(0, 0, 0, 0, 0)
-
 
 @dataclass(frozen=True)
 class Site:
-    """A kernel that can be the epilogue of the products it reads.
+    """A kernel that can be the epilogue of the products it reads; or products by themselves, that
+    are added up, or share an operand.
 
     Attributes:
         name: one for all equal sites of the plan, in every process.
         step: what would run instead; its tile is `UNCHOSEN`.
-        places: of the products' steps and, last, of the kernel's, in the plan.
+        places: of the products' steps and, last, of the kernel's, if any, in the plan.
         parts: the tensors of column sums in parts that have other parts then.
+        has_kernel: behind the products.
     """
 
     name: str
     step: MatmulStep
     places: tuple[int, ...]
     parts: Mapping[str, Resized] = field(default_factory=dict)
+    has_kernel: bool = True
 
     @property
     def key(self) -> SiteKey:
         return self.step.key
+
+    @property
+    def apart(self) -> str:
+        """What runs as it stands."""
+        return "library and kernel" if self.has_kernel else "library"
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ def sites(plan: Plan) -> tuple[Site, ...]:
 
 
 def survey(plan: Plan) -> Iterator[Site | Declined]:
-    """Every kernel that reads a product element by element: a site, or why it is none. A result
-    written over what dies (`in_place`) comes too late for one.
+    """Every kernel that reads a product element by element: a site, or why it is none; then, of
+    what is part of none, sums of products, and products that share an operand. A result written
+    over what dies (`in_place`) comes too late for one.
     """
     look = _Look(plan)
     names: dict[SiteKey, str] = {}
@@ -97,6 +101,9 @@ def survey(plan: Plan) -> Iterator[Site | Declined]:
             found = replace(found, name=name)
         if found is not None:
             yield found
+    for step, places in chain(sums(look), beside(look)):
+        name = names.setdefault(step.key, _unused(step.name, names))
+        yield Site(name, step, places, has_kernel=False)
 
 
 def _is_by_element(step: KernelStep) -> bool:
@@ -111,31 +118,8 @@ def _unused(wish: str, names: Mapping[SiteKey, str]) -> str:
     return name
 
 
-class _Look:
+class _Look(Look):
     """A plan seen from the kernels that may be epilogues."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.steps = plan.steps
-        self.bases = bases_of(plan.steps)
-        self.views = {step.name: step for step in plan.steps if isinstance(step, ViewStep)}
-        self.specs = {name: spec for name, spec in plan.inputs if spec is not None}
-        self.maker: dict[str, int] = {}
-        for place, step in enumerate(plan.steps):
-            self.specs |= made(step)
-            self.maker |= dict.fromkeys(made(step), place)
-        self.last: dict[str, int] = {}
-        for place, step in enumerate(plan.steps):
-            if not isinstance(step, ViewStep):
-                self.last |= dict.fromkeys(self._roots(names_read(step)), place)
-        left = {r.name for r in references(plan.outputs)}
-        self.last |= dict.fromkeys(self._roots(left), len(plan.steps))
-        self.taken: set[int] = set()
-
-    def _roots(self, names: set[str]) -> set[str]:
-        return storages(names, self.bases)
-
-    def _root(self, name: str) -> str:
-        return storage(name, self.bases)
 
     def at(self, place: int, step: KernelStep) -> Site | Declined | None:
         """The site of the kernel; None where it reads no product."""
@@ -170,7 +154,7 @@ class _Look:
         """The products the kernel reads whole, by the values they make, the longest sums first."""
         found: dict[str, Factors] = {}
         for name, buffer in zip(step.args, step.buffers, strict=True):
-            root = self._root(name)
+            root = self.root(name)
             place = self.maker.get(root)
             if buffer.role != "in" or place is None or place in self.taken or root in found:
                 continue
@@ -194,7 +178,7 @@ class _Look:
         if any(factors.tf32 for _, factors in products):
             raise NoEpilogue(_TF32)
         for number, (name, factors) in enumerate(products):
-            self._check_order(place, step, name, factors)
+            self.check_order(place, step, name, factors)
             rows.append((name, factors, self._made(place, step, name, factors, number)))
         program = epilogue(step.program, [row for _, _, row in rows])
         if len(program.ops) > _MOST_OPERATIONS or len(program.buffers) > _MOST_BUFFERS:
@@ -205,7 +189,7 @@ class _Look:
                 names[row.added.buffer.name] = factors.added[0]
             if row.kept is not None:
                 names[row.kept.name] = name
-        product = self._product([factors for _, factors, _ in rows])
+        product = self.product([factors for _, factors, _ in rows])
         places = dict.fromkeys(self.maker[name] for name, _, _ in rows)
         makers = [self.steps[at] for at in places]
         calls = [maker for maker in makers if isinstance(maker, AtenStep)]
@@ -213,6 +197,7 @@ class _Look:
         stored = dict.fromkeys(name for name, _, row in rows if row.kept is not None)
         kept = [(name, self.specs[name]) for name in stored]
         own = program.buffers[len(rows) :]
+        left, right, *others = rows[0][1].operands
         parts = self._parts(step, program, names)
         folded = MatmulStep(
             f"{step.name}_of_{title}",
@@ -220,8 +205,10 @@ class _Look:
             program,
             UNCHOSEN,
             (
-                rows[0][1].left[0],
-                *(f.right[0] for _, f, _ in rows),
+                left,
+                right,
+                *(f.right[0] for _, f, _ in rows[1:]),
+                *others,
                 *(names[b.name] for b in own),
             ),
             (*(_resized(name, spec, parts) for name, spec in step.outputs), *kept),
@@ -248,24 +235,13 @@ class _Look:
                 raise NoEpilogue("what folds its sums is made for their parts")
         return found
 
-    def _product(self, rows: Sequence[Factors]) -> Product:
-        first = rows[0]
-        starts = tuple(f.start * f.right[1][1] for f in rows)
-        found = Product(
-            first.batch, first.m, first.n, first.k, first.dtype,
-            first.left[1], tuple(f.right[1] for f in rows), starts,
-        )  # fmt: skip
-        begins = [self._offset(first.left[0])]
-        begins += [self._offset(f.right[0]) + start for f, start in zip(rows, starts, strict=True)]
-        return replace(found, aligned=all(map(found.is_whole, begins)))
-
     def _made(self, place: int, step: KernelStep, name: str, factors: Factors, number: int) -> Made:
         shows = [
             (buffer, arg)
             for buffer, arg in zip(step.buffers, step.args, strict=True)
-            if self._root(arg) == name
+            if self.root(arg) == name
         ]
-        if not all(equal(self._offset(arg), 0) for _, arg in shows):
+        if not all(equal(self.offset(arg), 0) for _, arg in shows):
             raise NoEpilogue("it reads a part of the product")
         spec, start = self.specs[name], factors.start * factors.result[2]
         # halves are stored into one tensor
@@ -281,28 +257,6 @@ class _Look:
             start,
         )
 
-    def _offset(self, name: str) -> Size:
-        offset: Size = 0
-        while name in self.views:
-            offset = offset + self.views[name].offset
-            name = self.views[name].base
-        return offset
-
-    def _check_order(self, place: int, step: KernelStep, name: str, factors: Factors) -> None:
-        """The product may wait until the kernel runs: nobody needs it before, nobody changes what
-        it is made of, not even the kernel.
-        """
-        read = self._roots(set(factors.reads))
-        for between in self.steps[self.maker[name] + 1 : place]:
-            if isinstance(between, ViewStep):
-                continue
-            if name in self._roots(names_read(between)):
-                raise NoEpilogue("another step reads the product before")
-            if read & self._roots(_changed(between, self.specs)):
-                raise NoEpilogue("what the product is made of is overwritten before")
-        if read & self._roots(written(step)):
-            raise NoEpilogue("it overwrites what the product is made of")
-
 
 def _resized(name: str, spec: TensorSpec, parts: Mapping[str, Resized]) -> tuple[str, TensorSpec]:
     return name, replace(spec, shape=(parts[name].after,)) if name in parts else spec
@@ -310,12 +264,3 @@ def _resized(name: str, spec: TensorSpec, parts: Mapping[str, Resized]) -> tuple
 
 def _length(size: object) -> float:
     return float(size) if isinstance(size, int) else 0.0
-
-
-def _changed(step: Step, specs: Mapping[str, TensorSpec]) -> set[str]:
-    """The values a step may overwrite: of an operator without a schema, all it reads."""
-    if not isinstance(step, AtenStep):
-        return written(step)
-    if getattr(resolve(step.target), "_schema", None) is None:
-        return names_read(step)
-    return written(step) | {operand.name for operand in call_of_step(step, specs).mutated}

@@ -81,7 +81,10 @@ def _read(step: Step, specs: Mapping[str, TensorSpec]) -> dict[str, Size]:
         if call.name == "aten.copy_":
             return {o.name: nbytes(o.spec) for o in call.operands if o not in call.mutated}
         return {o.name: count * o.spec.dtype.itemsize for o, count in elements_read(call)}
-    return {name: moved.read_bytes for name, moved in _buffers(step)}
+    found: dict[str, Size] = {}
+    for name, moved in _buffers(step):
+        found[name] = greatest(found.get(name, 0), moved.read_bytes)
+    return found
 
 
 def _overwritten(step: Step, specs: Mapping[str, TensorSpec]) -> dict[str, Size]:
@@ -100,12 +103,13 @@ def _buffers(step: Step) -> Iterator[tuple[str, Traffic]]:
         for name, buffer in zip(step.args, step.program.buffers, strict=True):
             yield name, traffic(replace(step.program, buffers=(buffer,)))
     elif isinstance(step, MatmulStep):
-        read, size = step.product.elements_read, step.product.dtype.itemsize
-        count = len(read)
-        for name, elements in zip(step.args, read, strict=False):
-            yield name, Traffic(elements * size, 0, 0, 0)
-        for name, buffer in zip(step.args[count:], step.tensors, strict=True):
-            yield name, traffic(replace(step.program, buffers=(buffer,)))
+        for part in step.parts:
+            read, size = part.product.elements_read, part.product.dtype.itemsize
+            count = len(read)
+            for name, elements in zip(part.args, read, strict=False):
+                yield name, Traffic(elements * size, 0, 0, 0)
+            for name, buffer in zip(part.args[count:], part.tensors, strict=True):
+                yield name, traffic(replace(part.program, buffers=(buffer,)))
     elif isinstance(step, BatchStep):
         for (args, _), extents in zip(step.members, step.extents(), strict=True):
             for name, buffer in zip(args, step.program.buffers, strict=True):

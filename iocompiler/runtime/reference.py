@@ -99,24 +99,39 @@ def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, 
     Args:
         flat: for each of the step's buffers, what lies behind its pointer.
     """
+    if step.product.beside:
+        for part in step.parts:
+            run_matmul(part, flat[: len(part.buffers)], sizes)
+            flat = flat[len(part.buffers) :]
+        return
     made = step.product
     count = len(made.operands)
     batch, m, n, k = size_values((made.batch, made.m, made.n, made.k), sizes)
-    left, *rights = (
+    shapes, strides = [(m, k), *[(k, n)] * len(made.rights)], [made.left, *made.rights]
+    for term in made.more:
+        inner = size_value(term.k, sizes)
+        shapes += [(m, inner), (inner, n)]
+        strides += [term.left, term.right]
+    starts = (0, *made.starts, *[0] * (2 * len(made.more)))
+    left, *others = (
         operand.as_strided(
             (batch, *shape), (along_batch, *along), operand.storage_offset() + start
         ).float()
         for operand, shape, (*along, along_batch), start in zip(
             flat[:count],
-            [(m, k), *[(k, n)] * len(made.rights)],
-            [size_values(strides, sizes) for strides in (made.left, *made.rights)],
-            size_values((0, *made.starts), sizes),
+            shapes,
+            [size_values(each, sizes) for each in strides],
+            size_values(starts, sizes),
             strict=True,
         )
     )
+    rights, pairs = others[: len(made.rights)], others[len(made.rights) :]
     buffers = {b.name: tensor for b, tensor in zip(step.tensors, flat[count:], strict=True)}
     for sums, right in zip(step.sums, rights, strict=True):
-        buffers[sums.name] = torch.bmm(left, right).flatten()
+        total = torch.bmm(left, right)
+        for one, other in zip(pairs[::2], pairs[1::2], strict=True):
+            total += torch.bmm(one, other)
+        buffers[sums.name] = total.flatten()
     run(step.program, buffers, sizes)
 
 

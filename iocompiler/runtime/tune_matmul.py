@@ -21,7 +21,7 @@ from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import KernelStep, Plan
 from iocompiler.plan.fold import folded, with_reasons
-from iocompiler.plan.priced import chosen_by_price, priced
+from iocompiler.plan.priced import Priced, chosen_by_price, priced
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Site, SiteKey, sites
 from iocompiler.runtime.cache import Cache, key_of
@@ -38,6 +38,8 @@ _LEAST_S = 10.0
 # the part of that time in which tiles are compiled; the rest is for the clock
 _COMPILING = 0.6
 _DEFAULT_SIZE = 1024
+# of the library's modeled time, that of products by themselves in one step which are measured
+_NOT_WORSE = 1.15
 
 Built: TypeAlias = Callable[[list[Any]], list[Any]]
 """A plan that is loaded: it takes a list of arguments, which it empties."""
@@ -64,12 +66,11 @@ class Folding:
         """How many times faster the region is than the library's call and the kernel."""
         return self.seconds[None] / self.seconds[self.chosen]
 
-    @property
-    def reason(self) -> str:
-        """Why the product passes through memory."""
+    def reason(self, apart: str) -> str:
+        """Why the product passes through memory; ``apart``: what runs as it stands."""
         found = [seconds for tile, seconds in self.seconds.items() if tile is not None]
         best = f"{min(found) * 1e6:.1f} us" if found else "fails"
-        return f"library and kernel {self.seconds[None] * 1e6:.1f} us, in one {best}: measured"
+        return f"{apart} {self.seconds[None] * 1e6:.1f} us, in one {best}: measured"
 
 
 class RegionBench(Protocol):
@@ -102,7 +103,8 @@ def tune_matmuls(
         machine: the name of the GPU, for the cache.
     """
     found = {site.key: _Subject.of(plan, site, hints) for site in reversed(sites(plan))}
-    subjects = [s for s in reversed(found.values()) if s.is_worth_it(device)]
+    modeled = {each.site.key: each for each in priced(plan, device, hints)}
+    subjects = [s for s in reversed(found.values()) if s.is_worth_it(device, modeled)]
     keys = {s.name: s.cache_key(device, machine) for s in subjects}
     known = {s.name: _remembered(cache, keys[s.name], s.name) for s in subjects}
     missing = [s for s in subjects if known[s.name] is None]
@@ -112,7 +114,7 @@ def tune_matmuls(
         if measured is not None:
             _remember(cache, keys[name], measured)
     settled = {s.site.key for s in subjects if known[s.name] is not None or s.name in tried}
-    others = [each for each in priced(plan, device, hints) if each.site.key not in settled]
+    others = [each for key, each in modeled.items() if key not in settled]
     chosen: dict[SiteKey, MatmulTile] = {}
     reasons: dict[SiteKey, str] = {}
     for subject in subjects:
@@ -120,7 +122,7 @@ def tune_matmuls(
         if folding is not None and folding.chosen is not None:
             chosen[subject.site.key] = folding.chosen
         elif folding is not None:
-            reasons[subject.site.key] = folding.reason
+            reasons[subject.site.key] = folding.reason(subject.site.apart)
     plan = folded(with_reasons(plan, reasons), chosen)
     plan = chosen_by_price(plan, others)
     return plan, tuple(f for f in known.values() if f is not None)
@@ -150,8 +152,13 @@ class _Subject:
     def name(self) -> str:
         return self.site.name
 
-    def is_worth_it(self, device: Device) -> bool:
-        """What the kernel alone takes is what can be saved; and random arguments must be safe."""
+    def is_worth_it(self, device: Device, modeled: Mapping[SiteKey, Priced]) -> bool:
+        """What the kernel alone takes is what can be saved; and random arguments must be safe.
+        Where there is none, little can be: the model must not expect much worse.
+        """
+        price = modeled.get(self.site.key)
+        if not self.site.has_kernel and price is not None and price.folded_s is not None:
+            return price.folded_s < _NOT_WORSE * price.library_s
         program = self.site.step.program
         seconds = kernel_seconds(program, device, self.sizes)
         return seconds >= SHORTEST_S and has_safe_arguments(program, self.sizes)

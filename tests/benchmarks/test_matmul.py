@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from benchmarks.matmul import COLUMNS, Run, summarize
-from benchmarks.matmul_zoo import PARTS, Product, bias_gelu, dense, gated, linear
+from benchmarks.matmul_zoo import (
+    PARTS,
+    Product,
+    bias_gelu,
+    dense,
+    gated,
+    input_gradient,
+    layers,
+    linear,
+    weight_gradients,
+)
 from benchmarks.schedules import plan_on_fakes
 from benchmarks.table import Table
 from iocompiler.cost_model.device import DEVICES
@@ -131,6 +141,25 @@ def test_what_has_no_site_is_a_note() -> None:
     rows = run([bare, SMALL]).table.rows
     assert "failed" in str(rows[0]["note"])
     assert rows[1]["chosen"]
+
+
+Q, K, X = (64, 48), (64, 16), (64, 32)
+OF_ONE_INPUT = {
+    layers: (X, (48, 32), (16, 32), (16, 32)),
+    weight_gradients: (Q, X, K, K),
+    input_gradient: (Q, K, K, (48, 32), (16, 32), (16, 32)),
+}
+
+
+@pytest.mark.parametrize("function", OF_ONE_INPUT)
+def test_all_results_are_compared(function: Any) -> None:
+    layouts = tuple(dense(*shape) for shape in OF_ONE_INPUT[function])
+    work = Product("qkv", "inputs", function, function, layouts, (64, 80, 32))
+    (row,) = run([work], Made()).table.rows
+    assert "note" not in row
+    (row,) = run([work], Made(wrong=1)).table.rows
+    assert "WRONG" in str(row["note"])
+    assert row["tiles"] == 2
 
 
 def test_every_part_has_products_of_different_names() -> None:

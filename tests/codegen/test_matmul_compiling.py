@@ -13,6 +13,7 @@ from torch import Tensor
 from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.matmul_tiles import candidates
+from iocompiler.ops.sum_of_products import SUM_OF_PRODUCTS
 from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import sites
@@ -24,11 +25,21 @@ from tests.codegen.matmuls import plan_on_fakes
 
 # to shared memory, 16 bytes at once; with Triton 3.9 a line of L2 is named
 COPIES = r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128"
-FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+FUNCTIONS: dict[
+    str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], tuple[tuple[int, ...], ...]]
+] = {
     "gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), ((4096, 512), (2048, 512), (2048,))),
     "residual": (lambda x, w, r: x @ w + r, ((4096, 512), (512, 2048), (4096, 2048))),
     "gated": (lambda x, w, v: F.silu(x @ w) * (x @ v), ((4096, 512), (512, 2048), (512, 2048))),
     "odd": (lambda x, w, r: x @ w + r, ((1021, 333), (333, 510), (1021, 510))),
+    "sum": (
+        lambda x, w, y, v: SUM_OF_PRODUCTS([x, y], [w, v]),
+        ((4096, 1024), (1024, 2048), (4096, 256), (256, 2048)),
+    ),
+    "group": (
+        lambda x, q, k, v: (x @ q.t(), x @ k.t(), x @ v.t()),
+        ((4096, 512), (2048, 512), (512, 512), (512, 512)),
+    ),
     "batch": (lambda x, w, r: torch.bmm(x, w) + r, ((8, 2048, 512), (8, 512, 1024), (1024,))),
 }
 
@@ -54,7 +65,14 @@ def text_of(module: Module) -> str:
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [("residual", "h200"), ("gated", "h200"), ("odd", "h200"), ("residual", "a100")],
+    [
+        ("residual", "h200"),
+        ("gated", "h200"),
+        ("odd", "h200"),
+        ("sum", "h200"),
+        ("group", "h200"),
+        ("residual", "a100"),
+    ],
 )
 def test_the_chosen_tile(name: str, device: str) -> None:
     module, tile = prepared(name, device, 0, torch.bfloat16)
@@ -75,6 +93,17 @@ def test_by_pointers_on_hopper() -> None:
     assert re.search(COPIES, text_of(module))
     (taken,) = module.resources.values()
     assert taken["spills"] == 0
+
+
+@pytest.mark.parametrize("name", ["sum", "group"])
+def test_one_loop_for_all_products(name: str) -> None:
+    """However many pairs of operands: one place where each is brought and multiplied, in flight."""
+    module, tile = prepared(name, "h200", 0, torch.bfloat16, "descriptors")
+    text = text_of(module)
+    steps = tile.k // 16
+    blocks = max(tile.m, 64) * tile.n // (64 * 256) // (tile.num_warps // 4)
+    assert text.count("HGMMA") == steps * max(blocks, 1)
+    assert text.count("UTMALDG") == 2 * tile.num_stages
 
 
 def test_pointers_that_are_not_aligned_have_a_kernel_of_their_own() -> None:

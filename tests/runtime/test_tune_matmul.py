@@ -69,7 +69,8 @@ class FakeBench:
         self, plan: Plan, built: Sequence[Built], sizes: Mapping[str, int]
     ) -> list[float | None]:
         self.timed += 1
-        assert [type(step) for step in plan.steps] == [AtenStep, KernelStep]
+        kinds = [type(step) for step in plan.steps]
+        assert kinds in ([AtenStep, KernelStep], [AtenStep] * 3)
         return [self.seconds(run.tile) for run in built]  # type: ignore[attr-defined]
 
 
@@ -104,6 +105,31 @@ def test_the_fastest_tile_is_kept(plan: Plan) -> None:
     assert [record.gain for record in records] == [9.0, 9.0]
     assert [record.model for record in records] == [way[0] for way in ways]
     assert len(bench.loaded) == sum(1 + len(way) for way in ways)
+
+
+def layers(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return F.linear(x, q), F.linear(x, k), F.linear(x, v)
+
+
+def test_products_with_no_kernel_behind_them_are_measured_too() -> None:
+    plan = plan_on_fakes(layers, (512, 1024), *[(1024, 1024)] * 3, dtype=torch.bfloat16)
+    after, (record,) = tuned(plan, FakeBench(lambda tile: 2.0 if tile is None else 1.0))
+    (step,) = steps(after)
+    assert step.tile == record.chosen == record.model
+    assert len(step.parts) == 3
+    after, _ = tuned(plan, FakeBench(lambda tile: 1.0 if tile is None else 2.0), machine="b")
+    reasons = {step.reason for step in after.steps if isinstance(step, AtenStep)}
+    assert reasons == {"contraction: cuBLAS; library 1000000.0 us, in one 2000000.0 us: measured"}
+
+
+def test_what_the_model_expects_to_be_much_slower_is_not_worth_the_clock() -> None:
+    """Few launches are all that can be saved."""
+    plan = plan_on_fakes(layers, (16384, 256), *[(1024, 256)] * 3, dtype=torch.bfloat16)
+    (each,) = priced(plan, H200, {})
+    assert each.folded_s is not None
+    assert each.folded_s > 1.15 * each.library_s
+    after, records = tuned(plan, FakeBench(lambda tile: 2.0 if tile is None else 1.0))
+    assert (steps(after), records) == ([], ())
 
 
 def test_what_is_not_faster_stays_as_it_is(plan: Plan) -> None:

@@ -34,11 +34,13 @@ def load_inside(pointers, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def tile_sums(
-    Left, Right, Second, m, n, M, N, K, left_strides, right_strides, second_strides,
+    sums, Left, Right, Second, m, n, M, N, K, left_strides, right_strides, second_strides,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the tile (m, n), and those of the second product or, without one, the same."""
+    """``sums`` with those of the tile (m, n), and with those of the second product or, without one,
+    as they were.
+    """
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     column = tl.arange(0, BLOCK_N).to(tl.int64)
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -49,7 +51,6 @@ def tile_sums(
     left = left + row[:, None] * left_strides[0] + depth[None, :] * left_strides[1]
     right = Right + first * right_strides[1]
     right = right + depth[:, None] * right_strides[0] + column[None, :] * right_strides[1]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     others = sums
     if Second is not None:
         second = Second + first * second_strides[1]
@@ -121,6 +122,7 @@ def one_tile(
     if Second is not None:
         Second += b.to(tl.int64) * second_strides[2]
     sums, others = tile_sums(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         Left + b.to(tl.int64) * left_strides[2], Right + b.to(tl.int64) * right_strides[2], Second,
         m, n, M, N, K, left_strides, right_strides, second_strides,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_M, EVEN_N, EVEN_K,

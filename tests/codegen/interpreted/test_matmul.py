@@ -138,7 +138,8 @@ def test_ways_to_walk(change: dict[str, int]) -> None:
 
 def test_gradients() -> None:
     check(bias_silu, rand(20, 16, grad=True), rand(18, 16, grad=True), rand(18, grad=True))
-    check(gated, *(rand(*s, grad=True) for s in ((20, 16), (16, 18), (16, 18))), steps=2)
+    # the gate, its gradient, those of both weights in one launch
+    check(gated, *(rand(*s, grad=True) for s in ((20, 16), (16, 18), (16, 18))), steps=3)
 
 
 def test_rows_that_others_see_as_more_dims() -> None:
