@@ -36,6 +36,7 @@ from iocompiler.passes.patches import patches
 from iocompiler.passes.product_order import product_order
 from iocompiler.passes.repeated import repeated
 from iocompiler.passes.slices import slices
+from iocompiler.passes.summed_gradients import summed_gradients
 
 
 class Pass(Protocol):
@@ -213,5 +214,6 @@ DEFAULT = Pipeline(
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
     activations,  # on the flat graph, where it shows whether the backward reads what they read
     packed_gradients,  # on the flat graph, where the backward puts together what was split
+    summed_gradients,  # of gradients that are where they stay
     embedding_gradients,  # on the flat graph, where the gradients of one table are added
 )

@@ -11,6 +11,7 @@ from iocompiler.ops import (
     packed_gradients,
     random,
     scored_attention,
+    summed_gradients,
 )
 from iocompiler.ops.library import function
 
@@ -24,4 +25,5 @@ __all__ = [
     "packed_gradients",
     "random",
     "scored_attention",
+    "summed_gradients",
 ]
