@@ -29,6 +29,7 @@ from iocompiler.passes.float_inputs import float_inputs
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
+from iocompiler.passes.late_copies import late_copies
 from iocompiler.passes.layouts import layouts
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.packed_gradients import packed_gradients
@@ -201,6 +202,7 @@ DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
     float_inputs,  # touches nothing the others look for
     slices,  # what nobody reads is not there for the others to take
+    late_copies,  # what attention would find behind them is what it reads
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
     product_order,  # of products that are no attention and no head any more
