@@ -46,9 +46,17 @@ class Arranger:
                 seen = self.arranged(node, dims, target)
                 if _is_view_of(seen, node) and _is_aligned(seen):
                     return seen
-                edit.erase(self._gm, seen)
+                self._forget(seen)
                 return found
         return self.arranged(node, dims, target)
+
+    def _forget(self, node: Node) -> None:
+        """Erase what nobody reads, and the sizes that were there for it."""
+        edit.erase(self._gm, node)
+        sizes = self._sizes.items()
+        gone = [axis for axis, size in sizes if isinstance(size, Node) and size._erased]
+        for axis in gone:
+            del self._sizes[axis]
 
     def arranged(self, node: Node, dims: Dims, target: Dims, *, widen: bool = True) -> Node:
         """The tensor, with ``dims`` now, with ``target`` dims: by views wherever strides allow.
