@@ -46,9 +46,12 @@ def traced(
     inputs = [torch.randn_like(out), out, lse, *given]
 
     def run(grad: Tensor, out: Tensor, lse: Tensor, *heads: Tensor) -> Any:
-        call = (grad, out, lse, None, *heads, operands, [], case.program(0.3).key, kernel)
-        call = (*call, "ssss", None, 0.0)
-        gradients = PACKED(*call, packing) if packing else BACKWARD(*call)
+        operator = PACKED if packing else BACKWARD
+        known = {"grad": grad, "out": out, "logsumexp": lse, "operands": operands, "numbers": []}
+        known |= dict(zip(("query", "key", "value"), heads, strict=True))
+        known |= {"program": case.program(0.3).key, "kernel": kernel, "layout": "ssss"}
+        known |= {"dropout_p": 0.0, "packing": packing}
+        gradients = operator(*(known.get(each.name) for each in operator._schema.arguments))
         return (gradients, summed((gradients,) if packing else gradients))
 
     gm = make_fx(run, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
