@@ -29,6 +29,7 @@ from iocompiler.passes.float_inputs import float_inputs
 from iocompiler.passes.foreach import foreach
 from iocompiler.passes.gelu import gelu_by_erf, gelu_by_tanh
 from iocompiler.passes.known_indices import known_indices
+from iocompiler.passes.late_copies import late_copies
 from iocompiler.passes.layouts import layouts
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
 from iocompiler.passes.packed_gradients import packed_gradients
@@ -36,6 +37,7 @@ from iocompiler.passes.patches import patches
 from iocompiler.passes.product_order import product_order
 from iocompiler.passes.repeated import repeated
 from iocompiler.passes.slices import slices
+from iocompiler.passes.summed_gradients import summed_gradients
 from iocompiler.passes.sums_of_products import sums_of_products
 
 
@@ -201,6 +203,7 @@ DEFAULT = Pipeline(
     normalise,  # first: every recogniser sees one spelling
     float_inputs,  # touches nothing the others look for
     slices,  # what nobody reads is not there for the others to take
+    late_copies,  # what attention would find behind them is what it reads
     attention,  # while its dropout and its masks still stand as they were written
     linear_cross_entropy,  # a head and its loss, while both stand whole
     product_order,  # of products that are no attention and no head any more
@@ -214,6 +217,7 @@ DEFAULT = Pipeline(
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches
     activations,  # on the flat graph, where it shows whether the backward reads what they read
     packed_gradients,  # on the flat graph, where the backward puts together what was split
+    summed_gradients,  # of gradients that are where they stay
     sums_of_products,  # on the flat graph, where the backward adds what it has split
     embedding_gradients,  # on the flat graph, where the gradients of one table are added
 )

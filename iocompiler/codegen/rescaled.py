@@ -22,6 +22,12 @@ def accumulate(writer: KernelWriter, position: int, top: int) -> None:
 
 
 def total(writer: KernelWriter, position: int, powers: Online) -> str:
-    """The sum over the lanes, each brought below the row's maximum."""
-    shrink = f"tl.exp(acc_{powers.beside} - {writer.value(powers.against)})"
-    return writer.folded("sum", f"acc_{position} * {shrink}", 1)
+    """The sum over the lanes, each brought below the row's maximum; below 0 where that is infinite,
+    if the program says so.
+    """
+    top = writer.value(powers.beside)
+    guarded = powers.against != powers.beside
+    below = f"tl.where(tl.abs({top}) == float('inf'), 0.0, {top})" if guarded else top
+    shrink = f"tl.exp(acc_{powers.beside} - {below})"
+    found = writer.folded("sum", f"acc_{position} * {shrink}", 1)
+    return f"tl.where({top} == float('inf'), {top}, {found})" if guarded else found

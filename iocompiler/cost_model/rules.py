@@ -200,6 +200,8 @@ ROWS: tuple[Row, ...] = (
         _scaled_dot_product_flash_attention_for_cpu_backward
         _scaled_dot_product_fused_attention_overrideable_backward iocompiler.attention_backward
         iocompiler.scored_attention_backward iocompiler.scored_attention_backward_packed
+        iocompiler.scored_attention_backward_summed
+        iocompiler.scored_attention_backward_packed_summed
         """,
         contractions.attention_backward,
     ),

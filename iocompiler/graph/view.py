@@ -125,6 +125,11 @@ def is_untold_view(node: Node) -> bool:
     """
     if not isinstance(node.target, torch._ops.OpOverload) or _is_told(node) or mutates(node):
         return False
+    return is_shared(node)
+
+
+def is_shared(node: Node) -> bool:
+    """True where what the call returns lies in the memory of what it reads, by its fake values."""
     made = _storages(node)
     return bool(made) and any(made & _storages(read) for read in node.all_input_nodes)
 

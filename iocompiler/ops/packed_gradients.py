@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from iocompiler.ops import library
@@ -23,6 +22,13 @@ PACKED = library.define(
 DIMS = "bhsd"
 """The dims of query, key and value."""
 PARTS = "qkv"
+
+
+class Shaped(Protocol):
+    """A tensor, or what has the shape of one."""
+
+    @property
+    def shape(self) -> tuple[Any, ...]: ...
 
 
 class Packing(NamedTuple):
@@ -51,12 +57,12 @@ class Packing(NamedTuple):
     def __str__(self) -> str:
         return f"{self.front}|{self.back}:{self.parts}"
 
-    def shape(self, given: Sequence[Tensor]) -> list[Any]:
+    def shape(self, given: Sequence[Shaped]) -> list[Any]:
         """That of the whole, for these query, key and value."""
         row = sum(prod(_sizes(x.shape, self.back)) for x in given)
         return [*_sizes(given[0].shape, self.front), row]
 
-    def slices(self, packed: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+    def slices(self, packed: Tensor, given: Sequence[Shaped]) -> list[Tensor]:
         """Where in ``packed``, contiguous, the gradients of query, key and value lie, in the shapes
         of these.
         """
@@ -68,13 +74,13 @@ class Packing(NamedTuple):
 class _Place(NamedTuple):
     """A part of a tensor, ``start`` elements behind its first."""
 
-    size: torch.Size
+    size: tuple[Any, ...]
     stride: tuple[int, ...]
     start: int
 
 
 @functools.lru_cache(maxsize=512)
-def _places(packing: Packing, shapes: tuple[torch.Size, ...]) -> list[_Place]:
+def _places(packing: Packing, shapes: tuple[tuple[Any, ...], ...]) -> list[_Place]:
     """Those of query, key and value, of these shapes; kept, as a step asks for each layer's."""
     of_part = dict(zip(PARTS, shapes, strict=True))
     row = sum(prod(_sizes(shape, packing.back)) for shape in shapes)
@@ -94,7 +100,7 @@ def _strides(sizes: list[Any], innermost: int) -> list[Any]:
     return [innermost * prod(sizes[place + 1 :]) for place in range(len(sizes))]
 
 
-def _sizes(shape: torch.Size, letters: str) -> list[Any]:
+def _sizes(shape: tuple[Any, ...], letters: str) -> list[Any]:
     return [shape[DIMS.index(letter)] for letter in letters]
 
 

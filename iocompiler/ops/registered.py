@@ -14,6 +14,7 @@ from iocompiler.ops import (
     random,
     scored_attention,
     sum_of_products,
+    summed_gradients,
 )
 from iocompiler.ops.library import function
 
@@ -30,4 +31,5 @@ __all__ = [
     "random",
     "scored_attention",
     "sum_of_products",
+    "summed_gradients",
 ]

@@ -26,6 +26,7 @@ from torch import Tensor
 from iocompiler.ops import library, target
 from iocompiler.ops.attempt import template_or
 from iocompiler.ops.attention_choice import MEMORY
+from iocompiler.ops.column_sums import ColumnSums
 from iocompiler.ops.scored_blockwise import Blockwise
 from iocompiler.tile.score import ScoreProgram, parsed
 
@@ -147,25 +148,34 @@ class Call(NamedTuple):
             *(self.operands, self.numbers, self.dropout_p, self.seed),
         )
 
-    def differentiate(self, saved: Saved, results: Sequence[Tensor]) -> None:
-        """Write the gradients of query, key and value to ``results``, of any strides."""
+    def differentiate(
+        self, saved: Saved, results: Sequence[Tensor], columns: ColumnSums | None = None
+    ) -> None:
+        """Write the gradients of query, key and value to ``results``, of any strides, and the sums
+        down their columns, where wanted.
+        """
         if self.is_empty:
-            for x in results:
+            for x in (*results, *(() if columns is None else columns.parts)):
                 x.zero_()
         elif self.kernel == "template":
+            given = (*saved.of_template(), results, columns)
             template_or(
                 "the gradient of an attention",
-                lambda: _templates().backward(self.problem(), *saved.of_template(), results),
-                lambda: self._differentiate(saved, results),
+                lambda: _templates().backward(self.problem(), *given),
+                lambda: self._differentiate(saved, results, columns),
             )
         else:
-            self._differentiate(saved, results)
+            self._differentiate(saved, results, columns)
 
-    def _differentiate(self, saved: Saved, results: Sequence[Tensor]) -> None:
+    def _differentiate(
+        self, saved: Saved, results: Sequence[Tensor], columns: ColumnSums | None
+    ) -> None:
         """Block by block."""
         found = self.blockwise().backward(*saved.of_blocks(self.kernel))
         for x, y in zip(results, found, strict=True):
             x.copy_(y)
+        if columns is not None:
+            columns.take(results)
 
 
 class Saved(NamedTuple):

@@ -60,7 +60,8 @@ _LIBRARY = {
     **dict.fromkeys(
         (
             *("scored_attention", "scored_attention_backward", "scored_attention_operand"),
-            "scored_attention_backward_packed",
+            *("scored_attention_backward_packed", "scored_attention_backward_summed"),
+            "scored_attention_backward_packed_summed",
         ),
         "attention: our template with a score program",
     ),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Row, Tile, padded
+from iocompiler.ops.column_sums import ColumnSums
 from iocompiler.runtime.attention_blocks import listed, proved, visited
 from iocompiler.runtime.attention_classes import mask, proved_classes
 from iocompiler.runtime.attention_decode import few_queries, split_forward
@@ -148,61 +149,86 @@ def backward(
     lse: Tensor,
     of_lse: Tensor | None,
     results: Sequence[Tensor],
+    columns: ColumnSums | None = None,
 ) -> None:
     """Write the gradients of query, key and value to ``results``, from those of the output and,
-    [B, H, S] float32, contiguous, of lse.
+    [B, H, S] float32, contiguous, of lse; and the sums down their columns, where wanted.
     """
     dq, dk, dv = results
     sums = row_sums(problem.form, grad, out, lse, of_lse)
-    key_gradients(problem, grad, sums, dk, dv)
-    query_gradients(problem, grad, sums, dq)
+    beside = columns if columns is not None and _are_made(problem, columns) else None
+    key_gradients(problem, grad, sums, dk, dv, beside)
+    query_gradients(problem, grad, sums, dq, beside)
     if problem.program.empty == "uniform":
         _add_uniform(dv, grad, lse)
+    if columns is not None and beside is None:
+        columns.take(results)
 
 
-def key_gradients(problem: Problem, grad: Tensor, sums: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _are_made(problem: Problem, columns: ColumnSums) -> bool:
+    """Whether the tiles are whole lines of the sums, and what they hold is all there is."""
+    row = problem.form.row
+    whole = row.dq.m % columns.rows == 0 and row.dkv.n % columns.rows == 0
+    return whole and problem.program.empty != "uniform"
+
+
+def key_gradients(
+    problem: Problem,
+    grad: Tensor,
+    sums: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    columns: ColumnSums | None = None,
+) -> None:
     """Write the gradients of key and value; ``sums`` are those of `row_sums`."""
     form, tile = problem.form, problem.form.row.dkv
-    batch, groups, columns, _ = form.key.shape
+    batch, groups, keys, _ = form.key.shape
     found = problem.table(tile, transposed=True)
-    strides = grad.stride(), dk.stride(), dv.stride()
+    of_k, of_v = (dk, dv) if columns is None else columns.parts[1:]  # not written where None
+    strides = grad.stride(), dk.stride(), dv.stride(), of_k.stride(), of_v.stride()
+    summed = 0 if columns is None else columns.rows
 
     def prepared() -> Launch:
         from iocompiler.codegen.kernels.attention_backward import attention_dkv
 
         return Launch(
             attention_dkv, grad_strides=strides[0], dk_strides=strides[1], dv_strides=strides[2],
-            groups=groups, rows=form.query.shape[2], columns=columns, **form.slopes,
+            sums_k_strides=strides[3], sums_v_strides=strides[4], SUMMED=summed,
+            groups=groups, rows=form.query.shape[2], columns=keys, **form.slopes,
             **form.order(over_queries=True), **visited(found), **form.strides, **form.common,
             **tile_arguments(tile),
         )  # fmt: skip
 
-    form.once(("dkv", strides), prepared).run(
-        batch * groups * -(-columns // tile.n),
-        **backward_tensors(problem, grad, sums), DK=dk, DV=dv, table=found.entries,
+    form.once(("dkv", strides, summed), prepared).run(
+        batch * groups * -(-keys // tile.n), **backward_tensors(problem, grad, sums),
+        DK=dk, DV=dv, SumsK=of_k, SumsV=of_v, table=found.entries,
     )  # fmt: skip
 
 
-def query_gradients(problem: Problem, grad: Tensor, sums: Tensor, dq: Tensor) -> None:
+def query_gradients(
+    problem: Problem, grad: Tensor, sums: Tensor, dq: Tensor, columns: ColumnSums | None = None
+) -> None:
     """Write the gradient of query."""
     form, tile = problem.form, problem.form.row.dq
     batch, heads, rows, _ = form.query.shape
     found = problem.table(tile)
-    strides = grad.stride(), dq.stride()
+    of_q = dq if columns is None else columns.parts[0]  # not written where None
+    strides = grad.stride(), dq.stride(), of_q.stride()
+    summed = 0 if columns is None else columns.rows
 
     def prepared() -> Launch:
         from iocompiler.codegen.kernels.attention_backward import attention_dq
 
         return Launch(
-            attention_dq, grad_strides=strides[0], dq_strides=strides[1], heads=heads, rows=rows,
-            columns=form.key.shape[2], **form.slopes,
+            attention_dq, grad_strides=strides[0], dq_strides=strides[1], sums_strides=strides[2],
+            heads=heads, rows=rows, columns=form.key.shape[2], SUMMED=summed, **form.slopes,
             **form.order(over_queries=False), **visited(found), **form.strides, **form.common,
             **tile_arguments(tile),
         )  # fmt: skip
 
-    form.once(("dq", strides), prepared).run(
-        batch * heads * -(-rows // tile.m),
-        **backward_tensors(problem, grad, sums), DQ=dq, table=found.entries,
+    form.once(("dq", strides, summed), prepared).run(
+        batch * heads * -(-rows // tile.m), **backward_tensors(problem, grad, sums),
+        DQ=dq, SumsQ=of_q, table=found.entries,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Reductions that need not wait for the one they read: both go on in one pass over the row.
 
     top = max(x);  sum(exp(x - top))                        of a softmax
+    top = max(x), 0 where infinite;  sum(exp(x - top))      of a logsumexp
     mean = sum(x) / n;  sum((x - mean)^2), sum(x - mean)    of a variance
 
 Each lane of a kernel keeps what it needs to take in another element, and the lanes are put together
@@ -26,7 +27,8 @@ class Online:
     Attributes:
         kind: "powers", sum(exp(x - max x)); "squares", sum((x - mean)^2); "rests", sum(x - mean).
         beside: the place of the reduction it goes on beside: a maximum, or the sum behind a mean.
-        against: the place of what is subtracted: that maximum, or the mean.
+        against: the place of what is subtracted: that maximum, or 0 where it is infinite, or the
+            mean.
     """
 
     kind: Literal["powers", "squares", "rests"]
@@ -75,13 +77,32 @@ def _powers(program: TileProgram, power: int) -> Online | None:
     difference = ops[ops[power].inputs[0]]
     if not _is_map(difference, "sub"):
         return None
-    value, top = difference.inputs
+    value, against = difference.inputs
+    top = _unguarded(program, against)
     maximum = ops[top]
     if (maximum.kind, maximum.fn, maximum.over) != ("reduce", "max", "reduced"):
         return None
     if maximum.inputs != (value,) or maximum.dtype != torch.float32:
         return None
-    return Online("powers", top, top)
+    return Online("powers", top, against)
+
+
+def _unguarded(program: TileProgram, value: int) -> int:
+    """What a value is where that is not infinite, and 0 where it is; else the value itself."""
+    ops = program.ops
+    if not _is_map(ops[value], "where"):
+        return value
+    infinite, nothing, top = ops[value].inputs
+    asked = ops[infinite]
+    if ops[nothing].kind != "const" or ops[nothing].value != 0 or asked.kind != "map":
+        return value
+    if asked.fn == "isinf":
+        return top if asked.inputs == (top,) else value
+    if asked.fn != "eq":
+        return value
+    size, limit = (ops[each] for each in asked.inputs)
+    is_limit = limit.kind == "const" and limit.value == float("inf")
+    return top if is_limit and _is_map(size, "abs") and size.inputs == (top,) else value
 
 
 def _deviations(program: TileProgram, value: int) -> Online | None:

@@ -37,6 +37,7 @@ from tests.codegen.programs import (
     M,
     both,
     fold,
+    logsumexp,
     looped,
     normalise,
     rows,
@@ -62,6 +63,12 @@ def _extreme() -> torch.Tensor:
     a = 50 * torch.randn(7, 13)
     a[0, 3], a[1, 2], a[2, 5], a[3] = NAN, INF, -INF, -INF
     a[4, 0], a[4, 1], a[5], a[6, :4] = -3e38, 3e38, -3.4028234663852886e38, -INF
+    return a
+
+
+def _infinite() -> torch.Tensor:
+    a = torch.cat([_extreme(), 50 * torch.randn(3, 13)])
+    a[7, ::2], a[8, 4], a[8, :4], a[9, 1:6] = INF, INF, -INF, torch.tensor([NAN, INF, INF, 0, -INF])
     return a
 
 
@@ -111,6 +118,14 @@ CASES: dict[str, Case] = {
     "softmax float64": rows(softmax, lambda a: a.softmax(1), (5, 13), both(4, 16), F64),
     "softmax, any size": rows(
         softmax, lambda a: a.softmax(1), (5, 13), looped(4, 1, 4), symbolic=True
+    ),
+    "logsumexp of extreme values": rows(
+        logsumexp,
+        lambda a: a.logsumexp(1),
+        (10, 13),
+        both(4, 16),
+        row_result=True,
+        values=_infinite,
     ),
     "layer norm": rows(normalise(13), lambda a: torch.layer_norm(a, (13,)), (6, 13), both(4, 16)),
     "layer norm, any size": rows(

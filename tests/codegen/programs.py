@@ -147,6 +147,15 @@ def softmax(build: Builder, x: int) -> int:
     return build.map("div", e, build.reduce("sum", e, build.dtype(x)))
 
 
+def logsumexp(build: Builder, x: int, limit: float = float("inf"), instead: float = 0.0) -> int:
+    """As torch has it: below 0 where the maximum is infinite."""
+    top = build.reduce("max", x, F32)
+    infinite = build.map("eq", build.map("abs", top), build.const(limit, F32), dtype=torch.bool)
+    below = build.map("where", infinite, build.const(instead, F32), top, dtype=F32)
+    powers = build.map("exp", build.map("sub", x, below))
+    return build.map("add", below, build.map("log", build.reduce("sum", powers, F32)))
+
+
 def normalise(width: Size) -> Callable[[Builder, int], int]:
     def body(build: Builder, x: int) -> int:
         n = number(build, width)

@@ -89,7 +89,11 @@ def test_a_training_step_of_gpt2(compiler: Compiler) -> None:
     assert report.fallbacks == ()
     assert launched(report) == {
         "scored_attention": ["attention_forward"],
-        "scored_attention_backward_packed": ["attention_delta", "attention_dkv", "attention_dq"],
+        "scored_attention_backward_packed_summed": [
+            "attention_delta",
+            "attention_dkv",
+            "attention_dq",
+        ],
         "linear_cross_entropy_gradients": ["cross_entropy_rows"],
         "embedding_gradient_": ["embedding_order", "embedding_sums", "embedding_fold"],
     }

@@ -16,6 +16,7 @@ from iocompiler.tile.split import split_reduction
 from tests.codegen.cases import CASES
 from tests.codegen.checks import assert_results
 from tests.codegen.programs import F32, X0, Case, axes, ins, outs, rows, softmax, variance
+from tests.codegen.programs import logsumexp as guarded_logsumexp
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -123,7 +124,17 @@ def far_from_zero() -> torch.Tensor:
     return a
 
 
+def with_infinite_parts() -> torch.Tensor:
+    a = torch.cat([with_empty_parts(), 40 * torch.randn(2, 24)])
+    a[5, ::3], a[6, 7], a[6, :6] = torch.inf, torch.inf, -torch.inf
+    return a
+
+
 BESIDE = {
+    "guarded logsumexp": rows(
+        guarded_logsumexp, lambda a: a.logsumexp(1), (7, 24), (), row_result=True,
+        values=with_infinite_parts,
+    ),
     "variance": rows(
         variance(24), lambda a: a.var(1, correction=0), (5, 24), (), row_result=True,
         values=far_from_zero,
@@ -144,6 +155,16 @@ def test_reductions_that_go_on_beside_another(name: str, parts: int) -> None:
     assert halves[0].parallel[0].size == {7: 8}.get(parts, parts)  # parts of one size
     assert levels(halves[0])[-1] == 1
     both(case, *halves)
+
+
+@pytest.mark.parametrize(("limit", "instead"), [(1.0, 0.0), (torch.inf, 1.0)])
+def test_another_guard_waits_for_the_maximum(limit: float, instead: float) -> None:
+    def body(build: Builder, x: int) -> int:
+        return guarded_logsumexp(build, x, limit, instead)
+
+    program = rows(body, lambda a: a.logsumexp(1), (7, 24), (), row_result=True).program
+    assert levels(program)[-1] == 2
+    assert split_reduction(program, 4) is None
 
 
 def test_no_parts_of_one_size() -> None:

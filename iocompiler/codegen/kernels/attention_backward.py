@@ -29,6 +29,7 @@ from iocompiler.codegen.kernels.attention_parts import (
     powers,
     row_of,
     score_gradients,
+    store_sums,
     store_tile,
 )
 from iocompiler.codegen.kernels.attention_table import (
@@ -131,16 +132,18 @@ def _into_queries(
     do_not_specialize_on_alignment=["Seed"],
 )
 def attention_dq(
-    Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ,
-    q_strides, k_strides, v_strides, grad_strides, dq_strides,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ, SumsQ,
+    q_strides, k_strides, v_strides, grad_strides, dq_strides, sums_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room, together,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries; the table is the forward's kind."""
+    """dq of one block of queries, and with SUMMED its sums of so many rows (`store_sums`); the
+    table is the forward's kind.
+    """
     blocks = tl.cdiv(rows, BLOCK_M)
     z, place = place_of(blocks, together)
     b = z // heads
@@ -180,6 +183,9 @@ def attention_dq(
     )  # fmt: skip
     DQ = row_of(DQ, dq_strides, b, h, start)
     store_tile(DQ, row, dq_strides[2], d, dq_strides[3], dq * SCALE, rows - start, D, BLOCK_D)
+    if SUMMED > 0:
+        store_sums(SumsQ, sums_strides, b, h, start, d, dq * SCALE, rows - start, BLOCK_M, D,
+                   SUMMED)  # fmt: skip
 
 
 @triton.jit
@@ -245,17 +251,18 @@ def _into_keys(
     do_not_specialize_on_alignment=["Seed"],
 )
 def attention_dkv(
-    Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV,
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV, SumsK, SumsV,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
+    sums_k_strides, sums_v_strides,
     operands, strides, numbers, table, table_strides, groups, rows, columns, room,
     together, score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, over all query heads of its group; the table has a row for
-    each block of keys.
+    """dk and dv of one block of keys, over all query heads of its group, and with SUMMED their sums
+    of so many rows (`store_sums`); the table has a row for each block of keys.
     """
     blocks = tl.cdiv(columns, BLOCK_N)
     z, place = place_of(blocks, together)
@@ -302,3 +309,7 @@ def attention_dkv(
     store_tile(DK, column, dk_strides[2], d, dk_strides[3], dk * SCALE, columns - start,
                D, BLOCK_D)  # fmt: skip
     store_tile(DV, column, dv_strides[2], e, dv_strides[3], dv, columns - start, E, BLOCK_E)
+    if SUMMED > 0:
+        store_sums(SumsK, sums_k_strides, b, g, start, d, dk * SCALE, columns - start, BLOCK_N, D,
+                   SUMMED)  # fmt: skip
+        store_sums(SumsV, sums_v_strides, b, g, start, e, dv, columns - start, BLOCK_N, E, SUMMED)

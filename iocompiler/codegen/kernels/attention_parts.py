@@ -31,6 +31,22 @@ def store_tile(
 
 
 @triton.jit
+def store_sums(
+    base, strides, b, h, start, column, tile, rows, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of a tile's rows, of which ``rows`` are left from ``start`` on, to [B, H, lines
+    of SUMMED rows, WIDTH]: in the first of its lines, and zeros in the others.
+    """
+    row = tl.arange(0, ROWS)
+    total = tl.sum(tl.where((row < rows)[:, None], tile, 0.0), 0)
+    for line in tl.static_range(ROWS // SUMMED):
+        pointers = row_of(base, strides, b, h, start // SUMMED + line) + column * strides[3]
+        kept = (column < WIDTH) & (line * SUMMED < rows)
+        tl.store(pointers, total if line == 0 else tl.zeros_like(total), mask=kept)
+
+
+@triton.jit
 def head_of(base, strides, b, h):
     """The pointer to one head of a tensor [B, H, S, D]."""
     return base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.cost_model.attention_tiles import Row, Tile
+from iocompiler.ops.column_sums import ColumnSums, Lines
 from iocompiler.ops.packed_gradients import Packing
 from iocompiler.runtime import attention, attention_form
 from tests.ops.score_checks import Shape, problems, some_slow
@@ -111,3 +112,41 @@ def test_gradients_in_one_tensor(packing: str, groups: int, width: int, dropout_
     assert room[1].numel() == sum(x.numel() for x in given)
     for one, alone in zip(where.slices(room[1], given), apart, strict=True):
         assert torch.equal(one, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dropout_p", "rows"),
+    [
+        ("causal", (1, 2, 2, 40, 40, 16, 16), 0.0, 32),
+        ("causal", (1, 1, 1, 40, 40, 16, 16), 0.0, 64),
+        ("alibi", (2, 2, 1, 33, 50, 24, 20), 0.3, 16),
+        ("padding, uniform", (1, 2, 1, 20, 30, 16, 16), 0.0, 32),
+        ("squared relu", (2, 1, 1, 17, 31, 16, 16), 0.0, 16),
+    ],
+)
+def test_sums_down_the_columns(name: str, shape: Shape, dropout_p: float, rows: int) -> None:
+    """Of the gradients that are written, line by line, or (of lines that are no whole tiles, or
+    where values get more than the kernels sum) all in the first one.
+    """
+    torch.manual_seed(0)
+    given = [x.float() for x in heads(*shape)]
+    operands = CASES[name].operands(shape[0], shape[1], shape[3], shape[4])
+    seed = torch.tensor(11) if dropout_p else None
+    problem = attention.Problem(
+        *given, CASES[name].program(0.3), tuple(operands), tiles=TILES,
+        dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    out = torch.empty((*given[0].shape[:3], shape[6]))
+    lse = attention.forward(problem, out)
+    results = [torch.empty_like(x) for x in given]
+    room = [torch.full((*Lines.of(x, rows).shape, 2), 12345.0) for x in given]
+    columns = ColumnSums([x[..., 0] for x in room], rows)
+    attention.backward(problem, torch.randn_like(out), out, lse, None, results, columns)
+    apart = rows <= 32 and "uniform" not in name
+    for gradient, sums, around in zip(results, columns.parts, room, strict=True):
+        assert (around[..., 1] == 12345.0).all()
+        torch.testing.assert_close(sums.sum(2), gradient.sum(2), rtol=1e-5, atol=1e-5)
+        for line, block in enumerate(gradient.split(32, 2)) if apart else ():
+            first, *others = sums[:, :, line * (32 // rows) : (line + 1) * (32 // rows)].unbind(2)
+            torch.testing.assert_close(first, block.sum(2), rtol=1e-5, atol=1e-5)
+            assert not any(x.any() for x in others)

@@ -10,6 +10,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
+from iocompiler.graph import view
+from iocompiler.graph.sizes import known
+from iocompiler.ops import target as device
+from iocompiler.ops.aligned_mm import ALIGNED
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import Axis, Dims, Group, flat, resolved, size
 from iocompiler.passes.attention.dims.views import Operand
@@ -31,12 +35,28 @@ class Arranger:
         return edit.call(self._gm, target, args, kwargs, near=self._near)
 
     def operand(self, operand: Operand, target: Dims) -> Node:
-        """The operand with these dims: something it already is a view of, where that has them."""
-        for node, dims in reversed(operand.stages):
-            if resolved(dims) == target:
-                return node
+        """The operand with these dims: something it already is a view of, where that has them; what
+        that is a copy of, where kernels read it as it lies.
+        """
         node, dims = operand.stages[-1]
+        for found, its in reversed(operand.stages):
+            if resolved(its) == target:
+                if found is node or _is_view_of(found, node):
+                    return found
+                seen = self.arranged(node, dims, target)
+                if _is_view_of(seen, node) and _is_aligned(seen):
+                    return seen
+                self._forget(seen)
+                return found
         return self.arranged(node, dims, target)
+
+    def _forget(self, node: Node) -> None:
+        """Erase what nobody reads, and the sizes that were there for it."""
+        edit.erase(self._gm, node)
+        sizes = self._sizes.items()
+        gone = [axis for axis, size in sizes if isinstance(size, Node) and size._erased]
+        for axis in gone:
+            del self._sizes[axis]
 
     def arranged(self, node: Node, dims: Dims, target: Dims, *, widen: bool = True) -> Node:
         """The tensor, with ``dims`` now, with ``target`` dims: by views wherever strides allow.
@@ -106,3 +126,17 @@ class Arranger:
                     whole = self.call(aten.sym_size.int, node, place)
                     return self.call(operator.floordiv, whole, size(rest))
         raise LookupError("an axis of no operand")
+
+
+def _is_view_of(node: Node, source: Node) -> bool:
+    """Whether both lie in the same memory."""
+    one, other = (view.value(each).untyped_storage()._cdata for each in (node, source))
+    return bool(one == other)
+
+
+def _is_aligned(node: Node) -> bool:
+    """Whether kernels on a GPU read rows as fast as where they lie dense."""
+    x = view.value(node)
+    steps = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if not known(n == 1)]
+    whole = all(known(s * x.itemsize % ALIGNED == 0) for s in (*steps, x.storage_offset()))
+    return device.device_type(x) == "cuda" and known(x.stride(-1) == 1) and whole

@@ -36,7 +36,7 @@ RESHAPES = (
     aten.view_as.default,
     aten.reshape_as.default,
 )
-_PERMUTES = (
+PERMUTES = (
     aten.transpose.int,
     aten.permute.default,
     aten.t.default,
@@ -47,7 +47,7 @@ _COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default)
 _SQUEEZES = (aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
 VIEWS = (
     *RESHAPES,
-    *_PERMUTES,
+    *PERMUTES,
     *_COPIES,
     *_SQUEEZES,
     aten.unsqueeze.default,
@@ -81,8 +81,8 @@ def after(node: Node, dims: Dims) -> Dims | None:
     """The dims of a view of a tensor with ``dims``; None where it is no view that is understood."""
     if node.target in RESHAPES:
         return regroup(dims, shape(node))
-    if node.target in _PERMUTES:
-        return tuple(dims[d] for d in _order(node))
+    if node.target in PERMUTES:
+        return tuple(dims[d] for d in order_of(node))
     if node.target in _COPIES:
         return dims
     if node.target in _SQUEEZES:
@@ -101,8 +101,8 @@ def before(node: Node, dims: Dims) -> Dims | None:
     source = node.args[0]
     if node.target in RESHAPES:
         return regroup(dims, shape(source))
-    if node.target in _PERMUTES:
-        order = _order(node)
+    if node.target in PERMUTES:
+        order = order_of(node)
         return tuple(dims[order.index(d)] for d in range(len(dims)))
     if node.target in _COPIES:
         return dims
@@ -179,7 +179,7 @@ class Operand:
         return self.stages[-1][1]
 
 
-def _order(node: Node) -> list[int]:
+def order_of(node: Node) -> list[int]:
     """For each dim of the result, the dim of the input it is."""
     rank = len(shape(node.args[0]))
     order = list(range(rank))
