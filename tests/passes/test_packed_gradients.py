@@ -16,6 +16,7 @@ from iocompiler.compilation import Compilation
 from iocompiler.convenience import explain
 from iocompiler.ops.packed_gradients import PACKED
 from iocompiler.ops.scored_attention import BACKWARD, FORWARD
+from iocompiler.ops.summed_gradients import PACKED_SUMMED, SUMMED
 from iocompiler.pipeline import DEFAULT
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops.score_programs import CASES
@@ -147,10 +148,11 @@ def trained(module: nn.Module, **options: Any) -> tuple[Callable[..., Any], list
 def packings(records: list[Compilation]) -> list[str]:
     """Those of the backward's attentions; "" for one with gradients apart."""
     nodes = [n for each in records for n in each.flat["backward"].graph.nodes]
+    places = {PACKED: -1, PACKED_SUMMED: -2, BACKWARD: None, SUMMED: None}
     return [
-        str(n.args[-1]) if n.target is PACKED else ""
+        "" if (place := places[n.target]) is None else str(n.args[place])
         for n in nodes
-        if n.target in (PACKED, BACKWARD)
+        if n.target in places
     ]
 
 
