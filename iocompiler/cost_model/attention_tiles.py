@@ -36,6 +36,9 @@ class Row:
     dq: Tile
     dkv: Tile
     operand: Tile  # square: see `operand_diagonals`
+    crowded: Tile | None = None
+    """The forward's where scores have a function of their own, or rows few blocks: what more
+    programs hide is then worth more than tiles read further ahead. Of the forward's size."""
 
     @property
     def grain(self) -> tuple[int, int]:
@@ -77,6 +80,7 @@ ROWS = (
         Tile(64, 64, 4, 3, 168),
         Tile(32, 64, 4, 3, 168),
         _SQUARE,
+        Tile(64, 64, 4, 2, 128),
     ),
     # the fastest of eight to eleven on an H100, with ALiBi and with a causal mask (torch 2.11)
     Row((9, 0), 2, 128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), _SQUARE),
@@ -115,10 +119,11 @@ def chosen(program: ScoreProgram, capability: tuple[int, int], bytes_each: int, 
     """
     found = row(capability, bytes_each, width)
     loads, masked = _loads(program), width < padded(width)
-    if masked:
-        found = found.unlimited()
     if not loads and not masked:
         return found
+    found = replace(found, crowded=None)
+    if masked:
+        found = found.unlimited()
     return found.lighter(gathers=loads == "diagonal" and (masked or width > 64))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,10 +20,12 @@ from iocompiler.cost_model.device import DEVICES, Device, current_device, kin
 from iocompiler.ops.target import Capability, planned
 from iocompiler.runtime.load import imported, module_file
 from iocompiler.tile.score import ScoreProgram
-from iocompiler.tile.score_blocks import Grid
+from iocompiler.tile.score_blocks import Grid, classify
 
 T = TypeVar("T")
 _MOST = 1024
+_BLOCK, _SHORT = 64, 16
+"""Rows of so few blocks of so many keys are short."""
 _ANY = "h200"  # the interpreter: any rows will do
 _forms: dict[tuple[Hashable, ...], Form] = {}
 
@@ -80,7 +82,28 @@ class Form:
         width = max(self.query.shape[3], self.value.shape[3])
         capability = device_row(self.device, self.planned).capability
         assert capability is not None
-        return chosen(self.program, capability, self.query.dtype.itemsize, width)
+        found = chosen(self.program, capability, self.query.dtype.itemsize, width)
+        if found.crowded is not None and self._is_crowded:
+            found = replace(found, forward=found.crowded)
+        return found
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Of masks of positions alone, without a dropout (measured on an H100: scores with a
+        function gain 3 to 4 %, a window of 512 gains 5 %; a plain causal mask loses 3 %, listed
+        blocks 12 %).
+        """
+        if self.reads or self.dropout_p:
+            return False
+        made = self.functions
+        return made.new_score is not None or made.lift is not None or self._has_short_rows
+
+    @property
+    def _has_short_rows(self) -> bool:
+        """Whether rows of blocks have fewer than a causal mask leaves of as many."""
+        grid = self.grid(_BLOCK, _BLOCK)
+        some, _ = classify(self.program, grid, (), self.numbers)
+        return float(some.sum(-1, dtype=torch.float32).mean()) <= min(_SHORT, some.shape[3] / 3)
 
     @property
     def group(self) -> int:

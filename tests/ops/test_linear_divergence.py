@@ -92,7 +92,8 @@ def eager(given: list[Any], setting: Setting, divergence: Divergence, reduction:
 
 def results(function: Any, given: list[Any], *rest: Any) -> list[Tensor]:
     loss = function(given, *rest)
-    cotangent = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    cotangent = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype, device=loss.device)
+    cotangent = cotangent.reshape(loss.shape)
     leaves = [t for t in given[:6] if t is not None and t.requires_grad]
     return [loss, *torch.autograd.grad(loss, leaves, cotangent)]
 

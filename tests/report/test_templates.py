@@ -29,7 +29,7 @@ from iocompiler.runtime import template_images
 from iocompiler.runtime.attention import Problem
 from iocompiler.runtime.launch import Image
 from iocompiler.runtime.template_form import Form
-from iocompiler.tile.score import ScoreBuilder
+from iocompiler.tile.score import ScoreBuilder, ScoreProgram
 from tests.models.zoo import CASES, Size
 from tests.runtime.plans import plan, spec
 
@@ -206,6 +206,42 @@ def test_the_form_of_an_attention_is_that_of_the_device_planned_for() -> None:
         newer = Problem(*inputs, program).form
     assert older.row != newer.row
     assert Problem(*inputs, program).form.row == newer.row, "without a GPU"
+
+
+def _window(length: int | None) -> ScoreProgram:
+    build = ScoreBuilder()
+    i, j = build.index("i"), build.index("j")
+    keep = build.map("le", j, i)
+    if length is not None:
+        keep = build.map("and", keep, build.map("lt", build.map("sub", i, j), build.const(length)))
+    return build.program(build.score(), keep)
+
+
+def _capped() -> ScoreProgram:
+    build = ScoreBuilder()
+    return build.program(build.map("tanh", build.score()))
+
+
+@pytest.mark.parametrize(
+    ("program", "setting", "crowded"),
+    [
+        (_window(None), {}, False),
+        (_window(512), {}, True),
+        (_window(3000), {}, False),
+        (_capped(), {}, True),
+        (_capped(), {"dropout_p": 0.1}, False),
+    ],
+    ids=["causal", "window", "wide window", "soft-cap", "soft-cap with dropout"],
+)
+def test_what_more_programs_hide(
+    program: ScoreProgram, setting: dict[str, float], crowded: bool
+) -> None:
+    inputs = [torch.empty(1, 1, 4096, 64, dtype=BF16) for _ in range(3)]
+    with planned_for((9, 0)):
+        row = Problem(*inputs, program, **setting).form.row
+    assert row.crowded is not None
+    assert (row.forward == row.crowded) == crowded
+    assert (row.forward.m, row.forward.n) == (row.crowded.m, row.crowded.n)
 
 
 # --- text and files
