@@ -32,8 +32,6 @@ def differentiated(
     if come_in_a_list(inputs):
         return aot_autograd(bw_compiler=bw_compiler, **how)(graph, inputs)
 
-    _name_sources(graph)
-
     def backward(*args: Any) -> Any:
         made = disable(bw_compiler, reason="a compiler is not traced")(*args)  # type: ignore[no-untyped-call]
         return disable(made, reason="a backward is compiled already")  # type: ignore[no-untyped-call]
@@ -46,7 +44,7 @@ def differentiated(
     return made
 
 
-def _name_sources(graph: GraphModule) -> None:
+def name_sources(graph: GraphModule) -> None:
     """Say where the tensors that the graph holds are from: a graph of which that is not known has,
     for AOTAutograd, neither parameters nor buffers, and each is an input like any other. It saves
     what was computed from one rather than the one that is there, and CUDA graphs copy them.

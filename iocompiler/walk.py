@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import GraphModule
 
 from iocompiler import engines
-from iocompiler.aot import differentiated
+from iocompiler.aot import differentiated, name_sources
 from iocompiler.compilation import Compilation
 from iocompiler.fallback import Attempts
 from iocompiler.flat import FlatGraphs, bytes_moved
@@ -107,6 +107,7 @@ class _Walk:
                 "rewriting", lambda: self._rewrite(gm, inputs), "runs unrewritten"
             )
         graph = graph or gm
+        name_sources(graph)
         if self.options.engine == "auto" and not engines.on_cuda(graph, inputs):
             # where no pass fired, Inductor gets what it would have got without us
             chosen = graph if self.compilation.changed else gm

@@ -13,7 +13,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
-from iocompiler.aot import differentiated
+from iocompiler.aot import differentiated, name_sources
 from iocompiler.graph.capture import capture
 from iocompiler.graph.normalise import normalise
 from iocompiler.ops import decompositions, target
@@ -44,6 +44,7 @@ def parts_of(
             with target.planned_for((9, 0)):
                 dropout(graph)
         graph.recompile()
+        name_sources(graph)
         compiler = lambda flat, _: make_boxed_func(flat.forward)
         return differentiated(
             graph,

@@ -37,10 +37,14 @@ def _attend(
     RANGES: tl.constexpr, PARTIAL: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the partial or the full blocks of keys of one block of queries."""
-    block = table_entry(visited, 0, room, RANGES, PARTIAL)
+    following = table_entry(visited, 0, room, RANGES, PARTIAL)
     for entry in range(count):
+        block = following
+        if PARTIAL:
+            block = table_entry(visited, entry, room, RANGES, PARTIAL)
+        else:
+            following = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
         start = block * BLOCK_N
-        block = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h, i_line,
             operands, strides, numbers, seed, start, columns, score, lift, FACTOR, keep, drop,

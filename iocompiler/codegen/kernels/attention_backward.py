@@ -97,10 +97,14 @@ def _into_queries(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_N)
-    block = table_entry(visited, 0, room, RANGES, PARTIAL)
+    following = table_entry(visited, 0, room, RANGES, PARTIAL)
     for entry in range(count):
+        block = following
+        if PARTIAL:
+            block = table_entry(visited, entry, room, RANGES, PARTIAL)
+        else:
+            following = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
         start = block * BLOCK_N
-        block = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
         inside = column
         if PARTIAL:
             inside = tl.minimum(column, columns - 1 - start)
@@ -204,10 +208,14 @@ def _into_keys(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     row = tl.arange(0, BLOCK_M)
-    block = table_entry(visited, 0, room, RANGES, PARTIAL)
+    following = table_entry(visited, 0, room, RANGES, PARTIAL)
     for entry in range(count):
+        block = following
+        if PARTIAL:
+            block = table_entry(visited, entry, room, RANGES, PARTIAL)
+        else:
+            following = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
         start = block * BLOCK_M
-        block = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
         inside = row
         if PARTIAL:
             inside = tl.minimum(row, rows - 1 - start)

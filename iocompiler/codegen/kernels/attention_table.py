@@ -62,8 +62,9 @@ def table_row(table, table_strides, b, h, row, RANGES: tl.constexpr):
 def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
     """The position of the n-th partial or full block of a row; behind the last one, any number.
 
-    A loop asks for the next one in each of its turns: of a load whose result is an address in the
-    same turn Triton makes a copy that is waited for, and with it for the tiles that it had ahead.
+    Loops over full blocks ask for it a turn ahead: where a load's result is in the same turn no
+    more than an address, Triton makes a copy of it that is waited for, and with it for the tiles
+    that were to be read ahead. (Partial blocks ask of it what lies inside, too.)
     """
     table, first, left, full = visited
     if RANGES:
