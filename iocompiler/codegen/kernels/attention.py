@@ -20,6 +20,7 @@ from iocompiler.codegen.kernels.attention_parts import (
     store_tile,
 )
 from iocompiler.codegen.kernels.attention_table import (
+    in_turn,
     place_of,
     row_in_order,
     table_entry,
@@ -39,11 +40,7 @@ def _attend(
     """Online softmax over the partial or the full blocks of keys of one block of queries."""
     following = table_entry(visited, 0, room, RANGES, PARTIAL)
     for entry in range(count):
-        block = following
-        if PARTIAL:
-            block = table_entry(visited, entry, room, RANGES, PARTIAL)
-        else:
-            following = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
+        block, following = in_turn(following, visited, entry, room, RANGES, PARTIAL)
         start = block * BLOCK_N
         acc, total, top = attend(
             acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h, i_line,

@@ -33,6 +33,7 @@ from iocompiler.codegen.kernels.attention_parts import (
     store_tile,
 )
 from iocompiler.codegen.kernels.attention_table import (
+    in_turn,
     place_of,
     row_in_order,
     table_entry,
@@ -99,11 +100,7 @@ def _into_queries(
     column = tl.arange(0, BLOCK_N)
     following = table_entry(visited, 0, room, RANGES, PARTIAL)
     for entry in range(count):
-        block = following
-        if PARTIAL:
-            block = table_entry(visited, entry, room, RANGES, PARTIAL)
-        else:
-            following = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
+        block, following = in_turn(following, visited, entry, room, RANGES, PARTIAL)
         start = block * BLOCK_N
         inside = column
         if PARTIAL:
@@ -210,11 +207,7 @@ def _into_keys(
     row = tl.arange(0, BLOCK_M)
     following = table_entry(visited, 0, room, RANGES, PARTIAL)
     for entry in range(count):
-        block = following
-        if PARTIAL:
-            block = table_entry(visited, entry, room, RANGES, PARTIAL)
-        else:
-            following = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
+        block, following = in_turn(following, visited, entry, room, RANGES, PARTIAL)
         start = block * BLOCK_M
         inside = row
         if PARTIAL:

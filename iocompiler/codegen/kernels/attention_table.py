@@ -60,12 +60,7 @@ def table_row(table, table_strides, b, h, row, RANGES: tl.constexpr):
 
 @triton.jit
 def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
-    """The position of the n-th partial or full block of a row; behind the last one, any number.
-
-    Loops over full blocks ask for it a turn ahead: where a load's result is in the same turn no
-    more than an address, Triton makes a copy of it that is waited for, and with it for the tiles
-    that were to be read ahead. (Partial blocks ask of it what lies inside, too.)
-    """
+    """The position of the n-th partial or full block of a row; behind the last one, any number."""
     table, first, left, full = visited
     if RANGES:
         if PARTIAL:
@@ -78,3 +73,20 @@ def table_entry(visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexp
         else:
             found = tl.load(table + 2 + room + entry)
     return found
+
+
+@triton.jit
+def in_turn(following, visited, entry, room, RANGES: tl.constexpr, PARTIAL: tl.constexpr):
+    """The n-th block in a loop over all, and what its next turn is given as ``following``; the
+    first turn, `table_entry` of 0.
+
+    Full blocks are asked for a turn ahead: where a load's result is in its own turn no more than an
+    address, Triton makes a copy of it that is waited for, and with it for the tiles that were to be
+    read ahead. (Of partial blocks a turn also asks what lies inside.)
+    """
+    block = following
+    if PARTIAL:
+        block = table_entry(visited, entry, room, RANGES, PARTIAL)
+    else:
+        following = table_entry(visited, entry + 1, room, RANGES, PARTIAL)
+    return block, following
