@@ -11,6 +11,7 @@ its backward) are read in place.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,12 +132,15 @@ def record(
     settings = {key: value for key, value in settings.items() if key in known}
     recorded: list[Call] = []
     held = kept.on_device(device_index)
+    seen: Callable[[], Any] = lambda: None
 
     def replay(args: list[Any]) -> list[Any]:
+        nonlocal seen
         manager = cudagraph_trees.get_manager(device_index, create_if_none_exists=False)
         if manager is not None and manager.can_start_new_generation():
             held.move()
-        if not is_backward:
+        if not is_backward and static_inputs and args[static_inputs[0]] is not seen():
+            seen = weakref.ref(args[static_inputs[0]])  # another module's, or the first call
             held.watch(args[i] for i in static_inputs)
         if not recorded:
             graphed = cudagraph_trees.cudagraphify_impl(
