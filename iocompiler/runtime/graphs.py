@@ -132,16 +132,18 @@ def record(
     settings = {key: value for key, value in settings.items() if key in known}
     recorded: list[Call] = []
     held = kept.on_device(device_index)
-    seen: Callable[[], Any] = lambda: None
+    first: weakref.ref[Any] | None = None  # of the parameters that are being watched
 
     def replay(args: list[Any]) -> list[Any]:
-        nonlocal seen
+        nonlocal first
         manager = cudagraph_trees.get_manager(device_index, create_if_none_exists=False)
         if manager is not None and manager.can_start_new_generation():
             held.move()
-        if not is_backward and static_inputs and args[static_inputs[0]] is not seen():
-            seen = weakref.ref(args[static_inputs[0]])  # another module's, or the first call
-            held.watch(args[i] for i in static_inputs)
+        if not is_backward and static_inputs:
+            given = args[static_inputs[0]]
+            if first is None or first() is not given:
+                first = weakref.ref(given)
+                held.watch(args[i] for i in static_inputs)
         if not recorded:
             graphed = cudagraph_trees.cudagraphify_impl(
                 call, args, tuple(static_inputs), **settings
