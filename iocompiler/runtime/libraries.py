@@ -33,8 +33,8 @@ def load_ahead(graph: GraphModule) -> None:
         with _lock:
             if _loading is None:
                 given = width, query.dtype, query.device
-                # a daemon: a program that ends meanwhile does not wait for it
-                _loading = threading.Thread(target=_attend, args=given, daemon=True)
+                # no daemon: a program that ends waits, rather than end in the middle of a library
+                _loading = threading.Thread(target=_attend, args=given)
                 _loading.start()
         return
 
