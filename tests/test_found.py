@@ -238,3 +238,13 @@ def test_the_imaginary_part_of_a_lazy_conjugate() -> None:
     sum(results).sum().backward()
     sum(expected).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("size", "pads"), [(1, (-1, 4)), (2, (-2, 1)), (3, (1, -3)), (1, (3, -1))])
+@pytest.mark.parametrize("engine", ["reference", TextEngine()], ids=["reference", "text"])
+def test_a_pad_of_which_nothing_is_left(size: int, pads: tuple[int, int], engine: object) -> None:
+    def f(x: Tensor) -> Tensor:
+        return F.pad(x, pads, value=0.5) * 2
+
+    check(f, torch.randn(size, requires_grad=True), engine=engine)
+    check(f, torch.randn(2, size), engine=engine)

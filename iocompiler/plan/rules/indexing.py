@@ -171,6 +171,14 @@ def _inside(low: Lowering, position: Affine, start: Size, end: Size) -> int | No
     return found
 
 
+def _is_outside(low: Lowering, position: Affine, size: Size) -> bool:
+    """Whether a position along an axis of this size never lies on it: nothing of it is there."""
+    limits = bounds(position, low.extents)
+    if limits is None:
+        return False
+    return nonnegative(normal(limits[0] - size)) or nonnegative(normal(-1 - limits[1]))
+
+
 def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     source = _tensor(node.args[0])
     listed: Any = node.args[1]
@@ -181,6 +189,8 @@ def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     for pair in range(len(pads) // 2):
         dim = len(index) - 1 - pair
         place[dim] = index[dim] - pads[2 * pair]
+        if _is_outside(low, place[dim], sizes[dim]):
+            return low.builder.const(literal(fill or 0), dtype)
         test = _inside(low, place[dim], 0, sizes[dim])
         if test is not None:
             inside = low.both(inside, test)
