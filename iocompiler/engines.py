@@ -181,16 +181,20 @@ def replayed(
 
 def fixed_inputs() -> list[int]:
     """Positions of parameters and buffers, which stay where they are from call to call."""
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
+    metadata = _metadata()
     return list(metadata.static_input_indices or ()) if metadata is not None else []
 
 
 def _returned(plan: Plan) -> int:
     """How many outputs are the caller's: a forward has what it saves behind them."""
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
+    metadata = _metadata()
     return len(plan.outputs) if metadata is None else metadata.num_forward_returns
+
+
+def _metadata() -> Any:
+    """What AOTAutograd knows of the graph it is compiling, or None."""
+    context = TracingContext.try_get()
+    return context.fw_metadata if context is not None else None
 
 
 def _saved_inputs(gm: GraphModule) -> list[int]:

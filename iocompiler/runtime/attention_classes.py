@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ _COUNT = 8
 """Blocks one program classifies: what it reads of their rows is read once."""
 _SCORES = 2048
 """A warp looks at so many scores at a time: with more, registers spill."""
-_MOST = 1024
-_masks: dict[tuple[Any, ...], Mask] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,27 +32,27 @@ class Mask:
     numbers: tuple[int, ...]
     grid: Grid
     device: torch.device
-    _launches: list[Launch] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the classes: one batch or head where the mask is the same for all."""
         return classes_shape(self.program, self.grid)
 
-    def launch(self) -> Launch:
-        """What asks; made once."""
-        if not self._launches:
-            self._launches.append(self._prepared())
-        return self._launches[0]
+    @functools.cached_property
+    def reach(self) -> Table:
+        """What the part of the mask that reads no tensor leaves of each row."""
+        found = extents(without_loads(self.program), self.grid, self.numbers)
+        return Table(found.to(self.device), True, 2)
 
-    def _prepared(self) -> Launch:
+    @functools.cached_property
+    def launch(self) -> Launch:
+        """What asks."""
         from iocompiler.codegen.kernels.attention_blocks import classify_blocks
 
         grid = self.grid
-        reach = _reach(self.program, grid, self.numbers, self.device)
         return Launch(
             classify_blocks,
-            reach_strides=reach.strides,
+            reach_strides=self.reach.strides,
             strides=tuple(s for x in self.operands for s in x.stride),
             numbers=self.numbers,
             own_heads=self.shape[1],
@@ -73,10 +70,10 @@ class Mask:
         batch, heads, down, across = self.shape
         found = operands[0].new_empty(self.shape, dtype=torch.int8)
         if found.numel():
-            self.launch().run(
+            self.launch.run(
                 batch * heads * down * -(-across // _COUNT),
                 Classes=found,
-                Reach=_reach(self.program, self.grid, self.numbers, self.device).entries,
+                Reach=self.reach.entries,
                 operands=tuple(operands),
             )
         return found
@@ -86,17 +83,11 @@ def mask(
     program: ScoreProgram, operands: Sequence[Tensor], numbers: Sequence[int], grid: Grid
 ) -> Mask:
     """The mask of a program, found again where there was one like it."""
-    key = (
-        *(program, grid, tuple(numbers), operands[0].device),
-        *[(x.shape, x.stride(), x.dtype) for x in operands],
-    )
-    found = _masks.get(key)
-    if found is None:
-        if len(_masks) >= _MOST:
-            _masks.clear()
-        likes = tuple(Like.of(x) for x in operands)
-        found = _masks[key] = Mask(program, likes, tuple(numbers), grid, operands[0].device)
-    return found
+    likes = tuple(Like.of(x) for x in operands)
+    return _found(program, likes, tuple(numbers), grid, operands[0].device)
+
+
+_found = functools.lru_cache(maxsize=1024)(Mask)
 
 
 def proved_classes(
@@ -105,12 +96,3 @@ def proved_classes(
     """Those of a mask that reads no tensor."""
     some, every = classify(program, grid, (), numbers)
     return (some.to(torch.int8) + every).contiguous().to(device)
-
-
-@functools.lru_cache(maxsize=256)
-def _reach(
-    program: ScoreProgram, grid: Grid, numbers: tuple[int, ...], device: torch.device
-) -> Table:
-    """What the part of a mask that reads no tensor leaves of each row."""
-    found = extents(without_loads(program), grid, numbers)
-    return Table(found.to(device), True, 2)
