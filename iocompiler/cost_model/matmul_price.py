@@ -20,7 +20,7 @@ import torch
 from iocompiler.cost_model.cost import value_of
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.matmul import epilogue_traffic, is_aligned
-from iocompiler.cost_model.matmul_tiles import NARROW, Space
+from iocompiler.cost_model.matmul_tiles import Space, units_share
 from iocompiler.cost_model.roofline import FILL_K, TRANSCENDENTAL_FLOPS, vector_rate
 from iocompiler.plan.column_sums import rows_of_part
 from iocompiler.plan.product import MatmulTile, Product
@@ -78,7 +78,7 @@ def template_time(
     filled = -(-space.tiles(tile) // slots) * slots
     depth = space.steps(tile) * tile.k + FILL_K
     flops = 2 * filled * tile.m * tile.n * depth * len(made.rights)
-    rate = device.matmul_rate(made.dtype) * NARROW.get(min(tile.m, tile.n), 1.0)
+    rate = device.matmul_rate(made.dtype) * units_share(tile, len(made.rights), hopper=True)
     read: Size = 0
     written: Size = 0
     work: Size = 0

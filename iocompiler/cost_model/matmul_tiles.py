@@ -42,20 +42,21 @@ _MOST_REGISTERS = 255
 _WARPS_OF_AN_SM = 64
 # of a multiprocessor's shared memory, what is left for a block's barriers and for the epilogue
 _SHARED_APART = 1024
-# Estimates, until `benchmarks/matmul.py` has set them from a device's clock:
-# a narrow tile reads shared memory faster than that gives: the share of the matrix units' rate, by
-# its narrower side
-NARROW = {16: 0.3, 32: 0.55, 64: 0.85}
-# making descriptors, at the start of a program
-_DESCRIPTORS_S = 1e-6
+# The share of the matrix units' rate that a tile reaches, by its narrower side; and Hopper's where
+# sums are less than 256 columns wide. These and the two below are from 24 launches on an H100, six
+# tiles each (`benchmarks/matmul.py --part inputs`)
+_NARROW = {16: 0.3, 32: 0.55, 64: 0.8}
+_HALF_WIDE, _WIDEST = 0.92, 256
+# making a descriptor, at the start of a program: all but the first, which the launch hides
+_DESCRIPTOR_S = 1e-6
 # of the matrix units' rate on Hopper, what is left where threads compute addresses beside them
-_BY_POINTERS = 0.9
+_BY_POINTERS = 0.97
 # of their rate, what the instructions of the generation before reach on Hopper
 _OLD_UNITS = 0.6
 # what the threads of a tile wait for each other in a step
 _MEETING_S = 4e-8
 # each further tile of a shape must promise this much
-_AGAIN = 1.08
+_AGAIN = 1.1
 
 # float32 is no work for the matrix units: operands are in registers
 _LARGEST_FLOAT32 = 64 * 64
@@ -91,6 +92,14 @@ def candidates(
         found.append(best)
         left.remove(best)
     return found
+
+
+def units_share(tile: MatmulTile, rights: int, *, hopper: bool) -> float:
+    """Of the matrix units' rate, what a tile of products with so many right operands reaches at
+    most.
+    """
+    full = _HALF_WIDE if hopper and tile.n * rights < _WIDEST else 1.0
+    return _NARROW.get(min(tile.m, tile.n), full)
 
 
 def _shape(tile: MatmulTile) -> tuple[int, int, str]:
@@ -263,13 +272,20 @@ class Space:
         steps = self.steps(tile)
         filling, once = self._filling(tile), 0.0
         if tile.loads == "descriptors":
-            once = _DESCRIPTORS_S
+            once = self.describing
             if len(self.made.rights) == 1:  # only the first tile of a program waits for its loads
                 filling, once = 0.0, filling + once
         # what stands around the steps of one tile is hidden behind those of another
         around = (filling + self._finishing(tile)) / beside
         working = once + each * (steps * self._step(tile, beside) + around)
         return device.launch_s + max(working, self._moving(tile))
+
+    @property
+    def describing(self) -> float:
+        """Seconds until the operands' descriptors are made."""
+        made = self.made
+        operands = len(made.lefts) + len(made.all_rights) + len(made.beside)
+        return (operands - 1) * _DESCRIPTOR_S
 
     def _step(self, tile: MatmulTile, resident: int) -> float:
         """Seconds of a step of the inner extent, of ``resident`` tiles that share the units."""
@@ -280,7 +296,7 @@ class Space:
             rate *= _BY_POINTERS
         if self._is_hopper and tile.m < 64:
             rate *= _OLD_UNITS  # the new instructions take 64 rows
-        computing = flops / (rate * NARROW.get(min(tile.m, tile.n), 1.0))
+        computing = flops / (rate * units_share(tile, rights, hopper=self._is_hopper))
         loaded = self._step_bytes(tile)
         loading = loaded * device.sm_count / device.l2_bytes_per_s
         # of the latency, each resident tile and each stage in flight hides a part
