@@ -58,10 +58,11 @@ _SMOOTH = (
     "{0}.abs().add(0.1).log()", "{0}.abs().add(0.1).log2()", "torch.sinc({0})", "{0}.double()",
     "torch.xlogy({0}, {0}.abs() + 0.1)", "torch.logit({0}.sigmoid().clamp(0.1, 0.9))",
 )  # fmt: skip
+# the sign of a NaN is nobody's: it is made a number before its sign is asked
 _JUMPS = (
     "{0}.round()", "{0}.floor()", "{0}.ceil()", "{0}.trunc()", "{0}.sign()", "{0} > 0", "{0} <= 0.5",
     "{0}.frac()", "{0} % 2", "{0} // 0.75", "torch.fmod({0}, 1.5)", "{0}.isnan()", "{0} == 1",
-    "{0} % -1.5", "torch.floor_divide({0}, 0.3)", "torch.signbit({0})", "{0}.logical_not()",
+    "{0} % -1.5", "torch.floor_divide({0}, 0.3)", "torch.signbit({0}.nan_to_num())", "{0}.logical_not()",
     "{0} // 2", "{0} // -3", "torch.remainder(2.5, {0}.abs() + 1)", "torch.heaviside({0}, {0})",
     "torch.div({0}, 0.7, rounding_mode='trunc')", "torch.div({0}, -0.7, rounding_mode='floor')",
 )  # fmt: skip
@@ -80,7 +81,7 @@ _PAIRS = (
     "torch.lerp({0}, {1}, 0.25)", "F.smooth_l1_loss({0}, {1})", "F.mse_loss({0}, {1})",
     "torch.logaddexp({0}, {1})", "F.huber_loss({0}, {1})", "F.l1_loss({0}, {1}, reduction='none')",
     "torch.rsub({0}, {1})", "torch.addcdiv({0}, {0}, {1}.abs() + 1)", "torch.clamp({0}, max={1})",
-    "torch.xlogy({0}, {1}.abs() + 0.1)", "torch.copysign({0}, {1})", "torch.cdist({0}, {1})",
+    "torch.xlogy({0}, {1}.abs() + 0.1)", "torch.copysign({0}, {1}.nan_to_num())", "torch.cdist({0}, {1})",
     "torch.outer({0}.flatten(), {1}.flatten())", "F.cosine_similarity({0}, {1}, dim=-1)",
 )  # fmt: skip
 _EXACT_PAIRS = (
