@@ -36,6 +36,7 @@ from iocompiler.passes.packed_gradients import packed_gradients
 from iocompiler.passes.patches import patches
 from iocompiler.passes.product_order import product_order
 from iocompiler.passes.repeated import repeated
+from iocompiler.passes.seeds import seeds_together
 from iocompiler.passes.slices import slices
 from iocompiler.passes.summed_gradients import summed_gradients
 from iocompiler.passes.sums_of_products import sums_of_products
@@ -208,6 +209,7 @@ DEFAULT = Pipeline(
     linear_cross_entropy,  # a head and its loss, while both stand whole
     product_order,  # of products that are no attention and no head any more
     dropout,  # what attention did not take: masks made again from seeds instead of being stored
+    seeds_together,  # when all dropouts have drawn theirs
     gelu_by_tanh,  # one operator saves its input alone, and its derivative is cheap
     gelu_by_erf,
     patches,  # touches nothing the others look for

@@ -121,20 +121,6 @@ def test_rows_that_a_mask_hides(
         torch.testing.assert_close(one, true)
 
 
-def test_one_draw_for_all_layers() -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return softcap(softcap(q, k, v), k, v) + softcap(q, k, v, 0.1)
-
-    compiled, given = Compiled(function), heads()
-    compiled(**given)
-    nodes = list(compiled.graphs[0].graph.nodes)
-    (draw,) = (node for node in nodes if node.target is SEEDS)
-    assert draw.args[0] == 3
-    calls = [node for node in nodes if node.target is FORWARD]
-    assert sorted(node.args[8].args[2] for node in calls) == [0, 1, 2]
-    assert sorted(node.args[9] for node in calls) == [0.1, 0.4, 0.4]
-
-
 @pytest.mark.parametrize(("p", "train"), [(0.0, True), (0.4, False)])
 def test_what_drops_nothing_draws_nothing(p: float, train: bool) -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

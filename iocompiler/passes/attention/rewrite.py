@@ -16,7 +16,7 @@ from iocompiler.passes.attention.reading import alone, contraction, library, res
 from iocompiler.passes.attention.reading.description import Attention, Declined, Mix, Sum
 from iocompiler.passes.attention.reading.frame import forward_views
 from iocompiler.passes.attention.reading.recognise import recognise
-from iocompiler.passes.attention.running import forward, inductor, scored, seeds, strides
+from iocompiler.passes.attention.running import forward, inductor, scored, strides
 from iocompiler.passes.attention.running.choice import planned
 from iocompiler.passes.attention.running.scored import ScoredCall
 from iocompiler.passes.attention.sums.joined import Joined, join
@@ -46,7 +46,6 @@ def attention(gm: GraphModule) -> int:
         if node.graph is gm.graph and not getattr(node, "_erased", False):
             changed += _rewrite(gm, node)
     if changed:
-        seeds.share(gm)
         strides.keep(gm)
     return changed
 
