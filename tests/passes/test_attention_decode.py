@@ -63,6 +63,23 @@ def test_the_rest_stays_with_the_libraries(sizes: dict[str, Any]) -> None:
     assert found in (["gqa"], ["full"])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "variant"),
+    [
+        ({"rows": 1}, "program"),
+        ({"rows": 1, "dtype": torch.float32}, "full"),
+        ({"rows": 2}, "full"),  # cuDNN takes two
+        ({"rows": 32}, "full"),
+    ],
+    ids=str,
+)
+def test_one_query_in_training(sizes: dict[str, Any], variant: str) -> None:
+    dtype = sizes.pop("dtype", torch.bfloat16)
+    compiled = _Planned(sdpa)
+    compiled(**{n: x.to(dtype) for n, x in heads(columns=197, width=64, **sizes).items()})
+    assert compiled.variants == [variant]
+
+
 def test_one_program_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """A growing cache: one graph after the first, its length a run-time number."""
     monkeypatch.setattr(choice, "wanted", lambda call, found: True)

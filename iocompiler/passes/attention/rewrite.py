@@ -91,7 +91,7 @@ def _call(
     results.check_readers(gm, found, forward_views(found)[0])
     call = planned(found, Evaluator(gm))
     if target.is_inductor():
-        inductor.check(gm, call)
+        inductor.check(call)
     return call, call.variant + ("+weights" if found.is_shared else "")
 
 

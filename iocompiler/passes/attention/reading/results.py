@@ -128,7 +128,7 @@ def _check_shared(gm: GraphModule, found: Attention, node: Node, where: str) -> 
     dropouts = [x for x in found.probabilities[: place + 1] if x.target is aten.dropout.default]
     if found.dropout_p and dropouts:
         raise Declined(f"{where}, after a dropout")
-    if not is_differentiated(gm, found.anchor):
+    if not is_differentiated(found.anchor):
         raise Declined(f"{where}: without gradients a product with them costs no more")
     readers = _readers(user for user in node.users if user not in found.interior)
     if not readers.isdisjoint(_readers(found.anchor.users)):
@@ -147,8 +147,9 @@ def _readers(nodes: Iterable[Node]) -> set[Node]:
     return seen
 
 
-def is_differentiated(gm: GraphModule, node: Node) -> bool:
+def is_differentiated(node: Node) -> bool:
     """Whether autograd may differentiate a node."""
+    gm: Any = node.graph.owning_module
     wanted = any(x.meta.get("requires_grad") for x in gm.graph.find_nodes(op="placeholder"))
     return wanted and view.regions(gm)[node].grad
 

@@ -13,7 +13,7 @@ Measured with one thread, torch 2.13, four heads of 64, as ours over Inductor's:
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.reading.description import Declined
@@ -24,7 +24,7 @@ from iocompiler.passes.attention.running.scored import ScoredCall
 _LONG = 512  # keys from which on the library's 16-bit backward is no slower
 
 
-def check(gm: GraphModule, call: Call | ScoredCall) -> None:
+def check(call: Call | ScoredCall) -> None:
     """Raise `Declined` where Inductor's way is the faster one."""
     found = call.found
     if isinstance(call, ScoredCall):
@@ -35,7 +35,7 @@ def check(gm: GraphModule, call: Call | ScoredCall) -> None:
         raise Declined("no library kernel of a CPU drops out: Inductor is faster")
     if not known(found.width.size == found.value_width.size):
         raise Declined("heads that differ in width run block by block: Inductor is faster")
-    if not is_differentiated(gm, found.anchor):
+    if not is_differentiated(found.anchor):
         return
     if found.dtype in (torch.bfloat16, torch.float16) and _is_short(found.column.size):
         raise Declined(f"the CPU library's 16-bit backward is slow below {_LONG} keys")
