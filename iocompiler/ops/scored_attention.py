@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
+from torch._subclasses.fake_tensor import FakeTensor
 
 from iocompiler.ops import library, target
 from iocompiler.ops.attempt import template_or
@@ -114,6 +116,11 @@ class Call(NamedTuple):
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Of query, key and value."""
+        return self.query.shape, self.key.shape, self.value.shape
 
     @property
     def is_empty(self) -> bool:
@@ -327,8 +334,17 @@ def _templates() -> Any:
     return attention
 
 
-def empty(like: Tensor, shape: Any, order: str) -> Tensor:
+def empty(like: Tensor, shape: Sequence[Any], order: str) -> Tensor:
     """Memory for a [B, H, S, D] tensor in one of the orders of `attention_choice.MEMORY`."""
+    if isinstance(like, FakeTensor):  # sizes may be symbols
+        return like.new_empty_strided(shape, _strides(shape, order))
+    return like.new_empty_strided(shape, _known_strides(tuple(shape), order))
+
+
+def _strides(shape: Sequence[Any], order: str) -> tuple[Any, ...]:
     dims = MEMORY[order]
-    back = [dims.index(d) for d in range(len(dims))]
-    return like.new_empty([shape[d] for d in dims]).permute(back)
+    inner = make_contiguous_strides_for([shape[d] for d in dims])
+    return tuple(inner[dims.index(d)] for d in range(len(dims)))
+
+
+_known_strides = functools.lru_cache(maxsize=1024)(_strides)

@@ -104,13 +104,13 @@ def test_gradients_in_one_tensor(packing: str, groups: int, width: int, dropout_
     grad = torch.randn_like(out)
     apart = [torch.empty_like(x) for x in given]
     attention.backward(problem, grad, out, lse, None, apart)
-    where = Packing.parsed(packing)
-    room = torch.full((3, *where.shape(given)), 12345.0)  # what lies around it, and it
-    attention.backward(problem, grad, out, lse, None, where.slices(room[1], given))
+    layout = Packing.parsed(packing).layout(tuple(x.shape for x in given))
+    room = torch.full((3, *layout.shape), 12345.0)  # what lies around it, and it
+    attention.backward(problem, grad, out, lse, None, layout.slices(room[1]))
     assert (room[::2] == 12345.0).all()
     assert (room[1] != 12345.0).all()
     assert room[1].numel() == sum(x.numel() for x in given)
-    for one, alone in zip(where.slices(room[1], given), apart, strict=True):
+    for one, alone in zip(layout.slices(room[1]), apart, strict=True):
         assert torch.equal(one, alone)
 
 

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from iocompiler.cost_model.attention_tiles import Row, Tile
 from iocompiler.ops.attention_classes import CLASSES
 from iocompiler.runtime.attention import Problem, forward
-from iocompiler.runtime.attention_blocks import listed
+from iocompiler.runtime.attention_blocks import lists
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_reference import evaluate
 from tests.ops.score_programs import CASES
@@ -65,13 +65,14 @@ def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
             wanted = wanted.transpose(2, 3)
         if sizes[0 if transposed else 1] % (m if transposed else n):
             wanted[..., -1].clamp_(max=1)  # what reaches past the end is never full
-        found = listed(problem.form, kinds, Tile(m, n, 4, 1), transposed=transposed)
+        found = lists(problem.form, Tile(m, n, 4, 1), transposed)
+        entries = found.entries(kinds)
         assert found.room == wanted.shape[3]
         counts = (wanted[:, 0] > 0).sum(-1)
-        in_order = counts.gather(1, found.entries[:, 0, :, -1].long().expand_as(counts))
+        in_order = counts.gather(1, entries[:, 0, :, -1].long().expand_as(counts))
         assert torch.equal(in_order, counts.sort(-1, descending=True)[0])
         for b in range(kinds.shape[0]):
-            for line, row in zip(found.entries[b, 0].tolist(), wanted[b, 0], strict=True):
+            for line, row in zip(entries[b, 0].tolist(), wanted[b, 0], strict=True):
                 partial, full = line[:2]
                 assert line[2 : 2 + partial] == (row == 1).nonzero().flatten().tolist()
                 start = 2 + found.room
