@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iocompiler.cost_model.attention_tiles import Row, padded
 from iocompiler.ops.column_sums import ColumnSums
-from iocompiler.runtime.attention_blocks import Lists, Visits, visits
+from iocompiler.runtime.attention_blocks import Visits, visits
 from iocompiler.runtime.attention_classes import mask, proved_classes
 from iocompiler.runtime.attention_decode import few_queries, split_forward
 from iocompiler.runtime.attention_form import Form, form
@@ -41,6 +41,8 @@ class Problem:
         parts: of the keys, where few queries meet them; 0: as many as are priced best.
         dropout_p, seed: of the probabilities; one int64 where dropout_p is not 0.
         known: the classes of the blocks of the form's grain, where somebody has found them.
+        tables: and the lists of the tiles of the kernels: of a forward one; of a backward that of
+            the query's gradient and that of the key's.
     """
 
     query: Tensor
@@ -54,6 +56,7 @@ class Problem:
     dropout_p: float = 0.0
     seed: Tensor | None = None
     known: Tensor | None = None
+    tables: tuple[Tensor, ...] = ()
     form: Form = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,13 +65,15 @@ class Problem:
             self.tiles, self.parts, self.dropout_p,
         )  # fmt: skip
 
-    def entries(self, found: Visits) -> Tensor:
-        """Those of the table of what a kernel visits."""
-        return self._listed(found.lists) if found.proved is None else found.proved
-
-    def _listed(self, lists: Lists | None) -> Tensor:
-        assert lists is not None
-        return lists.entries(self._classes)
+    def entries(self, found: Visits, place: int = 0) -> Tensor:
+        """Those of the table of what a kernel visits, the one at ``place`` where that is known."""
+        if found.proved is not None:
+            return found.proved
+        assert found.lists is not None
+        for known in self.tables[place : place + 1]:
+            if known.shape == found.lists.shape:
+                return known
+        return found.lists.entries(self._classes)
 
     @functools.cached_property
     def _classes(self) -> Tensor:
@@ -211,7 +216,7 @@ def key_gradients(
         _, of_k, of_v = columns.parts
         strides, summed = (*strides, of_k.stride(), of_v.stride()), columns.rows
     found = form.once(("dkv", strides, summed), _dkv_run, form, strides, summed)
-    entries = problem.entries(found.visits)
+    entries = problem.entries(found.visits, 1)
     found.launch.run(found.programs, *problem.tensors, grad, *sums, dk, dv, of_k, of_v, entries)
 
 

@@ -16,7 +16,7 @@ from iocompiler.runtime.attention_form import Form
 from iocompiler.runtime.template_launch import Launch
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
-from iocompiler.tile.score_tables import Table, table
+from iocompiler.tile.score_tables import Table, table, table_shape
 
 _ORDERED = 64
 """Rows one program finds a place for."""
@@ -56,7 +56,7 @@ class Lists:
         """The table's, int32.
 
         Args:
-            classes: of the blocks of the form's grain, as `Problem.classes` gives them.
+            classes: as `Problem.classes` gives them.
         """
         made = classes.new_empty(self.shape, dtype=torch.int32)
         batch, heads, down, _ = self.shape
@@ -71,7 +71,11 @@ def visits(form: Form, tile: Tile, *, transposed: bool) -> Visits:
         grid = form.grid(tile.m, tile.n)
         found = _proved(form.program, grid, form.numbers, form.device, transposed=transposed)
         return Visits(_arguments(found.strides, found.room, found.ranges), found.entries, None)
-    made = form.once(("lists", tile.m, tile.n, transposed), lists, form, tile, transposed)
+    sizes = (form.query.shape[2], form.key.shape[2])
+    made = lists(
+        form.classes_shape, sizes, form.row.grain, (tile.m, tile.n),
+        transposed=transposed, device=form.device,
+    )  # fmt: skip
     batch, heads, down, length = made.shape
     strides = (heads * down * length * (batch > 1), down * length * (heads > 1), length)
     return Visits(_arguments(strides, made.room, False), None, made)
@@ -95,34 +99,46 @@ def _proved(
     return replace(made, entries=made.entries.to(device))
 
 
-def lists(form: Form, tile: Tile, transposed: bool) -> Lists:
-    """For a tile made of whole blocks of the form's grain."""
-    grain, grid = form.grain, form.grid(tile.m, tile.n)
-    batch, heads, *sizes = form.classes_shape
-    strides, counts = [sizes[1], 1], list(grid.counts)
-    folds, length, block = [grid.m // grain.m, grid.n // grain.n], grid.columns, grid.n
+@functools.lru_cache(maxsize=1024)
+def lists(
+    classes: tuple[int, int, int, int],
+    scores: tuple[int, int],
+    block: tuple[int, int],
+    tile: tuple[int, int],
+    *,
+    transposed: bool,
+    device: torch.device,
+) -> Lists:
+    """What lists the tiles of a mask.
+
+    Args:
+        classes: their shape; contiguous.
+        scores: rows and columns.
+        block: so many make a class; tiles are made of whole blocks.
+    """
+    batch, heads, *sizes = classes
+    strides, folds, length = [sizes[1], 1], [t // b for t, b in zip(tile, block, strict=True)], 1
     if transposed:
-        for each in (sizes, strides, counts, folds):
-            each.reverse()
-        length, block = grid.rows, grid.m
-    down, across = counts
+        sizes, strides, folds, length = sizes[::-1], strides[::-1], folds[::-1], 0
+    shape = table_shape((batch, heads), scores, tile, transposed=transposed)
+    down, across = shape[2], (shape[3] - 3) // 2
     listing = Launch(
         _kernels().list_blocks,
         ("Classes", "Table"),
-        class_strides=(sizes[0] * sizes[1], *strides),
+        class_strides=(classes[2] * classes[3], *strides),
         class_rows=sizes[0],
         class_columns=sizes[1],
         rows=down,
         count=across,
         room=across,
-        short=int(length % block != 0),
+        short=int(scores[length] % tile[length] != 0),
         DOWN=folds[0],
         ACROSS=folds[1],
         BLOCK=max(16, 1 << (across - 1).bit_length()),
         num_warps=1,
     )
     order = Launch(_kernels().order_rows, ("Table",), rows=down, room=across, BLOCK=_ORDERED)
-    return Lists((batch, heads, down, 3 + 2 * across), across, listing, order)
+    return Lists(shape, across, listing, order)
 
 
 def _kernels() -> Any:
