@@ -89,10 +89,10 @@ def listed(
     """
     least = most = classes
     for dim, (size, part, whole) in enumerate(zip(sizes, block, tile, strict=True), 2):
-        first = torch.arange(0, -(-size // whole) * (whole // part), device=classes.device)
-        place = first.clamp(max=classes.shape[dim] - 1).reshape(-1, whole // part)
-        least = torch.stack([least.index_select(dim, each) for each in place.unbind(1)]).amin(0)
-        most = torch.stack([most.index_select(dim, each) for each in place.unbind(1)]).amax(0)
+        place = torch.arange(-(-size // whole) * (whole // part), device=classes.device)
+        places = place.clamp(max=classes.shape[dim] - 1).reshape(-(-size // whole), whole // part)
+        least = torch.stack([least.index_select(dim, each) for each in places.unbind(1)]).amin(0)
+        most = torch.stack([most.index_select(dim, each) for each in places.unbind(1)]).amax(0)
     every, some = least == 2, most > 0
     if transposed:
         every, some = every.mT, some.mT

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.cost_model.attention_tiles import Row, Tile
-from iocompiler.ops.column_sums import ColumnSums, Lines
+from iocompiler.ops.column_sums import ColumnSums, lines
 from iocompiler.ops.packed_gradients import Packing
 from iocompiler.runtime import attention, attention_form
 from tests.ops.score_checks import Shape, problems, some_slow
@@ -139,7 +139,7 @@ def test_sums_down_the_columns(name: str, shape: Shape, dropout_p: float, rows: 
     out = torch.empty((*given[0].shape[:3], shape[6]))
     lse = attention.forward(problem, out)
     results = [torch.empty_like(x) for x in given]
-    room = [torch.full((*Lines.of(x, rows).shape, 2), 12345.0) for x in given]
+    room = [torch.full((*lines(x.shape, rows), 2), 12345.0) for x in given]
     columns = ColumnSums([x[..., 0] for x in room], rows)
     attention.backward(problem, torch.randn_like(out), out, lse, None, results, columns)
     apart = rows <= 32 and "uniform" not in name
