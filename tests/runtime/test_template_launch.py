@@ -135,6 +135,19 @@ def test_no_programs_are_no_launch(gpu: Device) -> None:
     assert not gpu.asked
 
 
+def test_a_device_is_entered_where_it_is_not_current(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[int] = []
+    monkeypatch.setattr(Launch, "_elsewhere", lambda launch, programs, _: entered.append(programs))
+    launch, tensors = launched(), [memory()] * len(TENSORS)
+    for current in (0, 1):
+        monkeypatch.setattr(template_launch, "_current_device", lambda found=current: found)
+        launch.run(3 + current, *tensors)
+    assert [config[0] for config, _ in gpu.library.launches] == [3]
+    assert entered == [4]
+
+
 def test_what_is_watched_does_not_run(gpu: Device) -> None:
     seen: list[tuple[Launch, Any]] = []
     launch, tensors = launched(), dict.fromkeys(TENSORS, memory())
