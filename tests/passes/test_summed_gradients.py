@@ -50,7 +50,7 @@ def traced(
         known = {"grad": grad, "out": out, "logsumexp": lse, "operands": operands, "numbers": []}
         known |= dict(zip(("query", "key", "value"), heads, strict=True))
         known |= {"program": case.program(0.3).key, "kernel": kernel, "layout": "ssss"}
-        known |= {"dropout_p": 0.0, "packing": packing}
+        known |= {"dropout_p": 0.0, "tables": [], "packing": packing}
         gradients = operator(*(known.get(each.name) for each in operator._schema.arguments))
         return (gradients, summed((gradients,) if packing else gradients))
 
