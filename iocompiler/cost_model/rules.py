@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
     Row("addcmul addcdiv _foreach_addcmul _foreach_addcdiv _foreach_lerp", pointwise(3)),
     Row("_fused_adam _fused_adamw", pointwise(8, 1)),
     Row("sum mean amax amin max min any all argmax argmin prod count_nonzero nansum", reduction(1)),
-    Row("iocompiler.attention_classes", reduction(1)),
+    Row("iocompiler.attention_classes iocompiler.attention_table", reduction(1)),
     Row("var std var_mean std_mean norm linalg_vector_norm", reduction(3)),
     Row("logsumexp", reduction(4, 1)),
     Row("_softmax _log_softmax softmax log_softmax _safe_softmax", reduction(5, 1)),

@@ -30,13 +30,7 @@ class ColumnSums(NamedTuple):
                 torch.sum(gradient, 2, keepdim=True, dtype=part.dtype, out=part[:, :, :1])
 
 
-class Lines(NamedTuple):
-    """What the sums of a tensor are like."""
-
-    shape: tuple[Any, ...]
-
-    @staticmethod
-    def of(given: Tensor, rows: int) -> Lines:
-        """Of a [B, H, S, D] tensor."""
-        batch, heads, length, width = given.shape
-        return Lines((batch, heads, -(-length // rows), width))
+def lines(shape: Sequence[Any], rows: int) -> tuple[Any, ...]:
+    """The shape of the sums of a tensor of this one, [B, H, S, D]."""
+    batch, heads, length, width = shape
+    return batch, heads, -(-length // rows), width

@@ -91,16 +91,9 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
     gradient = logits if piece.gradient is None else piece.gradient
     copy = logits if piece.copy is None else piece.copy
     tails = logits if piece.tails is None else piece.tails
-    tensors = {
-        "logits": logits,
-        "tails": tails,
-        "gradient": gradient,
-        "copy": copy,
-        "target": piece.target,
-        "coefficient": losses if rows.coefficient is None else rows.coefficient,
-        "squared": losses if rows.squared is None else rows.squared,
-        "loss": losses,
-    }
+    coefficient = losses if rows.coefficient is None else rows.coefficient
+    squared = losses if rows.squared is None else rows.squared
+    tensors = (logits, tails, gradient, copy, piece.target, coefficient, squared, losses)
     form = _Form(
         setting,
         piece.vocabulary,
@@ -109,10 +102,10 @@ def launch_rows(piece: Piece, rows: Rows, setting: Setting) -> None:
         (_stride(logits), tails.stride(0), _stride(gradient), copy.stride(0)),
         (piece.tails is not None, piece.gradient is not None, piece.copy is not None),
         (rows.coefficient is not None, rows.squared is not None),
-        tuple([x.dtype for x in tensors.values()]),
+        tuple([x.dtype for x in tensors]),
         logits.device,
     )
-    _launch(form).run(logits.shape[0], **tensors)
+    _launch(form).run(logits.shape[0], *tensors)
 
 
 def _stride(rows: Tensor) -> int:
@@ -120,6 +113,9 @@ def _stride(rows: Tensor) -> int:
     classes are among the tails.
     """
     return rows.stride(0) if rows.shape[1] else walk.LINE
+
+
+_TENSORS = ("logits", "tails", "gradient", "copy", "target", "coefficient", "squared", "loss")
 
 
 class _Form(NamedTuple):
@@ -153,6 +149,7 @@ def _launch(form: _Form) -> Any:
     setting, (tails, gradient, copy) = form.setting, form.has
     return Launch(
         cross_entropy_rows,
+        _TENSORS,
         vocabulary=form.vocabulary,
         cut=form.cut,
         width=form.width,

@@ -94,17 +94,13 @@ def launch_rows(pair: Pair, rows: Rows, setting: Setting, divergence: Divergence
     into, other_into = (
         place if d is None else d for place, d in zip((logits, other), gradients, strict=True)
     )
-    tensors = {
-        "logits": logits,
-        "other": other,
-        "gradient": into,
-        "other_gradient": other_into,
-        "target": losses if pair.target is None else pair.target,
-        "coefficient": losses if rows.coefficient is None else rows.coefficient,
-        "squared": losses if rows.squared is None else rows.squared,
-        "share": pair.share,
-        "loss": losses,
-    }
+    coefficient = losses if rows.coefficient is None else rows.coefficient
+    squared = losses if rows.squared is None else rows.squared
+    target = losses if pair.target is None else pair.target
+    tensors = (
+        *(logits, other, into, other_into, target),
+        *(coefficient, squared, pair.share, losses),
+    )
     form = _Form(
         setting,
         divergence,
@@ -114,10 +110,10 @@ def launch_rows(pair: Pair, rows: Rows, setting: Setting, divergence: Divergence
         _is_wide(other),
         (pair.target is not None, rows.coefficient is not None, rows.squared is not None),
         (pair.gradient is not None, pair.other_gradient is not None),
-        tuple([x.dtype for x in tensors.values()]),
+        tuple([x.dtype for x in tensors]),
         logits.device,
     )
-    _launch(form).run(logits.shape[0], **tensors)
+    _launch(form).run(logits.shape[0], *tensors)
 
 
 def _is_wide(rows: Tensor) -> bool:
@@ -128,6 +124,12 @@ def _is_wide(rows: Tensor) -> bool:
     row, stride = -(-rows.shape[1] * size // walk.ALIGNED) * walk.ALIGNED, rows.stride(0) * size
     last = rows.storage_offset() * size + (rows.shape[0] - 1) * stride + row
     return stride % walk.ALIGNED == 0 and last <= rows.untyped_storage().nbytes()
+
+
+_TENSORS = (
+    *("logits", "other", "gradient", "other_gradient", "target"),
+    *("coefficient", "squared", "share", "loss"),
+)
 
 
 class _Form(NamedTuple):
@@ -161,6 +163,7 @@ def _launch(form: _Form) -> Any:
     setting, divergence = form.setting, form.divergence
     return Launch(
         divergence_rows,
+        _TENSORS,
         vocabulary=form.vocabulary,
         width=form.widths[0],
         other_width=form.widths[1],

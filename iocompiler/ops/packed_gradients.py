@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -21,14 +21,8 @@ PACKED = library.define(
 )
 DIMS = "bhsd"
 """The dims of query, key and value."""
+Shape: TypeAlias = tuple[Any, ...]
 PARTS = "qkv"
-
-
-class Shaped(Protocol):
-    """A tensor, or what has the shape of one."""
-
-    @property
-    def shape(self) -> tuple[Any, ...]: ...
 
 
 class Packing(NamedTuple):
@@ -57,43 +51,46 @@ class Packing(NamedTuple):
     def __str__(self) -> str:
         return f"{self.front}|{self.back}:{self.parts}"
 
-    def shape(self, given: Sequence[Shaped]) -> list[Any]:
-        """That of the whole, for these query, key and value."""
-        row = sum(prod(_sizes(x.shape, self.back)) for x in given)
-        return [*_sizes(given[0].shape, self.front), row]
+    def shape(self, given: Sequence[Shape]) -> list[Any]:
+        """That of the whole, for query, key and value of these shapes."""
+        row = sum(prod(_sizes(shape, self.back)) for shape in given)
+        return [*_sizes(given[0], self.front), row]
 
-    def slices(self, packed: Tensor, given: Sequence[Shaped]) -> list[Tensor]:
-        """Where in ``packed``, contiguous, the gradients of query, key and value lie, in the shapes
-        of these.
-        """
-        begin = packed.storage_offset()
-        found = _places(self, tuple([x.shape for x in given]))
-        return [packed.as_strided(size, stride, begin + start) for size, stride, start in found]
+    @functools.lru_cache(maxsize=512)  # noqa: B019  # few, of a few words each
+    def layout(self, given: tuple[Shape, ...]) -> Layout:
+        """How they lie in it; kept, as a step asks for each layer's."""
+        of_part = dict(zip(PARTS, given, strict=True))
+        whole = self.shape(given)
+        found: dict[str, _Place] = {}
+        start = 0
+        for part in self.parts:
+            shape = of_part[part]
+            outer = _strides(_sizes(shape, self.front), whole[-1])
+            back = _sizes(shape, self.back)
+            stride = dict(zip(self.front + self.back, outer + _strides(back, 1), strict=True))
+            found[part] = _Place(shape, tuple(stride[letter] for letter in DIMS), start)
+            start += prod(back)
+        return Layout(whole, [found[part] for part in PARTS])
 
 
 class _Place(NamedTuple):
     """A part of a tensor, ``start`` elements behind its first."""
 
-    size: tuple[Any, ...]
+    size: Shape
     stride: tuple[int, ...]
     start: int
 
 
-@functools.lru_cache(maxsize=512)
-def _places(packing: Packing, shapes: tuple[tuple[Any, ...], ...]) -> list[_Place]:
-    """Those of query, key and value, of these shapes; kept, as a step asks for each layer's."""
-    of_part = dict(zip(PARTS, shapes, strict=True))
-    row = sum(prod(_sizes(shape, packing.back)) for shape in shapes)
-    found: dict[str, _Place] = {}
-    start = 0
-    for part in packing.parts:
-        shape = of_part[part]
-        outer = _strides(_sizes(shape, packing.front), row)
-        back = _sizes(shape, packing.back)
-        stride = dict(zip(packing.front + packing.back, outer + _strides(back, 1), strict=True))
-        found[part] = _Place(shape, tuple(stride[letter] for letter in DIMS), start)
-        start += prod(back)
-    return [found[part] for part in PARTS]
+class Layout(NamedTuple):
+    """The shape of a tensor and the places of query, key and value in it."""
+
+    shape: list[int]
+    places: list[_Place]
+
+    def slices(self, whole: Tensor) -> list[Tensor]:
+        """Those of a tensor of this shape, contiguous."""
+        begin = whole.storage_offset()
+        return [whole.as_strided(size, stride, begin + at) for size, stride, at in self.places]
 
 
 def _strides(sizes: list[Any], innermost: int) -> list[Any]:
@@ -105,15 +102,16 @@ def _sizes(shape: tuple[Any, ...], letters: str) -> list[Any]:
 
 
 def _packed(*given: Any) -> Tensor:
-    (saved, call), packing = parted(given[:-1]), Packing.parsed(given[-1])
-    packed = _packed_fake(*given)
-    call.differentiate(saved, packing.slices(packed, call.inputs))
+    saved, call = parted(given[:-1])
+    layout = Packing.parsed(given[-1]).layout(call.shapes)
+    packed = call.query.new_empty(layout.shape)
+    call.differentiate(saved, layout.slices(packed))
     return packed
 
 
 def _packed_fake(*given: Any) -> Tensor:
     (_, call), packing = parted(given[:-1]), Packing.parsed(given[-1])
-    return call.query.new_empty(packing.shape(call.inputs))
+    return call.query.new_empty(packing.shape(call.shapes))
 
 
 library.implement("scored_attention_backward_packed", _packed, _packed_fake, launches=True)

@@ -7,9 +7,9 @@ or, of a program whose scores are weights, with no softmax. Beside it stands the
 row of scores, by which a caller may go on (a sink's share of the row, a loss).
 
 The program (``tile/score.py``) travels as text; the tensors it loads stand beside query, key and
-value. Which blocks a mask leaves that reads one may be given, where calls share it
-(`attention_classes`). On a GPU the Triton templates of ``codegen/kernels/`` run it, else aten,
-block by block.
+value. Which blocks a mask leaves that reads one may be given, where calls share it, and the lists
+of them (`attention_classes`). On a GPU the Triton templates of ``codegen/kernels/`` run it, else
+aten, block by block.
 Gradients flow to query, key, value and to operands of floating point.
 """
 
@@ -22,17 +22,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
+from torch._subclasses.fake_tensor import FakeTensor
 
+from iocompiler.cost_model.attention_tiles import chosen
 from iocompiler.ops import library, target
 from iocompiler.ops.attempt import template_or
 from iocompiler.ops.attention_choice import MEMORY
+from iocompiler.ops.attention_classes import TABLE
 from iocompiler.ops.column_sums import ColumnSums
 from iocompiler.ops.scored_blockwise import Blockwise
 from iocompiler.tile.score import ScoreProgram, parsed
 
 GIVEN = (
     "Tensor query, Tensor key, Tensor value, Tensor[] operands, SymInt[] numbers, str program, "
-    "str kernel, str layout, Tensor? seed, float dropout_p, Tensor? classes"
+    "str kernel, str layout, Tensor? seed, float dropout_p, Tensor? classes, Tensor[] tables"
 )
 SAVED = "Tensor grad, Tensor out, Tensor logsumexp, Tensor? grad_logsumexp"
 FORWARD = library.define(f"scored_attention({GIVEN}) -> (Tensor out, Tensor logsumexp)")
@@ -83,7 +87,7 @@ def scored_attention(
         raise ValueError("dropout takes a seed, and no program that is 'uniform' or 'weights'")
     out: Tensor = FORWARD(
         *(query, key, value, list(operands), list(numbers), program.key),
-        *(kernel or choose(query, value), layout or "ssss", seed, dropout_p, None),
+        *(kernel or choose(query, value), layout or "ssss", seed, dropout_p, None, []),
     )[0]
     return out
 
@@ -110,10 +114,16 @@ class Call(NamedTuple):
     seed: Tensor | None
     dropout_p: float
     classes: Tensor | None
+    tables: Sequence[Tensor]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Of query, key and value."""
+        return self.query.shape, self.key.shape, self.value.shape
 
     @property
     def is_empty(self) -> bool:
@@ -140,6 +150,7 @@ class Call(NamedTuple):
             dropout_p=self.dropout_p,
             seed=self.seed,
             known=self.classes,
+            tables=tuple(self.tables),
         )
 
     def blockwise(self) -> Blockwise:
@@ -284,7 +295,8 @@ def _operand_fake(*given: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, operands, *ctx.setting, seed, ctx.dropout_p, classes = inputs
+    query, key, value, operands, *ctx.setting, seed, ctx.dropout_p, classes, tables = inputs
+    ctx.tables = len(tables)
     ctx.save_for_backward(query, key, value, seed, classes, *operands, *output)
     ctx.set_materialize_grads(False)
 
@@ -295,18 +307,35 @@ def _differentiate(ctx: Any, grad: Tensor | None, of_rows: Tensor | None) -> tup
     unused: tuple[Any, ...] = (
         [] if ctx.setting[0] == [] else None,
         *(None for _ in ctx.setting[1:]),
-        *(None, None, None),
+        *(None, None, None, [None] * ctx.tables),
     )
     if grad is None and of_rows is None:
         return (None, None, None, [None] * len(operands), *unused)
     saved = (torch.zeros_like(out) if grad is None else grad, out, lse, of_rows)
-    given = (*saved, query, key, value, operands, *ctx.setting, seed, ctx.dropout_p, classes)
+    tables = _backward_tables(query, key, value, ctx.setting[1], classes)
+    of_call = (query, key, value, operands, *ctx.setting, seed, ctx.dropout_p, classes, tables)
+    given = (*saved, *of_call)
     needed = ctx.needs_input_grad[:3]
     found = BACKWARD(*given) if any(needed) else (None, None, None)
     wanted = ctx.needs_input_grad[3]
     wanted = wanted if isinstance(wanted, (list, tuple)) else [wanted] * len(operands)
     slopes = [OPERAND(*given, n) if need else None for n, need in enumerate(wanted)]
     return (*found, slopes, *unused)
+
+
+def _backward_tables(
+    query: Tensor, key: Tensor, value: Tensor, program: str, classes: Tensor | None
+) -> list[Tensor]:
+    """The lists of blocks that the backward visits, where the classes are known."""
+    if classes is None:
+        return []
+    width = max(query.shape[3], value.shape[3])
+    tiles = chosen(parsed(program), target.capability(query), query.element_size(), width)
+    sizes, block = [query.shape[2], key.shape[2]], list(tiles.grain)
+    return [
+        TABLE(classes, sizes, block, [tile.m, tile.n], transposed)
+        for tile, transposed in ((tiles.dq, False), (tiles.dkv, True))
+    ]
 
 
 for _name, _run, _fake in (
@@ -327,8 +356,17 @@ def _templates() -> Any:
     return attention
 
 
-def empty(like: Tensor, shape: Any, order: str) -> Tensor:
+def empty(like: Tensor, shape: Sequence[Any], order: str) -> Tensor:
     """Memory for a [B, H, S, D] tensor in one of the orders of `attention_choice.MEMORY`."""
+    if isinstance(like, FakeTensor):  # sizes may be symbols
+        return like.new_empty_strided(shape, _strides(shape, order))
+    return like.new_empty_strided(shape, _known_strides(tuple(shape), order))
+
+
+def _strides(shape: Sequence[Any], order: str) -> tuple[Any, ...]:
     dims = MEMORY[order]
-    back = [dims.index(d) for d in range(len(dims))]
-    return like.new_empty([shape[d] for d in dims]).permute(back)
+    inner = make_contiguous_strides_for([shape[d] for d in dims])
+    return tuple(inner[dims.index(d)] for d in range(len(dims)))
+
+
+_known_strides = functools.lru_cache(maxsize=1024)(_strides)

@@ -4,15 +4,15 @@ attention's query, key and value, and beside them their sums over lines of rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iocompiler.ops import library
-from iocompiler.ops.column_sums import ColumnSums, Lines
-from iocompiler.ops.packed_gradients import Packing
+from iocompiler.ops.column_sums import ColumnSums, lines
+from iocompiler.ops.packed_gradients import Layout, Packing, Shape
 from iocompiler.ops.scored_attention import GIVEN, SAVED, parted
 
 SUMMED = library.define(
@@ -41,28 +41,32 @@ def _summed_fake(*given: Any) -> tuple[Tensor, ...]:
 
 def _lines(x: Tensor, rows: int) -> Tensor:
     """Memory for the sums of one gradient: those of all heads side by side."""
-    batch, heads, count, width = Lines.of(x, rows).shape
+    batch, heads, count, width = lines(x.shape, rows)
     made = x.new_empty((batch, count, heads, width), dtype=torch.float32)
     return made.transpose(1, 2)
 
 
 def _packed_summed(*given: Any) -> tuple[Tensor, Tensor]:
-    (saved, call), packing, rows = _read(given)
-    packed, sums = _packed_summed_fake(*given)
-    parts = packing.slices(sums, [Lines.of(x, rows) for x in call.inputs])
-    call.differentiate(saved, packing.slices(packed, call.inputs), ColumnSums(parts, rows))
+    *of_call, text, rows = given
+    saved, call = parted(of_call)
+    layout, of_sums = _layouts(Packing.parsed(text), call.shapes, rows)
+    packed = call.query.new_empty(layout.shape)
+    sums = call.query.new_empty(of_sums.shape, dtype=torch.float32)
+    call.differentiate(saved, layout.slices(packed), ColumnSums(of_sums.slices(sums), rows))
     return packed, sums
 
 
+@functools.lru_cache(maxsize=512)
+def _layouts(packing: Packing, shapes: tuple[Shape, ...], rows: int) -> tuple[Layout, Layout]:
+    """Of the gradients and of their sums."""
+    return packing.layout(shapes), packing.layout(tuple(lines(x, rows) for x in shapes))
+
+
 def _packed_summed_fake(*given: Any) -> tuple[Tensor, Tensor]:
-    (_, call), packing, rows = _read(given)
-    make = call.query.new_empty
-    shape = packing.shape([Lines.of(x, rows) for x in call.inputs])
-    return make(packing.shape(call.inputs)), make(shape, dtype=torch.float32)
-
-
-def _read(given: Sequence[Any]) -> tuple[Any, Packing, int]:
-    return parted(given[:-2]), Packing.parsed(given[-2]), given[-1]
+    *of_call, text, rows = given
+    (_, call), packing = parted(of_call), Packing.parsed(text)
+    make, shape = call.query.new_empty, packing.shape([lines(x, rows) for x in call.shapes])
+    return make(packing.shape(call.shapes)), make(shape, dtype=torch.float32)
 
 
 library.implement("scored_attention_backward_summed", _summed, _summed_fake, launches=True)

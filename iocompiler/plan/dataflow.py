@@ -66,6 +66,7 @@ _LIBRARY = {
         "attention: our template with a score program",
     ),
     "attention_classes": "attention: which blocks a mask leaves",
+    "attention_table": "attention: the lists of the blocks a mask leaves",
 }
 
 LIBRARY_REASONS = frozenset(_LIBRARY.values())

@@ -6,29 +6,29 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from iocompiler.cost_model.attention_tiles import Row, Tile, padded
+from iocompiler.cost_model.attention_tiles import Row, padded
 from iocompiler.ops.column_sums import ColumnSums
-from iocompiler.runtime.attention_blocks import listed, proved, visited
+from iocompiler.runtime.attention_blocks import Visits, visits
 from iocompiler.runtime.attention_classes import mask, proved_classes
 from iocompiler.runtime.attention_decode import few_queries, split_forward
 from iocompiler.runtime.attention_form import Form, form
 from iocompiler.runtime.template_launch import Launch, tile_arguments
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
-from iocompiler.tile.score_tables import Table
 
+_Strides: TypeAlias = tuple[tuple[int, ...], ...]
 _ROWS = 128
 """What is kept for each row has room for a multiple of so many (`attention_parts.padded_line`)."""
 _SUMMED = 64
 """Rows one program sums."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem:
     """An attention of the templates.
 
@@ -41,6 +41,8 @@ class Problem:
         parts: of the keys, where few queries meet them; 0: as many as are priced best.
         dropout_p, seed: of the probabilities; one int64 where dropout_p is not 0.
         known: the classes of the blocks of the form's grain, where somebody has found them.
+        tables: and the lists of the tiles of the kernels: of a forward one; of a backward that of
+            the query's gradient and that of the key's.
     """
 
     query: Tensor
@@ -49,52 +51,75 @@ class Problem:
     program: ScoreProgram
     operands: tuple[Tensor, ...] = ()
     numbers: tuple[int, ...] = ()
-    tiles: Row | None = field(default=None, compare=False)
-    parts: int = field(default=0, compare=False)
+    tiles: Row | None = None
+    parts: int = 0
     dropout_p: float = 0.0
     seed: Tensor | None = None
     known: Tensor | None = None
+    tables: tuple[Tensor, ...] = ()
+    form: Form = field(init=False)
 
-    @functools.cached_property
-    def form(self) -> Form:
-        return form(
+    def __post_init__(self) -> None:
+        self.form = form(
             (self.query, self.key, self.value), self.program, self.operands, self.numbers,
             self.tiles, self.parts, self.dropout_p,
         )  # fmt: skip
 
-    def table(self, tile: Tile, *, transposed: bool = False) -> Table:
-        if self.form.reads:
-            return listed(self.form, self._classes, tile, transposed=transposed)
-        return proved(self.form, tile, transposed=transposed)
+    def entries(self, found: Visits, place: int = 0) -> Tensor:
+        """Those of the table of what a kernel visits, the one at ``place`` where that is known."""
+        if found.proved is not None:
+            return found.proved
+        assert found.lists is not None
+        for known in self.tables[place : place + 1]:
+            if known.shape == found.lists.shape:
+                return known
+        return found.lists.entries(self._classes)
 
     @functools.cached_property
     def _classes(self) -> Tensor:
         """Found once for all kernels of a forward or a backward."""
-        grain = self.form.grain
-        if self.known is not None and self.known.shape[2:] == grain.counts:
+        form = self.form
+        if self.known is not None and self.known.shape == form.classes_shape:
             return self.known
-        return self.classes(grain)
+        return self.classes(form.grain)
 
     def classes(self, grid: Grid) -> Tensor:
         """0, 1 or 2 for each block that is empty, partial or full, int8 [B or 1, H or 1, M, N]."""
         form = self.form
         if form.reads:
             return mask(self.program, self.operands, self.numbers, grid).classes(self.operands)
-        return form.once(
-            ("classes", grid.m, grid.n),
-            lambda: proved_classes(form.program, grid, form.numbers, form.device),
-        )
+        name = ("classes", grid.m, grid.n)
+        return form.once(name, proved_classes, form.program, grid, form.numbers, form.device)
 
     @property
-    def tensors(self) -> dict[str, Any]:
-        """The tensors all templates take."""
-        return {
-            "Q": self.query,
-            "K": self.key,
-            "V": self.value,
-            "operands": self.operands,
-            "Seed": self.query if self.seed is None else self.seed,  # not read without dropout
-        }
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those all templates take, as `Form.tensors` names them."""
+        seed = self.query if self.seed is None else self.seed  # not read without dropout
+        return (self.query, self.key, self.value, *self.operands, seed)
+
+
+class Run(NamedTuple):
+    """A kernel of a form, and in how many programs it runs over which blocks."""
+
+    launch: Launch
+    programs: int
+    visits: Visits
+
+
+class RowSums(NamedTuple):
+    """What the backward reads of each row, [B, H, S up to a multiple of 128] float32, contiguous:
+    the sums over the output's width of gradient times output, and the first and the last plane of
+    ``lse``, both as `attention_delta` changes them for a dropout and the gradient of ``lse``. With
+    no softmax nothing is read.
+    """
+
+    delta: Tensor
+    lse: Tensor
+    rest: Tensor
+
+
+READ = ("Grad", "Delta", "Lse", "Rest")
+"""What the kernels of the backward read beside the tensors that all templates take."""
 
 
 def forward(problem: Problem, out: Tensor) -> Tensor:
@@ -105,41 +130,43 @@ def forward(problem: Problem, out: Tensor) -> Tensor:
         float32; where the program is `deep`, the largest score and log2 of what is left, in two
         planes; in none where there is no softmax.
     """
-    planes = problem.program.planes
-    lse = problem.query.new_empty((planes, *problem.query.shape[:3]), dtype=torch.float32)
-    first = lse if planes else problem.query  # not written
-    tensors = problem.tensors
-    tensors |= {"Out": out, "Lse": first, "Rest": lse[1] if planes > 1 else first}
-    if few_queries(problem.form):
-        split_forward(problem.form, tensors)
+    form = problem.form
+    lse = out.new_empty(form.rows_shape, dtype=torch.float32)
+    planes = form.rows_shape[0]
+    first = lse if planes else out  # not written
+    rest = lse[1] if planes > 1 else first
+    if few_queries(form):
+        split_forward(form, problem.tensors, out, first, rest)
     else:
-        _whole_forward(problem, tensors)
+        _whole_forward(problem, out, first, rest)
     return lse
 
 
-def _whole_forward(problem: Problem, tensors: dict[str, Any]) -> None:
+def _whole_forward(problem: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> None:
     """Each block of queries by one program."""
-    form, tile = problem.form, problem.form.row.forward
-    batch, heads, rows, _ = form.query.shape
-    found = problem.table(tile)
+    form, strides = problem.form, out.stride()
     mean = problem.value
     if form.program.empty == "uniform":
         mean = mean.mean(2, keepdim=True)
-    strides = tensors["Out"].stride()
+    found = form.once(("forward", strides), _forward_run, form, strides, mean)
+    entries = problem.entries(found.visits)
+    found.launch.run(found.programs, *problem.tensors, out, lse, rest, mean, entries)
 
-    def prepared() -> Launch:
-        from iocompiler.codegen.kernels.attention import attention_forward
 
-        return Launch(
-            attention_forward, out_strides=strides, mean_strides=mean.stride(), heads=heads,
-            rows=rows, columns=form.key.shape[2], EMPTY=form.program.empty,
-            KEPT=form.functions.KEPT,
-            **form.order(over_queries=False), **visited(found), **form.strides, **form.common,
-            **tile_arguments(tile),
-        )  # fmt: skip
+def _forward_run(form: Form, strides: tuple[int, ...], mean: Tensor) -> Run:
+    from iocompiler.codegen.kernels.attention import attention_forward
 
-    launch = form.once(("forward", strides), prepared)
-    launch.run(batch * heads * -(-rows // tile.m), **tensors, Mean=mean, table=found.entries)
+    tile = form.row.forward
+    batch, heads, rows, _ = form.query.shape
+    found = visits(form, tile, transposed=False)
+    launch = Launch(
+        attention_forward, (*form.tensors, "Out", "Lse", "Rest", "Mean", "table"),
+        out_strides=strides, mean_strides=mean.stride(), heads=heads, rows=rows,
+        columns=form.key.shape[2], EMPTY=form.program.empty, KEPT=form.functions.KEPT,
+        **form.order(over_queries=False), **found.arguments, **form.strides, **form.common,
+        **tile_arguments(tile),
+    )  # fmt: skip
+    return Run(launch, batch * heads * -(-rows // tile.m), found)
 
 
 def backward(
@@ -175,61 +202,71 @@ def _are_made(problem: Problem, columns: ColumnSums) -> bool:
 def key_gradients(
     problem: Problem,
     grad: Tensor,
-    sums: Tensor,
+    sums: RowSums,
     dk: Tensor,
     dv: Tensor,
     columns: ColumnSums | None = None,
 ) -> None:
     """Write the gradients of key and value; ``sums`` are those of `row_sums`."""
-    form, tile = problem.form, problem.form.row.dkv
+    form = problem.form
+    strides: _Strides = (grad.stride(), dk.stride(), dv.stride())
+    summed = 0
+    of_k, of_v = dk, dv  # not written
+    if columns is not None:
+        _, of_k, of_v = columns.parts
+        strides, summed = (*strides, of_k.stride(), of_v.stride()), columns.rows
+    found = form.once(("dkv", strides, summed), _dkv_run, form, strides, summed)
+    entries = problem.entries(found.visits, 1)
+    found.launch.run(found.programs, *problem.tensors, grad, *sums, dk, dv, of_k, of_v, entries)
+
+
+def _dkv_run(form: Form, strides: _Strides, summed: int) -> Run:
+    from iocompiler.codegen.kernels.attention_backward import attention_dkv
+
+    tile = form.row.dkv
     batch, groups, keys, _ = form.key.shape
-    found = problem.table(tile, transposed=True)
-    of_k, of_v = (dk, dv) if columns is None else columns.parts[1:]  # not written where None
-    strides = grad.stride(), dk.stride(), dv.stride(), of_k.stride(), of_v.stride()
-    summed = 0 if columns is None else columns.rows
-
-    def prepared() -> Launch:
-        from iocompiler.codegen.kernels.attention_backward import attention_dkv
-
-        return Launch(
-            attention_dkv, grad_strides=strides[0], dk_strides=strides[1], dv_strides=strides[2],
-            sums_k_strides=strides[3], sums_v_strides=strides[4], SUMMED=summed,
-            groups=groups, rows=form.query.shape[2], columns=keys, **form.slopes,
-            **form.order(over_queries=True), **visited(found), **form.strides, **form.common,
-            **tile_arguments(tile),
-        )  # fmt: skip
-
-    form.once(("dkv", strides, summed), prepared).run(
-        batch * groups * -(-keys // tile.n), **backward_tensors(problem, grad, sums),
-        DK=dk, DV=dv, SumsK=of_k, SumsV=of_v, table=found.entries,
+    found = visits(form, tile, transposed=True)
+    launch = Launch(
+        attention_dkv, (*form.tensors, *READ, "DK", "DV", "SumsK", "SumsV", "table"),
+        grad_strides=strides[0], dk_strides=strides[1], dv_strides=strides[2],
+        sums_k_strides=strides[-2], sums_v_strides=strides[-1], SUMMED=summed,
+        groups=groups, rows=form.query.shape[2], columns=keys, **form.slopes,
+        **form.order(over_queries=True), **found.arguments, **form.strides, **form.common,
+        **tile_arguments(tile),
     )  # fmt: skip
+    return Run(launch, batch * groups * -(-keys // tile.n), found)
 
 
 def query_gradients(
-    problem: Problem, grad: Tensor, sums: Tensor, dq: Tensor, columns: ColumnSums | None = None
+    problem: Problem, grad: Tensor, sums: RowSums, dq: Tensor, columns: ColumnSums | None = None
 ) -> None:
     """Write the gradient of query."""
-    form, tile = problem.form, problem.form.row.dq
+    form = problem.form
+    strides: _Strides = (grad.stride(), dq.stride())
+    summed = 0
+    of_q = dq  # not written
+    if columns is not None:
+        of_q = columns.parts[0]
+        strides, summed = (*strides, of_q.stride()), columns.rows
+    found = form.once(("dq", strides, summed), _dq_run, form, strides, summed)
+    entries = problem.entries(found.visits)
+    found.launch.run(found.programs, *problem.tensors, grad, *sums, dq, of_q, entries)
+
+
+def _dq_run(form: Form, strides: _Strides, summed: int) -> Run:
+    from iocompiler.codegen.kernels.attention_backward import attention_dq
+
+    tile = form.row.dq
     batch, heads, rows, _ = form.query.shape
-    found = problem.table(tile)
-    of_q = dq if columns is None else columns.parts[0]  # not written where None
-    strides = grad.stride(), dq.stride(), of_q.stride()
-    summed = 0 if columns is None else columns.rows
-
-    def prepared() -> Launch:
-        from iocompiler.codegen.kernels.attention_backward import attention_dq
-
-        return Launch(
-            attention_dq, grad_strides=strides[0], dq_strides=strides[1], sums_strides=strides[2],
-            heads=heads, rows=rows, columns=form.key.shape[2], SUMMED=summed, **form.slopes,
-            **form.order(over_queries=False), **visited(found), **form.strides, **form.common,
-            **tile_arguments(tile),
-        )  # fmt: skip
-
-    form.once(("dq", strides, summed), prepared).run(
-        batch * heads * -(-rows // tile.m), **backward_tensors(problem, grad, sums),
-        DQ=dq, SumsQ=of_q, table=found.entries,
+    found = visits(form, tile, transposed=False)
+    launch = Launch(
+        attention_dq, (*form.tensors, *READ, "DQ", "SumsQ", "table"),
+        grad_strides=strides[0], dq_strides=strides[1], sums_strides=strides[-1],
+        heads=heads, rows=rows, columns=form.key.shape[2], SUMMED=summed, **form.slopes,
+        **form.order(over_queries=False), **found.arguments, **form.strides, **form.common,
+        **tile_arguments(tile),
     )  # fmt: skip
+    return Run(launch, batch * heads * -(-rows // tile.m), found)
 
 
 def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
@@ -240,39 +277,32 @@ def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
     dv += through.unsqueeze(2).to(dv.dtype)
 
 
-def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor | None) -> Tensor:
-    """What the backward reads of each row, [planes, B, H, S up to a multiple of 128] float32: the
-    sums over the output's width of gradient times output, then the planes of ``lse``, both as
-    `attention_delta` changes them for a dropout and the gradient of ``lse``. With no softmax there
-    is nothing to read.
-    """
-    if not form.program.planes:
-        return lse
-    batch, heads, rows, width = out.shape
-    room = -(-rows // _ROWS) * _ROWS
-    sums = lse.new_empty((1 + lse.shape[0], batch, heads, room))
-    strides, kept = (out.stride(), grad.stride()), form.functions.KEPT
+def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor | None) -> RowSums:
+    """Those of a backward; ``delta`` has the planes behind it."""
+    planes = form.rows_shape[0]
+    if not planes:
+        return RowSums(grad, grad, grad)
+    strides, plain = (out.stride(), grad.stride()), of_lse is None
+    launch, programs, shape = form.once(("sums", strides, plain), _sums_run, form, strides, plain)
+    made = lse.new_empty(shape)
+    padded = made[1]
+    rest, padded_rest = (lse, padded) if planes == 1 else (lse[-1], made[-1])
+    of_lse = lse if of_lse is None else of_lse
+    launch.run(programs, out, grad, lse, rest, of_lse, padded, padded_rest, made)
+    return RowSums(made, padded, padded_rest)
 
-    def prepared() -> Launch:
-        from iocompiler.codegen.kernels.attention_backward import attention_delta
 
-        return Launch(
-            attention_delta, out_strides=strides[0], grad_strides=strides[1], heads=heads,
-            rows=rows, E=width, BLOCK_E=padded(width), BLOCK_M=_SUMMED, PLANES=form.program.planes,
-            KEPT=kept, LOG_KEPT=math.log2(kept), BY_LSE=of_lse is not None,
-        )  # fmt: skip
+def _sums_run(form: Form, strides: _Strides, plain: bool) -> tuple[Launch, int, tuple[int, ...]]:
+    """And the shape of what it makes."""
+    from iocompiler.codegen.kernels.attention_backward import attention_delta
 
-    form.once(("sums", strides, of_lse is None), prepared).run(
-        batch * heads * (room // _SUMMED),
-        Out=out, Grad=grad, Lse=lse, Rest=lse[-1], GradLse=lse if of_lse is None else of_lse,
-        PaddedLse=sums[1], PaddedRest=sums[-1], Delta=sums,
+    planes, batch, heads, rows = form.rows_shape
+    room, width, kept = -(-rows // _ROWS) * _ROWS, form.value.shape[3], form.functions.KEPT
+    launch = Launch(
+        attention_delta,
+        ("Out", "Grad", "Lse", "Rest", "GradLse", "PaddedLse", "PaddedRest", "Delta"),
+        out_strides=strides[0], grad_strides=strides[1], heads=heads, rows=rows, E=width,
+        BLOCK_E=padded(width), BLOCK_M=_SUMMED, PLANES=planes, KEPT=kept, LOG_KEPT=math.log2(kept),
+        BY_LSE=not plain,
     )  # fmt: skip
-    return sums
-
-
-def backward_tensors(problem: Problem, grad: Tensor, sums: Tensor) -> dict[str, Any]:
-    """The tensors every kernel of the backward reads."""
-    given = {**problem.tensors, "Grad": grad}
-    if not problem.program.planes:
-        return {**given, **dict.fromkeys(("Lse", "Rest", "Delta"), grad)}  # not read
-    return {**given, "Lse": sums[1], "Rest": sums[-1], "Delta": sums}
+    return launch, batch * heads * (room // _SUMMED), (1 + planes, batch, heads, room)

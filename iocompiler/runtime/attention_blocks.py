@@ -5,7 +5,7 @@ tensor, and kept; else listed on the device by the classes of blocks, without re
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,20 +16,73 @@ from iocompiler.runtime.attention_form import Form
 from iocompiler.runtime.template_launch import Launch
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
-from iocompiler.tile.score_tables import Table, table
+from iocompiler.tile.score_tables import Table, table, table_shape
 
 _ORDERED = 64
 """Rows one program finds a place for."""
 
 
-def proved(form: Form, tile: Tile, *, transposed: bool) -> Table:
-    """The table of a mask that reads no tensor: made on the host, once for each size."""
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """The blocks that the programs of a kernel visit.
 
-    def find() -> Table:
+    Attributes:
+        arguments: the table of them as the templates take it, but for its entries.
+        proved: its entries, of a mask that reads no tensor.
+        lists: what finds them, of one that does.
+    """
+
+    arguments: dict[str, Any]
+    proved: Tensor | None
+    lists: Lists | None
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """What lists, on the device, the blocks of a mask whose classes are known.
+
+    Attributes:
+        shape: of the table's entries: B or 1, H or 1, rows of blocks, their length.
+        room: how many blocks a row has at most.
+        list, order: the launches; the second puts long rows first.
+    """
+
+    shape: tuple[int, int, int, int]
+    room: int
+    list: Launch
+    order: Launch
+
+    def entries(self, classes: Tensor) -> Tensor:
+        """The table's, int32.
+
+        Args:
+            classes: as `Problem.classes` gives them.
+        """
+        made = classes.new_empty(self.shape, dtype=torch.int32)
+        batch, heads, down, _ = self.shape
+        self.list.run(batch * heads * down, classes, made)
+        self.order.run(batch * heads * -(-down // _ORDERED), made)
+        return made
+
+
+def visits(form: Form, tile: Tile, *, transposed: bool) -> Visits:
+    """``transposed``: blocks of queries, which programs of keys visit."""
+    if not form.reads:
         grid = form.grid(tile.m, tile.n)
-        return _proved(form.program, grid, form.numbers, form.device, transposed=transposed)
+        found = _proved(form.program, grid, form.numbers, form.device, transposed=transposed)
+        return Visits(_arguments(found.strides, found.room, found.ranges), found.entries, None)
+    sizes = (form.query.shape[2], form.key.shape[2])
+    made = lists(
+        form.classes_shape, sizes, form.row.grain, (tile.m, tile.n),
+        transposed=transposed, device=form.device,
+    )  # fmt: skip
+    batch, heads, down, length = made.shape
+    strides = (heads * down * length * (batch > 1), down * length * (heads > 1), length)
+    return Visits(_arguments(strides, made.room, False), None, made)
 
-    return form.once(("table", tile.m, tile.n, transposed), find)
+
+def _arguments(strides: tuple[int, int, int], room: int, ranges: bool) -> dict[str, Any]:
+    return {"table_strides": strides, "room": room, "RANGES": ranges}
 
 
 @functools.lru_cache(maxsize=256)
@@ -41,60 +94,51 @@ def _proved(
     *,
     transposed: bool,
 ) -> Table:
+    """The table of a mask that reads no tensor: made on the host, once for each size."""
     made = table(program, grid, (), numbers, transposed=transposed)
     return replace(made, entries=made.entries.to(device))
 
 
-def visited(found: Table) -> dict[str, Any]:
-    """A table as the templates take it, but for its entries."""
-    return {"table_strides": found.strides, "room": found.room, "RANGES": found.ranges}
-
-
-def listed(form: Form, kinds: Tensor, tile: Tile, *, transposed: bool) -> Table:
-    """The table of a mask whose classes are known.
+@functools.lru_cache(maxsize=1024)
+def lists(
+    classes: tuple[int, int, int, int],
+    scores: tuple[int, int],
+    block: tuple[int, int],
+    tile: tuple[int, int],
+    *,
+    transposed: bool,
+    device: torch.device,
+) -> Lists:
+    """What lists the tiles of a mask.
 
     Args:
-        kinds: of the blocks of the form's grain, as `classes` gives them.
-        tile: made of whole blocks of the grain.
+        classes: their shape; contiguous.
+        scores: rows and columns.
+        block: so many make a class; tiles are made of whole blocks.
     """
-    batch, heads = kinds.shape[:2]
-    grid = form.grid(tile.m, tile.n)
-    down, across = reversed(grid.counts) if transposed else grid.counts
-    made = kinds.new_empty((batch, heads, down, 3 + 2 * across), dtype=torch.int32)
-    lists, order = form.once(
-        ("list", tile.m, tile.n, transposed),
-        lambda: (
-            _list_launch(form.grain, grid, kinds, transposed=transposed),
-            Launch(_kernels().order_rows, rows=down, room=across, BLOCK=_ORDERED),
-        ),
-    )
-    lists.run(batch * heads * down, Classes=kinds, Table=made)
-    order.run(batch * heads * -(-down // _ORDERED), Table=made)
-    return Table(made, False, across)
-
-
-def _list_launch(grain: Grid, grid: Grid, kinds: Tensor, *, transposed: bool) -> Launch:
-    sizes, strides = kinds.shape[2:], kinds.stride()[2:]
-    counts, folds = grid.counts, (grid.m // grain.m, grid.n // grain.n)
-    length, block = grid.columns, grid.n
+    batch, heads, *sizes = classes
+    strides, folds, length = [sizes[1], 1], [t // b for t, b in zip(tile, block, strict=True)], 1
     if transposed:
-        sizes, strides, counts, folds = sizes[::-1], strides[::-1], counts[::-1], folds[::-1]
-        length, block = grid.rows, grid.m
-    down, across = counts
-    return Launch(
+        sizes, strides, folds, length = sizes[::-1], strides[::-1], folds[::-1], 0
+    shape = table_shape((batch, heads), scores, tile, transposed=transposed)
+    down, across = shape[2], (shape[3] - 3) // 2
+    listing = Launch(
         _kernels().list_blocks,
-        class_strides=(kinds.stride(1), *strides),
+        ("Classes", "Table"),
+        class_strides=(classes[2] * classes[3], *strides),
         class_rows=sizes[0],
         class_columns=sizes[1],
         rows=down,
         count=across,
         room=across,
-        short=int(length % block != 0),
+        short=int(scores[length] % tile[length] != 0),
         DOWN=folds[0],
         ACROSS=folds[1],
         BLOCK=max(16, 1 << (across - 1).bit_length()),
         num_warps=1,
     )
+    order = Launch(_kernels().order_rows, ("Table",), rows=down, room=across, BLOCK=_ORDERED)
+    return Lists(shape, across, listing, order)
 
 
 def _kernels() -> Any:

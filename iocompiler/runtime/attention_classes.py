@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.runtime.attention_form import Like, functions
-from iocompiler.runtime.template_launch import Launch
+from iocompiler.runtime.template_launch import Launch, members
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, classes_shape, classify
 from iocompiler.tile.score_tables import Table, extents, without_loads
@@ -52,6 +52,7 @@ class Mask:
         grid = self.grid
         return Launch(
             classify_blocks,
+            ("Classes", "Reach", *members("operands", len(self.operands))),
             reach_strides=self.reach.strides,
             strides=tuple(s for x in self.operands for s in x.stride),
             numbers=self.numbers,
@@ -72,9 +73,7 @@ class Mask:
         if found.numel():
             self.launch.run(
                 batch * heads * down * -(-across // _COUNT),
-                Classes=found,
-                Reach=self.reach.entries,
-                operands=tuple(operands),
+                *(found, self.reach.entries, *operands),
             )
         return found
 

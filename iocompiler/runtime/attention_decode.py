@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from iocompiler.cost_model.attention_decode import MOST_QUERIES, Decode, parts, tile
 from iocompiler.cost_model.attention_tiles import Tile
@@ -16,13 +17,11 @@ from iocompiler.runtime.template_launch import Launch, tile_arguments
 _COLUMNS = 128
 """Lengths are priced in steps of this: a cache that grows by one key asks seldom."""
 _PARTS_AT_ONCE = 16
-_COMBINED = ("V", "Out", "Lse", "Rest")
-"""The tensors of the first kernel that the second takes too."""
 _SHARED = (
     *("v_strides", "out_strides", "rows", "columns"),
     *("GROUP", "E", "BLOCK_E", "KEPT", "EMPTY", "PLANES"),
 )
-"""Its other arguments that the second takes too."""
+"""The arguments of the first kernel that the second takes too, tensors aside."""
 
 
 def few_queries(form: Form) -> bool:
@@ -41,46 +40,58 @@ def _sizes(form: Form, columns: int) -> tuple[int, ...]:
     return batch, groups, heads // groups, rows, columns, width, wide, form.query.dtype.itemsize
 
 
-def split_forward(form: Form, tensors: dict[str, Any]) -> None:
+def split_forward(
+    form: Form, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor, rest: Tensor
+) -> None:
     """The forward with the keys of each head in parts.
 
     Args:
-        tensors: what `attention.forward` gives to both templates.
+        tensors: those that all templates take.
+        out, lse, rest: what `attention.forward` writes.
     """
-    batch, heads, rows, _ = form.query.shape
-    groups = form.key.shape[1]
-    queries = batch * heads * rows
-    chosen, count = form.once("split", lambda: split(form))
-    lines = queries * count if count > 1 else 0
-    strides = tensors["Out"].stride()
-    first, second = form.once(
-        ("decode", strides), lambda: _launches(form, strides, chosen, count, lines)
-    )
-    acc = tensors["Q"].new_empty(lines * (form.value.shape[3] + 2), dtype=torch.float32)
-    tiles = -(-(heads // groups * rows) // chosen.m)
-    first.run(batch * groups * tiles * count, **tensors, Acc=acc)
-    if count > 1:
-        second.run(queries, **{name: tensors[name] for name in _COMBINED}, Acc=acc)
+    strides = out.stride()
+    found = form.once(("decode", strides), _decoding, form, strides)
+    acc = out.new_empty(found.room, dtype=torch.float32)
+    found.split.run(found.programs, *tensors, out, lse, rest, acc)
+    if found.room:
+        found.combine.run(found.queries, acc, tensors[2], out, lse, rest)
 
 
-def _launches(
-    form: Form, out: tuple[int, ...], chosen: Tile, count: int, lines: int
-) -> tuple[Launch, Launch]:
+class _Decoding(NamedTuple):
+    """The launches of a form; ``room``: for what the first leaves to the second, 0 where it leaves
+    nothing.
+    """
+
+    split: Launch
+    programs: int
+    combine: Launch
+    queries: int
+    room: int
+
+
+def _decoding(form: Form, out: tuple[int, ...]) -> _Decoding:
     from iocompiler.codegen.kernels.attention_decode import attention_combine, attention_split
 
+    chosen, count = split(form)
+    batch, heads, rows, _ = form.query.shape
+    groups, queries = form.key.shape[1], batch * heads * rows
+    lines = queries * count if count > 1 else 0
     given = {
-        "out_strides": out, "rows": form.query.shape[2], "columns": form.key.shape[2],
+        "out_strides": out, "rows": rows, "columns": form.key.shape[2],
         "EMPTY": form.program.empty, "KEPT": form.functions.KEPT, **form.strides, **form.common,
     }  # fmt: skip
     partial = {"parts": count, "lines": lines}
     first = Launch(
-        attention_split, groups=form.key.shape[1], **given, **partial, **tile_arguments(chosen)
-    )
-    second = Launch(
-        attention_combine, heads=form.query.shape[1], BLOCK_P=_PARTS_AT_ONCE, BLOCK_N=chosen.n,
-        num_warps=4, **{name: given[name] for name in _SHARED}, **partial,
+        attention_split, (*form.tensors, "Out", "Lse", "Rest", "Acc"), groups=groups,
+        **given, **partial, **tile_arguments(chosen),
     )  # fmt: skip
-    return first, second
+    second = Launch(
+        attention_combine, ("Acc", "V", "Out", "Lse", "Rest"), heads=heads, BLOCK_N=chosen.n,
+        BLOCK_P=_PARTS_AT_ONCE, num_warps=4, **{name: given[name] for name in _SHARED}, **partial,
+    )  # fmt: skip
+    tiles = -(-(heads // groups * rows) // chosen.m)
+    room = lines * (form.value.shape[3] + 2)
+    return _Decoding(first, batch * groups * tiles * count, second, queries, room)
 
 
 def split(form: Form) -> tuple[Tile, int]:

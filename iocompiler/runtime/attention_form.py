@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ from iocompiler.cost_model.attention_tiles import Row, chosen, padded
 from iocompiler.cost_model.device import DEVICES, Device, current_device, kin
 from iocompiler.ops.target import Capability, planned
 from iocompiler.runtime.load import imported, module_file
+from iocompiler.runtime.template_launch import members
 from iocompiler.tile.score import ScoreProgram
-from iocompiler.tile.score_blocks import Grid, classify
+from iocompiler.tile.score_blocks import Grid, classes_shape, classify
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _MOST = 1024
 _BLOCK, _SHORT = 64, 16
@@ -60,11 +62,11 @@ class Form:
     precision: str
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
-    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+    def once(self, name: Hashable, make: Callable[P, T], *given: P.args, **how: P.kwargs) -> T:
         """What ``make`` gives, made at the first call with this name."""
         found: T | None = self._made.get(name)
         if found is None:
-            found = self._made[name] = make()
+            found = self._made[name] = make(*given, **how)
         return found
 
     @functools.cached_property
@@ -124,10 +126,16 @@ class Form:
         return Grid(batch, heads, rows, self.key.shape[2], m, n)
 
     @functools.cached_property
+    def classes_shape(self) -> tuple[int, int, int, int]:
+        """Of the classes of its blocks, of the grain's size."""
+        return classes_shape(self.program, self.grain)
+
+    @functools.cached_property
     def common(self) -> dict[str, Any]:
         """The arguments all templates have, but their tensors."""
         functions, width, wide = self.functions, self.query.shape[3], self.value.shape[3]
         return {
+            **({} if self.operands else {"operands": ()}),
             "strides": tuple(s for x in self.operands for s in x.stride),
             "numbers": self.numbers,
             "score": functions.new_score,
@@ -143,6 +151,16 @@ class Form:
             "PLANES": self.program.planes,
             "PRECISION": self.precision,
         }
+
+    @functools.cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the tensors all templates take, as they follow each other."""
+        return ("Q", "K", "V", *members("operands", len(self.operands)), "Seed")
+
+    @functools.cached_property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Of what is kept of each row: planes, B, H, S."""
+        return (self.program.planes, *self.query.shape[:3])
 
     @functools.cached_property
     def strides(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.runtime import attention
-from iocompiler.runtime.attention import Problem
+from iocompiler.runtime.attention import Problem, RowSums
 from iocompiler.runtime.attention_form import Form
 from iocompiler.runtime.template_launch import Launch, tile_arguments
 from iocompiler.tile.score_operands import Use, use
@@ -36,7 +36,7 @@ def operand_gradient(
 
 
 def _of_one_load(
-    problem: Problem, grad: Tensor, sums: Tensor, found: Use, operand: Tensor
+    problem: Problem, grad: Tensor, sums: RowSums, found: Use, operand: Tensor
 ) -> Tensor:
     form = problem.form
     batch, heads, rows, _ = form.query.shape
@@ -44,15 +44,16 @@ def _of_one_load(
     grid = form.grid(tile.m, tile.n)
     down, across = grid.counts
     kinds = problem.classes(grid)
-    tensors = {**attention.backward_tensors(problem, grad, sums), "Classes": kinds}
+    tensors = (*problem.tensors, grad, *sums, kinds)
 
     def run(kernel: Any, programs: int, result: Tensor, **fixed: Any) -> None:
         def prepared() -> Launch:
-            given = _arguments(form, kinds, found)
-            return Launch(kernel, grad_strides=grad.stride(), **fixed, **given)
+            given, names = _arguments(form, kinds, found), (*form.tensors, *attention.READ)
+            strides = {"grad_strides": grad.stride(), **fixed}
+            return Launch(kernel, (*names, "Classes", "Result"), **strides, **given)
 
         launch = form.once(("operand", found.load, grad.stride()), prepared)
-        launch.run(programs, **tensors, Result=result)
+        launch.run(programs, *tensors, result)
 
     made = grad.new_empty
     if found.way == "tile":

@@ -84,13 +84,11 @@ def accumulate(
     chunks = -(-count // CHUNK)
     programs = chunks * -(-width // found.tiles.columns)
     parts = grad.new_empty((chunks, 2, width) if chunks > 1 else (1,), dtype=torch.float32)
-    summed = {"grad": grad, "order": order, "keys": keys, "table": table, "parts": parts}
-    folded = {"keys": keys, "table": table, "parts": parts}
     if chunks > 1:
-        found.fold.ready(**folded)  # a table is written by both or by none
-    found.sums.run(programs, **summed)
+        found.fold.ready(keys, table, parts)  # a table is written by both or by none
+    found.sums.run(programs, grad, order, keys, table, parts)
     if chunks > 1:
-        found.fold.run(programs, **folded)
+        found.fold.run(programs, keys, table, parts)
 
 
 def _ordered(found: _Launches, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,11 +96,11 @@ def _ordered(found: _Launches, indices: Tensor) -> tuple[Tensor, Tensor]:
     count = indices.shape[0]
     keys = indices.new_empty(count, dtype=torch.int32)
     if found.order is None:
-        found.keys.run(-(-count // _KEYS), indices=indices, keys=keys)
+        found.keys.run(-(-count // _KEYS), indices, keys)
         keys, order = torch.sort(keys, stable=True)
         return order, keys
     order = torch.empty_like(keys)
-    found.order.run(-(-count // found.tiles.counted), indices=indices, order=order, keys=keys)
+    found.order.run(-(-count // found.tiles.counted), indices, order, keys)
     return order, keys
 
 
@@ -118,16 +116,23 @@ def _launches(form: _Form) -> _Launches:
         "CHUNK": CHUNK,
         "BLOCK": chosen.columns,
     }
+    folded = ("keys", "table", "parts")
     order = None
     if by_counting(form.tokens, form.gpu):
         order = Launch(
-            embedding_order, **keyed, BLOCK_M=chosen.counted, BLOCK_N=chosen.others,
-            AHEAD=chosen.ahead, num_warps=8,
+            embedding_order, ("indices", "order", "keys"), **keyed, BLOCK_M=chosen.counted,
+            BLOCK_N=chosen.others, AHEAD=chosen.ahead, num_warps=8,
         )  # fmt: skip
     return _Launches(
         order,
-        Launch(embedding_keys, **keyed, BLOCK=_KEYS, num_warps=4),
-        Launch(embedding_sums, **summed, grad_stride=form.grad_stride, num_warps=1),
-        Launch(embedding_fold, **summed, BLOCK_C=_CHUNKS_AT_ONCE, num_warps=8),
+        Launch(embedding_keys, ("indices", "keys"), **keyed, BLOCK=_KEYS, num_warps=4),
+        Launch(
+            embedding_sums,
+            ("grad", "order", *folded),
+            **summed,
+            grad_stride=form.grad_stride,
+            num_warps=1,
+        ),
+        Launch(embedding_fold, folded, **summed, BLOCK_C=_CHUNKS_AT_ONCE, num_warps=8),
         chosen,
     )

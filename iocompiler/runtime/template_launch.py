@@ -7,6 +7,7 @@ where its tensors lie, and writes their addresses into a buffer in which all els
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +29,11 @@ _Given: TypeAlias = Tensor | tuple[Tensor, ...]
 _Place: TypeAlias = "tuple[str | int, ...]"
 Watcher: TypeAlias = "Callable[[Launch, Mapping[str, _Given]], None]"
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+_address = Tensor.data_ptr
+_NONE = -1
+"""No device."""
+# absent in a torch built without CUDA
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: _NONE)
 
 
 class Launch:
@@ -35,23 +41,25 @@ class Launch:
 
     Args:
         kernel: a ``@triton.jit`` function; in Triton's interpreter it runs there.
+        tensors: the names of its tensors, in the order they are given in at every run; those of an
+            argument that is a tuple follow each other (`members`).
         fixed: its other arguments, and the options of a launch (num_warps, num_stages).
     """
 
-    def __init__(self, kernel: Any, **fixed: Any):
+    def __init__(self, kernel: Any, tensors: Sequence[str], **fixed: Any):
         from triton.runtime.jit import JITFunction  # the kernel's module has imported it
 
-        self.kernel, self.fixed = kernel, fixed
+        self.kernel, self.tensors, self.fixed = kernel, tuple(tensors), fixed
         self._compiles = isinstance(kernel, JITFunction)
+        self._device = _NONE  # that of the first run on a GPU
         self._bound: dict[tuple[bool, ...], launching.Launch] = {}
         self._failed: dict[tuple[bool, ...], IOCompilerError] = {}
 
-    def run(self, programs: int, **tensors: _Given) -> None:
+    def run(self, programs: int, *tensors: Tensor) -> None:
         """Run so many programs.
 
         Args:
-            tensors: by the names of the template's arguments, in one order, with the dtypes and on
-                the device of the first run.
+            tensors: with the dtypes and on the device of the first run.
 
         Raises:
             CompileError: the template does not compile.
@@ -61,59 +69,76 @@ class Launch:
             return
         watcher = _watcher.get()
         if watcher is not None:
-            watcher(self, tensors)
-            return
-        device = next(iter(tensors.values())).device  # type: ignore[union-attr]
-        if device.type != "cuda" or not self._compiles:
-            self.kernel[(programs,)](**self.fixed, **tensors, **OPTIONS)
-        elif device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._run(programs, device.index, tensors)
+            watcher(self, self.named(tensors))
+        elif self._device == _NONE or self._device != _current_device():
+            self._elsewhere(programs, tensors)
         else:
-            self._run(programs, device.index, tensors)
+            self._run(programs, tensors)
 
     def form(self, tensors: Mapping[str, _Given], capability: int) -> Form:
         """What the cubin of a run with these tensors depends on."""
         return form_of(self.kernel, {**self.fixed, **tensors}, capability)
 
-    def _run(self, programs: int, device: int, tensors: Mapping[str, _Given]) -> None:
-        pointers, aligned = _pointers(tensors)
-        bound = self._bound.get(aligned) or self._first(aligned, device, tensors)
-        bound(torch._C._cuda_getCurrentRawStream(device), programs, 1, 1, *pointers)
+    def named(self, tensors: Sequence[Tensor]) -> dict[str, _Given]:
+        """The tensors of a run by the names of the template's arguments."""
+        found: dict[str, Any] = {}
+        for name, tensor in zip(self.tensors, tensors, strict=True):
+            argument, _, place = name.partition(".")
+            found[argument] = (*found.get(argument, ()), tensor) if place else tensor
+        return found
 
-    def ready(self, **tensors: _Given) -> None:
+    def _elsewhere(self, programs: int, tensors: Sequence[Tensor]) -> None:
+        """The first run, runs in Triton's interpreter, those on a device that is not current."""
+        device = tensors[0].device
+        if device.type != "cuda" or not self._compiles:
+            self.kernel[(programs,)](**self.fixed, **self.named(tensors), **OPTIONS)
+            return
+        self._device = device.index
+        with torch.cuda.device(device):
+            self._run(programs, tensors)
+
+    def _run(self, programs: int, tensors: Sequence[Tensor]) -> None:
+        pointers, aligned = _pointers(tensors)
+        bound = self._bound.get(aligned) or self._first(aligned, tensors)
+        bound(torch._C._cuda_getCurrentRawStream(self._device), programs, 1, 1, *pointers)
+
+    def ready(self, *tensors: Tensor) -> None:
         """Have what `run` launches with tensors like these, or fail as that would.
 
         Raises:
             CompileError, LaunchError: as `run`.
         """
-        device = next(iter(tensors.values())).device  # type: ignore[union-attr]
+        device = tensors[0].device
         if _watcher.get() is not None or device.type != "cuda" or not self._compiles:
             return
         _, aligned = _pointers(tensors)
         if aligned not in self._bound:
+            self._device = device.index
             with torch.cuda.device(device):
-                self._first(aligned, device.index, tensors)
+                self._first(aligned, tensors)
 
-    def _first(
-        self, aligned: tuple[bool, ...], device: int, tensors: Mapping[str, _Given]
-    ) -> launching.Launch:
+    def _first(self, aligned: tuple[bool, ...], tensors: Sequence[Tensor]) -> launching.Launch:
         """What does not compile is not tried again."""
         failed = self._failed.get(aligned)
         if failed is not None:
             raise failed
         try:
-            bound = self._bound[aligned] = self._bind(device, tensors)
+            bound = self._bound[aligned] = self._bind(tensors)
         except (CompileError, LaunchError) as error:
             self._failed[aligned] = error
             raise
         return bound
 
-    def _bind(self, device: int, tensors: Mapping[str, _Given]) -> launching.Launch:
+    def _bind(self, tensors: Sequence[Tensor]) -> launching.Launch:
         """The function that takes the pointers of tensors like these in their order."""
-        form, given = self.form(tensors, _capability(device)), _names(tensors)
-        found = _loaded(form, tuple(given), device)
+        form = self.form(self.named(tensors), _capability(self._device))
+        found = _loaded(form, self.tensors, self._device)
         return found.bound([_at(self.fixed, place) for place in found.fixed])
+
+
+def members(argument: str, count: int) -> list[str]:
+    """The names of so many tensors in an argument that is a tuple."""
+    return [_name((argument, place)) for place in range(count)]
 
 
 class _Loaded(NamedTuple):
@@ -157,27 +182,12 @@ def tile_arguments(tile: Tile) -> dict[str, int]:
     }
 
 
-def _pointers(tensors: Mapping[str, _Given]) -> tuple[list[int], tuple[bool, ...]]:
+def _pointers(tensors: Sequence[Tensor]) -> tuple[list[int], tuple[bool, ...]]:
     """Addresses, and for each whether it is a multiple of 16 bytes; () where all of them are."""
-    pointers: list[int] = []
-    for given in tensors.values():
-        if isinstance(given, tuple):
-            pointers += [each.data_ptr() for each in given]
-        else:
-            pointers.append(given.data_ptr())
-    bits = 0
-    for pointer in pointers:
-        bits |= pointer
-    return pointers, tuple([p % ALIGNED == 0 for p in pointers]) if bits % ALIGNED else ()
-
-
-def _names(tensors: Mapping[str, _Given]) -> list[str]:
-    """The tensors' names in the order of `_pointers`."""
-    names: list[str] = []
-    for name, given in tensors.items():
-        several = isinstance(given, tuple)
-        names += [_name((name, place)) for place in range(len(given))] if several else [name]
-    return names
+    pointers = list(map(_address, tensors))
+    if not functools.reduce(operator.or_, pointers) % ALIGNED:
+        return pointers, ()
+    return pointers, tuple([pointer % ALIGNED == 0 for pointer in pointers])
 
 
 def _name(place: _Place) -> str:

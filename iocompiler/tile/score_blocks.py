@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from torch import Tensor
 from iocompiler.tile.score import ScoreOp, ScoreProgram
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """``batch`` x ``heads`` matrices of ``rows`` x ``columns`` scores, blocks of ``m`` x ``n``."""
 
     batch: int

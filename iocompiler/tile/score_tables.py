@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,45 @@ def table(
     if some.device.type == "cpu" and _contiguous(some, every):
         return Table(_as_ranges(some, every, partial), True, some.shape[3])
     return Table(_as_lists(every, partial), False, some.shape[3])
+
+
+def table_shape(
+    owners: Sequence[Any], sizes: Sequence[Any], tile: Sequence[int], *, transposed: bool
+) -> tuple[Any, Any, Any, Any]:
+    """Of the lists of `listed`: [B or 1, H or 1, rows of blocks, length]."""
+    down, across = (-(-size // block) for size, block in zip(sizes, tile, strict=True))
+    if transposed:
+        down, across = across, down
+    return (*owners, down, 3 + 2 * across)
+
+
+def listed(
+    classes: Tensor,
+    sizes: Sequence[int],
+    block: Sequence[int],
+    tile: Sequence[int],
+    *,
+    transposed: bool,
+) -> Tensor:
+    """The table of blocks of ``tile`` scores, of ``sizes`` of them, as lists.
+
+    Args:
+        classes: 0, 1 or 2 for each ``block`` that is empty, partial or full, of which tiles are
+            made: int8 [B or 1, H or 1, M, N].
+    """
+    least = most = classes
+    for dim, (size, part, whole) in enumerate(zip(sizes, block, tile, strict=True), 2):
+        place = torch.arange(-(-size // whole) * (whole // part), device=classes.device)
+        places = place.clamp(max=classes.shape[dim] - 1).reshape(-(-size // whole), whole // part)
+        least = torch.stack([least.index_select(dim, each) for each in places.unbind(1)]).amin(0)
+        most = torch.stack([most.index_select(dim, each) for each in places.unbind(1)]).amax(0)
+    every, some = least == 2, most > 0
+    if transposed:
+        every, some = every.mT, some.mT
+    if sizes[not transposed] % tile[not transposed]:
+        every = every.clone()
+        every[..., -1] = False
+    return _as_lists(every, some & ~every)
 
 
 def without_loads(program: ScoreProgram) -> ScoreProgram:

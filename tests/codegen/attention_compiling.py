@@ -40,8 +40,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, capability: int) -> dict[str, dict
     """The resources of each template launched from here on, by name: compiled, and not run."""
     found: dict[str, dict[str, int]] = {}
 
-    def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
-        found[launch.kernel.__name__] = resources_of(launch, capability, tensors)
+    def compile_(launch: Launch, programs: int, *tensors: torch.Tensor) -> None:
+        found[launch.kernel.__name__] = resources_of(launch, capability, launch.named(tensors))
 
     monkeypatch.setattr(Launch, "run", compile_)
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -31,8 +29,8 @@ def _resources(
     """Of the kernel with a gradient in place."""
     found: dict[str, int] = {}
 
-    def compile_(launch: Launch, programs: int, **tensors: Any) -> None:
-        found.update(resources_of(launch, capability, tensors))
+    def compile_(launch: Launch, programs: int, *tensors: torch.Tensor) -> None:
+        found.update(resources_of(launch, capability, launch.named(tensors)))
         found["warps"] = launch.fixed["num_warps"]
 
     monkeypatch.setattr(Launch, "run", compile_)

@@ -62,7 +62,7 @@ def test_rows_with_a_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     operands = case.operands(2, 4, 17, 40)
     leaves = [x.clone().requires_grad_() for x in given]
     learned = [x.clone().requires_grad_() if x.is_floating_point() else x for x in operands]
-    arguments = (*leaves, learned, [], case.program().key, "blockwise", "ssss", None, 0.0, None)
+    arguments = (*leaves, learned, [], case.program().key, "blockwise", "ssss", None, 0.0, None, [])
     out, sums = FORWARD(*arguments)
     ours = (out, ROWS(sums, "blockwise"))
     exact = reference_rows(*leaves, case.program(), learned)
@@ -102,5 +102,5 @@ def test_operator_is_registered_as_torch_wants_it() -> None:
         operands = [x.requires_grad_() if x.is_floating_point() else x for x in operands]
         q, k, v = (x.float().requires_grad_() for x in heads(2, 4, 2, 9, 9, 8))
         arguments = (q, k, v, operands, [], case.program().key, "blockwise", "shsh")
-        for drop in ((None, 0.0, None), (torch.tensor(5), 0.25, None)):
+        for drop in ((None, 0.0, None, []), (torch.tensor(5), 0.25, None, [])):
             torch.library.opcheck(FORWARD, (*arguments, *drop))

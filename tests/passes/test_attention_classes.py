@@ -63,6 +63,12 @@ def test_layers_with_one_mask_ask_once(training: bool) -> None:
     assert attentions(report) == (6 if training else 3)
     (kernel,) = [k for k in report.kernels if "attention_classes" in k.name]
     assert [t.name for t in kernel.templates] == ["classify_blocks"]
+    lists = [k for k in report.kernels if "attention_table" in k.name]
+    assert {t.name for k in lists for t in k.templates} == {"list_blocks", "order_rows"}
+    assert len(lists) == (2 if training else 1)  # the forward's and dq's are one
+    assert not {t.name for k in report.kernels if "scored" in k.name for t in k.templates} & {
+        "list_blocks"
+    }
 
 
 def attend(q: Tensor, kept: Tensor) -> Tensor:

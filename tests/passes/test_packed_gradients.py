@@ -380,7 +380,7 @@ def test_values(packing: str, dropout_p: float) -> None:
     seed = torch.tensor(7) if dropout_p else None
     program = CASES["alibi"].program()
     given = (q, k, v, list(CASES["alibi"].operands(2, 4, 5, 5)), [], program.key)
-    setting = ("blockwise", "ssss", seed, dropout_p, None)
+    setting = ("blockwise", "ssss", seed, dropout_p, None, [])
     given = (torch.randn(q.shape), *FORWARD(*given, *setting), None, *given, *setting)
     apart = dict(zip("qkv", BACKWARD(*given), strict=True))
     front, back = packing[:-4].split("|")
@@ -396,10 +396,10 @@ def test_values(packing: str, dropout_p: float) -> None:
 
 def test_no_tokens() -> None:
     q = torch.randn(2, 4, 0, 8)
-    given = (q, q, q, [], [], CASES["full"].program().key, "blockwise", "ssss", None, 0.0, None)
+    given = (q, q, q, [], [], CASES["full"].program().key, "blockwise", "ssss", None, 0.0, None, [])
     found = PACKED(q, *FORWARD(*given), None, *given, "bs|hd:qkv")
     assert found.shape == (2, 0, 96)
     k = torch.randn(2, 2, 3, 8)
-    given = (q, k, k, [], [], CASES["full"].program().key, "blockwise", "ssss", None, 0.0, None)
+    given = (q, k, k, [], [], CASES["full"].program().key, "blockwise", "ssss", None, 0.0, None, [])
     found = PACKED(q, *FORWARD(*given), None, *given, "b|shd:qkv")
     assert torch.equal(found, torch.zeros(2, 96))

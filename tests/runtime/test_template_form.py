@@ -114,10 +114,11 @@ def test_gradients_in_one_tensor_are_written_by_the_same_kernels(packing: str) -
     given = problem("causal", 64, torch.bfloat16)
     inputs = given.query, given.key, given.value
     where = Packing.parsed(packing)
-    packed = given.query.new_empty(where.shape(inputs))
+    layout = where.layout(tuple(x.shape for x in inputs))
+    packed = given.query.new_empty(layout.shape)
     out, lse = torch.empty_like(given.query), torch.empty(1, *given.query.shape[:3])
     found: list[set[Form]] = []
-    for results in ([torch.empty_like(x) for x in inputs], where.slices(packed, inputs)):
+    for results in ([torch.empty_like(x) for x in inputs], layout.slices(packed)):
         forms: set[Form] = set()
         with watched(lambda launch, tensors, forms=forms: forms.add(launch.form(tensors, 90))):  # type: ignore[misc]
             attention.backward(given, out, out, lse, None, results)

@@ -22,7 +22,7 @@ from iocompiler.runtime.driver import Driver
 from iocompiler.runtime.launch import Image
 from iocompiler.runtime.template_form import Form
 from iocompiler.runtime.template_images import image
-from iocompiler.runtime.template_launch import Launch, watched
+from iocompiler.runtime.template_launch import Launch, members, watched
 from tests.runtime.cuda import FakeLibrary
 
 TENSORS = ("Acc", "V", "Out", "Lse", "Rest")
@@ -65,46 +65,50 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def launched(**changed: Any) -> Launch:
-    return Launch(attention_combine, **NUMBERS, **STRIDES, **OTHERS, **changed)
+    made = Launch(attention_combine, TENSORS, **{**NUMBERS, **changed}, **STRIDES, **OTHERS)
+    made._device = 0
+    return made
 
 
 def test_all_of_a_launch_is_where_the_kernel_reads_it(gpu: Device) -> None:
-    launch, tensors = launched(), {name: memory() for name in reversed(TENSORS)}
-    launch._run(3, 0, tensors)
+    launch, tensors = launched(), [memory() for _ in TENSORS]
+    launch._run(3, tensors)
     ((config, values),) = gpu.library.launches
     assert config == (3, 1, 1, 256, 1, 1, config[6], 7, 0, 0)
     assert config[6] == image(gpu.asked[0]).metadata["shared"] > 0
-    assert values[:5] == [tensors[name].data_ptr() for name in TENSORS]
+    assert values[:5] == [x.data_ptr() for x in tensors]
     assert values[5:12] == [100, 101, 102, 103, 104, 105, 106]
     assert values[12:] == [5, 6, 7, 8, 9, 0, 0]
 
 
 def test_later_runs_bring_the_new_memory(gpu: Device) -> None:
     launch = launched()
-    first, second = ({name: memory() for name in TENSORS} for _ in range(2))
-    launch._run(3, 0, first)
-    launch._run(4, 0, second)
+    first, second = ([memory() for _ in TENSORS] for _ in range(2))
+    launch._run(3, first)
+    launch._run(4, second)
     assert len(gpu.asked) == 1
     (_, _), (config, values) = gpu.library.launches
     assert config[0] == 4
-    assert values[:5] == [x.data_ptr() for x in second.values()]
+    assert values[:5] == [x.data_ptr() for x in second]
     assert values[5:] == gpu.library.launches[0][1][5:]
 
 
 def test_tensors_of_a_tuple_follow_each_other() -> None:
     x, y = memory(), memory(1)
-    pointers, aligned = template_launch._pointers({"X": x, "operands": (y, x), "none": ()})
+    pointers, aligned = template_launch._pointers([x, y, x])
     assert pointers == [x.data_ptr(), y.data_ptr(), x.data_ptr()]
     assert aligned == (True, False, True)
-    names = template_launch._names({"X": x, "operands": (y, x), "none": ()})
-    assert names == ["X", "operands.0", "operands.1"]
+    launch = Launch(attention_combine, ("X", *members("operands", 2)))
+    assert launch.tensors == ("X", "operands.0", "operands.1")
+    assert launch.named([x, y, x]) == {"X": x, "operands": (y, x)}
 
 
 def test_memory_at_an_odd_place_is_another_kernel(gpu: Device) -> None:
     launch = launched()
-    even, odd = ({**dict.fromkeys(TENSORS, memory()), "V": memory(n)} for n in (0, 1))
+    some = memory()
+    even, odd = ([some, memory(n), some, some, some] for n in (0, 1))
     for tensors in (even, odd, even, odd):
-        launch._run(1, 0, tensors)
+        launch._run(1, tensors)
     assert len(gpu.asked) == 2
     assert gpu.asked[0] != gpu.asked[1]
     assert [values[1] % 16 for _, values in gpu.library.launches] == [0, 4, 0, 4]
@@ -118,25 +122,38 @@ def test_launches_of_one_form_share_what_is_loaded(
     monkeypatch.setattr(
         gpu.library, "cuModuleLoadData", lambda m, cubin: loads.append(cubin) or load(m, cubin)
     )
-    tensors = dict.fromkeys(TENSORS, memory())
+    tensors = [memory()] * len(TENSORS)
     for columns in (7, 1000):
-        launch = Launch(attention_combine, **{**NUMBERS, "columns": columns}, **STRIDES, **OTHERS)
-        launch._run(1, 0, tensors)
+        launch = launched(columns=columns)
+        launch._run(1, tensors)
     assert (len(gpu.asked), len(loads)) == (1, 1)
     assert [values[14] for _, values in gpu.library.launches] == [7, 1000]
 
 
 def test_no_programs_are_no_launch(gpu: Device) -> None:
-    launched().run(0, **dict.fromkeys(TENSORS, memory()))
+    launched().run(0, *[memory()] * len(TENSORS))
     assert not gpu.asked
+
+
+def test_a_device_is_entered_where_it_is_not_current(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[int] = []
+    monkeypatch.setattr(Launch, "_elsewhere", lambda launch, programs, _: entered.append(programs))
+    launch, tensors = launched(), [memory()] * len(TENSORS)
+    for current in (0, 1):
+        monkeypatch.setattr(template_launch, "_current_device", lambda found=current: found)
+        launch.run(3 + current, *tensors)
+    assert [config[0] for config, _ in gpu.library.launches] == [3]
+    assert entered == [4]
 
 
 def test_what_is_watched_does_not_run(gpu: Device) -> None:
     seen: list[tuple[Launch, Any]] = []
     launch, tensors = launched(), dict.fromkeys(TENSORS, memory())
     with watched(lambda *each: seen.append(each)):
-        launch.run(3, **tensors)
-        launch.run(0, **tensors)
+        launch.run(3, *tensors.values())
+        launch.run(0, *tensors.values())
     assert seen == [(launch, tensors)]
     assert not gpu.library.launches
 

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.cost_model.attention_tiles import Row, Tile
-from iocompiler.ops.column_sums import ColumnSums, Lines
+from iocompiler.ops.column_sums import ColumnSums, lines
 from iocompiler.ops.packed_gradients import Packing
 from iocompiler.runtime import attention, attention_form
 from tests.ops.score_checks import Shape, problems, some_slow
@@ -104,13 +104,13 @@ def test_gradients_in_one_tensor(packing: str, groups: int, width: int, dropout_
     grad = torch.randn_like(out)
     apart = [torch.empty_like(x) for x in given]
     attention.backward(problem, grad, out, lse, None, apart)
-    where = Packing.parsed(packing)
-    room = torch.full((3, *where.shape(given)), 12345.0)  # what lies around it, and it
-    attention.backward(problem, grad, out, lse, None, where.slices(room[1], given))
+    layout = Packing.parsed(packing).layout(tuple(x.shape for x in given))
+    room = torch.full((3, *layout.shape), 12345.0)  # what lies around it, and it
+    attention.backward(problem, grad, out, lse, None, layout.slices(room[1]))
     assert (room[::2] == 12345.0).all()
     assert (room[1] != 12345.0).all()
     assert room[1].numel() == sum(x.numel() for x in given)
-    for one, alone in zip(where.slices(room[1], given), apart, strict=True):
+    for one, alone in zip(layout.slices(room[1]), apart, strict=True):
         assert torch.equal(one, alone)
 
 
@@ -139,7 +139,7 @@ def test_sums_down_the_columns(name: str, shape: Shape, dropout_p: float, rows: 
     out = torch.empty((*given[0].shape[:3], shape[6]))
     lse = attention.forward(problem, out)
     results = [torch.empty_like(x) for x in given]
-    room = [torch.full((*Lines.of(x, rows).shape, 2), 12345.0) for x in given]
+    room = [torch.full((*lines(x.shape, rows), 2), 12345.0) for x in given]
     columns = ColumnSums([x[..., 0] for x in room], rows)
     attention.backward(problem, torch.randn_like(out), out, lse, None, results, columns)
     apart = rows <= 32 and "uniform" not in name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
 from iocompiler.cost_model.attention_tiles import Row, Tile
-from iocompiler.ops.attention_classes import CLASSES
-from iocompiler.runtime.attention import Problem, forward
-from iocompiler.runtime.attention_blocks import listed
+from iocompiler.ops.attention_classes import CLASSES, TABLE
+from iocompiler.runtime.attention import Problem, backward, forward
+from iocompiler.runtime.attention_blocks import Lists
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_reference import evaluate
+from iocompiler.tile.score_tables import listed
 from tests.ops.score_programs import CASES
 
 # Triton's interpreter in loops
@@ -65,16 +67,22 @@ def test_classes_and_lists(name: str, sizes: tuple[int, int]) -> None:
             wanted = wanted.transpose(2, 3)
         if sizes[0 if transposed else 1] % (m if transposed else n):
             wanted[..., -1].clamp_(max=1)  # what reaches past the end is never full
-        found = listed(problem.form, kinds, Tile(m, n, 4, 1), transposed=transposed)
-        assert found.room == wanted.shape[3]
+        room = wanted.shape[3]
+        given = (sizes, [16, 16], [m, n])
+        entries = TABLE(kinds, *given, transposed)
+        torch.library.opcheck(
+            *(TABLE, (kinds, *given, transposed)), test_utils=("test_schema", "test_faketensor")
+        )
+        plain = listed(kinds, *given, transposed=transposed)
         counts = (wanted[:, 0] > 0).sum(-1)
-        in_order = counts.gather(1, found.entries[:, 0, :, -1].long().expand_as(counts))
+        in_order = counts.gather(1, entries[:, 0, :, -1].long().expand_as(counts))
         assert torch.equal(in_order, counts.sort(-1, descending=True)[0])
-        for b in range(kinds.shape[0]):
-            for line, row in zip(found.entries[b, 0].tolist(), wanted[b, 0], strict=True):
+        assert torch.equal(plain[..., -1], entries[..., -1])
+        for b, each in product(range(kinds.shape[0]), (entries, plain)):
+            for line, row in zip(each[b, 0].tolist(), wanted[b, 0], strict=True):
                 partial, full = line[:2]
                 assert line[2 : 2 + partial] == (row == 1).nonzero().flatten().tolist()
-                start = 2 + found.room
+                start = 2 + room
                 assert line[start : start + full] == (row == 2).nonzero().flatten().tolist()
 
 
@@ -97,9 +105,45 @@ def test_classes_that_are_given(grain: tuple[int, int]) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
+def test_lists_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other kernels' tiles, and none, are found anew; those of the same are read."""
+    torch.manual_seed(0)
+    case, lengths = CASES["document"], (70, 90)
+    operands = tuple(case.operands(2, 2, *lengths))
+    q, k = (torch.randn(2, 2, length, 16) for length in lengths)
+    tiles = Row((0, 0), 4, 16, *(Tile(m, n, 4, 1) for m, n in ((32, 16), (16, 32), (16, 16))),
+                Tile(16, 16, 4, 1))  # fmt: skip
+    alone, read = case.program().mask()
+    classes = CLASSES([operands[n] for n in read], [], [2, 2, *lengths], [16, 16], alone.key)
+    of_forward, of_dq, of_dkv = (
+        TABLE(classes, lengths, [16, 16], [tile.m, tile.n], turned)
+        for tile, turned in ((tiles.forward, False), (tiles.dq, False), (tiles.dkv, True))
+    )
+    asked: list[Tensor] = []
+    entries = Lists.entries
+    monkeypatch.setattr(Lists, "entries", lambda *given: asked.append(given[1]) or entries(*given))
+    found = []
+    for before, behind in (((), ()), ((of_forward,), (of_dq, of_dkv)), ((of_dkv,), (of_dkv,))):
+        asked.clear()
+        given = (q, k, k, case.program(), operands)
+        ahead = Problem(*given, tiles=tiles, known=classes, tables=before)
+        out, results = torch.empty_like(q), [torch.empty_like(x) for x in (q, k, k)]
+        lse = forward(ahead, out)
+        after = Problem(*given, tiles=tiles, known=classes, tables=behind)
+        backward(after, torch.ones_like(out), out, lse, None, results)
+        assert len(asked) == (0 if len(behind) == 2 else 3)
+        found.append([out, *results])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0, equal_nan=True)
+
+
 def test_classes_of_nothing() -> None:
     alone, read = CASES["document"].program().mask()
     operands = CASES["document"].operands(2, 2, 70, 90)
     setting = ([operands[n] for n in read], [], [2, 2, 0, 90], [16, 16], alone.key)
     assert CLASSES(*setting).shape == (2, 1, 0, 6)
     torch.library.opcheck(CLASSES, setting, test_utils=("test_schema", "test_faketensor"))
+    table = (CLASSES(*setting), [0, 90], [16, 16], [32, 16])
+    for transposed, shape in ((False, (2, 1, 0, 15)), (True, (2, 1, 6, 3))):
+        assert TABLE(*table, transposed).shape == shape
+        assert listed(*table, transposed=transposed).shape == shape

@@ -29,11 +29,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     run = Launch.run
 
-    def noted(launch, programs, **tensors):
+    def noted(launch, programs, *tensors):
         name = launch.kernel.fn.__name__
         if name in FORWARD:
             names.append(name)
-        run(launch, programs, **tensors)
+        run(launch, programs, *tensors)
 
     monkeypatch.setattr(Launch, "run", noted)
     return names

@@ -18,7 +18,7 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
-from iocompiler.ops.attention_classes import CLASSES
+from iocompiler.ops.attention_classes import CLASSES, TABLE
 from iocompiler.ops.scored_attention import FORWARD, ROWS, choose
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
@@ -135,7 +135,7 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
         letters,
         seeds.drawn(arranger, q.device) if found.dropout_p else None,
         found.dropout_p,
-        _classes(arranger, call.scored.program, (q, v), loaded, numbers, sizes, kernel),
+        *_blocks(arranger, call.scored.program, (q, v), loaded, numbers, sizes, kernel),
     )
     waiting = check_readers(gm, found, anchor)
     out = arranger.call(operator.getitem, results, 0)
@@ -149,7 +149,7 @@ def apply(gm: GraphModule, call: ScoredCall) -> None:
     finish(gm, found, arranger, out, anchor, dims)
 
 
-def _classes(
+def _blocks(
     arranger: Arranger,
     program: ScoreProgram,
     like: tuple[torch.Tensor, torch.Tensor],
@@ -157,9 +157,10 @@ def _classes(
     numbers: list[Any],
     sizes: list[Any],
     kernel: str,
-) -> Node | None:
-    """The blocks that a mask leaves of the scores, where the template asks for them and the mask
-    reads tensors; a call of its own, which layers with one mask share.
+) -> tuple[Node | None, list[Node]]:
+    """The blocks that a mask leaves of the scores and the list of those that the forward visits,
+    where the template asks for them and the mask reads tensors; calls of their own, which layers
+    with one mask share.
 
     Args:
         like: query and value.
@@ -169,11 +170,13 @@ def _classes(
     alone, read = program.mask()
     few = isinstance(sizes[2], int) and sizes[2] <= MOST_QUERIES
     if kernel != "template" or not read or few:
-        return None
+        return None, []
     width = max(query.shape[3], value.shape[3])
     tiles = chosen(program, target.capability(query), query.element_size(), width)
     of_mask = [loaded[n] for n in read]
-    return arranger.call(CLASSES, of_mask, numbers, sizes, list(tiles.grain), alone.key)
+    block, tile = list(tiles.grain), [tiles.forward.m, tiles.forward.n]
+    classes = arranger.call(CLASSES, of_mask, numbers, sizes, block, alone.key)
+    return classes, [arranger.call(TABLE, classes, sizes[2:], block, tile, False)]
 
 
 def _shared(arranger: Arranger, out: Node, sums: Node, sink: Beside, frame: Frame) -> Node:
