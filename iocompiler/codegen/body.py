@@ -231,10 +231,9 @@ class Body:
         if self._values.is_root(step.name):
             self._names.alias(step.name, place.root)
         elif self._values.needs_tensor(step.name):
-            root = self._names.of[place.root]
+            text, read = self._allocation.view(step.name, place, step.spec)
             name = self._names.add(step.name)
-            text = reinterpreted(root, step.spec, size_text(place.offset))
-            self._emit([f"{name} = {text}"], {root, name})
+            self._emit([f"{name} = {text}"], read | {name})
 
     def _constant(self, step: ConstantStep) -> None:
         shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)

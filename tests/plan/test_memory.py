@@ -237,6 +237,25 @@ def test_text_and_reference_agree_on_what_is_where() -> None:
         torch.testing.assert_close(found, (2 * x + b) @ (b @ b))
 
 
+def turned(name: str, of: str) -> ViewStep:
+    return ViewStep(name, of, TensorSpec((8, 8), (1, 8), torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize(("outputs", "count"), [("z", 1), ("z v", 2)])
+def test_memory_passed_on_is_shown_by_the_same_tensor(outputs: str, count: int) -> None:
+    """What the caller gets is nobody else's."""
+    last = () if outputs == "z" else (mm("w", "c"), turned("v", "w"))
+    steps = (mm("a", "primals"), turned("t", "a"), mm("b", "t"), mm("c", "b"), turned("u", "c"))
+    plan = placed(*steps, mm("z", "u", "b"), *last, outputs=outputs)
+    assert dict(plan.placed)["c"] == Place("a")
+    text = emit_module(plan, "graph")
+    assert text.count(" reinterpret(") == count
+    assert "    u = t\n" in text
+    x = torch.rand(8, 8)
+    run = load_text(text, "graph", "cpu", interpreter(plan))
+    assert all(map(torch.equal, run([x.clone()]), run_plan(replace(plan, placed=()), [x])))
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_plans_give_what_they_gave(seed: int) -> None:
     """With everything in memory of its own; in the reference, and as text."""
