@@ -111,11 +111,16 @@ def scheduled(
         BadPlanFile: the file cannot be replayed.
     """
     # a CPU graph never needs the planner
+    from iocompiler.plan.build import size_hints
     from iocompiler.plan.inplace import in_place
+    from iocompiler.plan.memory import shared_memory
+
+    def settle(chosen: Plan) -> Plan:
+        return shared_memory(in_place(chosen, donated), size_hints(gm), donated)
 
     if not options.plan:
         chosen, measured = tuned(plan, gm, options)
-        chosen = in_place(chosen, donated)
+        chosen = settle(chosen)
         return chosen, measured, load(chosen, gm, options, name)
     from iocompiler.runtime.plan_file import PlanFile
 
@@ -123,12 +128,12 @@ def scheduled(
     replayed_plan = file.replayed(plan, name, device)
     if replayed_plan is not None:
         try:
-            replayed_plan = in_place(replayed_plan, donated)
+            replayed_plan = settle(replayed_plan)
             return replayed_plan, (), ready(load(replayed_plan, gm, options, name))
         except Exception as error:
             raise file.refused(name, error) from error
     chosen, measured = tuned(plan, gm, options)
-    settled = in_place(chosen, donated)
+    settled = settle(chosen)
     run = ready(load(settled, gm, options, name))
     file.add(chosen, plan, name, device)
     return settled, measured, run

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import sympy
 
+from iocompiler.codegen.allocation import Allocation, empty, reinterpreted
 from iocompiler.codegen.pytext import (
     Names,
     argument_text,
@@ -31,18 +33,10 @@ from iocompiler.plan.data import (
     references,
     regions,
 )
+from iocompiler.plan.memory import WITH_OUT, takes_out
 from iocompiler.tile.flat import PARTS
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
-
-# torch.mm and its like parse arguments faster than the operator, and write the planned strides
-_WITH_OUT = {
-    "aten.mm.default": "torch.mm",
-    "aten.bmm.default": "torch.bmm",
-    "aten.addmm.default": "torch.addmm",
-    "aten._addmm_activation.default": "torch._addmm_activation",
-    "aten.baddbmm.default": "torch.baddbmm",
-}
 
 
 @dataclass(frozen=True)
@@ -104,6 +98,7 @@ class Body:
         self._launchers = launchers
         self._values = Values(plan)
         self._names = names
+        self._allocation = Allocation(plan, names)
         self._statements: list[_Statement] = []
         self._sizes: set[str] = set()  # that have a variable
         self._numbers: set[str] = set()  # variables that hold no memory: sizes and numbers
@@ -161,17 +156,8 @@ class Body:
 
     def _kernel(self, step: KernelStep | MatmulStep) -> None:
         lines = [f"# {', '.join(step.where)}"] if step.where else []
-        variables: set[str] = set()
         over = dict(step.over) if isinstance(step, KernelStep) else {}
-        for name, spec in step.outputs:
-            made = self._empty(spec)
-            if name in over:
-                given = self._names.of[over[name]]
-                shape, stride = tuple_text(spec.shape), tuple_text(spec.stride)
-                shown = f"reinterpret({given}, {shape}, {stride}, 0)"
-                made = f"{shown} if is_last_reader({given}) else {made}"
-                variables.add(given)
-            lines.append(f"{self._names.add(name)} = {made}")
+        variables = self._results_of_kernel(step, lines, over)
         launcher = self._launchers.launcher(step, self._signature(step))
         arguments = ["stream", *map(size_text, launcher.grid)]
         for buffer, name in zip(step.buffers, step.args, strict=True):
@@ -181,12 +167,32 @@ class Body:
         arguments += step.size_symbols
         if 0 not in launcher.grid:
             lines.append(f"{launcher.name}({', '.join(arguments)})")
-        self._emit(lines, variables | {self._names.of[name] for name, _ in step.outputs})
+        self._emit(lines, variables)
+
+    def _results_of_kernel(
+        self,
+        step: KernelStep | MatmulStep | BatchStep,
+        lines: list[str],
+        over: Mapping[str, str],
+    ) -> set[str]:
+        """Lines that make what a kernel writes; returns the variables made and read."""
+        variables: set[str] = set()
+        for name, spec in step.outputs:
+            if name in over:
+                given = self._names.of[over[name]]
+                shown = f"{reinterpreted(given, spec)} if is_last_reader({given})"
+                text, read = f"{shown} else {empty(spec)}", {given}
+            elif self._allocation.has_variable(name):
+                text, read = self._allocation.made(name, spec)
+            else:
+                continue
+            variables |= {self._names.add(name), *read}
+            lines.append(f"{self._names.of[name]} = {text}")
+        return variables
 
     def _batch(self, step: BatchStep) -> None:
         lines = [f"# {', '.join(step.where)}"] if step.where else []
-        lines += [f"{self._names.add(name)} = {self._empty(spec)}" for name, spec in step.outputs]
-        variables = {self._names.of[name] for name, _ in step.outputs}
+        variables = self._results_of_kernel(step, lines, {})
         lines.append(f"{self._launchers.batch(step)}(stream, [")
         for (args, length), extents in zip(step.members, step.extents(), strict=True):
             cells = []
@@ -225,11 +231,9 @@ class Body:
         if self._values.is_root(step.name):
             self._names.alias(step.name, place.root)
         elif self._values.needs_tensor(step.name):
-            root = self._names.of[place.root]
-            shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)
+            text, read = self._allocation.view(step.name, place, step.spec)
             name = self._names.add(step.name)
-            line = f"{name} = reinterpret({root}, {shape}, {stride}, {size_text(place.offset)})"
-            self._emit([line], {root, name})
+            self._emit([f"{name} = {text}"], read | {name})
 
     def _constant(self, step: ConstantStep) -> None:
         shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)
@@ -256,20 +260,17 @@ class Body:
             self._names.of[r.name] for r in references((step.args, [a for _, a in step.kwargs]))
         }
         spec = step.outputs[0][1] if len(step.outputs) == 1 else None
-        if spec is not None and self._takes_out(step, spec):
-            name = self._names.add(step.outputs[0][0] or "_unread")
-            arguments.append(f"out={self._empty(spec)}")
-            lines.append(f"{name} = {_WITH_OUT[step.target]}({', '.join(arguments)})")
-            self._emit(lines, read | {name})
+        if spec is not None and takes_out(step, self._plan.device):
+            result = step.outputs[0][0] or "_unread"
+            text, given = self._allocation.made(result, spec)
+            name = self._names.add(result)
+            arguments.append(f"out={text}")
+            lines.append(f"{name} = {WITH_OUT[step.target]}({', '.join(arguments)})")
+            self._emit(lines, read | given | {name})
             return
         call = f"{self._operator(step.target)}({', '.join(arguments)})"
         made = self._results(step, call, lines)
         self._emit(lines, read | made)
-
-    def _takes_out(self, step: AtenStep, spec: TensorSpec) -> bool:
-        """Whether a call writes into memory of ours, which lies on the plan's own device."""
-        ours = spec.device == self._plan.device
-        return step.target in _WITH_OUT and not step.is_tuple and ours
 
     def _results(self, step: AtenStep, call: str, lines: list[str]) -> set[str]:
         """Lines that call and name the results; returns the variables made."""
@@ -310,9 +311,6 @@ class Body:
         inner = Body(region.plan, names, self._launchers, self._shared, (name, region))
         self._shared.functions.append(inner.text)
         self._names.of[region.name] = name
-
-    def _empty(self, spec: TensorSpec) -> str:
-        return f"empty({tuple_text(spec.shape)}, {tuple_text(spec.stride)}, {spec.dtype})"
 
     def _written(self) -> str:
         outputs = [self._output(output) for output in self._plan.outputs]

@@ -8,10 +8,6 @@ equal to its base is the base's variable. Only what aten or the caller sees is m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import sympy
-
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -24,17 +20,8 @@ from iocompiler.plan.data import (
     ViewStep,
     references,
 )
-from iocompiler.tile.index import Size
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value lies: ``offset`` elements into the storage of ``root``, a value that is no
-    view.
-    """
-
-    root: str
-    offset: Size = 0
+from iocompiler.plan.place import Place
+from iocompiler.plan.sizes import is_multiple
 
 
 class Values:
@@ -42,7 +29,7 @@ class Values:
 
     def __init__(self, plan: Plan):
         self.specs: dict[str, TensorSpec | None] = dict(plan.inputs)
-        self.places: dict[str, Place] = {}
+        self.places = {name: place for name, place in plan.placed if place.offset != 0}
         self.tensors: set[str] = {r.name for r in references(plan.outputs)}
         self.written: set[str] = set()
         for step in plan.steps:
@@ -104,14 +91,7 @@ class Values:
         """Whether the value starts at a multiple of 16 bytes wherever its root does."""
         spec = self.specs[name]
         assert spec is not None
-        return _multiple_of_16(self.place(name).offset, spec.dtype.itemsize)
-
-
-def _multiple_of_16(offset: Size, itemsize: int) -> bool:
-    if isinstance(offset, int):
-        return offset * itemsize % 16 == 0
-    terms = sympy.Add.make_args(sympy.expand(offset))
-    return all(term.is_integer and term.as_coeff_Mul()[0] * itemsize % 16 == 0 for term in terms)
+        return is_multiple(self.place(name).offset * spec.dtype.itemsize, 16)
 
 
 def symbols(plan: Plan) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from iocompiler.plan.place import Place
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.flat import LENGTH, PARTS
 from iocompiler.tile.index import Size
@@ -287,7 +288,8 @@ class Plan:
     """A whole graph.
 
     ``inputs`` are (name, spec) in call order, with spec None for a number and for a size, whose
-    name is the size symbol.
+    name is the size symbol. ``placed``: results that take the memory of what is dead, or lie behind
+    another of their step, which then has room for all (`memory.py`).
     """
 
     inputs: tuple[tuple[str, TensorSpec | None], ...]
@@ -295,6 +297,7 @@ class Plan:
     outputs: tuple[Argument, ...]
     device: str
     unfused: tuple[Unfused, ...] = ()
+    placed: tuple[tuple[str, Place], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,15 @@ def scheduled_peak(
     return max(first.peak, held + _Memory(backward, given, hints, roots).peak)
 
 
+def held_bytes(plan: Plan, given: Mapping[str, int], hints: Hints) -> list[int]:
+    """Bytes in use at each step of a plan.
+
+    Args:
+        given: of each input that dies here, its bytes. hints: as of `scheduled_peak`.
+    """
+    return _Memory(plan, given, hints).in_use
+
+
 class _Memory:
     """Bytes in use while a plan runs.
 
@@ -84,7 +93,7 @@ class _Memory:
         given: of each input that counts, its bytes. roots: inputs that lie in another's storage.
 
     Attributes:
-        peak: the most bytes in use at once.
+        peak: the most bytes in use at once. in_use: at each step.
         bytes: of each storage that was allocated here, by the value that owns it.
     """
 
@@ -99,6 +108,7 @@ class _Memory:
         self._roots = dict(roots or {})
         self._specs = {name: spec for name, spec in plan.inputs if spec is not None}
         self._hints = hints
+        self.in_use: list[int] = []
         self.peak = self._run(plan, given)
 
     def storage(self, output: Any) -> str:
@@ -119,7 +129,8 @@ class _Memory:
             fresh = [root for root in touched[at] if root not in alive]
             alive.update(fresh)
             in_use += sum(self.bytes.get(root, 0) for root in fresh)
-            peak = max(peak, in_use + self._within(step))
+            self.in_use.append(in_use + self._within(step))
+            peak = max(peak, self.in_use[-1])
             dead = (root for root in touched[at] if last[root] == at and root not in forever)
             in_use -= sum(self.bytes.get(root, 0) for root in dead)
         return peak

@@ -43,6 +43,14 @@ def equal(a: Size, b: Size) -> bool:
     return a == b or bool(normal(a - b) == 0)  # as they are written, first: that is cheap
 
 
+def is_multiple(size: Size, of: int) -> bool:
+    """Whether ``of`` divides the size for every value of the symbols."""
+    if isinstance(size, int):
+        return size % of == 0
+    terms = sympy.Add.make_args(sympy.expand(size))
+    return all(term.is_integer and term.as_coeff_Mul()[0] % of == 0 for term in terms)
+
+
 def divide(a: Size, b: Size) -> Size | None:
     """a / b where it is exact for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):

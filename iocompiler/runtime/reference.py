@@ -5,7 +5,8 @@ Slow and plain: what a compiled plan computes is compared with this, and this wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -21,8 +22,12 @@ from iocompiler.plan.data import (
     MatmulStep,
     Plan,
     Region,
+    Step,
+    TensorSpec,
     ViewStep,
+    made,
 )
+from iocompiler.plan.memory import rooms
 from iocompiler.runtime.values import (
     found_sizes,
     fresh,
@@ -54,16 +59,22 @@ def run_plan(plan: Plan, args: list[Any]) -> list[Any]:
         name: value for (name, _), value in zip(plan.inputs, args, strict=True)
     }
     sizes = input_sizes(plan, args)
+    results = _Results(plan, values, sizes)
     for step in plan.steps:
+        if isinstance(step, (KernelStep, MatmulStep, BatchStep)):
+            results.allocate(step)
         match step:
             case KernelStep():
-                _kernel(step, values, sizes)
+                buffers = _buffers(step.program, step.args, values, sizes)
+                run(step.program, buffers, sizes, step.schedule)
             case MatmulStep():
-                _matmul(step, values, sizes)
+                given = zip(step.buffers, step.args, strict=True)
+                run_matmul(step, [_flat(b, values[name], sizes) for b, name in given], sizes)
             case BatchStep():
                 _batch(step, values, sizes)
             case AtenStep():
                 _aten(step, values, sizes)
+                results.move(step)
             case ViewStep():
                 values[step.name] = _view(step, values[step.base], sizes)
             case ConstantStep():
@@ -80,17 +91,43 @@ def operator_named(target: str) -> Any:
     return reduce(getattr, target.split("."), torch.ops)
 
 
-def _kernel(step: KernelStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    for name, spec in step.outputs:
-        values[name] = fresh(spec, sizes, CPU)
-    run(step.program, _buffers(step.program, step.args, values, sizes), sizes, step.schedule)
+class _Results:
+    """Memory for what a plan makes, full of poison: of its own, or where the plan has placed it."""
+
+    def __init__(self, plan: Plan, values: dict[str, Any], sizes: dict[str, int]) -> None:
+        self._placed = dict(plan.placed)
+        self._rooms = rooms(plan.steps, self._placed)
+        self._values, self._sizes = values, sizes
+
+    def allocate(self, step: Step) -> None:
+        """Before a kernel runs."""
+        for name, spec in made(step).items():
+            self._values[name] = self._allocated(name, spec)
+
+    def move(self, step: AtenStep) -> None:
+        """After a call that writes into memory of ours."""
+        for name, spec in made(step).items():
+            if name in self._placed:
+                self._values[name] = self._allocated(name, spec).copy_(self._values[name])
+
+    def _allocated(self, name: str, spec: TensorSpec) -> torch.Tensor:
+        poison = fresh(spec, self._sizes, CPU)
+        if name in self._placed:
+            place = self._placed[name]
+            given, offset = self._values[place.root], size_value(place.offset, self._sizes)
+            return _shown(spec, given, offset, self._sizes).copy_(poison)
+        if name in self._rooms:
+            whole = replace(spec, shape=(self._rooms[name],), stride=(1,))
+            return _shown(spec, fresh(whole, self._sizes, CPU), 0, self._sizes)
+        return poison
 
 
-def _matmul(step: MatmulStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    for name, spec in step.outputs:
-        values[name] = fresh(spec, sizes, CPU)
-    given = zip(step.buffers, step.args, strict=True)
-    run_matmul(step, [_flat(buffer, values[name], sizes) for buffer, name in given], sizes)
+def _shown(
+    spec: TensorSpec, given: torch.Tensor, offset: int, sizes: Mapping[str, int]
+) -> torch.Tensor:
+    shape, stride = size_values(spec.shape, sizes), size_values(spec.stride, sizes)
+    tensor = torch.empty(0, dtype=spec.dtype)
+    return tensor.set_(given.untyped_storage(), offset, shape, stride)
 
 
 def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, int]) -> None:
@@ -104,15 +141,15 @@ def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, 
             run_matmul(part, flat[: len(part.buffers)], sizes)
             flat = flat[len(part.buffers) :]
         return
-    made = step.product
-    count = len(made.operands)
-    batch, m, n, k = size_values((made.batch, made.m, made.n, made.k), sizes)
-    shapes, strides = [(m, k), *[(k, n)] * len(made.rights)], [made.left, *made.rights]
-    for term in made.more:
+    product = step.product
+    count = len(product.operands)
+    batch, m, n, k = size_values((product.batch, product.m, product.n, product.k), sizes)
+    shapes, strides = [(m, k), *[(k, n)] * len(product.rights)], [product.left, *product.rights]
+    for term in product.more:
         inner = size_value(term.k, sizes)
         shapes += [(m, inner), (inner, n)]
         strides += [term.left, term.right]
-    starts = (0, *made.starts, *[0] * (2 * len(made.more)))
+    starts = (0, *product.starts, *[0] * (2 * len(product.more)))
     left, *others = (
         operand.as_strided(
             (batch, *shape), (along_batch, *along), operand.storage_offset() + start
@@ -125,7 +162,7 @@ def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, 
             strict=True,
         )
     )
-    rights, pairs = others[: len(made.rights)], others[len(made.rights) :]
+    rights, pairs = others[: len(product.rights)], others[len(product.rights) :]
     buffers = {b.name: tensor for b, tensor in zip(step.tensors, flat[count:], strict=True)}
     for sums, right in zip(step.sums, rights, strict=True):
         total = torch.bmm(left, right)
@@ -136,8 +173,6 @@ def run_matmul(step: MatmulStep, flat: Sequence[torch.Tensor], sizes: dict[str, 
 
 
 def _batch(step: BatchStep, values: dict[str, Any], sizes: dict[str, int]) -> None:
-    for name, spec in step.outputs:
-        values[name] = fresh(spec, sizes, CPU)
     for (args, _), extents in zip(step.members, step.extents(), strict=True):
         here = {**sizes, **{name: size_value(size, sizes) for name, size in extents.items()}}
         run(step.program, _buffers(step.program, args, values, here), here, step.schedule)
