@@ -248,3 +248,18 @@ def test_a_pad_of_which_nothing_is_left(size: int, pads: tuple[int, int], engine
 
     check(f, torch.randn(size, requires_grad=True), engine=engine)
     check(f, torch.randn(2, size), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["reference", TextEngine()], ids=["reference", "text"])
+def test_an_element_outside_of_what_was_written_over(engine: object) -> None:
+    def f(x: Tensor) -> Tensor:
+        return F.pad(x[None], (1, 0), mode="circular").split(3, -1)[1] * 2
+
+    check(f, torch.randn(1, 3, requires_grad=True), engine=engine)
+
+
+def test_the_logsumexp_of_one_number_beside_an_attention() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.logsumexp(((x @ x.mT).softmax(-1) @ x).sum(), 0, keepdim=True)
+
+    check(f, torch.randn(2, 2, requires_grad=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from iocompiler.plan.sizes import nonnegative, normal
 from iocompiler.tile.index import Affine
 from iocompiler.tile.program import Buffer, Op, TileProgram
 
@@ -47,11 +48,15 @@ def by_address(program: TileProgram) -> tuple[TileProgram, tuple[Argument, ...]]
 
 
 def _elements(program: TileProgram, buffer: Buffer) -> dict[str, int]:
-    """The name of a buffer for each of the elements that are read; none where others may be."""
+    """The name of a buffer for each of the elements that are read; none where others may be, or
+    where one is not there, which a mask keeps from being read.
+    """
     if buffer.role != "in" or buffer.elements == 1:
         return {}
     indices = [op.index for op in program.ops if op.buffer == buffer.name]
-    if any(i is None or i.terms or not isinstance(i.const, int) for i in indices):
+    if not indices or any(i is None or i.terms or not isinstance(i.const, int) for i in indices):
         return {}
     found = dict.fromkeys(int(i.const) for i in indices if i is not None)
+    if min(found) < 0 or not nonnegative(normal(buffer.elements - 1 - max(found))):
+        return {}
     return {f"{buffer.name}_{place}": offset for place, offset in enumerate(found)}

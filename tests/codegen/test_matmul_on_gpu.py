@@ -82,7 +82,7 @@ def run_folded(
     def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[()]]:
         nonlocal count
         row = engines.device_row(gm, options)
-        chosen = {site.key: pick(candidates(*site.key, row, most=40)) for site in sites(plan)}
+        chosen = {site.key: pick(candidates(*site.key, row, most=1000)) for site in sites(plan)}
         count += len(chosen)
         return folded(plan, chosen), ()
 

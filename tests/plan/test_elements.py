@@ -51,6 +51,11 @@ def test_a_tensor_that_is_read_elsewhere_too_stays_whole() -> None:
     assert arguments == (Argument("x"), Argument("few"), Argument("out"))
 
 
+def test_an_element_that_only_a_mask_could_mean_has_no_address() -> None:
+    for program in (picking(5, 8), picking(5, -1)):
+        assert by_address(program)[0] is program
+
+
 def compiled(function: Any, *given: Tensor) -> tuple[Any, dict[str, Plan]]:
     records: list[Compilation] = []
     backend = Compiler(engine="reference", strict=True, on_compiled=records.append)

@@ -211,8 +211,10 @@ def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) ->
     if step != 1:
         raise Unsupported("slice_scatter with a step")
     dtype = result_dtype(node)
-    place = index[dim] - start
-    test = _inside(low, place, 0, shape_of(source)[dim])
+    place, size = index[dim] - start, shape_of(source)[dim]
+    if _is_outside(low, place, size):
+        return low.value(base, index, mask)
+    test = _inside(low, place, 0, size)
     inner = index[:dim] + (place,) + index[dim + 1 :]
     if test is None:
         return low.value(source, inner, mask)

@@ -222,4 +222,4 @@ def _log(node: Node, shift: Node | None) -> LogSumExp | None:
 
 
 def _dim(node: Node, dim: Any) -> int:
-    return int(dim) % len(shape(node))
+    return int(dim) % max(len(shape(node)), 1)
