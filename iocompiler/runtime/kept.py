@@ -2,9 +2,10 @@
 
 They lie in the graphs' pool, and the next step writes there again. Before it begins, what of them
 is still alive is moved to memory of its own: outputs themselves, and gradients that autograd left
-in the ``.grad`` of parameters, so that gradients accumulate over steps. A view of an output is not
-followed: one the caller made, or one returned beside it while gradients are recorded, which
-AOTAutograd makes of it.
+in the ``.grad`` of parameters, so that gradients accumulate over steps. Small outputs, losses among
+them, have memory of their own from the start: what the caller makes of them (``loss.detach()``)
+keeps its value too. A view of a larger one is not followed: one the caller made, or one returned
+beside it while gradients are recorded, which AOTAutograd makes of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, UntypedStorage
 
 _Refs = list["ReferenceType[Tensor]"]
+SMALL = 1 << 16
+"""Bytes of an output's memory up to which a copy is one short launch."""
 
 
 class Kept:
@@ -31,11 +34,20 @@ class Kept:
         """``outputs``, the first ``count`` of them as tensors that only the caller holds.
 
         Replays return the same tensors again: what the caller keeps must be another, on the same
-        storage.
+        storage, or on a copy of a small one.
         """
-        handed = [_alias(out) if type(out) is Tensor else out for out in outputs[:count]]
-        self._outputs += [ref(out) for out in handed if type(out) is Tensor]
+        small: dict[int, UntypedStorage] = {}
+        handed = [self._handed(x, small) if type(x) is Tensor else x for x in outputs[:count]]
         return [*handed, *outputs[count:]]
+
+    def _handed(self, output: Tensor, small: dict[int, UntypedStorage]) -> Tensor:
+        """Args: small: copies of this call, by the place of what they are copies of."""
+        storage = output.untyped_storage()
+        if storage.nbytes() <= SMALL:
+            return _lying(output, _copied(storage, small))
+        found = _lying(output, storage)
+        self._outputs.append(ref(found))
+        return found
 
     def watch(self, parameters: Iterable[Any]) -> None:
         """Gradients may be left in the ``.grad`` of these."""
@@ -56,12 +68,9 @@ class Kept:
             self._gradients.clear()
         moved: dict[int, UntypedStorage] = {}
         for tensor in held:
-            storage = tensor.untyped_storage()
-            place = storage.data_ptr()
-            if place not in moved:
-                moved[place] = storage.clone()  # type: ignore[no-untyped-call]
+            own = _copied(tensor.untyped_storage(), moved)
             with torch.inference_mode(tensor.is_inference()):
-                tensor.data = _lying(tensor, moved[place])
+                tensor.data = _lying(tensor, own)
 
     def _held_gradients(self) -> list[Tensor]:
         found = []
@@ -82,13 +91,16 @@ def on_device(index: int) -> Kept:
     return _kept.setdefault(index, Kept())
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    """Another tensor on the same storage, which autograd does not take for a view."""
-    return _lying(tensor, tensor.untyped_storage())
+def _copied(storage: UntypedStorage, copies: dict[int, UntypedStorage]) -> UntypedStorage:
+    """A copy, the same for all tensors that lie there."""
+    place = storage.data_ptr()
+    if place not in copies:
+        copies[place] = storage.clone()  # type: ignore[no-untyped-call]
+    return copies[place]
 
 
 def _lying(tensor: Tensor, storage: UntypedStorage) -> Tensor:
-    """What ``tensor`` is, on a storage like its own."""
+    """What ``tensor`` is, on its storage or one like that; autograd does not take it for a view."""
     with torch.no_grad():
         return tensor.new_empty(0).set_(
             storage, tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from iocompiler import Compiler
 from iocompiler.compilation import Compilation
+from iocompiler.runtime import kept
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -154,39 +155,72 @@ def test_outputs_within_one_step_stay(records: list[Compilation]) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         inputs = [rows() for _ in range(4)]
         with torch.no_grad():
-            kept = [run(x) for x in inputs]
-            for x, y in zip(inputs, kept, strict=True):
+            found = [run(x) for x in inputs]
+            for x, y in zip(inputs, found, strict=True):
                 same(y, module(x))
 
 
+@pytest.fixture(params=[0, kept.SMALL])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that are moved when a step begins, and such as have memory of their own."""
+    monkeypatch.setattr(kept, "SMALL", request.param)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_outputs_of_earlier_steps_stay(records: list[Compilation], mode: Callable[[], Any]) -> None:
     """Through warm-up, recording and replays."""
     module = block()
     run = graphed(module, records)
-    kept: list[tuple[Tensor, Tensor]] = []
+    outputs: list[tuple[Tensor, Tensor]] = []
     for _ in range(6):
         torch.compiler.cudagraph_mark_step_begin()
         x = rows()
         with mode():
-            kept.append((run(x), module(x)))
-    for found, expected in kept:
+            outputs.append((run(x), module(x)))
+    for found, expected in outputs:
         same(found, expected)
     assert all_recorded(records)
 
 
+def test_losses_of_earlier_steps_stay(records: list[Compilation]) -> None:
+    """What is made of them too."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x).square().mean()
+
+    module = Loss().cuda()
+    run = graphed(module, records)
+    found, expected = [], []
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = rows()
+        loss = run(x)
+        loss.backward()
+        found += [loss.detach(), loss.detach()[None]]
+        expected += [module(x).detach(), module(x).detach()[None]]
+    same(found, expected)
+    assert all_recorded(records)
+
+
+@pytest.mark.usefixtures("small")
 def test_what_later_steps_are_given(records: list[Compilation]) -> None:
     """Outputs kept in a list, read by the same graph again."""
     module = block()
     run = graphed(module, records)
     x = rows()
-    kept, expected = [x], [x]
+    found, expected = [x], [x]
     with torch.no_grad():
         for _ in range(6):
             torch.compiler.cudagraph_mark_step_begin()
-            kept.append(run(kept[-1]))
+            found.append(run(found[-1]))
             expected.append(module(expected[-1]))
-    same(kept, expected)
+    same(found, expected)
     assert all_recorded(records)
 
 

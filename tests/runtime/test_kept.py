@@ -5,9 +5,32 @@ from __future__ import annotations
 import gc
 from weakref import ref
 
+import pytest
 import torch
 
+from iocompiler.runtime import kept as module
 from iocompiler.runtime.kept import Kept
+
+
+@pytest.fixture(autouse=True)
+def _no_output_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL", 0)
+
+
+def test_what_is_made_of_small_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL", 64)
+    pool, large = torch.arange(4.0), torch.randn(40)
+    kept = Kept()
+    loss, part, other = kept.hand_out([pool[1], pool[2:].expand(3, 2), large], 3)
+    views = [loss.detach(), part[0], loss[None]]
+    expected = [view.clone() for view in views]
+    pool.zero_()
+    torch.testing.assert_close(views, expected)
+    assert part.stride() == (0, 1)
+    assert part.storage_offset() == 2
+    assert other.data_ptr() == large.data_ptr()
+    loss.fill_(7)  # both lie in one copy
+    assert part.untyped_storage().data_ptr() == loss.untyped_storage().data_ptr()
 
 
 def test_what_is_held_is_moved_and_keeps_its_value() -> None:
