@@ -20,7 +20,8 @@ from iocompiler.passes.attention.programs.distances import Distances, by_distanc
 from iocompiler.passes.attention.programs.integers import Integers, NotExpressed
 from iocompiler.passes.attention.reading.description import Attention
 from iocompiler.passes.attention.reading.frame import Frame
-from iocompiler.tile.score import ScoreBuilder, Type
+from iocompiler.tile.score import Type
+from iocompiler.tile.score_builder import ScoreBuilder
 
 
 @dataclass(frozen=True)
