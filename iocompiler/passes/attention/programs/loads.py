@@ -71,7 +71,7 @@ class Loads:
     def as_is(self, node: Node, at: At) -> int:
         """The element loaded."""
         row, column = self._found.row, self._found.column
-        distances = by_distance(node, at, row, column, self._evaluator, self._bounds)
+        distances = by_distance(node, at, row, column, self._evaluator)
         if distances is not None and self._is_head(at, distances.head):
             return self._loaded(distances, views.dtype(node))
         groups = tuple(self._group(x, n) for x, n in zip(at, views.shape(node), strict=True))
