@@ -110,9 +110,10 @@ class RewritePass:
 
     def __call__(self, gm: GraphModule) -> int:
         matcher = Matcher(gm)
+        targets = {_target(pattern) for pattern in self.patterns}
         changed = 0
         for root in view.calls(gm):
-            if root._erased:
+            if root._erased or not (root.target in targets or None in targets):
                 continue
             for pattern in self.patterns:
                 match = matcher.match(pattern, root)
@@ -270,6 +271,12 @@ class Matcher:
         between = [write for write in self._writes if first < self._order[write] < last]
         written = [target for write in between for target in view.mutates(write)]
         return not any(self._roots[target] & storages for target in written)
+
+
+def _target(pattern: Graph) -> Any:
+    """What the pattern's result calls; None where that is anything."""
+    result = pattern.output_node().args[0]
+    return result.target if isinstance(result, Node) and result.op == "call_function" else None
 
 
 @dataclass(frozen=True)
