@@ -147,20 +147,23 @@ class Space:
             return
         tile = replace(tile, parts=min(self._parts(sums), tile.n // _LEAST_PART))
         yield tile
-        moved = replace(
-            tile, loads="descriptors", programs=self.device.sm_count * self.resident(tile)
-        )
-        if self._takes_descriptors and self._shared(moved) <= self._shared_there:
-            yield moved
-        walks = self.tiles(tile) > self.device.sm_count * self.resident(tile)
-        if walks and len(self.made.rights) == 1:  # two sums leave no register for the walk
-            yield replace(tile, programs=self.device.sm_count * self.resident(tile))
+        programs = self.device.sm_count * self.resident(tile)
+        if self._takes_descriptors:
+            moved = replace(tile, loads="descriptors", programs=programs)
+            if self._shared(moved) <= self._shared_there:
+                yield moved
+        # two sums leave no register for the walk
+        if len(self.made.rights) == 1 and self.tiles(tile) > programs:
+            yield replace(tile, programs=programs)
 
     def _parts(self, sums: int) -> int:
         """What the epilogue loads and makes stands beside the sums: the more, the smaller parts."""
         parts = 2 if sums > _MOST_SUMS // 2 else 1
-        most = max(each._wide_accesses for each in self._launched)
-        return 2 * parts if most >= _MANY_ACCESSES else parts
+        return 2 * parts if self._most_accesses >= _MANY_ACCESSES else parts
+
+    @cached_property
+    def _most_accesses(self) -> int:
+        return max(each._wide_accesses for each in self._launched)
 
     @cached_property
     def _wide_accesses(self) -> int:
@@ -183,11 +186,11 @@ class Space:
     def _is_aligned(self) -> bool:
         return is_aligned(self.made)
 
-    @property
+    @cached_property
     def _shared_there(self) -> int:
         return self.device.shared_bytes_per_sm - _SHARED_APART
 
-    @property
+    @cached_property
     def _is_vector(self) -> bool:
         return self.made.dtype == torch.float32
 
@@ -196,7 +199,7 @@ class Space:
         half = self.made.dtype in (torch.bfloat16, torch.float16)
         return half and self._is_hopper and self.made.takes_descriptors
 
-    @property
+    @cached_property
     def _is_hopper(self) -> bool:
         return self.device.capability is not None and self.device.capability >= (9, 0)
 
@@ -252,7 +255,7 @@ class Space:
         """Those of the other products of the launch."""
         return tuple(Space(*other, self.device, self.hints) for other in self.made.beside)
 
-    @property
+    @cached_property
     def _launched(self) -> tuple[Space, ...]:
         return (self, *self.beside)
 
@@ -265,8 +268,7 @@ class Space:
 
     def seconds(self, tile: MatmulTile) -> float:
         """Of the whole product with its epilogue."""
-        device, resident = self.device, self.resident(tile)
-        tiles = self.tiles(tile)
+        device, resident, tiles = self.device, self.resident(tile), self.tiles(tile)
         each = -(-tiles // device.sm_count)  # of the busiest multiprocessor
         beside = min(resident, each)
         steps = self.steps(tile)
@@ -278,9 +280,9 @@ class Space:
         # what stands around the steps of one tile is hidden behind those of another
         around = (filling + self._finishing(tile)) / beside
         working = once + each * (steps * self._step(tile, beside) + around)
-        return device.launch_s + max(working, self._moving(tile))
+        return device.launch_s + max(working, self._moving(tile, tiles, device.sm_count * resident))
 
-    @property
+    @cached_property
     def describing(self) -> float:
         """Seconds until the operands' descriptors are made."""
         made = self.made
@@ -315,30 +317,33 @@ class Space:
     def _finishing(self, tile: MatmulTile) -> float:
         """The epilogue of one tile by itself."""
         moved, work = self.epilogue
-        whole = sum(each.sizes[0] * each.sizes[1] * each.sizes[3] for each in self._launched)
-        share = tile.m * tile.n / whole
+        share = tile.m * tile.n / self._elements
         part = moved * share
         device = self.device
         computing = work * share * device.sm_count / device.vector_flops
         moving = part * device.sm_count / (device.memory_rate * BURST)
         return _LATENCY_S + max(computing, moving)
 
-    def _moving(self, tile: MatmulTile) -> float:
-        """Everything that passes through memory: operands once for each wave of tiles that needs
-        them, or as often as L2 makes it.
+    def _moving(self, tile: MatmulTile, tiles: int, wave: int) -> float:
+        """Everything that passes through memory: operands once for each ``wave`` of all ``tiles``
+        that needs them, or as often as L2 makes it.
         """
         m, n, k, batch = self.sizes
         size, rights = self.made.dtype.itemsize, len(self.made.rights)
-        wave = self.device.sm_count * self.resident(tile)
         rows = min(tile.group, -(-m // tile.m))
         columns = min(max(1, wave // rows), -(-n // tile.n))
-        waves = max(1.0, self.tiles(tile) / (rows * columns))
+        waves = max(1.0, tiles / (rows * columns))
         once = batch * (m + n * rights) * k * size
         once += sum(other.sizes[1] * k * size for other in self.beside)
         again = waves * (rows * tile.m + columns * tile.n * rights) * k * size
         operands = once if once <= self.device.l2_bytes else max(once, again)
         others, _ = self.epilogue
         return (operands + others) / self.device.memory_rate
+
+    @cached_property
+    def _elements(self) -> int:
+        """Of all results of the launch."""
+        return sum(each.sizes[0] * each.sizes[1] * each.sizes[3] for each in self._launched)
 
     @cached_property
     def epilogue(self) -> tuple[float, float]:
