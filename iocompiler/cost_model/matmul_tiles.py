@@ -82,15 +82,17 @@ def candidates(
     must promise more.
     """
     space = Space(made, program, device, hints or {})
-    seconds = {tile: space.seconds(tile) for tile in space.legal()}
-    left = sorted(seconds, key=lambda tile: (seconds[tile], _unusual(tile), str(tile)))
+    left = [(space.seconds(tile), tile) for tile in space.legal()]
     listed: Counter[tuple[int, int, str]] = Counter()
     found: list[MatmulTile] = []
     while left and len(found) < most:
-        best = min(left, key=lambda tile: seconds[tile] * _AGAIN ** listed[_shape(tile)])
-        listed[_shape(best)] += 1
-        found.append(best)
+        promises = [seconds * _AGAIN ** listed[_shape(tile)] for seconds, tile in left]
+        least = min(promises)
+        ties = [each for each, promise in zip(left, promises, strict=True) if promise == least]
+        best = min(ties, key=lambda tie: (tie[0], _unusual(tie[1]), str(tie[1])))
         left.remove(best)
+        listed[_shape(best[1])] += 1
+        found.append(best[1])
     return found
 
 
