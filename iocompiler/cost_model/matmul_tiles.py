@@ -118,11 +118,12 @@ class _Legal:
         tile = replace(tile, parts=min(self._parts(tile), tile.n // _LEAST_PART))
         yield tile
         programs = work.device.sm_count * work.resident(tile)
-        moved = replace(tile, loads="descriptors", programs=programs)
-        if self._takes_descriptors and work.shared(moved) <= work.shared_there:
-            yield moved
+        if self._takes_descriptors:
+            moved = replace(tile, loads="descriptors", programs=programs)
+            if work.shared(moved) <= work.shared_there:
+                yield moved
         # two sums leave no register for the walk
-        if work.tiles(tile) > programs and len(work.made.rights) == 1:
+        if len(work.made.rights) == 1 and work.tiles(tile) > programs:
             yield replace(tile, programs=programs)
 
     def _parts(self, tile: MatmulTile) -> int:

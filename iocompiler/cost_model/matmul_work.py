@@ -58,11 +58,11 @@ class Work:
     device: Device
     hints: Mapping[str, int]
 
-    @property
+    @cached_property
     def is_hopper(self) -> bool:
         return self.device.capability is not None and self.device.capability >= (9, 0)
 
-    @property
+    @cached_property
     def shared_there(self) -> int:
         """Bytes of a multiprocessor's shared memory that a tile may have."""
         return self.device.shared_bytes_per_sm - _SHARED_APART
@@ -119,7 +119,7 @@ class Work:
         """That of each further product of the launch."""
         return tuple(Work(*other, self.device, self.hints) for other in self.made.beside)
 
-    @property
+    @cached_property
     def launched(self) -> tuple[Work, ...]:
         """That of each product of the launch, the first one's too."""
         return (self, *self.beside)
@@ -132,8 +132,7 @@ class Work:
 
     def seconds(self, tile: MatmulTile) -> float:
         """Of the whole product with its epilogue."""
-        device, resident = self.device, self.resident(tile)
-        tiles = self.tiles(tile)
+        device, resident, tiles = self.device, self.resident(tile), self.tiles(tile)
         each = -(-tiles // device.sm_count)  # of the busiest multiprocessor
         beside = min(resident, each)
         steps = self.steps(tile)
@@ -145,9 +144,9 @@ class Work:
         # what stands around the steps of one tile is hidden behind those of another
         around = (filling + self._finishing(tile)) / beside
         working = once + each * (steps * self._step(tile, beside) + around)
-        return device.launch_s + max(working, self._moving(tile))
+        return device.launch_s + max(working, self._moving(tile, tiles, device.sm_count * resident))
 
-    @property
+    @cached_property
     def describing(self) -> float:
         """Seconds until the operands' descriptors are made."""
         made = self.made
@@ -182,30 +181,33 @@ class Work:
     def _finishing(self, tile: MatmulTile) -> float:
         """The epilogue of one tile by itself."""
         moved, work = self.epilogue
-        whole = sum(each.sizes[0] * each.sizes[1] * each.sizes[3] for each in self.launched)
-        share = tile.m * tile.n / whole
+        share = tile.m * tile.n / self._elements
         part = moved * share
         device = self.device
         computing = work * share * device.sm_count / device.vector_flops
         moving = part * device.sm_count / (device.memory_rate * BURST)
         return _LATENCY_S + max(computing, moving)
 
-    def _moving(self, tile: MatmulTile) -> float:
-        """Everything that passes through memory: operands once for each wave of tiles that needs
-        them, or as often as L2 makes it.
+    def _moving(self, tile: MatmulTile, tiles: int, wave: int) -> float:
+        """Everything that passes through memory: operands once for each ``wave`` of all ``tiles``
+        that needs them, or as often as L2 makes it.
         """
         m, n, k, batch = self.sizes
         size, rights = self.made.dtype.itemsize, len(self.made.rights)
-        wave = self.device.sm_count * self.resident(tile)
         rows = min(tile.group, -(-m // tile.m))
         columns = min(max(1, wave // rows), -(-n // tile.n))
-        waves = max(1.0, self.tiles(tile) / (rows * columns))
+        waves = max(1.0, tiles / (rows * columns))
         once = batch * (m + n * rights) * k * size
         once += sum(other.sizes[1] * k * size for other in self.beside)
         again = waves * (rows * tile.m + columns * tile.n * rights) * k * size
         operands = once if once <= self.device.l2_bytes else max(once, again)
         others, _ = self.epilogue
         return (operands + others) / self.device.memory_rate
+
+    @cached_property
+    def _elements(self) -> int:
+        """Of all results of the launch."""
+        return sum(each.sizes[0] * each.sizes[1] * each.sizes[3] for each in self.launched)
 
     @cached_property
     def epilogue(self) -> tuple[float, float]:

@@ -81,9 +81,10 @@ class RewritePass:
 
     def __call__(self, gm: GraphModule) -> int:
         matcher = Matcher(gm)
+        targets = {_target(pattern) for pattern in self.patterns}
         changed = 0
         for root in view.calls(gm):
-            if root._erased:
+            if root._erased or not (root.target in targets or None in targets):
                 continue
             for pattern in self.patterns:
                 match = matcher.match(pattern, root)
@@ -113,6 +114,12 @@ class RewritePass:
             )
         record(gm, Rewrite(self.name, view.where(root)))
         edit.redirect(gm, root, new)
+
+
+def _target(pattern: Graph) -> Any:
+    """What the pattern's result calls; None where that is anything."""
+    result = pattern.output_node().args[0]
+    return result.target if isinstance(result, Node) and result.op == "call_function" else None
 
 
 def _by_name(made: GraphPass | RewritePass, function: Callable[..., Any]) -> Any:
