@@ -59,15 +59,17 @@ def candidates(
     must promise more.
     """
     work = Work(made, program, device, hints or {})
-    seconds = {tile: work.seconds(tile) for tile in _Legal(work).tiles()}
-    left = sorted(seconds, key=lambda tile: (seconds[tile], _unusual(tile), str(tile)))
+    left = [(work.seconds(tile), tile) for tile in _Legal(work).tiles()]
     listed: Counter[tuple[int, int, str]] = Counter()
     found: list[MatmulTile] = []
     while left and len(found) < most:
-        best = min(left, key=lambda tile: seconds[tile] * _AGAIN ** listed[_shape(tile)])
-        listed[_shape(best)] += 1
-        found.append(best)
+        promises = [seconds * _AGAIN ** listed[_shape(tile)] for seconds, tile in left]
+        least = min(promises)
+        ties = [each for each, promise in zip(left, promises, strict=True) if promise == least]
+        best = min(ties, key=lambda tie: (tie[0], _unusual(tie[1]), str(tie[1])))
         left.remove(best)
+        listed[_shape(best[1])] += 1
+        found.append(best[1])
     return found
 
 
