@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iocompiler.tile.score import Empty, ScoreBuilder, ScoreProgram
+from iocompiler.tile.score import Empty, ScoreProgram
+from iocompiler.tile.score_builder import ScoreBuilder
 
 NEGATIVE = float("-inf")
 Inputs = dict[str, Tensor]

@@ -32,7 +32,8 @@ from benchmarks.schedules import plan_on_fakes
 from benchmarks.table import Cell, Row, Table, geometric_mean
 from iocompiler.cost_model.device import DEVICES, Device, current_device
 from iocompiler.cost_model.matmul_price import TemplateTime, template_time
-from iocompiler.cost_model.matmul_tiles import Space, candidates
+from iocompiler.cost_model.matmul_tiles import candidates
+from iocompiler.cost_model.matmul_work import Work
 from iocompiler.plan.data import Plan
 from iocompiler.plan.fold import folded
 from iocompiler.plan.priced import Priced, priced
@@ -136,7 +137,7 @@ class Run:
         )
         (site,) = sites(plan)
         tiles = candidates(*site.key, self.device, most=self.args.most)
-        space = Space(*site.key, self.device, {})
+        work = Work(*site.key, self.device, {})
         row["chosen"] = shown(tiles[0])
         known = self.device.matmul_template or 1.0
         (price,) = priced(plan, replace(self.device, matmul_template=known), {})
@@ -144,7 +145,7 @@ class Run:
         template = template_time(*site.key, tiles[0], self.device, {})
         plans = [plan, *(folded(plan, {site.key: tile}) for tile in tiles)]
         built = compiler.submit(self.bench.load, plans) if self.bench is not None else None
-        modeled = [space.seconds(tile) for tile in tiles]
+        modeled = [work.seconds(tile) for tile in tiles]
         return _Work(product, plan, tiles, modeled, price, template, built)
 
     def _timed(self, row: Row, work: _Work) -> None:

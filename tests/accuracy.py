@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,25 @@ def relative_error(out: Tensor, ref: Tensor, floor: float = 0.0) -> float:
     if error == 0.0:
         return 0.0
     return error / scale if scale > 0 and math.isfinite(error) else math.inf
+
+
+def assert_near_exact(
+    found: Iterable[Tensor | None],
+    eager: Iterable[Tensor | None],
+    exact: Iterable[Tensor | None],
+    dtype: torch.dtype,
+) -> None:
+    """A result and then its gradients, None where there is none, have eager's dtypes and errors of
+    at most twice eager's, gradients three times; half a rounding of ``dtype`` is eager's at least.
+    """
+    least = torch.finfo(dtype).eps / 2
+    for place, (ours, theirs, ref) in enumerate(zip(found, eager, exact, strict=True)):
+        assert (ours is None) == (theirs is None), place
+        if ours is None or theirs is None or ref is None:
+            continue
+        assert ours.dtype == theirs.dtype, place
+        allowed = (3 if place else 2) * max(relative_error(theirs, ref), least) + 1e-5
+        assert relative_error(ours, ref) <= allowed, place
 
 
 def _same_specials(out: Tensor, ref: Tensor, finite: Tensor) -> bool:

@@ -20,10 +20,21 @@ def compiled(
 ) -> tuple[Callable[..., Any], list[Compilation]]:
     """``f`` compiled strictly on plain aten, unless told otherwise; the record of its graphs."""
     records: list[Compilation] = []
+    return compiler(records, pipeline, **{"engine": "aten", **options})(f), records
+
+
+def compiler(
+    records: list[Compilation], pipeline: ioc.Pipeline = ioc.DEFAULT, **options: Any
+) -> Callable[[Callable[..., Any]], Any]:
+    """What compiles strictly, for the reference unless told otherwise; graphs are recorded."""
     dynamic = options.pop("dynamic", None)
-    options = {"engine": "aten", "strict": True, **options}
-    backend = ioc.Compiler(pipeline, on_compiled=records.append, **options)
-    return torch.compile(f, backend=backend, dynamic=dynamic), records
+    options = {"engine": "reference", "strict": True, **options}
+
+    def compile_(f: Callable[..., Any]) -> Any:
+        backend = ioc.Compiler(pipeline, on_compiled=records.append, **options)
+        return torch.compile(f, backend=backend, dynamic=dynamic)
+
+    return compile_
 
 
 def check(f: Callable[..., Any], *inputs: torch.Tensor, **options: Any) -> list[Compilation]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import iocompiler as ioc
 from iocompiler import engines
 from iocompiler.compilation import Compilation
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.plan.data import MatmulStep
 from tests.accuracy import assert_as_accurate_as_eager
+from tests.compiling import compiler
 from tests.runtime.text_engine import TextEngine
 
 
@@ -40,17 +38,6 @@ class Block(nn.Module):
         x = x + self.down(F.gelu(self.up(x)))
         x = F.rms_norm(x, (64,))
         return x + self.out(F.silu(self.gate(x)) * self.value(x)) * scale
-
-
-def compiler(
-    records: list[Compilation], engine: Any = "reference", **more: Any
-) -> Callable[[nn.Module], Any]:
-    def compile_model(model: nn.Module) -> Any:
-        torch._dynamo.reset()
-        backend = ioc.Compiler(on_compiled=records.append, engine=engine, strict=True)
-        return torch.compile(model, backend=backend, **more)
-
-    return compile_model
 
 
 def made() -> Block:
@@ -91,7 +78,7 @@ def test_a_module_found_in_the_cache() -> None:
     for what in ("stored", "found"):
         records: list[Compilation] = []
         model = made().bfloat16()
-        result = compiler(records, TextEngine())(model)(x, scale)
+        result = compiler(records, engine=TextEngine())(model)(x, scale)
         result.float().sum().backward()
         assert [r.cache for r in records] == [what]
         results.append([result.detach(), *(p.grad for p in model.parameters())])

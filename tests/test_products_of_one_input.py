@@ -4,22 +4,21 @@ capture to call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import iocompiler as ioc
 from iocompiler import engines
 from iocompiler.compilation import Compilation
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.ops import target
 from iocompiler.plan.data import AtenStep, MatmulStep
 from tests.accuracy import assert_as_accurate_as_eager, relative_error
+from tests.compiling import compiler
 from tests.runtime.text_engine import TextEngine
 
 WIDTH, NARROW = 128, 64
@@ -48,17 +47,6 @@ class Layers(nn.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)
         mixed = q.unflatten(-1, (-1, NARROW)) * k.softmax(-1)[..., None, :] * v[..., None, :]
         return x + F.layer_norm(mixed.flatten(-2), (WIDTH,))
-
-
-def compiler(
-    records: list[Compilation], engine: Any = "reference", **more: Any
-) -> Callable[[nn.Module], Any]:
-    def compile_model(model: nn.Module) -> Any:
-        torch._dynamo.reset()
-        backend = ioc.Compiler(on_compiled=records.append, engine=engine, strict=True)
-        return torch.compile(model, backend=backend, **more)
-
-    return compile_model
 
 
 def made(bias: bool) -> Layers:
@@ -116,7 +104,7 @@ def test_a_module_found_in_the_cache() -> None:
     for what in ("stored", "found"):
         records: list[Compilation] = []
         model = made(True).bfloat16()
-        result = compiler(records, TextEngine())(model)(x)
+        result = compiler(records, engine=TextEngine())(model)(x)
         result.float().sum().backward()
         assert [r.cache for r in records] == [what]
         results.append([result.detach(), *(p.grad for p in model.parameters())])

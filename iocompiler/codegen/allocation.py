@@ -48,13 +48,10 @@ class Allocation:
             self._held[name] = held
             return given, {given}
         self._held[name] = spec
-        return self._shown(name, Place(root), spec)
+        return self.view(name, Place(root), spec)
 
     def view(self, name: str, place: Place, spec: TensorSpec) -> tuple[str, set[str]]:
-        """The expression for a view that is a tensor, and the variables it reads."""
-        return self._shown(name, place, spec)
-
-    def _shown(self, name: str, place: Place, spec: TensorSpec) -> tuple[str, set[str]]:
+        """The expression for a tensor that shows memory at a place, and the variables it reads."""
         given = self._names.of[place.root]
         shown = f"{tuple_text(spec.shape)}, {tuple_text(spec.stride)}, {size_text(place.offset)}"
         text = f"reinterpret({given}, {shown})"

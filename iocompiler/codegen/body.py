@@ -18,6 +18,7 @@ from iocompiler.codegen.pytext import (
     wrapped,
 )
 from iocompiler.codegen.signature import parameters
+from iocompiler.codegen.statements import Statements
 from iocompiler.codegen.values import Values
 from iocompiler.plan.data import (
     Argument,
@@ -57,14 +58,6 @@ class Launchers(Protocol):
 
 
 @dataclass
-class _Statement:
-    """Lines of ``call`` and the variables they read or make."""
-
-    lines: list[str]
-    variables: set[str] = field(default_factory=set)
-
-
-@dataclass
 class Shared:
     """What the functions of a module have in common: its ``globals``, operators by their names
     there, the functions that others pass to operators, and how often all of them call aten.
@@ -99,9 +92,8 @@ class Body:
         self._values = Values(plan)
         self._names = names
         self._allocation = Allocation(plan, names)
-        self._statements: list[_Statement] = []
+        self._statements = Statements()
         self._sizes: set[str] = set()  # that have a variable
-        self._numbers: set[str] = set()  # variables that hold no memory: sizes and numbers
         self._unpack()
         for step in plan.steps:
             match step:
@@ -117,16 +109,13 @@ class Body:
                     self._constant(step)
         self.text = self._written()
 
-    def _emit(self, lines: list[str], variables: set[str]) -> None:
-        self._statements.append(_Statement(lines, variables - self._numbers))
-
     def _unpack(self) -> None:
         plan = self._plan
         variables = []
         for name, spec in plan.inputs:
             if spec is None:
                 self._names.of[name] = name
-                self._numbers.add(name)
+                self._statements.numbers.add(name)
                 variables.append(name)
             else:
                 variables.append(self._names.add(name))
@@ -143,7 +132,7 @@ class Body:
             lines.append("args.clear()")
         if any(isinstance(step, (KernelStep, MatmulStep, BatchStep)) for step in plan.steps):
             lines.append("stream = current_stream()")
-        self._emit(lines, set(variables))
+        self._statements.add(lines, set(variables))
 
     def _found_sizes(self, spec: TensorSpec | None, variable: str) -> list[str]:
         """Lines that name the sizes a tensor's shape is the first to tell."""
@@ -167,7 +156,7 @@ class Body:
         arguments += step.size_symbols
         if 0 not in launcher.grid:
             lines.append(f"{launcher.name}({', '.join(arguments)})")
-        self._emit(lines, variables)
+        self._statements.add(lines, variables)
 
     def _results_of_kernel(
         self,
@@ -203,7 +192,7 @@ class Body:
             parts = [size_text(extents[PARTS.name])] if step.parts else []
             lines.append(f"    ({', '.join([*cells, *parts, size_text(length)])}),")
         lines.append("])")
-        self._emit(lines, variables)
+        self._statements.add(lines, variables)
 
     def _signature(self, step: KernelStep | MatmulStep) -> str:
         pairs = zip(step.buffers, step.args, strict=True)
@@ -233,7 +222,7 @@ class Body:
         elif self._values.needs_tensor(step.name):
             text, read = self._allocation.view(step.name, place, step.spec)
             name = self._names.add(step.name)
-            self._emit([f"{name} = {text}"], read | {name})
+            self._statements.add([f"{name} = {text}"], read | {name})
 
     def _constant(self, step: ConstantStep) -> None:
         shape, stride = tuple_text(step.spec.shape), tuple_text(step.spec.stride)
@@ -245,7 +234,7 @@ class Body:
         )
         if self._values.changes(step.name):
             name = self._names.add(step.name)
-            self._emit([f"{name} = {constant}.clone()"], {name})
+            self._statements.add([f"{name} = {constant}.clone()"], {name})
         else:
             self._names.of[step.name] = constant
 
@@ -266,11 +255,11 @@ class Body:
             name = self._names.add(result)
             arguments.append(f"out={text}")
             lines.append(f"{name} = {WITH_OUT[step.target]}({', '.join(arguments)})")
-            self._emit(lines, read | given | {name})
+            self._statements.add(lines, read | given | {name})
             return
         call = f"{self._operator(step.target)}({', '.join(arguments)})"
         made = self._results(step, call, lines)
-        self._emit(lines, read | made)
+        self._statements.add(lines, read | made)
 
     def _results(self, step: AtenStep, call: str, lines: list[str]) -> set[str]:
         """Lines that call and name the results; returns the variables made."""
@@ -287,7 +276,7 @@ class Body:
             lines.append("del results")
         for name, (_, _, spec) in zip(names, wanted, strict=True):
             if spec is None:
-                self._numbers.add(name)
+                self._statements.numbers.add(name)
                 self._sizes.add(name)
             else:
                 lines += self._found_sizes(spec, name)
@@ -315,29 +304,9 @@ class Body:
     def _written(self) -> str:
         outputs = [self._output(output) for output in self._plan.outputs]
         kept = {self._names.of[r.name] for r in references(self._plan.outputs)}
-        last: dict[str, int] = {}
-        for position, statement in enumerate(self._statements):
-            last.update(dict.fromkeys(statement.variables, position))
-        module_level = {line.split(" = ")[0] for line in self._shared.globals}
+        kept |= {line.split(" = ")[0] for line in self._shared.globals}
         lines = [f"def {self._region[0]}(*args):" if self._region else "def call(args):"]
-        comment = ""
-        for position, statement in enumerate(self._statements):
-            for line in statement.lines:
-                if line != comment:  # one line of the user's often makes several steps
-                    lines += wrapped(f"    {line}")
-                if line.startswith("#"):
-                    comment = line
-            dead = sorted(
-                v
-                for v in statement.variables
-                if last[v] == position and v not in kept | module_level
-            )
-            if dead:
-                lines += wrapped(
-                    f"    del {', '.join(dead)}"
-                    if len(dead) < 8
-                    else f"    del ({', '.join(dead)})"
-                )
+        lines += self._statements.lines(kept)
         returned = f"[{', '.join(outputs)}]"
         if self._region and self._region[1].returns == "value":
             (returned,) = outputs

@@ -20,7 +20,7 @@ import torch
 from iocompiler.cost_model.cost import value_of
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.matmul import epilogue_traffic, is_aligned
-from iocompiler.cost_model.matmul_tiles import Space, units_share
+from iocompiler.cost_model.matmul_work import Work, units_share
 from iocompiler.cost_model.roofline import FILL_K, TRANSCENDENTAL_FLOPS, vector_rate
 from iocompiler.plan.column_sums import rows_of_part
 from iocompiler.plan.product import MatmulTile, Product
@@ -73,10 +73,10 @@ def template_time(
     hints: Mapping[str, int],
 ) -> TemplateTime:
     """Of the products, and of epilogues that store one or several tensors."""
-    space = Space(made, program, device, hints)
-    slots = tile.programs or device.sm_count * space.resident(tile)
-    filled = -(-space.tiles(tile) // slots) * slots
-    depth = space.steps(tile) * tile.k + FILL_K
+    launch = Work(made, program, device, hints)
+    slots = tile.programs or device.sm_count * launch.resident(tile)
+    filled = -(-launch.tiles(tile) // slots) * slots
+    depth = launch.steps(tile) * tile.k + FILL_K
     flops = 2 * filled * tile.m * tile.n * depth * len(made.rights)
     rate = device.matmul_rate(made.dtype) * units_share(tile, len(made.rights), hopper=True)
     read: Size = 0

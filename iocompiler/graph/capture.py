@@ -76,6 +76,8 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         if isinstance(view.value(node), torch.Tensor):
             with mode:
                 node.meta["val"] = _like(view.value(node))
+    for node in traced.graph.nodes:  # nobody reads it, and further traces copy all of it deeply
+        node.meta.pop("from_node", None)
     traced.meta.update(gm.meta)
     traced._param_name_to_source = getattr(gm, "_param_name_to_source", {})  # type: ignore[assignment]
     _enter_checkpoints(traced)

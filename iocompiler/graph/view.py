@@ -7,11 +7,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
@@ -53,7 +54,10 @@ def value(node: Node) -> Any:
 
 def tensors(node: Node) -> list[torch.Tensor]:
     """The (fake) tensors the node computes, in order."""
-    return [leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
+    found = value(node)
+    if isinstance(found, torch.Tensor):
+        return [found]  # what nearly every node computes
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
 
 
 def copied(gm: GraphModule) -> GraphModule:
@@ -114,16 +118,14 @@ def is_view(node: Node) -> bool:
 
 
 def _is_told(node: Node) -> bool:
-    if node.target in _MAY_RETURN_INPUT:
-        return True
-    return any(a.alias_info is not None and not a.alias_info.is_write for a in _arguments(node))
+    return isinstance(node.target, OpOverload) and _shows(node.target)
 
 
 def is_untold_view(node: Node) -> bool:
     """True for a view by its storage alone: what its input is replaced by must have that storage
     too.
     """
-    if not isinstance(node.target, torch._ops.OpOverload) or _is_told(node) or mutates(node):
+    if not isinstance(node.target, OpOverload) or _is_told(node) or mutates(node):
         return False
     return is_shared(node)
 
@@ -157,7 +159,7 @@ def is_contiguous(tensor: torch.Tensor) -> bool:
 
 def spelled_out(node: Node) -> list[Any]:
     """The arguments of a call in the order of its schema, defaults filled in."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return [*node.args, *node.kwargs.values()]
     values: list[Any] = []
     for position, argument in enumerate(node.target._schema.arguments):
@@ -170,35 +172,31 @@ def spelled_out(node: Node) -> list[Any]:
 
 def named(node: Node) -> dict[str, Any]:
     """The arguments of a call of an operator by the names in its schema, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
     return dict(zip(names, spelled_out(node), strict=True))
 
 
 def mutates(node: Node) -> tuple[Node, ...]:
     """The nodes whose tensors this call writes into."""
-    if higher_order(node) == "triton_kernel_wrapper_mutation":
-        return tuple(node.all_input_nodes)  # a kernel of the user's: any of them
+    if not isinstance(node.target, OpOverload):
+        of_the_users = higher_order(node) == "triton_kernel_wrapper_mutation"
+        return tuple(node.all_input_nodes) if of_the_users else ()  # a kernel: any of them
     written: list[Node] = []
-    for position, argument in enumerate(_arguments(node)):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+    for position, name in _overwrites(node.target):
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
         written += [leaf for leaf in tree_leaves(given) if isinstance(leaf, Node)]
     return tuple(written)
 
 
 def changes_metadata(node: Node) -> bool:
     """True for a call that changes its argument's shape, strides or grad history in place."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.inplace_view in node.target.tags
-    )
+    return isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags
 
 
 def is_random(node: Node) -> bool:
     """True where two calls with equal inputs may differ."""
-    return isinstance(node.target, torch._ops.OpOverload) and (
+    return isinstance(node.target, OpOverload) and (
         torch.Tag.nondeterministic_seeded in node.target.tags
     )
 
@@ -262,7 +260,7 @@ def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
     found: dict[Node, frozenset[Node]] = {}
     for node in gm.graph.nodes:
         # what is no plain operator (a submodule, a getitem) may return any of its inputs
-        opaque = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+        opaque = node.op == "call_function" and not isinstance(node.target, OpOverload)
         if opaque or is_view(node) or mutates(node):
             shared = [found[i] for i in node.all_input_nodes]
             found[node] = frozenset().union({node} if opaque else (), *shared)
@@ -277,7 +275,18 @@ def written(gm: GraphModule, roots: Mapping[Node, frozenset[Node]]) -> frozenset
     return frozenset().union(*(roots[target] for target in targets))
 
 
-def _arguments(node: Node) -> tuple[torch.Argument, ...]:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return ()
-    return tuple(node.target._schema.arguments)
+@cache
+def _shows(operator: OpOverload) -> bool:
+    """Whether its schema, or what is known of it, says that it may return its input's storage."""
+    told = (argument.alias_info for argument in operator._schema.arguments)
+    return operator in _MAY_RETURN_INPUT or any(a is not None and not a.is_write for a in told)
+
+
+@cache
+def _overwrites(operator: OpOverload) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments it writes into."""
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )

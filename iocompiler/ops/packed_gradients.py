@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from iocompiler.ops import library
-from iocompiler.ops.scored_attention import GIVEN, SAVED, parted
+from iocompiler.ops.scored_call import GIVEN, SAVED, parted
 
 PACKED = library.define(
     f"scored_attention_backward_packed({SAVED}, {GIVEN}, str packing) -> Tensor"

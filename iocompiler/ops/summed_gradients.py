@@ -13,7 +13,7 @@ from torch import Tensor
 from iocompiler.ops import library
 from iocompiler.ops.column_sums import ColumnSums, lines
 from iocompiler.ops.packed_gradients import Layout, Packing, Shape
-from iocompiler.ops.scored_attention import GIVEN, SAVED, parted
+from iocompiler.ops.scored_call import GIVEN, SAVED, parted
 
 SUMMED = library.define(
     f"scored_attention_backward_summed({SAVED}, {GIVEN}, int rows) -> (Tensor dquery, Tensor dkey, "

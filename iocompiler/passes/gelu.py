@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from iocompiler.graph import view
-from iocompiler.graph.match import Match, rewrite
+from iocompiler.graph.match import rewrite
+from iocompiler.graph.matcher import Match
 
 aten = torch.ops.aten
 Spelling = Callable[..., Any]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from iocompiler.plan.data import Plan, Ref
-from iocompiler.plan.inplace import allocated
+from iocompiler.plan.inplace import owned
 from iocompiler.plan.moving import bases_of, storage
 
 
@@ -23,7 +23,7 @@ def donated(forward: Plan, handed_over: Mapping[str, int]) -> frozenset[str]:
     bases = bases_of(forward.steps)
     roots = [storage(o.name, bases) if isinstance(o, Ref) else "" for o in forward.outputs]
     shown = Counter(roots)
-    own = {name for step in forward.steps for name in allocated(step)}
+    own = {name for step in forward.steps for name in owned(step)}
     return frozenset(
         name for name, at in handed_over.items() if roots[at] in own and shown[roots[at]] == 1
     )

@@ -119,7 +119,7 @@ def factors_of(step: AtenStep, specs: Mapping[str, TensorSpec]) -> Factors | Non
         first.left,
         first.right,
         _by_direction(spec),
-        (added.name, _spread(specs[added.name], len(spec.shape)), _elements(specs[added.name]))
+        (added.name, _spread(specs[added.name]), _elements(specs[added.name]))
         if added is not None
         else None,
         _elements(spec),
@@ -160,8 +160,8 @@ def _by_direction(spec: TensorSpec) -> Strides:
     return batch, row, column
 
 
-def _spread(spec: TensorSpec, rank: int) -> Strides:
-    """The strides of a tensor that is broadcast over a result of ``rank``, by direction."""
+def _spread(spec: TensorSpec) -> Strides:
+    """The strides of a tensor that is broadcast over a result, by direction."""
     strides: list[Size] = [0] * (3 - len(spec.shape))
     strides += [0 if size == 1 else s for size, s in zip(spec.shape, spec.stride, strict=True)]
     batch, row, column = strides

@@ -37,6 +37,8 @@ def needed(node: Node, found: dict[sympy.Symbol, Node]) -> Iterable[Node]:
 
 def symbols_of(value: Any) -> set[sympy.Symbol]:
     """The symbols in the shapes of tensors and in numbers, in containers too."""
+    if isinstance(value, torch.Tensor) and not value._has_symbolic_sizes_strides:
+        return set()  # nearly always, and sooner seen than symbols are looked for
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):

@@ -72,7 +72,7 @@ def in_place(plan: Plan, donated: Collection[str] = ()) -> Plan:
     return replace(plan, steps=tuple(_Rewriter(plan.steps, plan.outputs, worth).run()))
 
 
-def allocated(step: Step) -> dict[str, TensorSpec]:
+def owned(step: Step) -> dict[str, TensorSpec]:
     """The values of a step in memory that it allocates, of which nothing else is known to show
     any.
     """
@@ -126,7 +126,7 @@ class _Rewriter:
 
     def _enter(self, at: int, step: Step) -> None:
         self.specs |= made(step)
-        self.owned |= allocated(step)
+        self.owned |= owned(step)
         if isinstance(step, AtenStep) and is_collective(step.target):
             self.kept |= {self._root(name) for name in names_read(step)}
         for name in names_read(step) | set(made(step)):

@@ -97,6 +97,7 @@ class Uses:
     """Who makes and touches which storage of a plan.
 
     Attributes:
+        bases: of each value that shows another's storage, that one.
         seen: storages that calls or the caller see as tensors; kernels see addresses.
         last: the last step that touches each storage.
     """

@@ -159,7 +159,7 @@ class _Walk:
 
     def inside(self, node: Node) -> bool:
         """Whether its operands count: it is computed, or it is a view of what may be."""
-        return is_view(node) or self.computes(node)
+        return self.computes(node) or is_view(node)
 
     def leads_on(self, user: Node) -> bool:
         return leads_into(user, self.computes) if is_view(user) else self.computes(user)

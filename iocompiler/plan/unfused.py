@@ -8,13 +8,14 @@ from iocompiler.plan.group import Grouper
 
 
 def unfused_edges(flow: Dataflow, grouper: Grouper) -> tuple[Unfused, ...]:
-    """One row for each (tensor, reader) in different kernels, largest tensors first."""
+    """One row for each (tensor, reader) in different kernels, largest tensors first, equal ones in
+    the order of the graph.
+    """
     edges: list[Unfused] = []
-    for leaf, readers in flow.readers.items():
-        if leaf.op == "placeholder":
-            continue
+    in_order = flow.order.__getitem__  # readers and leaves are sets
+    for leaf in sorted((n for n in flow.readers if n.op != "placeholder"), key=in_order):
         source = flow.item_source(leaf)
-        for reader in sorted(readers, key=lambda n: flow.order[n]):
+        for reader in sorted(flow.readers[leaf], key=in_order):
             if grouper.home.get(source) == grouper.home[reader]:
                 continue
             reason = grouper.rejected.get((leaf, reader))

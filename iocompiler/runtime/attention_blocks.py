@@ -115,6 +115,8 @@ def lists(
         classes: their shape; contiguous.
         scores: rows and columns.
         block: so many make a class; tiles are made of whole blocks.
+        transposed: rows of the lists are of keys, and have blocks of queries.
+        device: whose launches they are: one is of the device that it first runs on.
     """
     batch, heads, *sizes = classes
     strides, folds, length = [sizes[1], 1], [t // b for t, b in zip(tile, block, strict=True)], 1

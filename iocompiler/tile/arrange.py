@@ -86,18 +86,17 @@ class Accesses:
     scattered: int
 
 
-def contiguity(program: TileProgram, wide_only: bool = True) -> Accesses:
+def contiguity(program: TileProgram) -> Accesses:
     """Count loads and stores by the axis along which neighbouring points are neighbouring elements.
 
-    With ``wide_only`` only those that vary over as many axes as the widest count: they carry the
-    bytes.
+    Only those that vary over as many axes as the widest count: they carry the bytes.
     """
     widest = max((len(_axes_of(op)) for op in _memory(program)), default=0)
     along: dict[str, int] = {}
     scattered = 0
     for op in _memory(program):
         names = _axes_of(op)
-        if wide_only and len(names) < widest:
+        if len(names) < widest:
             continue
         unit = [n for n in names if op.index is not None and op.index.coefficient(n) == 1]
         if unit:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from iocompiler.tile.score import ScoreBuilder, ScoreOp, ScoreProgram
+from iocompiler.tile.score import ScoreOp, ScoreProgram
+from iocompiler.tile.score_builder import ScoreBuilder
 
 LOG2E = math.log2(math.e)
 

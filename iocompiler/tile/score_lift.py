@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from iocompiler.tile.score import ScoreBuilder, ScoreOp, ScoreProgram
+from iocompiler.tile.score import ScoreOp, ScoreProgram
+from iocompiler.tile.score_builder import ScoreBuilder
 
 
 def lifted(program: ScoreProgram) -> tuple[ScoreProgram, ScoreProgram | None]:

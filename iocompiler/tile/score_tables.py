@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iocompiler.tile.score import ScoreBuilder, ScoreProgram
+from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, classify
+from iocompiler.tile.score_builder import ScoreBuilder
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from iocompiler.ops.target import planned_for
 from iocompiler.runtime import attention_decode
 from iocompiler.runtime.attention import Problem
 from iocompiler.versions import version_tuple
-from tests.codegen.attention_compiling import resources
+from tests.codegen.template_compiling import resources
 from tests.ops.score_programs import CASES
 
 SHARED = {90: 227 * 1024, 80: 163 * 1024}

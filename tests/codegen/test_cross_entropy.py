@@ -13,8 +13,7 @@ from iocompiler.ops.linear_cross_entropy_rows import (
     reference_rows,
 )
 from iocompiler.ops.linear_cross_entropy_walk import LINE, of_row
-from iocompiler.runtime.template_launch import Launch
-from tests.codegen.attention_compiling import resources_of
+from tests.codegen.template_compiling import launched
 
 
 def _resources(
@@ -27,16 +26,11 @@ def _resources(
     **more: torch.Tensor,
 ) -> dict[str, int]:
     """Of the kernel with a gradient in place."""
-    found: dict[str, int] = {}
-
-    def compile_(launch: Launch, programs: int, *tensors: torch.Tensor) -> None:
-        found.update(resources_of(launch, capability, launch.named(tensors)))
-        found["warps"] = launch.fixed["num_warps"]
-
-    monkeypatch.setattr(Launch, "run", compile_)
+    kernels = launched(monkeypatch, capability)
     logits = torch.empty(2, -(-vocabulary // 64) * 64, dtype=dtype)
     target, losses = torch.zeros(2, dtype=torch.int64), torch.empty(2)
     launch_rows(Piece(logits[:, :vocabulary], target, losses, logits, **more), rows_of, setting)
+    (found,) = kernels.values()
     return found
 
 

@@ -7,8 +7,7 @@ import torch
 
 from iocompiler.ops.linear_cross_entropy_rows import Rows, Setting, hard_rows
 from iocompiler.ops.linear_divergence_rows import Divergence, Pair, launch_rows, reference_rows
-from iocompiler.runtime.template_launch import Launch
-from tests.codegen.attention_compiling import resources_of
+from tests.codegen.template_compiling import launched
 
 
 @pytest.mark.parametrize(
@@ -37,13 +36,7 @@ def test_two_programs_share_a_multiprocessor(
     hard: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: dict[str, int] = {}
-
-    def compile_(launch: Launch, programs: int, *tensors: torch.Tensor) -> None:
-        found.update(resources_of(launch, capability, launch.named(tensors)))
-        found["warps"] = launch.fixed["num_warps"]
-
-    monkeypatch.setattr(Launch, "run", compile_)
+    kernels = launched(monkeypatch, capability)
     logits = torch.empty(2, -(-vocabulary // 64) * 64, dtype=dtype)
     other, losses = torch.empty_like(logits), torch.empty(2)
     both = divergence.kind == "logits"
@@ -53,6 +46,7 @@ def test_two_programs_share_a_multiprocessor(
         logits[:, :vocabulary], given, target, losses, losses, logits, other if both else None
     )
     launch_rows(pair, Rows(losses if hard else None, None), setting, divergence)
+    (found,) = kernels.values()
     assert found["spills"] == 0, found
     assert 2 * 32 * found["warps"] * found["registers"] <= 65536, found
 

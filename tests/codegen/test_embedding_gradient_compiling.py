@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iocompiler.runtime import embedding_gradient
-from tests.codegen.attention_compiling import launched
+from tests.codegen.template_compiling import launched
 
 COUNTED = {"embedding_order", "embedding_sums", "embedding_fold"}
 SORTED = {"embedding_keys", "embedding_sums", "embedding_fold"}
@@ -15,7 +15,7 @@ SORTED = {"embedding_keys", "embedding_sums", "embedding_fold"}
 def resources(
     monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype, tokens: int, width: int
 ) -> dict[str, dict[str, int]]:
-    """For each kernel: registers, spilled bytes, bytes of shared memory."""
+    """Of each kernel, as `launched` has them."""
     found = launched(monkeypatch, capability)
     table, grad = torch.empty(50, width, dtype=dtype), torch.empty(tokens, width, dtype=dtype)
     indices = torch.zeros(tokens, dtype=torch.int64)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.matmul_price import AROUND_S, matmul_seconds, template_time
-from iocompiler.cost_model.matmul_tiles import Space, choose
+from iocompiler.cost_model.matmul_tiles import choose
+from iocompiler.cost_model.matmul_work import Work
 from iocompiler.plan.data import Plan
 from iocompiler.plan.priced import priced
 from iocompiler.plan.product import MatmulTile, Product
@@ -119,7 +120,7 @@ def test_the_last_wave_counts_whole(tile: MatmulTile) -> None:
         return template_time(made, program(made), tile, H100, {}).contracting
 
     made = product(8192, 256, 4096)
-    slots = tile.programs or H100.sm_count * Space(made, program(made), H100, {}).resident(tile)
+    slots = tile.programs or H100.sm_count * Work(made, program(made), H100, {}).resident(tile)
     full = 128 * slots
     assert contracting(128) == contracting(full)
     assert contracting(full + 1) == 2 * contracting(full)

@@ -10,7 +10,8 @@ import torch
 
 from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.cost_model.matmul import is_aligned, matmul_cost
-from iocompiler.cost_model.matmul_tiles import Space, candidates, choose
+from iocompiler.cost_model.matmul_tiles import candidates, choose
+from iocompiler.cost_model.matmul_work import Work
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.index import Affine, Axis, Size
 from iocompiler.tile.program import Buffer, Builder, TileProgram
@@ -112,10 +113,10 @@ def test_sizes_that_are_symbols_are_taken_at_their_hints() -> None:
 
 def test_a_better_overlap_is_faster() -> None:
     made = product(8192, 4096, 512)
-    space = Space(made, added(made), H200, {})
+    work = Work(made, added(made), H200, {})
     small = MatmulTile(64, 64, 64, num_warps=4, num_stages=3)
-    assert space.seconds(small) < space.seconds(replace(small, num_stages=2))
-    assert space.seconds(replace(small, m=128, n=128)) < space.seconds(small)
+    assert work.seconds(small) < work.seconds(replace(small, num_stages=2))
+    assert work.seconds(replace(small, m=128, n=128)) < work.seconds(small)
 
 
 def test_the_cost_is_that_of_all_that_is_moved() -> None:

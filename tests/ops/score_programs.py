@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from iocompiler.tile.dropout import kept
-from iocompiler.tile.score import Empty, ScoreBuilder, ScoreProgram
+from iocompiler.tile.score import Empty, ScoreProgram
+from iocompiler.tile.score_builder import ScoreBuilder
 from iocompiler.tile.score_reference import evaluate
 
 

@@ -17,7 +17,7 @@ from iocompiler.ops import linear_divergence as operators
 from iocompiler.ops.linear_cross_entropy_rows import Setting
 from iocompiler.ops.linear_divergence import LINEAR_DIVERGENCE
 from iocompiler.ops.linear_divergence_rows import Divergence
-from tests.accuracy import relative_error
+from tests.accuracy import assert_near_exact, relative_error
 
 VOCABULARY, WIDTH, OTHER_WIDTH = 150, 24, 17
 CASES = [
@@ -115,15 +115,8 @@ def test_is_as_accurate_as_eager(
     dtype: torch.dtype, reduction: str, hard: bool, setting: Setting, divergence: Divergence
 ) -> None:
     given, rest = inputs(300, dtype, divergence.kind, hard), (setting, divergence, reduction)
-    found = results(ours, given, *rest), results(eager, given, *rest)
-    for place, (mine, theirs, exact) in enumerate(
-        zip(*found, results(eager, widened(given), *rest), strict=True)
-    ):
-        factor = 3 if place else 2
-        least = torch.finfo(dtype).eps / 2
-        allowed = factor * max(relative_error(theirs, exact), least) + 1e-5
-        assert relative_error(mine, exact) <= allowed, place
-        assert mine.dtype == theirs.dtype
+    runs = ((ours, given), (eager, given), (eager, widened(given)))
+    assert_near_exact(*(results(f, tensors, *rest) for f, tensors in runs), dtype)
 
 
 _INSIDE = {operators.LOSSES: operators._losses, operators.GRADIENTS: operators._gradients}
@@ -246,10 +239,5 @@ def test_on_the_gpu(
     ]
     for reduction in ("sum", "none"):
         rest = (setting, divergence, reduction)
-        found = results(ours, given, *rest), results(eager, given, *rest)
-        for place, (mine, theirs, exact) in enumerate(
-            zip(*found, results(eager, widened(given), *rest), strict=True)
-        ):
-            least = torch.finfo(dtype).eps / 2
-            allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
-            assert relative_error(mine, exact) <= allowed, place
+        runs = ((ours, given), (eager, given), (eager, widened(given)))
+        assert_near_exact(*(results(f, tensors, *rest) for f, tensors in runs), dtype)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.ops import target
 from tests.accuracy import assert_as_accurate_as_eager
+from tests.compiling import compiler
 
 BF16 = torch.bfloat16
 
@@ -171,17 +171,6 @@ def launches_for_free(planned: tuple[int, int] | None = (9, 0)) -> Iterator[None
     free = mock.patch.object(target, "row", side_effect=lambda x: replace(real(x), launch_s=0.0))
     with free, target.planned_for(planned):
         yield
-
-
-def compiler(records: list[Compilation], **options: Any) -> Callable[[nn.Module], Any]:
-    dynamic = options.pop("dynamic", None)
-    options = {"engine": "reference", "strict": True, **options}
-
-    def compiled(module: nn.Module) -> Any:
-        backend = Compiler(on_compiled=records.append, **options)
-        return torch.compile(module, backend=backend, dynamic=dynamic)
-
-    return compiled
 
 
 def variants(records: list[Compilation]) -> list[str]:

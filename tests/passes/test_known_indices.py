@@ -19,6 +19,7 @@ from iocompiler.graph.normalise import normalise
 from iocompiler.passes.known_indices import known_indices
 from iocompiler.plan.data import AtenStep, all_steps
 from tests.accuracy import compare_with_eager
+from tests.compiling import compiler
 
 Captured = Callable[..., GraphModule]
 Spelling = Callable[[Tensor, Tensor], Tensor]
@@ -238,11 +239,7 @@ class Embedded(nn.Module):
 @pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_gradients(dtype: torch.dtype, dynamic: bool) -> None:
     records: list[Compilation] = []
-
-    def compiled(module: nn.Module) -> Any:
-        backend = Compiler(engine="reference", strict=True, on_compiled=records.append)
-        return torch.compile(module, backend=backend, dynamic=dynamic)
-
+    compiled = compiler(records, dynamic=dynamic)
     given = {"x": torch.randn(3, 7, 6, requires_grad=True)}
     for each in compare_with_eager(
         Embedded, given, compiled, dtype=dtype, device="cpu", train=True

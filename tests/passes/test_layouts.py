@@ -19,6 +19,7 @@ from iocompiler.graph.findings import Rewrite
 from iocompiler.ops import target
 from iocompiler.ops.decomposed import norms
 from iocompiler.passes.layouts.rules import RULES
+from tests.compiling import compiler
 from tests.passes.layout_cases import (
     BF16,
     Bottleneck,
@@ -32,7 +33,6 @@ from tests.passes.layout_cases import (
     UNet,
     Volume,
     check,
-    compiler,
     launches_for_free,
     reasons,
     variants,

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import iocompiler as ioc
 from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy, replace_losses
-from tests.accuracy import relative_error
+from tests.accuracy import assert_near_exact, relative_error
 from tests.compiling import compiled
 
 B, S, D, V = 2, 9, 8, 50
@@ -427,15 +427,7 @@ def test_is_taken_and_as_accurate_as_eager(f: Model, dynamic: bool, dtype: torch
     given = inputs(dtype)
     wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in given]
     run, records = compiled(f, PIPELINE, dynamic=dynamic)
-    rows = zip(results(run, given), results(f, given), results(f, tuple(wide)), strict=True)
-    for place, (mine, theirs, exact) in enumerate(rows):
-        assert (mine is None) == (theirs is None)
-        if mine is None or theirs is None or exact is None:
-            continue
-        assert mine.dtype == theirs.dtype
-        least = torch.finfo(dtype).eps / 2
-        allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
-        assert relative_error(mine, exact) <= allowed, place
+    assert_near_exact(results(run, given), results(f, given), results(f, tuple(wide)), dtype)
     (record,) = records
     (found,) = (r for r in record.rewrites if r.pattern != "slices")
     assert found.pattern == "linear_cross_entropy"

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import iocompiler as ioc
 from iocompiler.passes.linear_cross_entropy import replace_losses
-from tests.accuracy import relative_error
+from tests.accuracy import assert_near_exact
 from tests.compiling import compiled
 
 B, S, D, C, V = 2, 9, 8, 6, 50
@@ -275,15 +275,7 @@ def check(f: Model, dtype: torch.dtype, dynamic: bool) -> Any:
         for t in given
     ]
     run, records = compiled(f, PIPELINE, dynamic=dynamic)
-    found = results(run, given), results(f, given), results(f, Given(*wide))
-    for place, (mine, theirs, exact) in enumerate(zip(*found, strict=True)):
-        assert (mine is None) == (theirs is None), place
-        if mine is None or theirs is None or exact is None:
-            continue
-        assert mine.dtype == theirs.dtype
-        least = torch.finfo(dtype).eps / 2
-        allowed = (3 if place else 2) * max(relative_error(theirs, exact), least) + 1e-5
-        assert relative_error(mine, exact) <= allowed, place
+    assert_near_exact(results(run, given), results(f, given), results(f, Given(*wide)), dtype)
     (record,) = records
     return record
 

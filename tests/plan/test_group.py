@@ -76,6 +76,14 @@ def test_no_cycle_through_a_matmul() -> None:
     assert "call" in edge.reason
 
 
+def test_what_is_as_large_is_told_in_the_order_of_the_graph() -> None:
+    planned = Planned()
+    weights = [torch.randn(64, 64) for _ in range(8)]
+    planned(lambda x, *w: torch.cat([x @ each for each in w]))(torch.randn(64, 64), *weights)
+    told = [e.producer for e in planned.plans[0].unfused if e.producer.startswith("mm")]
+    assert told == ["mm", *(f"mm_{i}" for i in range(1, 8))]
+
+
 def test_equal_layers_give_equal_programs() -> None:
     layers = torch.nn.Sequential(
         *[

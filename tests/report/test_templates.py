@@ -29,7 +29,8 @@ from iocompiler.runtime import template_images
 from iocompiler.runtime.attention import Problem
 from iocompiler.runtime.launch import Image
 from iocompiler.runtime.template_form import Form
-from iocompiler.tile.score import ScoreBuilder, ScoreProgram
+from iocompiler.tile.score import ScoreProgram
+from iocompiler.tile.score_builder import ScoreBuilder
 from tests.models.zoo import CASES, Size
 from tests.runtime.plans import plan, spec
 

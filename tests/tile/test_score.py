@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from iocompiler.tile.score import ScoreBuilder, ScoreProgram, parsed
+from iocompiler.tile.score import ScoreProgram, parsed
 from iocompiler.tile.score_algebra import LOG2E, NotDifferentiable, derivative, peeled, scaled
 from iocompiler.tile.score_blocks import Grid, classify
+from iocompiler.tile.score_builder import ScoreBuilder
 from iocompiler.tile.score_operands import use
 from iocompiler.tile.score_proof import always
 from iocompiler.tile.score_reference import evaluate

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from iocompiler.tile.score import ScoreBuilder, ScoreProgram
+from iocompiler.tile.score import ScoreProgram
+from iocompiler.tile.score_builder import ScoreBuilder
 from iocompiler.tile.score_lift import factored, lifted
 from iocompiler.tile.score_reference import evaluate
 from tests.ops.score_programs import CASES, alibi

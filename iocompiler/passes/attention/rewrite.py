@@ -86,7 +86,7 @@ def _call(
     found = _joining(gm, node, joins)
     if found is None:
         return None
-    found = results.private(gm, found)
+    found = results.private(found)
     alone.check(gm, found)
     results.check_readers(gm, found, forward_views(found)[0])
     call = planned(found, Evaluator(gm))

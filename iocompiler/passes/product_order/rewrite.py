@@ -54,7 +54,7 @@ def product_order(gm: GraphModule) -> int:
             continue
         chain = _chain(gm, node)
         done.update(chain.inside)
-        if len(chain.matrices) > 2 and _is_plain(gm, node, chain):
+        if len(chain.matrices) > 2 and _is_plain(gm, chain):
             sites += _reordered(gm, node, chain)
     return sites
 
@@ -69,7 +69,7 @@ def _chain(gm: GraphModule, top: Node) -> Chain:
     return Chain(is_mine).read(top)
 
 
-def _is_plain(gm: GraphModule, top: Node, chain: Chain) -> bool:
+def _is_plain(gm: GraphModule, chain: Chain) -> bool:
     """Whether the matrices have one dtype, are never written, and can stand in any order: a vector
     is a row at the one end, a column at the other, and beside several matrices neither.
     """

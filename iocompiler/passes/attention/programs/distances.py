@@ -19,7 +19,7 @@ from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import Axis, expression
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.places import At, aligned
-from iocompiler.passes.attention.masks.values import Bounds, Index
+from iocompiler.passes.attention.masks.values import Index
 
 aten = torch.ops.aten
 _MOVES = (
@@ -102,7 +102,6 @@ def by_distance(
     row: Axis | None,
     column: Axis,
     evaluator: Evaluator,
-    bounds: Bounds,
 ) -> Distances | None:
     """The tensor as one of distances; None where it is none."""
     if row is None or not views.is_tensor(node):

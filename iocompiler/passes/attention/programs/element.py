@@ -32,7 +32,7 @@ from iocompiler.passes.attention.programs.loads import Loads
 from iocompiler.passes.attention.reading.constants import constant, number
 from iocompiler.passes.attention.reading.description import Attention, Declined
 from iocompiler.passes.attention.reading.frame import Frame
-from iocompiler.tile.score import ScoreBuilder
+from iocompiler.tile.score_builder import ScoreBuilder
 
 _DEEPEST = 60
 

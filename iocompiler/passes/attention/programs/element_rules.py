@@ -11,7 +11,7 @@ from torch.fx import Node
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.masks.places import At, whole
 from iocompiler.passes.attention.programs.integers import Integers, NotExpressed
-from iocompiler.tile.score import ScoreBuilder
+from iocompiler.tile.score_builder import ScoreBuilder
 
 
 class Elements(Protocol):

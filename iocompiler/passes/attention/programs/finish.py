@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from iocompiler.passes.attention.reading.description import Declined
-from iocompiler.tile.score import ScoreBuilder, ScoreProgram
+from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_algebra import derivative
+from iocompiler.tile.score_builder import ScoreBuilder
 from iocompiler.tile.score_operands import use
 
 _MOST_OPS = 80

@@ -8,7 +8,7 @@ import sympy
 
 from iocompiler.passes.attention.dims.axes import Axis, expression
 from iocompiler.passes.attention.reading.frame import Frame
-from iocompiler.tile.score import ScoreBuilder
+from iocompiler.tile.score_builder import ScoreBuilder
 
 
 class NotExpressed(Exception):

@@ -20,7 +20,8 @@ from iocompiler.passes.attention.programs.distances import Distances, by_distanc
 from iocompiler.passes.attention.programs.integers import Integers, NotExpressed
 from iocompiler.passes.attention.reading.description import Attention
 from iocompiler.passes.attention.reading.frame import Frame
-from iocompiler.tile.score import ScoreBuilder, Type
+from iocompiler.tile.score import Type
+from iocompiler.tile.score_builder import ScoreBuilder
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Loads:
     def as_is(self, node: Node, at: At) -> int:
         """The element loaded."""
         row, column = self._found.row, self._found.column
-        distances = by_distance(node, at, row, column, self._evaluator, self._bounds)
+        distances = by_distance(node, at, row, column, self._evaluator)
         if distances is not None and self._is_head(at, distances.head):
             return self._loaded(distances, views.dtype(node))
         groups = tuple(self._group(x, n) for x, n in zip(at, views.shape(node), strict=True))

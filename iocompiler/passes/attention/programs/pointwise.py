@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from iocompiler.passes.attention.reading.description import Declined
-from iocompiler.tile.score import ScoreBuilder
+from iocompiler.tile.score_builder import ScoreBuilder
 
 
 def on_score(build: ScoreBuilder, name: str, score: int, arguments: tuple[object, ...]) -> int:

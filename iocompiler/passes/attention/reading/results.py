@@ -91,7 +91,7 @@ def is_of_rows(node: Node, inside: Collection[Node], ends: Collection[Node]) -> 
     return bool(own) and all(is_of_rows(read, inside, ends) for read in own)
 
 
-def private(gm: GraphModule, found: Attention) -> Attention:
+def private(found: Attention) -> Attention:
     """The attention where nothing in between is read outside, but what the operator returns and, in
     training, the probabilities: they are computed as they were written, and only the output is
     tiled, whose backward then reads no matrix.
@@ -109,7 +109,7 @@ def private(gm: GraphModule, found: Attention) -> Attention:
         where = f"{view.where(node) or node.name}: {node.name} is {kind} elsewhere"
         if node not in found.probabilities:
             raise Declined(where)
-        _check_shared(gm, found, node, where)
+        _check_shared(found, node, where)
         shared.append(node)
     return replace(found, is_shared=True) if shared else found
 
@@ -120,7 +120,7 @@ def _is_dead(node: Node, far: int = _FAR) -> bool:
     return far > 0 and not kept and all(_is_dead(user, far - 1) for user in node.users)
 
 
-def _check_shared(gm: GraphModule, found: Attention, node: Node, where: str) -> None:
+def _check_shared(found: Attention, node: Node, where: str) -> None:
     """Raise `Declined` where a tiled output costs more than its product with probabilities that
     stand in memory anyway, or they are not the same.
     """

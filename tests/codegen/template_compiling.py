@@ -1,9 +1,6 @@
-"""The attention templates compiled with no GPU, with the arguments a launch would give them."""
+"""Templates compiled with no GPU, with the arguments a launch would give them."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ def resources(
     *,
     gradients: bool = True,
 ) -> dict[str, dict[str, int]]:
-    """For each kernel of forward and backward: registers, spilled bytes, bytes of shared memory."""
+    """Of each kernel of an attention, forward and backward: as `launched` has them."""
     found = launched(monkeypatch, capability)
     query, value = problem.query, problem.value
     out = query.new_empty((*query.shape[:3], value.shape[3]))
@@ -37,17 +34,15 @@ def resources(
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, capability: int) -> dict[str, dict[str, int]]:
-    """The resources of each template launched from here on, by name: compiled, and not run."""
+    """Of each template launched from here on, by name: registers, spilled bytes, bytes of shared
+    memory, warps; they are compiled, and not run.
+    """
     found: dict[str, dict[str, int]] = {}
 
     def compile_(launch: Launch, programs: int, *tensors: torch.Tensor) -> None:
-        found[launch.kernel.__name__] = resources_of(launch, capability, launch.named(tensors))
+        metadata = image(launch.form(launch.named(tensors), capability)).metadata
+        taken = {name: metadata[name] for name in ("registers", "spills", "shared")}
+        found[launch.kernel.__name__] = {**taken, "warps": launch.fixed.get("num_warps", 4)}
 
     monkeypatch.setattr(Launch, "run", compile_)
     return found
-
-
-def resources_of(launch: Launch, capability: int, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Those of one template, compiled as a run with these tensors would compile it."""
-    metadata = image(launch.form(tensors, capability)).metadata
-    return {name: metadata[name] for name in ("registers", "spills", "shared")}
