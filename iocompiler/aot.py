@@ -4,19 +4,14 @@ Inductor.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest import mock
 
 from torch._dynamo import disable
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
-from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._logging._internal import trace_log
 from torch.fx import GraphModule
 
 from iocompiler.graph.inputs import come_in_a_list
@@ -43,31 +38,10 @@ def differentiated(
 
     how["bw_compiler"] = backward
     counters["aot_autograd"]["total"] += 1  # DDP's buckets look at it: whether this was called
-    with _unwritten():
-        run = aot_module_simplified(graph, inputs, **how)
+    run = aot_module_simplified(graph, inputs, **how)
     counters["aot_autograd"]["ok"] += 1
     made: Callable[..., Any] = disable(run, reason="a graph is compiled already")  # type: ignore[no-untyped-call]
     return made
-
-
-def _unwritten() -> AbstractContextManager[Any]:
-    """AOTAutograd writes down each graph of a training step as text: here only where a log or its
-    own cache reads that.
-    """
-    logs = graph_compile.aot_joint_log, graph_compile.aot_graphs_log
-    if trace_log.handlers or any(log.isEnabledFor(logging.INFO) for log in logs):
-        return nullcontext()
-    written: dict[str, Any] = {
-        name: _for_a_cache(getattr(graph_compile, name), unwritten)
-        for name, unwritten in (("_log_joint_graph", None), ("_log_fw_bw_graphs", (None, None)))
-    }
-    patched: AbstractContextManager[Any] = mock.patch.multiple(graph_compile, **written)
-    return patched
-
-
-def _for_a_cache(write: Callable[..., Any], unwritten: Any) -> Callable[..., Any]:
-    """``write``, called where AOTAutograd's cache keeps what it returns."""
-    return lambda *about: unwritten if about[-1].cache_info is None else write(*about)
 
 
 def name_sources(graph: GraphModule) -> None:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor, nn
-from torch._functorch._aot_autograd import graph_compile
-from torch._logging._internal import trace_log
 from torch.fx import GraphModule, Interpreter
 
 from iocompiler import Compiler
@@ -46,17 +42,3 @@ def test_parameters_and_buffers_stay_where_they_are() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x))
     assert [len(names) for names in found] == [3, 3]
-
-
-@pytest.mark.parametrize("logged", [False, True])
-def test_graphs_are_written_as_text_where_a_log_wants_them(logged: bool) -> None:
-    module = Held()
-    compiled = torch.compile(module, backend=Compiler(engine="aten", strict=True))
-    with (
-        mock.patch.object(trace_log, "handlers", []),  # of pytest
-        mock.patch.object(graph_compile.aot_graphs_log, "isEnabledFor", return_value=logged),
-        mock.patch.object(GraphModule, "print_readable", return_value="") as printed,
-    ):
-        compiled(torch.randn(4, 6)).sum().backward()
-    assert bool(printed.call_count) is logged
-    assert module.weight.grad is not None
