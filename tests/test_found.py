@@ -258,6 +258,15 @@ def test_an_element_outside_of_what_was_written_over(engine: object) -> None:
     check(f, torch.randn(1, 3, requires_grad=True), engine=engine)
 
 
+@pytest.mark.parametrize("engine", ["reference", TextEngine()], ids=["reference", "text"])
+def test_what_is_written_over_all_of_another_dtype(engine: object) -> None:
+    def f(base: Tensor, source: Tensor) -> Tensor:
+        return torch.slice_scatter(base, source, 0, 0, 3) / 2
+
+    check(f, torch.tensor([True, False, True]), torch.tensor([0.0, 0.3, -2.0]), engine=engine)
+    check(f, torch.tensor([1, 2, 3]), torch.tensor([0.7, 1.9, -2.5]), engine=engine)
+
+
 def test_the_logsumexp_of_one_number_beside_an_attention() -> None:
     def f(x: Tensor) -> Tensor:
         return torch.logsumexp(((x @ x.mT).softmax(-1) @ x).sum(), 0, keepdim=True)

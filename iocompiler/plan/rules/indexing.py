@@ -216,9 +216,10 @@ def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) ->
         return low.value(base, index, mask)
     test = _inside(low, place, 0, size)
     inner = index[:dim] + (place,) + index[dim + 1 :]
+    within = mask if test is None else low.both(mask, test)
+    new = low.convert(low.value(source, inner, within), dtype)
     if test is None:
-        return low.value(source, inner, mask)
-    new = low.convert(low.value(source, inner, low.both(mask, test)), dtype)
+        return new
     return low.builder.map("where", test, new, low.value(base, index, mask), dtype=dtype)
 
 
