@@ -1,11 +1,14 @@
 """Attention written plainly, forward and forward + backward: eager, Inductor, ours on the same
-code, and FlexAttention, for which the user rewrites the model."""
+code; FlexAttention, for which the user rewrites the model; and, where its kernels take it without a
+mask, `scaled_dot_product_attention`, in eager mode.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +23,7 @@ from benchmarks.table import Row, Table, ratio
 from tests.accuracy import compare_with_eager
 
 PHASES = ("forward", "step")
-FLEX = "flex"
+FLEX, LIBRARY = "flex", "sdpa"
 
 
 def main() -> None:
@@ -33,6 +36,7 @@ def main() -> None:
     peers = chosen(args.peers)
     shown = ["name", *columns(peers, "ms"), "flex ms", "ours/flex", "ours/inductor"]
     shown += [*columns(peers, "device ms"), "flex device ms", "ours/flex device"]
+    shown += ["sdpa ms", "ours/sdpa", "sdpa device ms", "ours/sdpa device"]
     shown += ["ours % copy", *columns(peers, "GiB"), "flex GiB", "check"]
     session = Session(args, Table("attention", shown))
     session.table.facts["copy GB/s"] = copy_rate(args.quick) / 1e9
@@ -108,9 +112,16 @@ def _row(session: Session, case: Case, phase: str) -> None:
     if session.args.flex and case.flex is not None and not session.args.quick:
         flex = partial(_measure, session.args, case, train, FLEX, partial(_flex, case), row)
         session.attempt(row, FLEX, flex)
-    for other in (FLEX, "inductor"):
+    if case.library is not None:
+        library = replace(case, plain=case.library)
+        measure = partial(_measure, session.args, library, train, LIBRARY, lambda f: f, row)
+        session.attempt(row, LIBRARY, measure)
+    for other in (FLEX, LIBRARY, "inductor"):
         row[f"ours/{other}"] = ratio(row.get("ours ms"), row.get(f"{other} ms"))
-    row["ours/flex device"] = ratio(row.get("ours device ms"), row.get(f"{FLEX} device ms"))
+    for other in (FLEX, LIBRARY):
+        row[f"ours/{other} device"] = ratio(
+            row.get("ours device ms"), row.get(f"{other} device ms")
+        )
 
 
 def _measure(

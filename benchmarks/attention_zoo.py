@@ -42,6 +42,7 @@ class Case:
         members: query heads that share a key head.
         empty: of ``program``: "weights" where no softmax makes them.
         end: what FlexAttention's user makes of its output, its log-sum-exp and the inputs.
+        library: the same by `scaled_dot_product_attention`, where its kernels need no mask for it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     members: int = 1
     end: Callable[[Tensor, Tensor, Inputs], Tensor] | None = None
     empty: Empty = "nan"
+    library: Callable[..., Tensor] | None = None
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -71,6 +73,24 @@ def _finished(s: Tensor, v: Tensor) -> Tensor:
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = _scores(q, k)
     return _finished(s.masked_fill(_above(s), NEGATIVE), v)
+
+
+def _unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _finished(_scores(q, k), v)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As models hand over a mask that is causal, and do not say so."""
+    at = torch.arange(q.shape[2], device=q.device)
+    seen = (at[None, :] <= at[:, None])[None, None].expand(q.shape[0], 1, -1, -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def _by_library(causal: bool) -> Callable[..., Tensor]:
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return attended
 
 
 def _alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
@@ -260,7 +280,25 @@ def _none(sizes: Sizes, device: str) -> Inputs:
 
 
 CASES = (
-    Case("causal", _causal, _none, lambda given: (None, lower), lambda b, s: (s, _lower(b))),
+    Case(
+        "no mask",
+        _unmasked,
+        _none,
+        lambda given: (None, None),
+        lambda b, s: (s, None),
+        library=_by_library(causal=False),
+    ),
+    *(
+        Case(
+            name,
+            plain,
+            _none,
+            lambda given: (None, lower),
+            lambda b, s: (s, _lower(b)),
+            library=_by_library(causal=True),
+        )
+        for name, plain in (("causal", _causal), ("explicit causal mask", _explicit))
+    ),
     Case("ALiBi", _alibi, _slopes, _flex_alibi, _alibi_program),
     Case("softcap", _softcap, _none, lambda given: (_flex_softcap, lower), _softcap_program),
     Case(
