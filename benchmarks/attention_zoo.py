@@ -201,6 +201,14 @@ def _lower(b: ScoreBuilder) -> int:
     return b.map("le", b.index("j"), b.index("i"))
 
 
+def _unmasked_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    return s, None
+
+
+def _causal_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    return s, _lower(b)
+
+
 def _alibi_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     distance = b.cast(b.map("sub", b.index("j"), b.index("i")), "float")
     slope = b.load(0, (b.index("h"),), "float")
@@ -241,6 +249,14 @@ def _cached_program(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
 
 def lower(b: Any, h: Any, i: Any, j: Any) -> Any:
     return j <= i
+
+
+def _flex_unmasked(given: Inputs) -> tuple[Any, Any]:
+    return None, None
+
+
+def _flex_causal(given: Inputs) -> tuple[Any, Any]:
+    return None, lower
 
 
 def _flex_softcap(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -284,8 +300,8 @@ CASES = (
         "no mask",
         _unmasked,
         _none,
-        lambda given: (None, None),
-        lambda b, s: (s, None),
+        _flex_unmasked,
+        _unmasked_program,
         library=_by_library(causal=False),
     ),
     *(
@@ -293,8 +309,8 @@ CASES = (
             name,
             plain,
             _none,
-            lambda given: (None, lower),
-            lambda b, s: (s, _lower(b)),
+            _flex_causal,
+            _causal_program,
             library=_by_library(causal=True),
         )
         for name, plain in (("causal", _causal), ("explicit causal mask", _explicit))
@@ -320,8 +336,8 @@ CASES = (
         "sink",
         _sink,
         lambda sizes, device: {"sink": torch.randn(sizes.heads, device=device).bfloat16()},
-        lambda given: (None, lower),
-        lambda b, s: (s, _lower(b)),
+        _flex_causal,
+        _causal_program,
         ("sink",),
         end=_sunk,
     ),
@@ -339,8 +355,8 @@ CASES = (
             f"decode {queries} x 4 heads",
             _grouped,
             _none,
-            lambda given: (None, None),
-            lambda b, s: (s, None),
+            _flex_unmasked,
+            _unmasked_program,
             queries=queries,
             members=4,
         )

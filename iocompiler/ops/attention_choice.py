@@ -71,7 +71,7 @@ def _kernel(
     square = not causal or equal(q.shape[2], k.shape[2])
     half = q.dtype in _HALF and capability >= (8, 0)
     if half and bias is None and same_head and square and q.shape[3] <= 256:
-        if capability >= (9, 0) and _cudnn_takes(q, k, dropout_p):
+        if capability >= target.HOPPER and _cudnn_takes(q, k, dropout_p):
             return "cudnn"
         if torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
             return "flash"

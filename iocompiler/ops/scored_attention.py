@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iocompiler.cost_model.attention_tiles import chosen
+from iocompiler.cost_model.attention_tiles import Row, chosen
 from iocompiler.ops import library, target
 from iocompiler.ops.attempt import template_or
 from iocompiler.ops.attention_classes import TABLE
@@ -194,14 +194,19 @@ def _differentiate(ctx: Any, grad: Tensor | None, of_rows: Tensor | None) -> tup
     return (*found, slopes, *unused)
 
 
+def tiles_of(program: ScoreProgram, query: Tensor, value: Tensor) -> Row:
+    """The tiles of the template's kernels for these (fake) tensors."""
+    width = max(query.shape[3], value.shape[3])
+    return chosen(program, target.capability(query), query.element_size(), width)
+
+
 def _backward_tables(
     query: Tensor, key: Tensor, value: Tensor, program: str, classes: Tensor | None
 ) -> list[Tensor]:
     """The lists of blocks that the backward visits, where the classes are known."""
     if classes is None:
         return []
-    width = max(query.shape[3], value.shape[3])
-    tiles = chosen(parsed(program), target.capability(query), query.element_size(), width)
+    tiles = tiles_of(parsed(program), query, value)
     sizes, block = [query.shape[2], key.shape[2]], list(tiles.grain)
     return [
         TABLE(classes, sizes, block, [tile.m, tile.n], transposed)

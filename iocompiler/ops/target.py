@@ -19,7 +19,8 @@ from iocompiler.cost_model.device import Device, current_device, kin
 
 Capability = tuple[int, int]
 
-_NO_GPU: Capability = (9, 0)  # what is compiled for where no GPU is present
+HOPPER: Capability = (9, 0)
+_NO_GPU = HOPPER  # what is compiled for where no GPU is present
 _planned: ContextVar[Capability | None] = ContextVar("planned", default=None)
 _inductor: ContextVar[bool] = ContextVar("inductor", default=False)
 

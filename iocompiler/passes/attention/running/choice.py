@@ -15,7 +15,6 @@ from iocompiler.passes.attention.reading.description import Attention, Causal, D
 from iocompiler.passes.attention.running import decode, forward, scored
 from iocompiler.passes.attention.running.scored import ScoredCall
 
-_HOPPER = (9, 0)
 _DROPPED_WIDTH = 64
 
 
@@ -77,7 +76,7 @@ def _drops_faster(found: Attention) -> bool:
     if not 0.0 < found.dropout_p < 1.0 or found.dtype not in (torch.float16, torch.bfloat16):
         return False
     like = view.value(found.query.node)
-    return target.capability(like) >= _HOPPER and set(_widths(found)) == {_DROPPED_WIDTH}
+    return target.capability(like) >= target.HOPPER and set(_widths(found)) == {_DROPPED_WIDTH}
 
 
 def _widths(found: Attention) -> tuple[Any, Any]:

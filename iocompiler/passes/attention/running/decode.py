@@ -16,7 +16,6 @@ from iocompiler.passes.attention.reading.frame import Frame
 from iocompiler.passes.attention.reading.results import is_differentiated
 from iocompiler.passes.attention.running.forward import Call
 
-_HOPPER = (9, 0)
 _SHORTEST = 256  # below, launches are all there is to price
 _GROWING = 4096  # what a length that changes is taken for, where it is shorter now
 
@@ -32,7 +31,7 @@ def is_better(call: Call) -> bool:
         return False
     work, kernel = priced
     like = view.value(call.found.query.node)
-    on_hopper = target.capability(like) >= _HOPPER
+    on_hopper = target.capability(like) >= target.HOPPER
     if kernel == "flash" and on_hopper and is_differentiated(call.found.anchor):
         return True
     return work.columns >= _SHORTEST and template_is_better(work, target.row(like), kernel)

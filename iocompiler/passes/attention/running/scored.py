@@ -13,13 +13,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.cost_model.attention_decode import MOST_QUERIES
-from iocompiler.cost_model.attention_tiles import chosen
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
-from iocompiler.ops import target
 from iocompiler.ops.attention_choice import order
 from iocompiler.ops.attention_classes import CLASSES, TABLE
-from iocompiler.ops.scored_attention import FORWARD, ROWS, choose
+from iocompiler.ops.scored_attention import FORWARD, ROWS, choose, tiles_of
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import flat, resolved
@@ -171,8 +169,7 @@ def _blocks(
     few = isinstance(sizes[2], int) and sizes[2] <= MOST_QUERIES
     if kernel != "template" or not read or few:
         return None, []
-    width = max(query.shape[3], value.shape[3])
-    tiles = chosen(program, target.capability(query), query.element_size(), width)
+    tiles = tiles_of(program, query, value)
     of_mask = [loaded[n] for n in read]
     block, tile = list(tiles.grain), [tiles.forward.m, tiles.forward.n]
     classes = arranger.call(CLASSES, of_mask, numbers, sizes, block, alone.key)
