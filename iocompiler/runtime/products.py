@@ -1,0 +1,229 @@
+"""Matrix products of the library by addresses: a call site's `Product`.
+
+What a product needs but addresses is found once for its sizes and how its addresses are aligned;
+where cuBLASLt is missing or has no algorithm, aten does it, on tensors made of the addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from iocompiler.runtime import cublaslt
+from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
+
+Strides: TypeAlias = tuple[int, int, int]
+"""In elements: from one matrix, row, column to the next."""
+
+_ALIGNED = 256
+"""Bytes; the library asks for no more."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``out[b, i, j] = sum over k of a[b, i, k] * b[b, k, j] + added[b, i, j]``, sums in float32.
+
+    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix.
+    """
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    a: Strides
+    b: Strides
+    out: Strides
+    added: Strides | None = None
+
+    @property
+    def biased(self) -> bool:
+        """Whether one row is added to all."""
+        return self.added is not None and self.added[:2] == (0, 0)
+
+
+def supported(problem: Problem) -> bool:
+    """Whether cuBLASLt can be asked for a product of this form."""
+    return describe(problem, _ALIGNED) is not None
+
+
+def describe(problem: Problem, alignment: int) -> tuple[Description, bool] | None:
+    """A product in the library's words, and whether its operands changed places; None where a
+    matrix has a form that the library does not know.
+
+    Memory by rows is the transposed matrix by columns, and the library thinks in columns: it is
+    asked for out^T = b^T a^T, or, where ``out`` lies by columns, for out = a b.
+
+    Args:
+        alignment: of all addresses, in bytes, a power of two of at most 256.
+    """
+    found = _by_rows(problem, alignment)
+    if found is not None:
+        return found, True
+    found = _by_rows(_transposed(problem), alignment)
+    return None if found is None else (found, False)
+
+
+def _transposed(problem: Problem) -> Problem:
+    """The same memory as out^T = b^T a^T."""
+    a, b, out = (_turned(s) for s in (problem.a, problem.b, problem.out))
+    added = _turned(problem.added) if problem.added else None
+    return replace(problem, m=problem.n, n=problem.m, a=b, b=a, out=out, added=added)
+
+
+def _turned(strides: Strides) -> Strides:
+    return strides[0], strides[2], strides[1]
+
+
+def _by_rows(of: Problem, alignment: int) -> Description | None:
+    """Asked for as out^T = b^T a^T."""
+    if of.dtype not in cublaslt.TYPES or 0 in (of.batch, of.m, of.n, of.k):
+        return None
+    out = _by_columns(of.n, of.m, of.out)
+    a, b = _by_columns(of.k, of.m, of.a), _by_columns(of.n, of.k, of.b)
+    turn_a, turn_b = a is None, b is None
+    a = a or _by_columns(of.m, of.k, _turned(of.a))
+    b = b or _by_columns(of.k, of.n, _turned(of.b))
+    if out is None or a is None or b is None or (of.batch > 1 and out.stride == 0):
+        return None
+    added = None
+    if of.biased:
+        if of.batch > 1 or (of.added != (0, 0, 1) and of.n > 1):
+            return None
+    elif of.added is not None:
+        added = _by_columns(of.n, of.m, of.added)
+        if added is None:
+            return None
+    return Description(of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment)
+
+
+def _by_columns(rows: int, columns: int, strides: Strides) -> Matrix | None:
+    """The matrix whose column of ``rows`` elements lies together; strides as of its transpose."""
+    batch, leading, step = strides
+    if columns == 1:
+        leading = max(rows, 1)
+    if leading < rows or (step != 1 and rows > 1):
+        return None
+    return Matrix(rows, columns, leading, batch)
+
+
+class Product:
+    """A call site's product on a device.
+
+    Args:
+        problem: it, by the sizes that `run` is given.
+        device: the CUDA device it runs on, which is current at every run; a CPU in tests.
+    """
+
+    def __init__(self, problem: Callable[..., Problem], device: torch.device):
+        self._problem, self._device = problem, device
+        self._runs: dict[tuple[int, ...], _Run] = {}
+
+    def run(
+        self, stream: int, sizes: tuple[int, ...], a: int, b: int, out: int, added: int = 0
+    ) -> None:
+        """Queue it on a stream.
+
+        Args:
+            a, b, out, added: addresses; ``out`` may be that of ``added``, not of an operand.
+        """
+        low = (a | b | out | added) & (_ALIGNED - 1)
+        key = (low & -low, *sizes) if low else sizes
+        run = self._runs.get(key) or self._first(key, low & -low or _ALIGNED, sizes)
+        run(stream, a, b, out, added)
+
+    def _first(self, key: tuple[int, ...], alignment: int, sizes: tuple[int, ...]) -> _Run:
+        run = self._runs[key] = _prepare(self._problem(*sizes), alignment, self._device)
+        return run
+
+
+_Run: TypeAlias = Callable[[int, int, int, int, int], None]
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
+    """What queues a product: ``run(stream, a, b, out, added)``."""
+    on_aten = functools.partial(_by_aten, problem, device)
+    described = describe(problem, alignment) if device.type == "cuda" else None
+    if described is None:
+        return on_aten
+    try:
+        found = cublaslt.prepared(described[0], torch.cuda._utils._get_device_index(device, True))
+    except Refused:
+        return on_aten
+    return _on_library(found, described[1], problem.biased, on_aten)
+
+
+def _on_library(found: Prepared, swapped: bool, biased: bool, on_aten: _Run) -> _Run:
+    size, queue, lock = found.workspace, found.run, threading.Lock()
+    memory: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+    bias = 0  # the address that stands in the description
+
+    def run(stream: int, a: int, b: int, out: int, added: int) -> None:
+        first, second = (b, a) if swapped else (a, b)
+        c = out if biased or not added else added
+        # freed at once: what gets it next is queued behind
+        workspace = memory((size,), (1,), torch.uint8) if size else None
+        at = 0 if workspace is None else workspace.data_ptr()
+        if queue(stream, first, second, c, out, at):
+            on_aten(stream, a, b, out, added)
+
+    def run_biased(stream: int, a: int, b: int, out: int, added: int) -> None:
+        nonlocal bias
+        with lock:
+            if bias != added:
+                found.set_bias(added)
+                bias = added
+            run(stream, a, b, out, added)
+
+    return run_biased if biased else run
+
+
+def _by_aten(
+    problem: Problem, device: torch.device, stream: int, a: int, b: int, out: int, added: int
+) -> None:
+    """The product as torch does it, on the current stream, which is the given one."""
+    p = problem
+    if 0 in (p.batch, p.m, p.n):
+        return
+
+    def at(address: int, rows: int, columns: int, strides: Strides) -> Tensor:
+        return _tensor(address, (p.batch, rows, columns), strides, p.dtype, device)
+
+    result, left, right = at(out, p.m, p.n, p.out), at(a, p.m, p.k, p.a), at(b, p.k, p.n, p.b)
+    if p.added is None:
+        torch.bmm(left, right, out=result)
+    else:
+        torch.baddbmm(at(added, p.m, p.n, p.added), left, right, out=result)
+
+
+class _Memory:
+    """Memory on a GPU, as other libraries offer theirs."""
+
+    def __init__(self, address: int, elements: int):
+        self.__cuda_array_interface__ = {
+            "shape": (elements,), "typestr": "<i2", "data": (address, False), "version": 3,
+        }  # fmt: skip
+
+
+def _tensor(
+    address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """A tensor of two-byte elements over memory that somebody else owns."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if device.type == "cuda":
+        flat = torch.as_tensor(_Memory(address, elements), device=device)
+    else:
+        owned = (ctypes.c_int16 * elements).from_address(address)
+        flat = torch.frombuffer(owned, dtype=torch.int16)
+    return flat.view(dtype).as_strided(shape, strides)

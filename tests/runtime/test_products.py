@@ -1,0 +1,133 @@
+"""Products by addresses, without a GPU: what the library would be asked, and aten in its place."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from iocompiler.runtime.cublaslt import Description, Matrix
+from iocompiler.runtime.products import Problem, Product, describe, supported
+
+ROWS, COLUMNS = "rows", "columns"
+BF16 = torch.bfloat16
+
+
+def memory(batch: int, rows: int, columns: int, lie: str, room: int = 0) -> tuple[Tensor, Tensor]:
+    """A tensor [batch, rows, columns] and what lies in all of its memory."""
+    extents = (rows, columns + room) if lie == ROWS else (columns, rows + room)
+    flat = torch.randn(batch, *extents)
+    seen = flat if lie == ROWS else flat.transpose(1, 2)
+    return seen[:, :rows, :columns], flat.flatten()
+
+
+def strides(t: Tensor) -> tuple[int, int, int]:
+    return t.stride(0), t.stride(1), t.stride(2)
+
+
+def asked(of: Description, first: Tensor, second: Tensor, c: Tensor, d: Tensor) -> None:
+    """What the library does, on flat memory."""
+
+    def at(flat: Tensor, m: Matrix) -> Tensor:
+        return flat.as_strided((of.batch, m.rows, m.columns), (m.stride, 1, m.leading))
+
+    a, b = at(first, of.a), at(second, of.b)
+    a, b = a.mT if of.transpose_a else a, b.mT if of.transpose_b else b
+    added = at(c, of.c) if of.c is not None else 0
+    if of.bias:
+        added = c[: of.d.rows, None]
+    at(d, of.d).copy_(a @ b + added)
+
+
+@pytest.mark.parametrize("added", ["", "bias", ROWS, COLUMNS])
+@pytest.mark.parametrize("lies", list(itertools.product((ROWS, COLUMNS), repeat=3)))
+def test_the_library_is_asked_for_the_product(lies: tuple[str, str, str], added: str) -> None:
+    if "bias" in added and lies[2] == COLUMNS:
+        pytest.skip("a bias along columns: declined below")
+    if added in (ROWS, COLUMNS) and added != lies[2]:
+        pytest.skip("a matrix that lies across the result: declined below")
+    batch, m, n, k = (1 if added == "bias" else 2), 3, 5, 4
+    a, in_a = memory(batch, m, k, lies[0], room=1)
+    b, in_b = memory(batch, k, n, lies[1], room=2)
+    out, in_out = memory(batch, m, n, lies[2], room=3)
+    c, in_c = memory(batch, 1 if added == "bias" else m, n, added or ROWS)
+    given = None if not added else (0, 0, 1) if added == "bias" else strides(c)
+    problem = Problem(batch, m, n, k, BF16, strides(a), strides(b), strides(out), given)
+    described = describe(problem, 16)
+    assert described is not None
+    of, swapped = described
+    expected = a @ b + (c if added else 0)
+    asked(of, *((in_b, in_a) if swapped else (in_a, in_b)), in_c, in_out)
+    torch.testing.assert_close(out, expected)
+
+
+PLAIN = Problem(1, 3, 5, 4, BF16, (0, 4, 1), (0, 5, 1), (0, 5, 1))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(PLAIN, dtype=torch.float32),  # a user's choice of tf32
+        replace(PLAIN, a=(0, 8, 2)),  # no unit stride
+        replace(PLAIN, a=(0, 0, 1)),  # one row for all
+        replace(PLAIN, b=(0, 4, 1)),  # rows that overlap
+        replace(PLAIN, m=0),
+        replace(PLAIN, k=0),
+        replace(PLAIN, batch=2, a=(12, 4, 1), b=(0, 5, 1), out=(0, 5, 1)),  # all in one place
+        replace(PLAIN, out=(0, 1, 3), added=(0, 0, 1)),  # a bias along columns
+        replace(PLAIN, added=(0, 1, 3)),  # lies across the result
+        replace(PLAIN, added=(0, 0, 2)),  # every other element
+        replace(PLAIN, added=(0, 0, 0)),  # one number
+        replace(PLAIN, batch=2, a=(12, 4, 1), out=(15, 5, 1), added=(0, 0, 1)),  # bias of a batch
+    ],
+)
+def test_other_forms_are_not_asked_for(other: Problem) -> None:
+    assert supported(PLAIN)
+    assert not supported(other)
+
+
+@pytest.mark.parametrize("extents", [(1, 5, 4), (3, 1, 4), (3, 5, 1), (1, 1, 1)])
+def test_extents_of_one(extents: tuple[int, int, int]) -> None:
+    """Their strides mean nothing."""
+    m, n, k = extents
+    a, in_a = memory(1, m, k, ROWS)
+    b, in_b = memory(1, k, n, COLUMNS)
+    out, in_out = memory(1, m, n, ROWS)
+    a_strides = (7, 1 if m == 1 else k, 1)
+    problem = Problem(1, m, n, k, BF16, a_strides, strides(b), strides(out))
+    described = describe(problem, 256)
+    assert described is not None
+    of, swapped = described
+    asked(of, *((in_b, in_a) if swapped else (in_a, in_b)), in_out, in_out)
+    torch.testing.assert_close(out, a @ b)
+
+
+@pytest.mark.parametrize("added", [None, (0, 0, 1), (0, 5, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_aten_in_its_place(dtype: torch.dtype, added: tuple[int, int, int] | None) -> None:
+    a, b = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype).t()
+    c = torch.randn(3, 5).to(dtype)
+    out = torch.full((3, 5), float("nan"), dtype=dtype)
+
+    def problem(m: int) -> Problem:
+        return Problem(1, m, 5, 4, dtype, (0, 4, 1), (0, 1, 4), (0, 5, 1), added)
+
+    product = Product(problem, torch.device("cpu"))
+    addresses = a.data_ptr(), b.data_ptr(), out.data_ptr(), c.data_ptr() if added else 0
+    product.run(0, (3,), *addresses)
+    expected = a @ b + (0 if added is None else c if added[1] else c[0])
+    torch.testing.assert_close(out, expected)
+    out.fill_(float("nan"))
+    product.run(0, (2,), *addresses)
+    torch.testing.assert_close(out[:2], expected[:2])
+    assert out[2].isnan().all()
+
+
+def test_a_sum_over_nothing_is_zero() -> None:
+    out = torch.full((3, 5), float("nan"), dtype=BF16)
+    zero = Problem(1, 3, 5, 0, BF16, (0, 1, 1), (0, 5, 1), (0, 5, 1))
+    Product(lambda: zero, torch.device("cpu")).run(0, (), 0, 0, out.data_ptr())
+    assert (out == 0).all()
