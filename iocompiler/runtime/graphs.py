@@ -11,6 +11,7 @@ its backward) are read in place.
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +19,24 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.values import Values
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, references
+from iocompiler.plan.data import (
+    AtenStep,
+    BatchStep,
+    ConstantStep,
+    KernelStep,
+    MatmulStep,
+    Plan,
+    ViewStep,
+    all_steps,
+    made,
+    references,
+)
 from iocompiler.runtime import kept
 from iocompiler.runtime.reference import operator_named
 
 _CHECK = "aten._linalg_check_errors.default"
+_COPIED = 64
+"""An output is copied where it has at most this fraction of the bytes its graph makes."""
 
 Call = Callable[[list[Any]], list[Any]]
 
@@ -94,6 +108,17 @@ def _written_by(step: AtenStep) -> set[str]:
     return found
 
 
+def bytes_made(plan: Plan) -> int:
+    """Bytes of what kernels and calls of a plan make, of symbolic sizes none."""
+    steps = [s for s in all_steps(plan) if not isinstance(s, (ViewStep, ConstantStep))]
+    specs = [spec for step in steps for spec in made(step).values()]
+    return sum(
+        math.prod(map(int, spec.shape)) * spec.dtype.itemsize
+        for spec in specs
+        if all(isinstance(size, int) for size in spec.shape)
+    )
+
+
 def record(
     call: Call,
     plan: Plan,
@@ -131,7 +156,7 @@ def record(
     known = inspect.signature(cudagraph_trees.cudagraphify).parameters
     settings = {key: value for key, value in settings.items() if key in known}
     recorded: list[Call] = []
-    held = kept.on_device(device_index)
+    held, little = kept.on_device(device_index), bytes_made(plan) // _COPIED
     first: weakref.ref[Any] | None = None  # of the parameters that are being watched
 
     def replay(args: list[Any]) -> list[Any]:
@@ -153,7 +178,7 @@ def record(
         if is_backward:
             held.gradients(outputs)
             return outputs
-        return held.hand_out(outputs, returned)
+        return held.hand_out(outputs, returned, little)
 
     replay._boxed_call = True  # type: ignore[attr-defined]
     return replay

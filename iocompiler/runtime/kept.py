@@ -3,9 +3,10 @@
 They lie in the graphs' pool, and the next step writes there again. Before it begins, what of them
 is still alive is moved to memory of its own: outputs themselves, and gradients that autograd left
 in the ``.grad`` of parameters, so that gradients accumulate over steps. Small outputs, losses among
-them, have memory of their own from the start: what the caller makes of them (``loss.detach()``)
-keeps its value too. A view of a larger one is not followed: one the caller made, or one returned
-beside it while gradients are recorded, which AOTAutograd makes of it.
+them, and those that are little beside what their graph moves have memory of their own from the
+start: what the caller makes of them (``loss.detach()``, ``logits[:, -1]``) keeps its value too. A
+view of a larger one is not followed: one the caller made, or one returned beside it while gradients
+are recorded, which AOTAutograd makes of it.
 """
 
 from __future__ import annotations
@@ -30,21 +31,26 @@ class Kept:
         self._parameters: dict[int, ReferenceType[Tensor]] = {}
         self._gradients: set[int] = set()
 
-    def hand_out(self, outputs: Sequence[Any], count: int) -> list[Any]:
+    def hand_out(self, outputs: Sequence[Any], count: int, little: int = 0) -> list[Any]:
         """``outputs``, the first ``count`` of them as tensors that only the caller holds.
 
         Replays return the same tensors again: what the caller keeps must be another, on the same
-        storage, or on a copy of a small one.
+        storage, or on a copy.
+
+        Args:
+            little: bytes of memory that it is little to copy, `SMALL` at least.
         """
-        small: dict[int, UntypedStorage] = {}
-        handed = [self._handed(x, small) if type(x) is Tensor else x for x in outputs[:count]]
+        most, copies = max(little, SMALL), dict[int, UntypedStorage]()
+        handed = [
+            self._handed(x, most, copies) if type(x) is Tensor else x for x in outputs[:count]
+        ]
         return [*handed, *outputs[count:]]
 
-    def _handed(self, output: Tensor, small: dict[int, UntypedStorage]) -> Tensor:
-        """Args: small: copies of this call, by the place of what they are copies of."""
+    def _handed(self, output: Tensor, most: int, copies: dict[int, UntypedStorage]) -> Tensor:
+        """Args: copies: those of this call, by the place of what they are copies of."""
         storage = output.untyped_storage()
-        if storage.nbytes() <= SMALL:
-            return _lying(output, _copied(storage, small))
+        if storage.nbytes() <= most:
+            return _lying(output, _copied(storage, copies))
         found = _lying(output, storage)
         self._outputs.append(ref(found))
         return found

@@ -208,6 +208,23 @@ def test_losses_of_earlier_steps_stay(records: list[Compilation]) -> None:
     assert all_recorded(records)
 
 
+def test_views_of_outputs_that_are_little_beside_their_graph(records: list[Compilation]) -> None:
+    module = nn.Sequential(nn.Linear(128, 8192), nn.Tanh(), nn.Linear(8192, 128)).cuda()
+    run = graphed(module, records)
+    found, expected = [], []
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(512, 128, device="cuda")
+        with torch.no_grad():
+            out = run(x)
+            assert out.untyped_storage().nbytes() > kept.SMALL
+            found.append(out[:, -1])
+            expected.append(module(x)[:, -1])
+            del out
+    same(found, expected)
+    assert all_recorded(records)
+
+
 @pytest.mark.usefixtures("small")
 def test_what_later_steps_are_given(records: list[Compilation]) -> None:
     """Outputs kept in a list, read by the same graph again."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iocompiler.plan.data import AtenStep, Plan, Ref, TensorSpec, ViewStep
-from iocompiler.runtime.graphs import mutated_inputs, obstacle, record
+from iocompiler.runtime.graphs import bytes_made, mutated_inputs, obstacle, record
 from iocompiler.runtime.load import load
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.program import Buffer, Builder, TileProgram
@@ -40,6 +40,13 @@ def in_place() -> Plan:
 def test_inputs_written_through_views_and_by_operators() -> None:
     assert mutated_inputs(in_place()) == (0, 1)
     assert mutated_inputs(static()) == ()
+
+
+def test_bytes_that_a_plan_makes() -> None:
+    assert bytes_made(in_place()) == 0  # a view, and what lies in inputs
+    copied = AtenStep("aten.clone.default", (Ref("x"),), (), (("c", spec(8)),), False)
+    assert bytes_made(plan({"x": spec(8)}, [copied, copied], (Ref("c"),))) == 2 * 8 * 4
+    assert bytes_made(dynamic()) == 0
 
 
 def test_plans_that_can_be_recorded() -> None:

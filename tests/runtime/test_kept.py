@@ -33,6 +33,13 @@ def test_what_is_made_of_small_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.untyped_storage().data_ptr() == loss.untyped_storage().data_ptr()
 
 
+def test_what_is_little_beside_the_graph_is_copied() -> None:
+    pool = torch.randn(8), torch.randn(9)
+    little, large = Kept().hand_out(pool, 2, little=8 * 4)
+    assert little.data_ptr() != pool[0].data_ptr()
+    assert large.data_ptr() == pool[1].data_ptr()
+
+
 def test_what_is_held_is_moved_and_keeps_its_value() -> None:
     pool = torch.randn(4, 6)
     expected = pool.clone()
