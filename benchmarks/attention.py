@@ -91,13 +91,20 @@ def inputs(case: Case, size: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict
     return made
 
 
+def _side_by_side(mixed: Tensor) -> Tensor:
+    """[B, H, S, D] as [B, S, H * D], which a model multiplies next: what it takes to lie so is the
+    attention's, whoever does it.
+    """
+    return mixed.transpose(1, 2).flatten(2)
+
+
 class _Plain(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.plain = case.plain
 
     def forward(self, **given: Tensor) -> Tensor:
-        return self.plain(**given)
+        return _side_by_side(self.plain(**given))
 
 
 def _row(session: Session, case: Case, phase: str) -> None:
@@ -135,7 +142,7 @@ def _measure(
     given = inputs(case, sizes(args, case))
     function = compile_(_Plain(case))
     with torch.no_grad():
-        cotangent = torch.randn_like(function(**given))  # it lies as the peer lays its output
+        cotangent = torch.randn_like(function(**given))
 
     def step() -> None:
         for leaf in given.values():
@@ -181,7 +188,7 @@ def _flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def attended(given: dict[str, Tensor], **how: Any) -> Any:
         found = flex_attention(*(given[name] for name in "qkv"), return_lse=end is not None, **how)
-        return found if end is None else end(*found, given)
+        return _side_by_side(found if end is None else end(*found, given))
 
     compiled = torch.compile(attended, dynamic=False)
     made: list[Any] = []
