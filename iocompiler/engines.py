@@ -115,9 +115,10 @@ def scheduled(
     from iocompiler.plan.build import size_hints
     from iocompiler.plan.inplace import in_place
     from iocompiler.plan.memory import shared_memory
+    from iocompiler.plan.residual import with_residuals
 
     def settle(chosen: Plan) -> Plan:
-        settled = addressed(in_place(chosen, donated))
+        settled = addressed(in_place(with_residuals(chosen), donated))
         return shared_memory(settled, size_hints(gm), donated)
 
     if not options.plan:
