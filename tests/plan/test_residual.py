@@ -77,7 +77,7 @@ TAKEN: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "batches": (lambda x, w, r: torch.bmm(x, w) + r, (X, (3, 8, 8), R)),
     "a right matrix by columns": (lambda x, w, r: x @ w.t() + r, (X, W, R)),
     "its own input": (lambda x, w: x + x @ w, (X, W)),
-    "what a call made": (lambda x, w, r: r.sort().values + x @ w, (X, W, R)),
+    "what a call made": (lambda x, w: (s := x.sort().values) @ w + s, (X, W)),
     "the first part of another": (lambda x, w, r: x @ w + r[0], (X[1:], W, R)),
     "two products": (lambda x, w, v: x @ w + x @ v, (X, W, W)),
     "one behind the other": (lambda x, w, r: (x @ w + r) @ w + r, (X, W, R)),
