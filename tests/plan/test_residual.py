@@ -21,6 +21,8 @@ from iocompiler.plan.priced import priced
 from iocompiler.plan.residual import with_residuals
 from iocompiler.runtime.load import load_text
 from iocompiler.runtime.reference import run_plan
+from iocompiler.tile.index import Affine, Axis
+from iocompiler.tile.program import Builder
 from tests.accuracy import assert_near_exact
 from tests.codegen.matmuls import plan_on_fakes
 from tests.plan.graphs import Planned
@@ -146,7 +148,11 @@ def test_wide_dtypes_are_atens(dtype: torch.dtype) -> None:
 def test_what_is_added_is_overwritten(between: bool) -> None:
     """Before the sum: it would be added as it was. Behind it, it may be."""
     square = spec(8, 8, dtype=BF16)
-    total = kernel("add", binary("add", 64, BF16), ("y", "r", "z"), square)
+    builder, x = Builder(), Affine.of("x")
+    loads = [builder.cast(builder.load(name, x, BF16), torch.float32) for name in "ab"]
+    builder.store("out", x, builder.cast(builder.map("add", *loads), BF16))
+    program = builder.program((Axis("x", 64),), (), binary("add", 64, BF16).buffers)
+    total = kernel("add", program, ("y", "r", "z"), square)
     written = AtenStep("aten.copy_.default", (Ref("r"), Ref("w")), (), ((None, None),), False)
     mm = AtenStep("aten.mm.default", (Ref("x"), Ref("w")), (), (("y", square),), False)
     steps: list[Step] = [mm, written, total] if between else [mm, total, written]
