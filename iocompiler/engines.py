@@ -111,12 +111,15 @@ def scheduled(
         BadPlanFile: the file cannot be replayed.
     """
     # a CPU graph never needs the planner
+    from iocompiler.plan.addressed import addressed
     from iocompiler.plan.build import size_hints
     from iocompiler.plan.inplace import in_place
     from iocompiler.plan.memory import shared_memory
+    from iocompiler.plan.residual import with_residuals
 
     def settle(chosen: Plan) -> Plan:
-        return shared_memory(in_place(chosen, donated), size_hints(gm), donated)
+        settled = addressed(in_place(with_residuals(chosen), donated))
+        return shared_memory(settled, size_hints(gm), donated)
 
     if not options.plan:
         chosen, measured = tuned(plan, gm, options)

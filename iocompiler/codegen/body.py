@@ -29,11 +29,14 @@ from iocompiler.plan.data import (
     MatmulStep,
     Plan,
     Region,
+    Step,
     TensorSpec,
     ViewStep,
+    made,
     references,
     regions,
 )
+from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.plan.memory import WITH_OUT, takes_out
 from iocompiler.tile.flat import PARTS
 from iocompiler.tile.index import Size
@@ -56,23 +59,33 @@ class Launchers(Protocol):
 
     def batch(self, step: BatchStep) -> str: ...
 
+    def product(self, product: LibraryProduct, title: str) -> str: ...
+
 
 @dataclass
 class Shared:
     """What the functions of a module have in common: its ``globals``, operators by their names
-    there, the functions that others pass to operators, and how often all of them call aten.
+    there, the functions that others pass to operators, and how often all of them call aten, and a
+    library for a product.
     """
 
     globals: list[str] = field(default_factory=list)
     operators: dict[str, str] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
     aten_calls: int = 0
+    products: int = 0
 
 
 def _callable(target: str) -> str:
     """An operator as text: of ours the function behind it, of others its overload."""
     namespace, name, *_ = target.split(".")
     return f'function("{name}")' if namespace == "iocompiler" else f"torch.ops.{target}"
+
+
+def _needs_stream(step: Step) -> bool:
+    if isinstance(step, AtenStep):
+        return step.product is not None
+    return isinstance(step, (KernelStep, MatmulStep, BatchStep))
 
 
 class Body:
@@ -101,6 +114,8 @@ class Body:
                     self._kernel(step)
                 case BatchStep():
                     self._batch(step)
+                case AtenStep(product=LibraryProduct() as product):
+                    self._product(step, product)
                 case AtenStep():
                     self._aten(step)
                 case ViewStep():
@@ -130,7 +145,7 @@ class Body:
                 lines.append(self._laid_out(variable, spec))
         if self._region is None:
             lines.append("args.clear()")
-        if any(isinstance(step, (KernelStep, MatmulStep, BatchStep)) for step in plan.steps):
+        if any(map(_needs_stream, plan.steps)):
             lines.append("stream = current_stream()")
         self._statements.add(lines, set(variables))
 
@@ -146,7 +161,7 @@ class Body:
     def _kernel(self, step: KernelStep | MatmulStep) -> None:
         lines = [f"# {', '.join(step.where)}"] if step.where else []
         over = dict(step.over) if isinstance(step, KernelStep) else {}
-        variables = self._results_of_kernel(step, lines, over)
+        variables = self._results_in_memory(step, lines, over)
         launcher = self._launchers.launcher(step, self._signature(step))
         arguments = ["stream", *map(size_text, launcher.grid)]
         for buffer, name in zip(step.buffers, step.args, strict=True):
@@ -158,15 +173,10 @@ class Body:
             lines.append(f"{launcher.name}({', '.join(arguments)})")
         self._statements.add(lines, variables)
 
-    def _results_of_kernel(
-        self,
-        step: KernelStep | MatmulStep | BatchStep,
-        lines: list[str],
-        over: Mapping[str, str],
-    ) -> set[str]:
-        """Lines that make what a kernel writes; returns the variables made and read."""
+    def _results_in_memory(self, step: Step, lines: list[str], over: Mapping[str, str]) -> set[str]:
+        """Lines that make what a step writes by address; returns the variables made and read."""
         variables: set[str] = set()
-        for name, spec in step.outputs:
+        for name, spec in made(step).items():
             if name in over:
                 given = self._names.of[over[name]]
                 shown = f"{reinterpreted(given, spec)} if is_last_reader({given})"
@@ -181,7 +191,7 @@ class Body:
 
     def _batch(self, step: BatchStep) -> None:
         lines = [f"# {', '.join(step.where)}"] if step.where else []
-        variables = self._results_of_kernel(step, lines, {})
+        variables = self._results_in_memory(step, lines, {})
         lines.append(f"{self._launchers.batch(step)}(stream, [")
         for (args, length), extents in zip(step.members, step.extents(), strict=True):
             cells = []
@@ -206,14 +216,35 @@ class Body:
             return (
                 variable if self._values.specs[name] is None else f"{variable}.item()"
             ), variable
+        return self._address(name, buffer.dtype.itemsize)
+
+    def _address(self, name: str, itemsize: int) -> tuple[str, str]:
+        """The text of a value's address and the variable it reads."""
         if name in self._names.of:
             return f"{self._names.of[name]}.data_ptr()", self._names.of[name]
         place = self._values.place(name)
         variable = self._names.of[place.root]
-        offset = place.offset * buffer.dtype.itemsize
+        offset = place.offset * itemsize
         return f"{variable}.data_ptr()" + (
             f" + {size_text(offset)}" if offset != 0 else ""
         ), variable
+
+    def _product(self, step: AtenStep, product: LibraryProduct) -> None:
+        """A library's launch: operands, result and what is added by their addresses."""
+        self._shared.products += 1
+        lines = [f"# {step.where}"] if step.where else []
+        variables = self._results_in_memory(step, lines, {})
+        # the operator's order: what is added stands first
+        *added, a, b = (ref.name for ref in references(step.args))
+        sizes = tuple_text(tuple(sympy.Symbol(name) for name in product.size_symbols))
+        arguments = ["stream", sizes]
+        for name in (a, b, *made(step), *added):
+            text, variable = self._address(name, product.dtype.itemsize)
+            arguments.append(text)
+            variables.add(variable)
+        launch = self._launchers.product(product, step.target.split(".")[1])
+        lines.append(f"{launch}({', '.join(arguments)})")
+        self._statements.add(lines, variables)
 
     def _view(self, step: ViewStep) -> None:
         place = self._values.place(step.name)

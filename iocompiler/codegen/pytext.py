@@ -20,7 +20,7 @@ from iocompiler.tile.index import Size
 RESERVED = frozenset({
     "args", "call", "module", "torch", "triton", "tl", "math", "libdevice", "stream", "results",
     "empty", "reinterpret", "laid_out", "current_stream", "open_module", "function",
-    "example_inputs", "is_last_reader",
+    "example_inputs", "is_last_reader", "Problem",
 })  # fmt: skip
 
 

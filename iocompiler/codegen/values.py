@@ -1,9 +1,9 @@
 """The values of a plan as a generated module holds them: which are variables, which views cost
 nothing at all.
 
-A view that only kernels read is no tensor: its kernels get the base's pointer and an offset. A view
-equal to its base is the base's variable. Only what aten or the caller sees is made with
-`reinterpret`.
+A view that only kernels and products by address read is no tensor: they get the base's pointer and
+an offset. A view equal to its base is the base's variable. Only what aten or the caller sees is
+made with `reinterpret`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Values:
                             self.written.add(name)
             case AtenStep():
                 self.specs.update({name: spec for name, spec in step.outputs if name is not None})
-                for ref in references((step.args, [value for _, value in step.kwargs])):
-                    self.tensors.add(ref.name)
+                if step.product is None:
+                    for ref in references((step.args, [value for _, value in step.kwargs])):
+                        self.tensors.add(ref.name)
             case ViewStep():
                 self.specs[step.name] = step.spec
                 base = self.place(step.base)
@@ -80,7 +81,7 @@ class Values:
         return place.offset == 0 and (spec.shape, spec.stride) == (root.shape, root.stride)
 
     def needs_tensor(self, name: str) -> bool:
-        """Whether a view is read by something that is no kernel."""
+        """Whether a view is read by something that wants more than an address."""
         return name in self.tensors
 
     def changes(self, name: str) -> bool:

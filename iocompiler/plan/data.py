@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.plan.place import Place
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.flat import LENGTH, PARTS
@@ -231,7 +232,8 @@ class AtenStep:
     has one name and ``is_tuple`` false. A spec of None is a number, or a tensor whose layout nobody
     relies on. ``paths`` says where in the result each output lies, where that is not its position
     in one tuple (in a tuple of tuples, a dict). ``reason`` says why this is a plain call
-    ("contraction: cuBLAS", "no rule for aten.sort").
+    ("contraction: cuBLAS", "no rule for aten.sort"). ``product``: what a library is asked for by
+    addresses in place of the operator; it reads what the operator would (`addressed.py`).
     """
 
     target: str
@@ -243,6 +245,7 @@ class AtenStep:
     where: str = ""
     reason: str = ""
     paths: tuple[tuple[int | str, ...], ...] = ()
+    product: LibraryProduct | None = None
 
     def results(self) -> tuple[tuple[tuple[int | str, ...], str, TensorSpec | None], ...]:
         """Of each result that is read: where it lies in what the call returns, name, spec."""

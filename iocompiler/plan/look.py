@@ -17,7 +17,8 @@ from iocompiler.tile.index import Size
 class Look:
     """Attributes:
     bases: the value whose storage each view shows. views: by name. specs: of all values.
-    maker, last: the place of the step that makes a value, and of that which reads it last.
+    maker, last: the place of the step that makes a value, and of that which reads it last, views
+        left out. readers: of each storage, the places of all that read it.
     taken: the places of what belongs to a site.
     """
 
@@ -30,10 +31,12 @@ class Look:
         for place, step in enumerate(plan.steps):
             self.specs |= made(step)
             self.maker |= dict.fromkeys(made(step), place)
-        self.last: dict[str, int] = {}
+        self.readers: dict[str, list[int]] = {}
         for place, step in enumerate(plan.steps):
             if not isinstance(step, ViewStep):
-                self.last |= dict.fromkeys(self.roots(names_read(step)), place)
+                for name in self.roots(names_read(step)):
+                    self.readers.setdefault(name, []).append(place)
+        self.last = {name: places[-1] for name, places in self.readers.items()}
         left = {r.name for r in references(plan.outputs)}
         self.last |= dict.fromkeys(self.roots(left), len(plan.steps))
         self.taken: set[int] = set()
@@ -66,18 +69,23 @@ class Look:
             name = self.views[name].base
         return offset
 
+    def is_overwritten(self, roots: set[str], after: int, before: int) -> bool:
+        """Whether a step between these two may change what lies in storages."""
+        return any(
+            roots & self.roots(_changed(step, self.specs))
+            for step in self.steps[after + 1 : before]
+            if not isinstance(step, ViewStep)
+        )
+
     def check_order(self, place: int, step: Step, name: str, factors: Factors) -> None:
         """The product may wait until a step runs: nobody needs it before, nobody changes what it is
         made of, not even the step.
         """
-        read = self.roots(set(factors.reads))
-        for between in self.steps[self.maker[name] + 1 : place]:
-            if isinstance(between, ViewStep):
-                continue
-            if name in self.roots(names_read(between)):
-                raise NoEpilogue("another step reads the product before")
-            if read & self.roots(_changed(between, self.specs)):
-                raise NoEpilogue("what the product is made of is overwritten before")
+        read, maker = self.roots(set(factors.reads)), self.maker[name]
+        if any(maker < reader < place for reader in self.readers.get(name, ())):
+            raise NoEpilogue("another step reads the product before")
+        if self.is_overwritten(read, maker, place):
+            raise NoEpilogue("what the product is made of is overwritten before")
         if read & self.roots(written(step)):
             raise NoEpilogue("it overwrites what the product is made of")
 

@@ -98,7 +98,8 @@ class Uses:
 
     Attributes:
         bases: of each value that shows another's storage, that one.
-        seen: storages that calls or the caller see as tensors; kernels see addresses.
+        seen: storages that calls or the caller see as tensors; kernels, and a library's products,
+            see addresses.
         last: the last step that touches each storage.
     """
 
@@ -118,7 +119,7 @@ class Uses:
             self.seen |= self._roots(_numbers(step))
             if isinstance(step, AtenStep):
                 touched = self._roots({*names_read(step), *made(step)})
-                self.seen |= touched
+                self.seen |= touched if step.product is None else set()
                 kept |= set() if _forgets(step.target) else touched
         self._free = own - kept
 

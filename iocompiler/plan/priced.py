@@ -17,6 +17,7 @@ from iocompiler.cost_model.rules import price
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, Step, TensorSpec, made
 from iocompiler.plan.fold import folded, with_reasons
 from iocompiler.plan.product import MatmulTile
+from iocompiler.plan.residual import Residual, residuals
 from iocompiler.plan.sites import Site, SiteKey, sites
 
 
@@ -25,7 +26,8 @@ class Priced:
     """A site by the model, as it stands and as one step with the tile that `choose` gives it.
 
     Attributes:
-        library_s: of the library's calls. kernel_s: of the kernel behind them, if any.
+        library_s: of the library's calls. kernel_s: of the kernel behind them, if any, unless the
+            library does what that does (`residual.py`).
         folded_s: of the step; None where nothing was measured that says so.
     """
 
@@ -64,6 +66,9 @@ def priced(
     specs = {name: spec for name, spec in plan.inputs if spec is not None}
     for step in plan.steps:
         specs |= made(step)
+    apart: dict[tuple[int, ...], Residual] = {
+        (each.product, each.kernel): each for each in residuals(plan)
+    }
     tiles = {} if known is None else known
     found: dict[SiteKey, Priced] = {}
     for site in sites(plan):
@@ -74,6 +79,10 @@ def priced(
             tiles[key] = choose(*key, device, hints)
         calls = [plan.steps[place] for place in site.places]
         kernel = calls.pop() if site.has_kernel else None
+        residual = apart.get(site.places)
+        if residual is not None:  # the library does both
+            calls, kernel = [residual.call], None
+            specs |= made(residual.call) | {view.name: view.spec for view in residual.views}
         found[key] = Priced(
             site,
             tiles[key],

@@ -203,7 +203,7 @@ def _called(
         time_us=time(cost, device, dtype, part.hints) * 1e6,
         tile=step.reason,
         layout=", ".join(show_spec(spec) for spec in results[:4]),
-        source=f"torch.ops.{step.target}",
+        source=f"torch.ops.{step.target}" + (", by addresses" if step.product else ""),
         formula=_formula(moved),
     )
 

@@ -24,6 +24,7 @@ from iocompiler.runtime.cache import default_cache, key_of
 from iocompiler.runtime.compile import Job
 from iocompiler.runtime.kernels import KernelSpec, cells, compiled_images
 from iocompiler.runtime.launch import Image, Launch, Signature, make_launch
+from iocompiler.runtime.products import Problem, Product
 from iocompiler.runtime.values import laid_out, storage_elements
 
 
@@ -146,6 +147,12 @@ class Module:
 
         self.batches.append(BatchLaunch(bound, block, numbers, self.device, unit))
         return self.batches[-1]
+
+    def product(self, problem: Callable[..., Problem]) -> Callable[..., None]:
+        """Register a library's product; the function returned is `Product.run`."""
+        on_gpu = self.device.type == "cuda"
+        device = torch.device("cuda", self.device_index) if on_gpu else self.device
+        return Product(problem, device).run
 
     def recorded(self) -> None:
         """The calls go into CUDA graphs from here on."""

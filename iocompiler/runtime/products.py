@@ -95,7 +95,7 @@ def _by_rows(of: Problem, alignment: int) -> Description | None:
         return None
     added = None
     if of.biased:
-        if of.batch > 1 or (of.added != (0, 0, 1) and of.n > 1):
+        if of.added != (0, 0, 1) and of.n > 1:
             return None
     elif of.added is not None:
         added = _by_columns(of.n, of.m, of.added)

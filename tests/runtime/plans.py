@@ -6,12 +6,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 
-from iocompiler.plan.data import KernelStep, MatmulStep, Plan, Schedule, Step, TensorSpec, all_steps
+from iocompiler.plan.data import (
+    ConstantStep,
+    KernelStep,
+    MatmulStep,
+    Plan,
+    Schedule,
+    Step,
+    TensorSpec,
+    ViewStep,
+    all_steps,
+)
 from iocompiler.runtime.kernels import KernelSpec
 from iocompiler.runtime.reference import run_matmul
 from iocompiler.runtime.values import size_value
@@ -68,6 +79,24 @@ def kernel(
 
 def plan(inputs: dict[str, TensorSpec | None], steps: list[Step], outputs: tuple[Any, ...]) -> Plan:
     return Plan(tuple(inputs.items()), tuple(steps), outputs, "cpu")
+
+
+def on_a_gpu(plan: Plan) -> Plan:
+    """The plan as it would be for a GPU: its text can be run on the CPU, as the tensors that it
+    allocates are on the device that its module is told.
+    """
+
+    def there(spec: TensorSpec | None) -> TensorSpec | None:
+        return None if spec is None else replace(spec, device="cuda:0")
+
+    def moved(step: Step) -> Step:
+        if isinstance(step, (ViewStep, ConstantStep)):
+            return replace(step, spec=replace(step.spec, device="cuda:0"))
+        outputs = tuple((name, there(spec)) for name, spec in step.outputs)
+        return replace(step, outputs=outputs)  # type: ignore[arg-type]
+
+    inputs = tuple((name, there(spec)) for name, spec in plan.inputs)
+    return replace(plan, inputs=inputs, steps=tuple(map(moved, plan.steps)), device="cuda:0")
 
 
 def interpreter(plan: Plan) -> Callable[[KernelSpec], Callable[..., None]]:

@@ -1,0 +1,132 @@
+"""Calls of aten that are products a library makes of addresses.
+
+    mm = torch.mm(reinterpret(x, (256, 1024), (1, 256), 0), y, out=...)
+    -->  run_mm(stream, x.data_ptr(), y.data_ptr(), mm.data_ptr())
+
+A call of aten takes tensors, looks at them and prepares the library's call anew each time: some 30
+us of the host's time, and 3 for each view that is made for it alone. What is known of a product is
+prepared once here, as a kernel is. It stays a call of a library, at its price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, made
+from iocompiler.plan.factors import Factors, factors_of
+from iocompiler.plan.library_product import LibraryProduct, Strides
+from iocompiler.plan.memory import takes_out
+from iocompiler.plan.sizes import equal, nonnegative
+from iocompiler.tile.index import Size
+
+DTYPES = (torch.bfloat16, torch.float16)
+"""Of whose products no switch of torch's changes what is computed: float32 has TF32."""
+_TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
+_BIAS: Strides = (0, 0, 1)
+
+
+def addressed(plan: Plan) -> Plan:
+    """The plan, its products' operands settled, with what a library makes of addresses marked
+    (`AtenStep.product`). Functions that operators call are left alone: what they are passed need
+    not be plain tensors.
+    """
+    if torch.device(plan.device).type != "cuda":
+        return plan
+    specs = {name: spec for name, spec in plan.inputs if spec is not None}
+    steps: list[Step] = []
+    for step in plan.steps:
+        specs |= made(step)
+        if isinstance(step, AtenStep):
+            step = replace(step, product=library_product(step, specs, plan.device))
+        steps.append(step)
+    return replace(plan, steps=tuple(steps))
+
+
+def library_product(
+    step: AtenStep, specs: Mapping[str, TensorSpec], device: str
+) -> LibraryProduct | None:
+    """The product of a call on the plan's ``device``; None where it is none, or has a form that the
+    library does not take, or may not take for some values of its symbols.
+    """
+    if step.target not in _TARGETS or not takes_out(step, device):
+        return None
+    factors = factors_of(step, specs)
+    if factors is None or factors.dtype not in DTYPES:
+        return None
+    return _of(factors)
+
+
+def _of(factors: Factors) -> LibraryProduct | None:
+    batch, m, n, k = factors.batch, factors.m, factors.n, factors.k
+    if any(equal(size, 0) for size in (batch, m, n, k)):
+        return None
+    a = _operand(factors.left[1], batch, m, k)
+    b = _operand(factors.right[1], batch, k, n)
+    out = _result(factors.result, batch, m, n)
+    if a is None or b is None or out is None:
+        return None
+    if factors.added is None:
+        return LibraryProduct(batch, m, n, k, factors.dtype, a, b, out)
+    added = _added(factors.added[1], batch, m, n)
+    if added is None:
+        return None
+    return LibraryProduct(batch, m, n, k, factors.dtype, a, b, out, added)
+
+
+def _operand(strides: Strides, batch: Size, rows: Size, columns: Size) -> Strides | None:
+    """An operand's strides as a library takes them, a matrix by its rows or by its columns.
+
+    Args:
+        strides: along rows, along columns, along the batch: the order of `Factors`.
+    """
+    row, column, along_batch = strides
+    along_batch = 0 if equal(batch, 1) else along_batch
+    if not nonnegative(along_batch):
+        return None
+    found = _matrix(row, column, rows, columns)
+    return None if found is None else (along_batch, *found)
+
+
+def _matrix(row: Size, column: Size, rows: Size, columns: Size) -> tuple[Size, Size] | None:
+    """Its strides: one is 1, and the other reaches over what lies along that one. Of one row, or
+    one column, any stride will do.
+    """
+    if equal(rows, 1):
+        row, column = (columns, 1) if equal(column, 1) or equal(columns, 1) else (1, column)
+    elif equal(columns, 1):
+        column = rows if equal(row, 1) else 1
+    if equal(column, 1) and _reaches(row, columns):
+        return row, 1
+    if equal(row, 1) and _reaches(column, rows):
+        return 1, column
+    return None
+
+
+def _reaches(stride: Size, extent: Size) -> bool:
+    return nonnegative(stride - extent)
+
+
+def _result(strides: Strides, batch: Size, m: Size, n: Size) -> Strides | None:
+    """A result's strides (along the batch, along rows, along columns): by its rows, each matrix in
+    a place of its own.
+    """
+    along_batch, row, column = strides
+    row, column = n if equal(m, 1) else row, 1 if equal(n, 1) else column
+    if not equal(column, 1) or not _reaches(row, n):
+        return None
+    if equal(batch, 1):
+        return 0, row, 1
+    return (along_batch, row, 1) if _reaches(along_batch, row * m) else None
+
+
+def _added(strides: Strides, batch: Size, m: Size, n: Size) -> Strides | None:
+    """What is added: one number a column, or a tensor of the result's form. Strides are 0 along
+    extents of 1.
+    """
+    along_batch, row, column = strides
+    if equal(along_batch, 0) and equal(row, 0) and (equal(column, 1) or equal(n, 1)):
+        return _BIAS
+    return _result(strides, batch, m, n)

@@ -1,0 +1,355 @@
+"""Products by address: right for every form of operands, nothing written beside the result, on any
+stream, in CUDA graphs, from several threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from iocompiler.runtime.products import Problem, Product, supported
+from iocompiler.runtime.values import storage_elements
+from tests.accuracy import assert_near_exact
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BF16, FP16 = torch.bfloat16, torch.float16
+BIAS = (0, 0, 1)
+MARGIN = 64
+"""Elements around each tensor that nobody may read or write."""
+
+
+def rows(m: int, n: int, batch: int = 1, apart: int = 0) -> tuple[int, int, int]:
+    """Strides of matrices [m, n] by their rows, which are so many elements apart."""
+    return (m * (n + apart) if batch > 1 else 0, n + apart, 1)
+
+
+def columns(m: int, n: int, batch: int = 1, apart: int = 0) -> tuple[int, int, int]:
+    return (n * (m + apart) if batch > 1 else 0, 1, m + apart)
+
+
+def problem(
+    m: int, n: int, k: int, dtype: torch.dtype = BF16, batch: int = 1, **strides: Any
+) -> Problem:
+    """By rows, unless told otherwise."""
+    lying = {"a": rows(m, k, batch), "b": rows(k, n, batch), "out": rows(m, n, batch), **strides}
+    return Problem(batch, m, n, k, dtype, **lying)
+
+
+def forms() -> dict[str, Problem]:
+    """Every order of operands, of even and of odd extents, in both dtypes; then the others."""
+    found = {}
+    for m, n, k in ((256, 128, 64), (257, 129, 65), (96, 40, 8)):
+        for dtype in (BF16, FP16):
+            for a in (rows, columns):
+                for b in (rows, columns):
+                    name = f"{m} {n} {k} {dtype} {a.__name__} {b.__name__}"
+                    found[name] = problem(m, n, k, dtype, a=a(m, k), b=b(k, n))
+    plain = problem(128, 96, 64)
+    apart = {"a": rows(128, 64, apart=7), "b": columns(64, 96, apart=40)}
+    batches = problem(33, 24, 40, batch=5)
+    return {
+        **found,
+        "one term": problem(64, 48, 1),
+        "one column": problem(257, 1, 65),
+        "one column, by columns": problem(257, 1, 65, a=columns(257, 65)),
+        "one row": problem(1, 129, 65),
+        "one row of a matrix by columns": problem(1, 129, 65, b=columns(65, 129)),
+        "one element": problem(1, 1, 1),
+        "a long sum": problem(64, 64, 8192),
+        "slices": replace(plain, **apart),
+        "slices of odd width": problem(
+            33, 17, 9, a=rows(33, 9, apart=2), b=rows(9, 17, apart=4), out=rows(33, 17, apart=6)
+        ),
+        "a padded result": replace(plain, out=rows(128, 96, apart=32)),
+        "batches": batches,
+        "batches by columns": replace(batches, a=columns(33, 40, 5), b=columns(40, 24, 5, apart=3)),
+        "heads": replace(batches, a=(40, 200, 1), b=(40, 1, 200)),
+        "one matrix for all": replace(batches, b=(0, 24, 1)),
+        "one left matrix for all": replace(batches, a=(0, 1, 33)),
+        "bias": replace(plain, added=BIAS),
+        "bias, odd": problem(257, 129, 65, FP16, added=BIAS),
+        "bias of batches": replace(batches, added=BIAS),
+        "bias of one column": problem(257, 1, 65, added=BIAS),
+        "matrix added": replace(plain, added=rows(128, 96)),
+        "matrix added, its rows apart": replace(plain, added=rows(128, 96, apart=8)),
+        "matrix added, odd": problem(257, 129, 65, b=columns(65, 129), added=rows(257, 129)),
+        "matrices added": replace(batches, added=rows(33, 24, 5)),
+    }
+
+
+FORMS = forms()
+
+
+@dataclass
+class Memory:
+    """A tensor with NaN around it, and between its rows."""
+
+    whole: Tensor
+    tensor: Tensor
+    before: Tensor
+
+    @staticmethod
+    def of(
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
+        offset: int,
+        fill: bool = True,
+    ) -> Memory:
+        """Args: offset: elements from a multiple of 128 bytes; fill: with random numbers."""
+        elements = storage_elements(shape, strides) + offset + 2 * MARGIN
+        whole = torch.full((elements,), torch.nan, dtype=dtype, device=device)
+        tensor = whole.as_strided(shape, strides, MARGIN + offset)
+        if fill:
+            distinct = [1 if stride == 0 else n for n, stride in zip(shape, strides, strict=True)]
+            part = whole.as_strided(distinct, strides, MARGIN + offset)
+            part.copy_(torch.randn(distinct).to(dtype))
+        return Memory(whole, tensor, whole.clone())
+
+    def is_as_it_was(self, but: Tensor | None = None) -> bool:
+        """Bit by bit, but where ``but`` lies."""
+        changed = self.whole.view(torch.int16) != self.before.view(torch.int16)
+        if but is not None:
+            changed.as_strided(but.shape, but.stride(), but.storage_offset()).fill_(False)
+        return not bool(changed.any())
+
+
+class Case:
+    """A problem with operands in memory, and what torch makes of them."""
+
+    def __init__(self, problem: Problem, device: str, offset: int = 0) -> None:
+        p, self.device = problem, device
+        self.problem = p
+        shape = (p.batch, p.m, p.n)
+
+        def memory(shape: tuple[int, ...], strides: Any, fill: bool = True) -> Memory:
+            return Memory.of(shape, strides, p.dtype, device, offset, fill)
+
+        self.a, self.b = memory((p.batch, p.m, p.k), p.a), memory((p.batch, p.k, p.n), p.b)
+        self.out = memory(shape, p.out, fill=False)
+        self.added = None if p.added is None else memory(shape, p.added)
+        self.run = Product(lambda: p, self.out.whole.device).run
+
+    def launch(self, stream: int | None = None) -> None:
+        if stream is None:
+            on_gpu = self.device == "cuda"
+            stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+        given = (self.a, self.b, self.out, *([] if self.added is None else [self.added]))
+        self.run(stream, (), *(memory.tensor.data_ptr() for memory in given))
+
+    def by_torch(self, dtype: torch.dtype) -> Tensor:
+        a, b = self.a.tensor.to(dtype), self.b.tensor.to(dtype)
+        if self.added is None:
+            return torch.bmm(a, b)
+        return torch.baddbmm(self.added.tensor.to(dtype), a, b)
+
+    def check(self) -> None:
+        """The result is as exact as torch's, and nothing else has changed."""
+        eager, exact = self.by_torch(self.problem.dtype), self.by_torch(torch.float64)
+        assert not self.out.tensor.isnan().any()
+        assert_near_exact([self.out.tensor], [eager], [exact], self.problem.dtype)
+        assert self.out.is_as_it_was(but=self.out.tensor)
+        operands = [self.a, self.b, *([] if self.added is None else [self.added])]
+        assert all(memory.is_as_it_was() for memory in operands)
+
+    def forget(self) -> None:
+        self.out.tensor.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FORMS)
+def test_right_and_nothing_beside(name: str, device: str) -> None:
+    assert supported(FORMS[name])
+    case = Case(FORMS[name], device)
+    case.launch()
+    case.check()
+    case.forget()
+    case.launch()
+    case.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["256 128 64 torch.bfloat16 rows columns", "slices", "batches",
+                                  "bias", "matrix added"])  # fmt: skip
+def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> None:
+    case = Case(FORMS[name], device, offset)
+    case.launch()
+    case.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_product_at_aligned_and_other_addresses(device: str) -> None:
+    """What was prepared for one alignment is not used for another."""
+    first, second = Case(FORMS["bias"], device), Case(FORMS["bias"], device, 1)
+    second.run = first.run
+    for case in (first, second, first):
+        case.forget()
+        case.launch()
+        case.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_added_may_be_written_over(device: str) -> None:
+    case = Case(FORMS["matrix added"], device)
+    assert case.added is not None
+    exact, eager = case.by_torch(torch.float64), case.by_torch(BF16)
+    case.out = case.added
+    case.launch()
+    assert_near_exact([case.out.tensor], [eager], [exact], BF16)
+    assert case.out.is_as_it_was(but=case.out.tensor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sizes_decide(device: str) -> None:
+    """One product of any number of rows, none among them."""
+
+    def of(m: int) -> Problem:
+        return problem(m, 40, 24, added=BIAS)
+
+    run = Product(of, torch.empty(0, device=device).device).run
+    for m in (8, 257, 8, 1, 0):
+        case = Case(of(m), device)
+        case.run = lambda stream, _, *addresses, m=m: run(stream, (m,), *addresses)
+        case.launch()
+        case.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("added", [None, BIAS, rows(9, 40)])
+def test_an_empty_sum(added: tuple[int, int, int] | None, device: str) -> None:
+    case = Case(problem(9, 40, 0, a=(0, 1, 9), added=added), device)
+    case.launch()
+    assert torch.equal(case.out.tensor, case.by_torch(BF16))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_and_infinity(device: str) -> None:
+    """Also where the sums are multiplied by what is not finite elsewhere."""
+    case = Case(FORMS["matrix added"], device)
+    case.a.tensor[0, 3, 5] = torch.inf
+    case.b.tensor[0, 7, 9] = torch.nan
+    for memory in (case.a, case.b):
+        memory.before = memory.whole.clone()
+    case.launch()
+    torch.testing.assert_close(case.out.tensor.isnan(), case.by_torch(BF16).isnan(), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["257 129 65 torch.bfloat16 columns rows", "a long sum", "bias",
+                                  "matrix added", "batches"])  # fmt: skip
+def test_in_a_cuda_graph(name: str) -> None:
+    """Recorded after one call and without one, and replayed on what its operands have then."""
+    for warm in (True, False):
+        case = Case(FORMS[name], "cuda")
+        if warm:
+            case.launch()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            case.launch()
+        for _ in range(3):
+            case.forget()
+            case.a.tensor.copy_(torch.randn(case.a.tensor.shape))
+            case.a.before = case.a.whole.clone()
+            graph.replay()
+            torch.cuda.synchronize()
+            case.check()
+
+
+@pytest.mark.gpu
+def test_two_graphs_replayed_at_once() -> None:
+    """What a product needs beside its operands is not shared by streams that run at once."""
+    cases = [Case(FORMS["a long sum"], "cuda") for _ in range(2)]
+    graphs, streams = [], [torch.cuda.Stream() for _ in cases]
+    for case, stream in zip(cases, streams, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(20):
+                case.launch()
+        graphs.append(graph)
+    for _ in range(10):
+        for case in cases:
+            case.forget()
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for case in cases:
+            case.check()
+
+
+@pytest.mark.gpu
+def test_on_another_stream() -> None:
+    """In the order of the stream it is given, whichever is current."""
+    case, stream = Case(FORMS["bias"], "cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        case.a.tensor.copy_(torch.randn(case.a.tensor.shape, device="cuda"))
+    case.launch(stream.cuda_stream)
+    stream.synchronize()
+    case.a.before = case.a.whole.clone()
+    case.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [True, False])
+def test_several_threads_at_once(shared: bool) -> None:
+    """Threads with one product, or each with its own, each on a stream of its own."""
+    names = ["a long sum"] * 4 if shared else ["a long sum", "bias", "batches", "matrix added"]
+    cases = [Case(FORMS[name], "cuda") for name in names]
+    if shared:
+        for case in cases:
+            case.run = cases[0].run
+    torch.cuda.synchronize()
+    failed: list[BaseException] = []
+
+    def work(case: Case) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    for _ in range(200):
+                        case.launch()
+                    torch.cuda.current_stream().synchronize()
+            except BaseException as error:
+                failed.append(error)
+
+        return run
+
+    threads = [threading.Thread(target=work(case)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for case in cases:
+        case.check()
+
+
+@pytest.mark.gpu
+def test_twice_the_same_bits() -> None:
+    case = Case(FORMS["a long sum"], "cuda")
+    case.launch()
+    first = case.out.tensor.clone()
+    for _ in range(5):
+        case.forget()
+        case.launch()
+        assert torch.equal(case.out.tensor, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_another_device() -> None:
+    """A module's call makes its device the current one."""
+    with torch.cuda.device(1):
+        case = Case(FORMS["bias"], "cuda")
+        case.launch()
+        case.check()
