@@ -31,19 +31,24 @@ def _soft_tanh(x):
 _DROP = f'''
 
 @triton.jit
-def drop(seed, b, h, i, start, column):
-    """1 where dropout leaves a probability, else 0, from a seed and its place, of which j is the
-    start of a block of at least 16 plus the column: two columns share the bits in a way to be seen.
+def drop(seed, b, h, first, row, start, column):
+    """1 where dropout leaves a probability, else 0, from a seed and its place: i is the first row
+    of a block of at least 16, or 0, plus the row, j the start of such a block plus the column. Rows
+    and columns eight apart share a hash in a way to be seen: it is found once where a thread holds
+    them.
     """
     high = (seed >> 32).to(tl.uint32) ^ b.to(tl.uint32)
     low, high = _philox(seed.to(tl.uint32), h.to(tl.uint32), high)
-    row = i.to(tl.uint32) * {dropout.ROW} + ((start >> 1).to(tl.uint32) * {dropout.PAIR} + low)
-    pair = (column & 7) + ((column >> 4) << 3)
-    word = pair.to(tl.uint32) * {dropout.PAIR} + row
+    low = low + (first >> 1).to(tl.uint32) * {dropout.ROW}
+    low = low + (start >> 1).to(tl.uint32) * {dropout.COLUMN}
+    rows = ((row & 7) + ((row >> 4) << 3)).to(tl.uint32)
+    columns = ((column & 7) + ((column >> 4) << 3)).to(tl.uint32)
+    word = columns * {dropout.COLUMN} + (rows * {dropout.ROW} + low)
     product = word.to(tl.uint64) * {dropout.FIRST}  # one wide multiplication gives both halves
     word = (product >> 32).to(tl.uint32) ^ product.to(tl.uint32) ^ high
     product = word.to(tl.uint64) * {dropout.SECOND}
     word = (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
+    word = tl.where((row & 8) != 0, word * {dropout.THIRD}, word)
     return tl.where(tl.where((column & 8) != 0, word << 16, word) >= {{threshold}}, 1.0, 0.0)
 '''
 _CASTS = {"float": "tl.float32", "int": "tl.int32", "bool": "tl.int1"}

@@ -53,11 +53,24 @@ def test_no_place_follows_another() -> None:
 def test_corners_of_rectangles_are_independent() -> None:
     """A sum of a row's and a column's word, not hashed, would fail."""
     found = mask(3, (2, 2, 256, 256), 0.5).double() * 2 - 1
-    for down in (1, 2, 8, 100):
+    for down in (1, 2, 4, 8, 16, 24, 100):
         sides = found * found.roll(down, 2)
-        for across in (1, 2, 7, 8, 16, 100):
+        for across in (1, 2, 4, 7, 8, 16, 24, 100):
             corners = (sides * sides.roll(across, 3)).mean() * found.numel() ** 0.5
             assert abs(corners) < 5
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_the_four_places_of_a_hash_are_independent(dropout_p: float) -> None:
+    """All sixteen patterns are as frequent as those of four coins."""
+    found = ~mask(13, (2, 4, 512, 512), dropout_p)
+    blocks = found.reshape(2, 4, 32, 2, 8, 32, 2, 8).movedim((3, 6), (0, 1)).flatten(2)
+    pattern = blocks[0, 0] + 2 * blocks[0, 1] + 4 * blocks[1, 0] + 8 * blocks[1, 1]
+    counts = pattern.bincount(minlength=16).double()
+    dropped = torch.tensor([n.bit_count() for n in range(16)])
+    rate = threshold(dropout_p) / 2**32
+    expected = rate**dropped * (1 - rate) ** (4 - dropped) * counts.sum()
+    assert ((counts - expected) ** 2 / expected).sum() < 45, "15 degrees of freedom: one in 10,000"
 
 
 @pytest.mark.parametrize("dropout_p", [2**-16, 0.1, 1 / 3, 0.5])

@@ -30,7 +30,7 @@ from iocompiler.codegen.kernels.attention_table import (
 
 @triton.jit
 def _attend(
-    acc, total, top, q, K, V, k_strides, v_strides, b, h, i, i_line,
+    acc, total, top, q, K, V, k_strides, v_strides, b, h, i, i_line, first, row,
     operands, strides, numbers, seed, visited, count, room, columns,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -43,7 +43,7 @@ def _attend(
         block, following = in_turn(following, visited, entry, room, RANGES, PARTIAL)
         start = block * BLOCK_N
         acc, total, top = attend(
-            acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h, i_line,
+            acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h, i_line, first, row,
             operands, strides, numbers, seed, start, columns, score, lift, FACTOR, keep, drop,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, PARTIAL, PLANES, PRECISION,
         )  # fmt: skip
@@ -90,13 +90,13 @@ def attention_forward(
     visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     acc, total, top = _attend(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i, start + inside,
-        operands, strides, numbers, seed, visited, full, room, columns,
+        start, row[:, None], operands, strides, numbers, seed, visited, full, room, columns,
         score, lift, FACTOR, keep, drop,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, False, PLANES, PRECISION,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, K, V, k_strides, v_strides, b, h, i, start + inside,
-        operands, strides, numbers, seed, visited, partial, room, columns,
+        start, row[:, None], operands, strides, numbers, seed, visited, partial, room, columns,
         score, lift, FACTOR, keep, drop,
         D, E, BLOCK_D, BLOCK_E, BLOCK_N, RANGES, True, PLANES, PRECISION,
     )  # fmt: skip

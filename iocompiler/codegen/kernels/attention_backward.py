@@ -87,7 +87,7 @@ def attention_delta(
 
 @triton.jit
 def _into_queries(
-    dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
+    dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i, first, row,
     operands, strides, numbers, seed, visited, count, room, columns,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
@@ -115,7 +115,7 @@ def _into_queries(
                    score, lift, FACTOR, PLANES)  # fmt: skip
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if drop is not None:
-            dp = dp * drop(seed, b, h, i, start, column[None, :])
+            dp = dp * drop(seed, b, h, first, row, start, column[None, :])
         ds = score_gradients(p, dp, delta, PLANES)
         if slope is not None:
             ds = ds * slope(s * SCALE, b, h, i, j, operands, strides, numbers)
@@ -172,13 +172,13 @@ def attention_dq(
     visited, partial, full = table_row(table, table_strides, b, h, m, RANGES)
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, full, room, columns,
+        start, row[:, None], operands, strides, numbers, seed, visited, full, room, columns,
         score, lift, FACTOR, keep, slope, SCALE, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
         RANGES, False, PLANES, PRECISION,
     )  # fmt: skip
     dq = _into_queries(
         dq, q, grad, lse, rest, delta, K, V, k_strides, v_strides, b, h, i,
-        operands, strides, numbers, seed, visited, partial, room, columns,
+        start, row[:, None], operands, strides, numbers, seed, visited, partial, room, columns,
         score, lift, FACTOR, keep, slope, SCALE, drop, D, E, BLOCK_D, BLOCK_E, BLOCK_N,
         RANGES, True, PLANES, PRECISION,
     )  # fmt: skip
@@ -232,7 +232,7 @@ def _into_keys(
             p = tl.where(kept, p, 0.0)
         left = p
         if drop is not None:
-            spared = drop(seed, b, h, i, first, column)
+            spared = drop(seed, b, h, start, row[None, :], first, column)
             left = p * spared
         dv = tl.dot(left.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)

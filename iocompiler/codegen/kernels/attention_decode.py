@@ -112,7 +112,7 @@ def attention_split(
                                    keep, BLOCK_M, BLOCK_N, 4 * BLOCK_N)  # fmt: skip
     for block in range(first, last + 1):
         acc, total, top = attend(
-            acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line,
+            acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line, 0 * m, i,
             operands, strides, numbers, seed, (block * parts + part) * BLOCK_N, columns,
             score, lift, FACTOR, keep, drop,
             D, E, BLOCK_D, BLOCK_E, BLOCK_N, True, PLANES, PRECISION,

@@ -57,7 +57,7 @@ def _gradients(
                score, lift, FACTOR, PLANES)  # fmt: skip
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if drop is not None:
-        dp = dp * drop(tl.load(Seed), b, h, i, column_start, column[None, :])
+        dp = dp * drop(tl.load(Seed), b, h, row_start, row[:, None], column_start, column[None, :])
     ds = score_gradients(p, dp, delta, PLANES)
     if gradient is not None:
         ds = ds * gradient(s, b, h, i, j, operands, strides, numbers)

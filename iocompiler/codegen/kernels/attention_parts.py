@@ -110,7 +110,7 @@ def nothing_seen(BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line,
+    acc, total, top, q, K, V, k_strides, v_strides, b, h, i, h_line, i_line, first, row,
     operands, strides, numbers, seed, start, columns,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -118,7 +118,8 @@ def attend(
     PARTIAL: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of a tile of queries taken on by one block of keys; ``h_line`` and
-    ``i_line`` are h and i without the dim of the keys. With no PLANES scores are the weights.
+    ``i_line`` are h and i without the dim of the keys; ``first`` plus ``row`` is i, which may stay
+    at the last row where that goes past it. With no PLANES scores are the weights.
     """
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -152,7 +153,7 @@ def attend(
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
     if drop is not None:  # what the softmax is divided by is the sum of all
-        p = p * drop(seed, b, h, i, start, column[None, :])
+        p = p * drop(seed, b, h, first, row, start, column[None, :])
     v_row = V + start.to(tl.int64) * v_strides[2]
     v = load_tile(v_row, inside, v_strides[2], e, v_strides[3], E, BLOCK_E)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
