@@ -69,6 +69,10 @@ class Step:
 
 
 ATTENTION = "({0} @ {1}.mT).softmax(-1) @ {1}"
+_FUSED = {
+    ATTENTION: "F.scaled_dot_product_attention(*(t[(None,) * (4 - t.dim())] for t in ({0}, {1}, "
+    "{1})), scale=1.0)[(0,) * (4 - max({0}.dim(), {1}.dim()))]"
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ class Program:
         code = compile(self.source(), f"<fuzz {'wide' if wide else ''}>", "exec")
         exec(code, names)
         return names["program"]  # type: ignore[no-any-return]
+
+    def fused(self) -> Program:
+        """The same, with each attention that is spelled out as one call of torch's own kernel."""
+        steps = tuple(replace(s, text=_FUSED.get(s.text, s.text)) for s in self.steps)
+        return replace(self, steps=steps)
 
     def draw(self, seed: int, device: str = "cpu") -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)

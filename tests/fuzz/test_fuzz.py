@@ -69,7 +69,7 @@ def test_a_failing_program_shrinks() -> None:
     assert "def test_seed_3()" in small.as_test("seed 3")
 
 
-def test_attention_of_scores_in_the_thousands() -> None:
+def test_attention_is_judged_by_eagers_own() -> None:
     """Seed 133191: scores in the thousands, where every fused backward has fewer digits."""
     given = (("x0", Given((33, 33), layout="transposed", grad=True)),)
     steps = (
@@ -77,3 +77,12 @@ def test_attention_of_scores_in_the_thousands() -> None:
         Step("v1", ATTENTION, ("v0", "v0")),
     )
     assert not verdict(Program(given, steps, ("v1",)))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (2, 3, 5, 3)])
+def test_a_fused_program_computes_the_same(shape: tuple[int, ...]) -> None:
+    steps = (Step("v0", ATTENTION, ("x0", "x0")),)
+    program = Program((("x0", Given(shape)),), steps, ("v0",))
+    fused = program.fused()
+    assert fused != program
+    torch.testing.assert_close(*(p.function()(*p.draw(0)) for p in (fused, program)))
