@@ -131,9 +131,9 @@ def _by_torch(program: Program, seed: int, device: str, backend: str = "aot_eage
 
 
 def _moved(program: Program, seed: int, device: str) -> list[Results]:
-    """Runs of eager whose roundings fall differently, and those of its own fused attention, which
-    a spelled-out one becomes: no run of the latter tells what recomputing the probabilities costs,
-    a rounding of the log of their sum, with scores in the thousands."""
+    """Runs of eager whose roundings fall differently, and such runs of its own fused attention,
+    which a spelled-out one becomes: its backward recomputes probabilities from the log of their
+    sum, of which one rounding counts with scores in the thousands; eager's softmax has none."""
 
     def runs(one: Program) -> list[Results]:
         run = one.function()

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.accuracy import Results
 from tests.fuzz import judge
-from tests.fuzz.judge import verdict_of
+from tests.fuzz.judge import judged, verdict_of
 from tests.fuzz.perturbed import Perturbed
 from tests.fuzz.program import Given, Program, Step
 
@@ -150,6 +151,16 @@ FINER: dict[str, tuple[Program, Call]] = {
 def test_what_only_eager_rounds_away_is_right(name: str) -> None:
     program, finer = FINER[name]
     assert not verdict_of(program, finer)
+
+
+@pytest.mark.parametrize(("place", "right"), [(0, True), (1, False)])
+def test_an_infinity_is_right_where_a_run_of_eager_has_one(place: int, right: bool) -> None:
+    ref = torch.full((20,), 65519.0, dtype=torch.float64)  # a unit below what float16 rounds to inf
+    eager, moved = (ref.clamp(max=65504).half() for _ in range(2))
+    ours = eager.clone()
+    moved[0] = ours[place] = float("inf")
+    runs = [Results({"0 v0": t}, {}) for t in (ours, eager, ref, moved)]
+    assert (not judged(*runs[:3], lambda: runs[3:])) is right
 
 
 def _bits(x: Tensor) -> Tensor:
