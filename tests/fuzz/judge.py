@@ -141,9 +141,13 @@ def _moved(program: Program, seed: int, device: str) -> list[Results]:
 
     found, fused = runs(program), program.fused()
     if fused != program:
-        with suppress(RuntimeError):  # torch's kernel does not take all operands
-            found += runs(fused)
+        with suppress(RuntimeError):  # torch's kernel does not take all operands, vectors as rows
+            found += [run for run in runs(fused) if _shapes(run) == _shapes(found[0])]
     return found
+
+
+def _shapes(results: Results) -> list[torch.Size]:
+    return [t.shape for t in results.values.values()]
 
 
 def _raises(run: Callable[..., Any], program: Program, seed: int, device: str) -> bool:

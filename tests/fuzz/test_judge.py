@@ -13,7 +13,7 @@ from tests.accuracy import Results
 from tests.fuzz import judge
 from tests.fuzz.judge import judged, verdict_of
 from tests.fuzz.perturbed import Perturbed
-from tests.fuzz.program import Given, Program, Step
+from tests.fuzz.program import ATTENTION, Given, Program, Step
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -161,6 +161,13 @@ def test_an_infinity_is_right_where_a_run_of_eager_has_one(place: int, right: bo
     moved[0] = ours[place] = float("inf")
     runs = [Results({"0 v0": t}, {}) for t in (ours, eager, ref, moved)]
     assert (not judged(*runs[:3], lambda: runs[3:])) is right
+
+
+def test_attention_of_a_vector_is_judged_without_the_fused_kernel() -> None:
+    steps = (Step("v0", ATTENTION, ("x0", "x1")),)
+    program = Program((("x0", Given((5,))), ("x1", Given((5, 5)))), steps, ("v0",))
+    assert not verdict_of(program, program.function())
+    assert verdict_of(program, lambda x, y: (((x @ y.mT).softmax(-1) @ y) * 1.1,))
 
 
 def _bits(x: Tensor) -> Tensor:
