@@ -209,3 +209,16 @@ def test_gradients_and_what_is_written_in_place_move() -> None:
     torch.testing.assert_close(moved, x.cos(), atol=0, rtol=1e-6)
     assert not torch.equal(moved, x.cos())
     assert not torch.equal(y, x.detach() * 0.3)
+
+
+def test_roundings_within_a_kernel_move() -> None:
+    points = torch.arange(5.0, 35).reshape(30, 1)  # more than 25: a product, of whole numbers
+    x = torch.randn(8, 1, requires_grad=True)
+    normed, grad = F.layer_norm(x, (1,)), torch.randn(8, 1)
+    assert not torch.cdist(points, points).diagonal().any()
+    assert not torch.autograd.grad(normed, x, grad, retain_graph=True)[0].any()
+    with Perturbed(0):
+        distances = torch.cdist(points, points).diagonal()
+        (moved,) = torch.autograd.grad(normed, x, grad)
+    assert 0 < distances.max() < 0.1
+    assert 0 < moved.abs().max() < 1e-3
