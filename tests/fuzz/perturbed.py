@@ -73,11 +73,10 @@ class Perturbed(TorchDispatchMode):
             with self:
                 return decomposition_table[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if not _is_view(func):
-            operands = _floats((args, kwargs))
-            for tensor in _floats(result):
-                if name not in self._selects or _finer(operands, tensor):
-                    self._move(tensor)
+        operands, exact = _floats((args, kwargs)), name in self._selects or _is_view(func)
+        for tensor in _floats(result):
+            if not exact or _finer(operands, tensor):
+                self._move(tensor)
         return result
 
     def _move(self, tensor: Tensor) -> None:
@@ -105,6 +104,6 @@ def _floats(tree: Any) -> list[Tensor]:
 
 
 def _finer(operands: Sequence[Tensor], result: Tensor) -> bool:
-    """Whether a copy rounds."""
+    """Whether a copy rounds, or `to`, which may be a view as well."""
     eps = torch.finfo(result.dtype).eps
     return any(torch.finfo(t.dtype).eps < eps for t in operands)

@@ -222,3 +222,12 @@ def test_roundings_within_a_kernel_move() -> None:
         (moved,) = torch.autograd.grad(normed, x, grad)
     assert 0 < distances.max() < 0.1
     assert 0 < moved.abs().max() < 1e-3
+
+
+def test_the_result_of_a_kernel_moves_in_its_own_dtype() -> None:
+    x = torch.randn(40, 5).to(torch.bfloat16)
+    with Perturbed(0):
+        moved = [F.layer_norm(x, (5,)), x.softmax(-1)]
+    for found, exact in zip(moved, [F.layer_norm(x, (5,)), x.softmax(-1)], strict=True):
+        assert (_bits(found).int() - _bits(exact).int()).abs().max() <= 2
+        assert not torch.equal(found, exact)
