@@ -69,9 +69,9 @@ _JUMPS = (
 _WHOLE = (
     "-{0}", "~{0}", "{0}.abs()", "{0} * 3", "{0} + 2", "{0} // 3", "{0} % 3", "{0} / 2", "{0} // -2",
     "{0} % -2", "{0} ** 2", "{0} & 3", "{0} | 4", "{0} ^ 5", "{0} << 1", "{0} >> 1", "{0} == 1",
-    "{0}.clamp(1, 3)", "{0}.float()", "{0}.bool()", "{0}.sign()", "{0} > 2", "{0}.logical_not()",
+    "{0}.clamp(1, 3)", "{0}.to(float32)", "{0}.bool()", "{0}.sign()", "{0} > 2", "{0}.logical_not()",
     "{0}.to(uint8)", "{0}.to(int32)", "{0} * 1.5", "{0} + 0.5", "{0}.to(float64)", "2 - {0}",
-    "torch.fmod({0}, 3)", "{0} * True", "~({0} > 1)", "{0}.to(bool)", "{0}.half()", "{0} ** 3",
+    "torch.fmod({0}, 3)", "{0} * True", "~({0} > 1)", "{0}.to(bool)", "{0}.to(float16)", "{0} ** 3",
     "torch.where({0} > 1, {0}, 7)", "{0}.square()", "{0}.sqrt()", "2 ** {0}", "{0}.masked_fill({0} > 1, 9)",
 )  # fmt: skip
 _PAIRS = (
@@ -188,6 +188,9 @@ _MADE = (
     "torch.arange({m}, device={0}.device)[:, None] <= torch.arange({m}, device={0}.device)", "torch.linspace(0, 1, {m}, device={0}.device)",
     "torch.tensor([1.0, 2.0, 0.5], device={0}.device)", "torch.tensor(1.5, device={0}.device)",
 )  # fmt: skip
+# of what is exact else
+_ROUNDED = ("{0} / ({1} + 1)", "{0}.sqrt()", "{0}.to(float32).mean()",
+            "torch.linspace(0, 1, {m}, device={0}.device)")  # fmt: skip
 
 
 def _filled(rng: random.Random, text: str, value: Value) -> str:
@@ -217,8 +220,9 @@ def _one(texts: Sequence[str], wanted: Callable[[Value], bool], exact: bool = Fa
         if not found:
             return None
         value = _recent(rng, found)
-        text = _filled(rng, rng.choice(texts), value)
-        return Proposal(text, (value,), exact and value.exact)
+        text = rng.choice(texts)
+        still = exact and value.exact and text not in _ROUNDED
+        return Proposal(_filled(rng, text, value), (value,), still)
 
     return kind
 
@@ -237,7 +241,8 @@ def _several(
         b = rng.choice([v for v in second if _fits(a, v)] or second)
         mask = rng.choice(masks) if masks else a
         reads = (a, b, mask)[: 3 if "{2}" in text else 2]
-        return Proposal(_filled(rng, text, a), reads, exact and a.exact and b.exact)
+        still = exact and a.exact and b.exact and text not in _ROUNDED
+        return Proposal(_filled(rng, text, a), reads, still)
 
     return kind
 
@@ -291,7 +296,7 @@ KINDS: tuple[tuple[int, Kind], ...] = (
     (10, _one(_FOLDS, _floating)),
     (2, _one(_FOLDS_ALL, _floating)),
     (2, _one(("{0}.sum()", "{0}.any()", "{0}.sum({d})", "{0}.prod({d})", "{0}.cumsum({d})",
-              "{0}.amax({d})", "{0}.float().mean()"), _whole, exact=True)),
+              "{0}.amax({d})", "{0}.to(float32).mean()"), _whole, exact=True)),
     (9, _one(_ALONG, _floating)),
     (3, _one(_EXACT_ALONG, _exact, exact=True)),
     (18, _one(_VIEWS, _any, exact=True)),

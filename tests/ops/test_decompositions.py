@@ -213,3 +213,19 @@ def test_a_copy_lies_as_in_eager_in_memory_of_its_own(name: str) -> None:
     assert mine.stride() == theirs.stride()
     assert mine.data_ptr() != x.data_ptr()
     assert (torch.ops.aten.copy.default in ours.left) is not plain
+
+
+def test_the_gradient_of_a_norm_over_one_number_is_zero() -> None:
+    """Whatever a multiply-add leaves of ``x - mean``: as if x had been rounded for the mean."""
+    rule = table()[torch.ops.aten.native_layer_norm_backward.default]
+    x, grad = torch.randn(2, 5, 1)
+    x[3], grad[4] = float("inf"), float("nan")
+    mean, rstd, weight = x * (1 + 1e-7), torch.full_like(x, 316.0), torch.tensor([1.5])
+    given = (grad, x, [1], mean, rstd, weight, None, [True, True, False])
+    dx, dweight, _ = rule(*given)
+    finite = torch.tensor([True, True, True, False, False])
+    assert torch.equal(dx[finite], torch.zeros(3, 1))
+    assert dx[~finite].isnan().all()
+    assert dweight.isnan().all()
+    dweight = rule(grad[:3], x[:3], [1], mean[:3], rstd[:3], weight, None, [False, True, False])[1]
+    assert torch.equal(dweight, torch.zeros(1))

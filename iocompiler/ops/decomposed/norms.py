@@ -49,14 +49,25 @@ def native_layer_norm_backward(
     bias: Tensor | None,
     mask: Sequence[bool],
 ) -> Gradients:
-    """dx = rstd * (g - mean(g) - n * mean(g * n)), n the normalised x and g = grad * weight."""
+    """dx = rstd * (g - mean(g) - n * mean(g * n)), n the normalised x and g = grad * weight.
+
+    Of one number n and dx are 0 (or NaN). Subtracting would leave a rounding, times rstd and its
+    square, where x or g is a product: of these a multiply-add subtracts the rounded from the exact.
+    """
     axis = x.dim() - len(normalized_shape)
     inner, outer = list(range(axis, x.dim())), list(range(axis))
-    wide_grad, normal = wide(grad), (wide(x) - wide(mean)) * wide(rstd)
+    size = count(x, inner)
+    single = isinstance(size, int) and size == 1
+    wide_grad = wide(grad)
+    normal = wide(x) * 0 if single else (wide(x) - wide(mean)) * wide(rstd)
     dx = dweight = dbias = None
     if mask[0]:
         scaled = wide_grad if weight is None else wide_grad * wide(weight)
-        dx = cast(_normal_backward(scaled, normal, wide(rstd), inner), x.dtype).contiguous()
+        if single:
+            dx = (scaled + normal) * 0
+        else:
+            dx = _normal_backward(scaled, normal, wide(rstd), inner)
+        dx = cast(dx, x.dtype).contiguous()
     if mask[1] and weight is not None:
         dweight = cast(_summed(wide_grad * normal, outer), weight.dtype)
     if mask[2] and bias is not None:
