@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from iocompiler.tile.philox import random_bits
+from iocompiler.tile import philox
 
 ROW, PAIR = 0x9E3779B1, 0x85EBCA77
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
@@ -32,8 +32,7 @@ def kept(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, dropout_p: fl
         seed: one int64.
         b, h, i, j: int64 from 0, below 2 ** 31, that broadcast.
     """
-    block = (b << 33) + (h << 1)
-    low, high = random_bits(seed, block), random_bits(seed, block + 1)
+    low, high = philox.block(seed, (b << 32) + h)
     pair = (j & 7) + ((j >> 4) << 3)
     word = (i * ROW + pair * PAIR + low) & _WORD
     word = _folded(word * FIRST) ^ high
