@@ -165,3 +165,23 @@ def mapped(fn: str, operands: list[str], dtype: torch.dtype) -> str:
     row = MAPS[fn]
     template = _DOUBLE[fn] if dtype == torch.float64 and fn in _DOUBLE else row.triton
     return template.format(*operands)
+
+
+def divided(operand: str, divisor: Constant, dtype: torch.dtype) -> str:
+    """A quotient by a number, of the same bits and in fewer steps; "" where it is left as it is.
+
+    A product with the inverse of a power of two is rounded as the quotient is. Of other numbers
+    `_quotient` of the prelude corrects it; not of what has no bit but ones, where that is no proof.
+    """
+    if not isinstance(divisor, (int, float)) or not dtype.is_floating_point:
+        return ""
+    value = torch.tensor(divisor, dtype=dtype).item()
+    if not 2.0**-60 < abs(value) < 2.0**60:
+        return ""
+    mantissa = abs(math.frexp(value)[0])
+    inverse = torch.tensor(1.0 / value, dtype=dtype).item()
+    if mantissa == 0.5:
+        return f"{operand} * {constant(inverse, dtype)}"
+    if dtype != torch.float32 or mantissa == 1 - 2.0**-24:
+        return ""
+    return f"_quotient({operand}, {constant(value, dtype)}, {constant(inverse, dtype)})"

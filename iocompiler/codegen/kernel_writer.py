@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
 
 import torch
 
 from iocompiler.codegen import expressions
 from iocompiler.plan.data import Schedule
-from iocompiler.tile.index import Affine, Axis, Size, product
+from iocompiler.tile import philox
+from iocompiler.tile.index import Affine, Axis, Size, product, row_major
 from iocompiler.tile.ops import REDUCES
 from iocompiler.tile.program import Op, TileProgram
 
+_WORD = re.compile(r"\w+")
 _REDUCERS = {"max": "_maximum", "min": "_minimum", "prod": "_multiply", "any": "_either"}
 
 
@@ -30,6 +33,8 @@ class KernelWriter:
         self.masks: dict[str, str] = {}
         self.direction: dict[str, str] = {}  # axis -> "x", "y" or "r"
         self.extent: dict[str, Size] = {a.name: a.size for a in program.axes}
+        self.flat: dict[str, tuple[Axis, ...]] = {}  # flat positions and the axes that span them
+        self._axis_names: set[str] = set()  # of lines that may go unread
         self.rank = 2  # dimensions of the tile
 
     # --- text
@@ -47,7 +52,19 @@ class KernelWriter:
             f"def {name}({', '.join(parameters)}):",
             f'    """{self.schedule.kind} over {space}"""',
         ]
-        return "\n".join(head + self.lines) + "\n"
+        return "\n".join(head + self._read_lines()) + "\n"
+
+    def _read_lines(self) -> list[str]:
+        """The lines, but for those that name an axis which nothing reads."""
+        kept: list[str] = []
+        read: set[str] = set()
+        for line in reversed(self.lines):
+            words = _WORD.findall(line)
+            if words and words[0] in self._axis_names and words[0] not in read:
+                continue
+            read.update(words)
+            kept.append(line)
+        return kept[::-1]
 
     def steps(self, bounds: str) -> str:
         """The range of a loop: with three stages or more, what the next steps read is on its way
@@ -60,6 +77,8 @@ class KernelWriter:
 
     def flat_axes(self, axes: tuple[Axis, ...], flat: str, direction: str) -> None:
         """Name each axis of a tile direction in terms of its flat position."""
+        if len(axes) > 1:
+            self.flat[flat] = axes
         rest = flat
         for place, axis in enumerate(reversed(axes)):
             self.direction[axis.name] = direction
@@ -69,9 +88,11 @@ class KernelWriter:
                 continue
             extent = expressions.size(axis.size)
             name = f"{axis.name}_of_{direction}"
+            self._axis_names.add(name)
             self.line(f"{name} = {rest}" if last else f"{name} = {rest} % ({extent})")
             if not last:
                 following = f"{direction}_over_{place}"
+                self._axis_names.add(following)
                 self.line(f"{following} = {rest} // ({extent})")
                 rest = following
             self.names[axis.name] = name
@@ -144,6 +165,9 @@ class KernelWriter:
             self.line(text)
         elif op.kind == "const":
             self.names[f"%{position}"] = text  # literals stand where they are used
+        elif op.kind == "rand":
+            self.line(f"bits_{position} = {text}")
+            self.names[f"%{position}"] = f"_uniform(bits_{position})"
         else:
             name = f"{op.fn or op.kind}_{position}"
             self.line(f"{name} = {text}")
@@ -175,7 +199,20 @@ class KernelWriter:
     def _address(self, op: Op) -> str:
         assert op.index is not None
         wide = expressions.needs_wide(self.program.buffer(op.buffer).elements)
-        return f"({expressions.affine(op.index, self.names, wide)})"
+        return f"({self._affine(op.index, wide)})"
+
+    def _affine(self, index: Affine, wide: bool) -> str:
+        """An index as text, the row-major position of the axes of a direction as the flat position
+        that they were computed from: what comes next in it is seen to, and costs no arithmetic.
+        """
+        names = dict(self.names)
+        for flat, axes in self.flat.items():
+            step = index.coefficient(axes[-1].name)
+            whole = row_major(axes) * step
+            if step != 0 and all(index.coefficient(n) == c for n, c in whole.terms):
+                index = index - whole + Affine.of(f"@{flat}") * step
+                names[f"@{flat}"] = flat
+        return expressions.affine(index, names, wide)
 
     def _store(self, op: Op) -> str:
         assert op.index is not None
@@ -202,11 +239,20 @@ class KernelWriter:
     def _iota(self, op: Op) -> str:
         assert op.index is not None
         wide = expressions.passes_int32(op.index, self.extent)
-        return f"({expressions.affine(op.index, self.names, wide)})"
+        return f"({self._affine(op.index, wide)})"
 
     def _map(self, op: Op) -> str:
         inputs = op.inputs
+        threshold = self._threshold(op)
+        if threshold is not None:
+            return f"(bits_{inputs[0]} >= {threshold})"
         operands = [self.value(i) for i in inputs]
+        if op.fn == "div" and self.program.ops[inputs[1]].kind == "const":
+            found = expressions.divided(
+                self.tensor(inputs[0]), self.program.ops[inputs[1]].value, op.dtype
+            )
+            if found:
+                return found
         if all(self.program.ops[i].kind == "const" for i in inputs[:1]) and op.fn not in ("where",):
             # functions of tl need a tensor: a literal alone is made one
             operands[0] = self.tensor(inputs[0])
@@ -214,6 +260,18 @@ class KernelWriter:
             operands[1:] = [self.tensor(i) for i in inputs[1:]]
         operands = [o if _atomic(o) else f"({o})" for o in operands]
         return expressions.mapped(op.fn, operands, self.program.ops[inputs[-1]].dtype)
+
+    def _threshold(self, op: Op) -> int | None:
+        """What the bits of a random number must reach for the number to reach a constant; None for
+        what is no such comparison, or holds of all or no numbers.
+        """
+        if op.fn != "ge" or self.program.ops[op.inputs[0]].kind != "rand":
+            return None
+        limit = self.program.ops[op.inputs[1]]
+        if limit.kind != "const" or not isinstance(limit.value, (int, float)):
+            return None
+        below = philox.threshold(torch.tensor(limit.value, dtype=limit.dtype).item())
+        return below << philox.BITS if 0 < below < 2**philox.BITS else None
 
     @property
     def _point(self) -> str:
@@ -233,10 +291,10 @@ class KernelWriter:
     def _rand(self, op: Op) -> str:
         assert op.index is not None
         wide = expressions.passes_int32(op.index, self.extent)
-        counter = expressions.affine(op.index, self.names, wide)
+        counter = self._affine(op.index, wide)
         if not op.index.terms:  # a number has no type
             counter = f"tl.full({self._point}, {counter}, tl.int64)"
-        return f"_uniform({self.value(op.inputs[0])}, {counter})"
+        return f"_random_bits({self.value(op.inputs[0])}, {counter})"
 
     # --- reductions
 

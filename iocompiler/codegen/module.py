@@ -199,6 +199,8 @@ class _Kernels:
         chosen = step.tile if isinstance(step, MatmulStep) else step.schedule
         warps, stages = chosen.num_warps, chosen.num_stages
         other = self._any_pointers(step, kernel)
+        if isinstance(step, KernelStep) and step.schedule.registers:
+            other = f", registers={step.schedule.registers}"
         registration = (
             f"{name} = module.kernel(\n"
             f"    {quoted(kernel.name)},\n"

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.schedule import choose, points, power_of_two
+from iocompiler.cost_model.schedule import FIXED_REGISTERS, choose, points, power_of_two
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.index import product
@@ -27,8 +27,6 @@ _LARGEST_TILE = 1 << 15
 _SHORTEST_PIECE = 256
 # what a load waits for when the memory is busy; times the bandwidth, the bytes to have in flight
 _LATENCY_S = 8e-7
-# registers of a thread that hold addresses, masks and loop counters
-_FIXED_REGISTERS = 24
 _MOST_REGISTERS = 255
 _WARPS_OF_AN_SM = 64
 _BLOCKS_OF_AN_SM = 32
@@ -86,13 +84,18 @@ class _Space:
     def neighbours(self, first: Schedule) -> Iterator[Schedule]:
         for shape in self._shapes(first):
             for warps in _WARPS:
-                yield replace(shape, num_warps=warps)
+                yield replace(shape, num_warps=warps, registers=0)
+                bound = first.registers * first.num_warps // warps  # as many programs a processor
+                if 0 < bound <= _MOST_REGISTERS:
+                    yield replace(shape, num_warps=warps, registers=bound)
 
     def _shapes(self, first: Schedule) -> Iterator[Schedule]:
         for base in (first, *self._other_kind(first)):
             for x in _around(base.x_block):
                 for y in _around(base.y_block) if base.y_block > 1 else (base.y_block,):
                     yield replace(base, x_block=x, y_block=y)
+            if base.kind == "rows" and base.num_stages > 2:
+                yield replace(base, num_stages=1)  # loads in flight may cost registers that spill
             if base.kind == "rows" and not self._stores_partial_rows:
                 for each in (1, 2, 4):
                     yield replace(base, programs=each * self.device.sm_count)
@@ -139,6 +142,7 @@ class _Space:
         # the compiler may order loads so that fewer values live at once, unless a row is held
         slack = 1.25 if schedule.kind in ("persistent", "rows") else 2
         most = min(_MOST_REGISTERS, self.device.registers_per_sm // (32 * schedule.num_warps))
+        most = min(most, schedule.registers or most)
         if self._registers(schedule) > slack * most:
             return False
         return schedule.x_block <= self._widest(schedule) and self._reads_whole_lines(schedule)
@@ -163,7 +167,7 @@ class _Space:
         run alone.
         """
         device = self.device
-        registers = min(self._registers(schedule), _MOST_REGISTERS)
+        registers = min(self._registers(schedule), schedule.registers or _MOST_REGISTERS)
         resident = min(_WARPS_OF_AN_SM, device.registers_per_sm // int(32 * registers))
         blocks = max(1, min(resident // schedule.num_warps, _BLOCKS_OF_AN_SM))
         programs = self._programs(schedule)
@@ -188,7 +192,7 @@ class _Space:
 
     def _registers(self, schedule: Schedule) -> float:
         each = max(1.0, _tile(schedule) / (32 * schedule.num_warps))
-        return _FIXED_REGISTERS + each * self._words_held(schedule)
+        return FIXED_REGISTERS + each * self._words_held(schedule)
 
     def _words_held(self, schedule: Schedule) -> float:
         """32-bit words a point of the tile holds: what is loaded (widened, where it is reduced),

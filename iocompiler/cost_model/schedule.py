@@ -25,6 +25,7 @@ _LONG_ROW = 8192
 # Of a multiprocessor's shared memory, what loads in flight may take; reductions need some too.
 _SHARED_FOR_LOADS = 0.87
 _MOST_REGISTERS = 255
+FIXED_REGISTERS = 24  # of a thread, for addresses, masks and loop counters
 _CROWDED = 0.7
 # Operations on each element in the backward of a layer norm, and one more.
 _MAPS_OF_A_NORM = 10
@@ -48,7 +49,7 @@ def choose(
     if not program.reduced and not any(op.kind in ("reduce", "scan") for op in program.ops):
         return _pointwise(merged, device, hints)
     if rows_contiguous(merged):
-        return _row_reduction(merged, hints)
+        return _row_reduction(merged, device, hints)
     if any(op.kind == "scan" for op in program.ops):
         return _column_scan(merged, device, hints)
     return _column_reduction(merged, device, hints)
@@ -96,18 +97,29 @@ def _pointwise(program: TileProgram, device: Device, hints: Mapping[str, int]) -
 # --- rows
 
 
-def _row_reduction(program: TileProgram, hints: Mapping[str, int]) -> Schedule:
+def _row_reduction(program: TileProgram, device: Device, hints: Mapping[str, int]) -> Schedule:
     width = product([a.size for a in program.reduced])
     rows = points(program.parallel, hints)
     if isinstance(width, int) and width <= LONGEST_PERSISTENT_ROW:
         block = power_of_two(width)
         x = max(1, min(2048 // block, power_of_two(rows), 64))
-        if _rereads_much(program):
+        draws = block >= _LONG_ROW and any(op.kind == "rand" for op in program.ops)
+        warps = _warps(x * block, 64 if draws and block > _LONG_ROW else 16)
+        schedule = Schedule("persistent", x_block=x, r_block=block, num_warps=warps)
+        weighted = _rereads_much(program)
+        if not draws and not weighted:
+            return schedule
+        # random numbers are long chains of arithmetic, weights a wait for L2: other programs of
+        # the multiprocessor go on meanwhile, if registers are left for them
+        held = _held(program, block // (32 * warps))
+        beside = max(2, device.registers_per_sm // (32 * warps * held))
+        shared = device.registers_per_sm // (32 * warps * beside) // 8 * 8
+        if held <= shared:
+            return replace(schedule, registers=shared)
+        if weighted:
             piece = min(4096, block // 4)
             return Schedule("looped", x_block=1, r_block=piece, num_warps=_warps(piece, 8))
-        # random numbers are long chains of arithmetic: two programs an SM overlap with them
-        each = 64 if block > _LONG_ROW and any(op.kind == "rand" for op in program.ops) else 16
-        return Schedule("persistent", x_block=x, r_block=block, num_warps=_warps(x * block, each))
+        return schedule
     block = min(4096, max(64, power_of_two(at_hint(width, hints))))
     x = max(1, min(2048 // block, power_of_two(rows)))
     return Schedule("looped", x_block=x, r_block=block, num_warps=_warps(x * block, 8))
@@ -116,8 +128,8 @@ def _row_reduction(program: TileProgram, hints: Mapping[str, int]) -> Schedule:
 def _rereads_much(program: TileProgram) -> bool:
     """Whether a long row needs as many bytes that are the same for every row (weights) as its own.
 
-    Held in registers, the row would leave room for one program a multiprocessor, which waits for
-    those bytes from L2; in pieces, many programs hide each other's waits.
+    A multiprocessor with one program would wait for those bytes from L2; several hide each other's
+    waits.
     """
     width = product([a.size for a in program.reduced])
     if not isinstance(width, int) or width < _LONG_ROW:
@@ -131,6 +143,13 @@ def _rereads_much(program: TileProgram) -> bool:
             else:
                 own += op.dtype.itemsize
     return same >= own > 0
+
+
+def _held(program: TileProgram, each: int) -> int:
+    """Registers of a thread that holds ``each`` elements of a row, of what it reads as it lies in
+    memory, or of what it makes of that in float32.
+    """
+    return FIXED_REGISTERS + each * max(4, sum(_tile_loads(program))) // 4
 
 
 # --- columns

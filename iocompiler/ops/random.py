@@ -29,8 +29,9 @@ def _seeds(n: int, device: torch.device) -> Tensor:
 
 
 def _uniform(seeds: Tensor, which: int, shape: Sequence[int]) -> Tensor:
-    """float32 in [0, 1) of ``shape``: Philox2x32-7 under ``seeds[which]``, counter = the row-major
-    position. Plain torch on every device, of the same bits as the generated kernels'.
+    """float32 in (0, 1) of ``shape``, of 16 random bits each: Philox2x32-7 under ``seeds[which]``,
+    counter = the row-major position. Plain torch on every device, of the same bits as the generated
+    kernels'.
     """
     count = 1
     for size in shape:

@@ -20,6 +20,8 @@ _OTHERS = (
     aten.feature_dropout.default,
     aten.feature_alpha_dropout.default,
 )
+# the mean of the result is that of the input to 1e-4, and nearer
+_MOST = 0.9
 
 
 @graph_pass
@@ -38,8 +40,9 @@ def dropout(gm: GraphModule) -> int:
         y = aten.mul.Tensor(aten.mul.Tensor(x, keep), 1 / 0.9)
 
     Left alone: what drops nothing (p = 0, evaluation) or everything (p = 1), the dropout inside
-    attention, and dropouts that are not elementwise or rescale differently (alpha_dropout,
-    feature_dropout).
+    attention, dropouts that are not elementwise or rescale differently (alpha_dropout,
+    feature_dropout), and rates above 0.9: of the 16 bits of a number a rate errs by 2 ** -17 at
+    most, which of what is kept is 8e-5 there, and more beyond.
     """
     sites: dict[torch.device, list[Node]] = {}
     for node in view.calls(gm):
@@ -80,6 +83,8 @@ def _declined(node: Node) -> str | None:
         return "the probability is not a constant"
     if train is False or not 0 < p < 1:
         return ""
+    if p > _MOST:
+        return f"a rate above {_MOST} takes finer random numbers"
     if not isinstance(node.args[0], Node) or not view.tensors(node.args[0])[0].is_floating_point():
         return "the input is not real floating point"
     return None

@@ -55,7 +55,8 @@ class Schedule:
       (stores with ``fn="partial"``).
 
     Loops of a "looped" or "rows" kernel keep ``num_stages - 1`` steps of loads in flight through
-    shared memory where it is 3 or more.
+    shared memory where it is 3 or more. ``registers`` is the most a thread may have, so that
+    several programs share a multiprocessor; 0 leaves it to the assembler.
     """
 
     kind: Literal["pointwise", "persistent", "looped", "rows"]
@@ -65,6 +66,7 @@ class Schedule:
     num_warps: int = 4
     num_stages: int = 2
     programs: int = 0
+    registers: int = 0
 
 
 @dataclass(frozen=True)

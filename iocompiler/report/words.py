@@ -18,6 +18,7 @@ def show_schedule(schedule: Schedule) -> str:
         "rows": [schedule.x_block, schedule.r_block],
     }[schedule.kind]
     words = f"{schedule.kind} {' x '.join(map(str, blocks))}, {schedule.num_warps} warps"
+    words += f", {schedule.registers} registers at most" if schedule.registers else ""
     return words + (f", {schedule.programs} programs" if schedule.programs else "")
 
 

@@ -55,7 +55,8 @@ class Job:
     """One kernel to compile: ``source`` is the text of a whole file, ``where`` the user's lines.
 
     ``signature`` maps each parameter to its Triton type; ``divisible`` are the positions of those
-    known to be multiples of 16 (bytes for pointers); ``capability`` is 90 for version 9.0.
+    known to be multiples of 16 (bytes for pointers); ``capability`` is 90 for version 9.0;
+    ``registers`` the most of a thread (0: any number).
     """
 
     source: str
@@ -66,6 +67,7 @@ class Job:
     num_stages: int
     capability: int
     where: str = ""
+    registers: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """What the cubin depends on; "where" is for messages only."""
@@ -77,6 +79,7 @@ class Job:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "capability": self.capability,
+            "registers": self.registers,
         }
 
     def message(self, path: str) -> dict[str, Any]:

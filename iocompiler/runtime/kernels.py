@@ -32,6 +32,7 @@ class KernelSpec:
     num_stages: int
     where: str
     any_pointers: tuple[str, int, int] | None = None
+    registers: int = 0
 
     @property
     def unhinted(self) -> KernelSpec:

@@ -107,13 +107,15 @@ class Module:
         num_stages: int,
         where: str = "",
         any_pointers: tuple[str, int, int] | None = None,
+        registers: int = 0,
     ) -> Launch:
         """Register a kernel; the launch function returned compiles and binds the whole module when
-        first called. ``any_pointers`` is that of `KernelSpec`.
+        first called. ``any_pointers`` is that of `KernelSpec`, ``registers`` that of `Schedule`.
         """
         launcher = f"{name}({signature})"
+        parsed = Signature.parse(signature)
         spec = KernelSpec(
-            name, launcher, Signature.parse(signature), num_warps, num_stages, where, any_pointers
+            name, launcher, parsed, num_warps, num_stages, where, any_pointers, registers
         )
         self.kernels[launcher] = spec
 
@@ -237,6 +239,7 @@ class Module:
             num_stages=spec.num_stages,
             capability=capability,
             where=spec.where,
+            registers=spec.registers,
         )
 
     def begin(self) -> None:

@@ -68,6 +68,7 @@ class Subject:
             num_stages=schedule.num_stages,
             capability=capability,
             where=self.step.where[0] if self.step.where else "",
+            registers=schedule.registers,
         )
 
     def grid(self, schedule: Schedule) -> tuple[int, int, int]:

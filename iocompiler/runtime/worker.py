@@ -40,7 +40,8 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
         job: "source" (text), "path" (the file it stands in, for line information), "name",
             "signature" (parameter name to Triton type, in order), "divisible" (positions of the
             parameters known to be multiples of 16), "num_warps", "num_stages", "capability"
-            (90 for version 9.0); or a template's, which has "kernel".
+            (90 for version 9.0), "registers" (the most of a thread; 0: any number); or a
+            template's, which has "kernel".
 
     Returns:
         "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes,
@@ -74,6 +75,8 @@ def _source(job: dict[str, Any]) -> Any:
     function = executed(job["source"], job["path"])[job["name"]]
     attrs = {(position,): [["tt.divisibility", 16]] for position in job["divisible"]}
     options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"], **OPTIONS}
+    if job["registers"]:
+        options["maxnreg"] = job["registers"]
     source = ASTSource(function, job["signature"], attrs=attrs)
     return Source(source, options, parameters_of(job["signature"]))
 

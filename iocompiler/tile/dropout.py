@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from iocompiler.tile.philox import random_bits
+from iocompiler.tile import philox
 
 ROW, COLUMN = 0x9E3779B1, 0x85EBCA77
 FIRST, SECOND, THIRD = 0x7FEB352D, 0x846CA68B, 0xD35A2D97
@@ -33,8 +33,7 @@ def kept(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, dropout_p: fl
         seed: one int64.
         b, h, i, j: int64 from 0, below 2 ** 31, that broadcast.
     """
-    block = (b << 33) + (h << 1)
-    low, high = random_bits(seed, block), random_bits(seed, block + 1)
+    low, high = philox.block(seed, (b << 32) + h)
     word = (_pair(i) * ROW + _pair(j) * COLUMN + low) & _WORD
     word = _folded(word * FIRST) ^ high
     word = _folded(word * SECOND)

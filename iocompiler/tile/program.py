@@ -18,7 +18,7 @@ map    a row of ``tile/ops.py`` MAPS applied to the inputs, elementwise
 cast   the input converted to ``dtype``
 reduce a row of REDUCES over all axes of one kind (``over`` is "reduced" or "parallel")
 scan   an inclusive scan (row of SCANS) along the one reduced axis
-rand   float32 uniform in [0, 1): Philox2x32-7 (``tile/philox.py``) of counter ``index`` under the
+rand   float32 uniform in (0, 1): Philox2x32-7 (``tile/philox.py``) of counter ``index`` under the
        seed input
 ====== =========================================================================================
 """

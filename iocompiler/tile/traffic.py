@@ -10,9 +10,9 @@ from iocompiler.tile.program import Op, TileProgram
 
 # Rows of the op table at or above this cost go through the special function unit or a polynomial.
 _TRANSCENDENTAL = 8
-# Philox2x32-7 (a wide multiplication and a three-way xor a round), half a block an element, and the
-# conversion: 13 instructions of sm_90, each in the time of a multiply-add, which counts as two
-_RAND_FLOPS = 26
+# Philox2x32-7 (a wide multiplication and a three-way xor a round), a quarter of a block an element,
+# and the comparison: 7 instructions of sm_90, each in the time of a multiply-add, which counts as 2
+_RAND_FLOPS = 14
 
 
 @dataclass(frozen=True)

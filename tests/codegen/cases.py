@@ -7,8 +7,10 @@ import torch
 from tests.codegen.handwritten import (
     broadcasting,
     column_sum,
+    compared_random_numbers,
     concatenated,
     counted,
+    divided,
     empty,
     full_sum,
     gather,
@@ -99,6 +101,7 @@ CASES: dict[str, Case] = {
     "masked quotient": masked_quotient(),
     "rand": random_numbers(),
     "rand, one": one_random_number(),
+    **{f"rand against {p}": compared_random_numbers(p) for p in (0.0, 0.1, 0.5, 1.0)},
     "in place": in_place(),
     "atomic add": in_place("atomic_add"),
     "scaled": scaled(),
@@ -240,6 +243,10 @@ CASES: dict[str, Case] = {
     **{
         f"{fn} of special values": unary(fn, F32, getattr(torch, fn), SPECIAL, libdevice=True)
         for fn in ("expm1", "log1p", "trunc", "round")
+    },
+    **{
+        f"divided by {divisor}": divided(divisor)
+        for divisor in (4096.0, 0.125, 3.0, -2.0, 2.0**-126, 0.0)
     },
     "normal_cdf of special values": unary("normal_cdf", F32, torch.special.ndtr, SPECIAL),
     "normal_cdf": unary("normal_cdf", F32, torch.special.ndtr, torch.linspace(-6, 6, 97)),

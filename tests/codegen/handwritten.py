@@ -210,6 +210,40 @@ def one_random_number() -> Case:
     )
 
 
+def compared_random_numbers(p: float) -> Case:
+    """out[i, j] = uniform(seed, 5 i + j) >= p: where that is one comparison of bits, and beyond."""
+    build, at = Builder(), X0 * 5 + X1
+    draw = build.rand(build.load("seed", Affine(), I64), at)
+    kept = build.map("ge", draw, build.const(p, F32), dtype=torch.bool)
+    build.store("out", at, kept)
+    build.store("scaled", at, build.map("mul", draw, build.load("w", X1, F32)))
+    buffers = ins(seed=(I64, 1), w=(F32, 5)) + outs(out=(torch.bool, 2000), scaled=(F32, 2000))
+    drawn = lambda t: uniform(t["seed"], torch.arange(2000))
+    return Case(
+        build.program(axes(400, 5), (), buffers),
+        lambda: {"seed": torch.tensor([2**40 + 3]), "w": torch.randn(5)},
+        lambda t: {"out": drawn(t) >= p, "scaled": drawn(t) * t["w"].repeat(400)},
+        pointwise(4, 512),
+        exact=True,
+    )
+
+
+def divided(divisor: float) -> Case:
+    """out = a / divisor, to the last bit, infinite and denormal numbers too."""
+    build = Builder()
+    quotient = build.map("div", build.load("a", X0, F32), build.const(divisor, F32))
+    build.store("out", X0, quotient)
+    edges = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-45, 3e-39, -5e-40, 3.4e38]
+    values = torch.tensor([*edges, 1.0, 3.0, 1e-3, 12345.678])
+    return Case(
+        build.program(axes(13), (), ins(a=(F32, 13)) + outs(out=(F32, 13))),
+        lambda: {"a": values},
+        lambda t: {"out": t["a"] / divisor},
+        pointwise(4),
+        exact=True,
+    )
+
+
 def in_place(fn: str = "") -> Case:
     """a += factor * b, the factor passed by value."""
     build = Builder()

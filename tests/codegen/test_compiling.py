@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ import torch
 from iocompiler.codegen.signature import signature
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine, Axis
-from iocompiler.tile.program import Buffer, Builder
+from iocompiler.tile.program import Buffer, Builder, TileProgram
 from tests.codegen.cases import CASES
 from tests.codegen.compiling import compiled, instructions
-from tests.codegen.programs import R0, X0, axes, ins, outs
+from tests.codegen.programs import F32, R0, X0, X1, axes, ins, outs
 
 RUNS = [
     pytest.param(name, schedule, id=f"{name}-{schedule.kind}-{schedule.x_block}x{schedule.r_block}")
@@ -62,6 +63,42 @@ def test_a_round_of_random_numbers_is_one_multiplication() -> None:
     text = instructions(compiled(program, schedule))
     # seven rounds, and one for the address if not a shift
     assert 7 <= len(re.findall(r"\bIMAD\.(?:WIDE|HI)", text)) <= 8
+
+
+def dropped(width: int) -> TileProgram:
+    """out = a where a random number reaches 0.1, plus a weight of the column: two axes."""
+    build, at = Builder(), X0 * width + X1
+    draw = build.rand(build.load("seed", Affine(), torch.int64), at)
+    kept = build.map("ge", draw, build.const(0.1, F32), dtype=torch.bool)
+    value = build.map("add", build.load("a", at, F32), build.load("w", X1, F32))
+    build.store("out", at, build.map("where", kept, value, build.const(0.0, F32)))
+    buffers = ins(seed=(torch.int64, 1), a=(F32, 512 * width), w=(F32, width))
+    return build.program(axes(512, width), (), buffers + outs(out=(F32, 512 * width)))
+
+
+@pytest.mark.parametrize("width", [768, 1024])
+def test_four_elements_share_a_block_of_random_numbers(width: int) -> None:
+    # eight to a thread: two blocks of seven rounds
+    schedule = Schedule("pointwise", x_block=1024, num_warps=4)
+    text = instructions(compiled(dropped(width), schedule))
+    assert 14 <= len(re.findall(r"\bIMAD\.(?:WIDE|HI)", text)) <= 20  # and a few addresses
+    assert "I2F" not in text  # bits are compared as they are
+
+
+def test_positions_of_two_axes_are_one_address() -> None:
+    """Vectors are whole though the rows are no multiple of one."""
+    schedule = Schedule("pointwise", x_block=1024, num_warps=4)
+    text = instructions(compiled(dropped(6), schedule))
+    assert "STG.E.128" in text
+    assert "LDG.E.128" in text
+
+
+def test_registers_are_bounded() -> None:
+    program = CASES["softmax"].program
+    free = Schedule("persistent", x_block=64, r_block=16, num_warps=1)
+    bounded = replace(free, registers=32)
+    assert compiled(program, free).metadata["registers"] > 32
+    assert compiled(program, bounded).metadata["registers"] <= 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

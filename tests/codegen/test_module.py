@@ -9,6 +9,7 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,18 @@ from torch.utils._sympy.functions import FloorDiv
 
 from iocompiler.codegen.module import emit_module
 from iocompiler.codegen.pytext import argument_text, elements_text, size_text
-from iocompiler.plan.data import AtenStep, ConstantStep, Plan, Ref, TensorSpec, ViewStep
-from iocompiler.runtime.load import load_text
+from iocompiler.plan.data import (
+    AtenStep,
+    ConstantStep,
+    KernelStep,
+    Plan,
+    Ref,
+    TensorSpec,
+    ViewStep,
+)
+from iocompiler.runtime import module
+from iocompiler.runtime.compile import Job
+from iocompiler.runtime.load import load_text, module_file
 from iocompiler.runtime.reference import run_plan
 from tests.runtime.plans import S0, binary, interpreter, kernel, plan, scaled, spec
 
@@ -462,3 +473,22 @@ def test_elements_as_text(values: Any, text: str) -> None:
 def test_arguments_that_cannot_be_written() -> None:
     with pytest.raises(TypeError, match="Generator"):
         argument_text(torch.Generator(), {})
+
+
+def test_a_bound_on_registers_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = chain().steps[0]
+    assert isinstance(bounded, KernelStep)
+    bounded = replace(bounded, schedule=replace(bounded.schedule, registers=48))
+    text = emit_module(replace(chain(), steps=(bounded, *chain().steps[1:])), "graph")
+    assert text.count("registers=") == 1
+    jobs: list[Job] = []
+
+    def compiled(wanted: dict[str, Job], cache: Any) -> dict[str, Any]:
+        jobs.extend(wanted.values())
+        return dict.fromkeys(wanted)
+
+    monkeypatch.setattr(module, "compiled_images", compiled)
+    loaded = module.Module(module_file(text, "graph"))
+    loaded.execute()
+    loaded.compile(90)
+    assert {job.name: job.registers for job in jobs} == {"add": 48, "scale": 0}

@@ -4,6 +4,12 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
+import torch
+
+from iocompiler.codegen.expressions import divided
 from iocompiler.codegen.triton import emit
 from tests.codegen.cases import CASES
 
@@ -26,12 +32,12 @@ def kernel(a_ptr, w_ptr, b_ptr, out_ptr):
     x1_of_x = x % (13)
     x_over_0 = x // (13)
     x0_of_x = x_over_0
-    load_0 = tl.load(a_ptr + (x0_of_x * 13 + x1_of_x), x_mask, other=0.0)
+    load_0 = tl.load(a_ptr + (x), x_mask, other=0.0)
     load_1 = tl.load(w_ptr + (x1_of_x), x_mask, other=0.0)
     load_2 = tl.load(b_ptr + (x0_of_x), x_mask, other=0.0)
     mul_3 = load_0 * load_1
     add_4 = mul_3 + load_2
-    tl.store(out_ptr + (x0_of_x * 13 + x1_of_x), add_4, x_mask)
+    tl.store(out_ptr + (x), add_4, x_mask)
 """
     )
 
@@ -58,6 +64,26 @@ def kernel(a_ptr, out_ptr):
     tl.store(out_ptr + (r + x * 13), cast_7, x_mask & r_mask)
 """
     )
+
+
+@pytest.mark.parametrize("divisor", [3.0, 768.0, 1000.0, 50257.0, -0.7, 1e-3, 1.1])
+def test_a_corrected_product_is_the_quotient(divisor: float) -> None:
+    """`_quotient` step by step; float64 holds what a multiply-add of float32 rounds once."""
+    called = re.fullmatch(r"_quotient\(x, (.*), (.*)\)", divided("x", divisor, torch.float32))
+    assert called
+    by, inverse = (torch.tensor(float(text)) for text in called.groups())
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1 << 20, generator=generator) * 2.0 ** torch.randint(-60, 60, (1 << 20,))
+    guess = x * inverse
+    rest = (x.double() - guess.double() * by.double()).float()
+    found = (guess.double() + rest.double() * inverse.double()).float()
+    assert torch.equal(found, x / torch.tensor(divisor))
+    assert not torch.equal(guess, found)  # the correction is needed
+
+
+@pytest.mark.parametrize("divisor", [0.0, float("inf"), float("nan"), 1e-30, 2 - 2.0**-23])
+def test_what_is_divided_as_it_stands(divisor: float) -> None:
+    assert divided("x", divisor, torch.float32) == ""
 
 
 def test_a_row_in_pieces() -> None:

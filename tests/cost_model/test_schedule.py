@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,6 +64,71 @@ def test_rows_that_fit_are_read_once(width: int) -> None:
     assert (
         schedule.x_block * schedule.r_block // (32 * schedule.num_warps) <= 64
     )  # elements a thread holds
+
+
+def weighted(width: int, own: int = 1) -> TileProgram:
+    """A row, or a sum of several, less its mean, times a weight and plus a bias of each column."""
+    build, at = Builder(), X0 * width + R0
+    x = build.cast(build.load("a0", at, BF16), F32)
+    for i in range(1, own):
+        x = build.map("add", x, build.cast(build.load(f"a{i}", at, BF16), F32))
+    x = build.map("sub", x, build.reduce("sum", x, F32))
+    columns = {f"w{i}": (BF16, width) for i in range(own + 1)}
+    for name in columns:
+        x = build.map("mul", x, build.cast(build.load(name, R0, BF16), F32))
+    build.store("out", at, build.cast(x, BF16))
+    buffers = ins(**{f"a{i}": (BF16, 8192 * width) for i in range(own)}, **columns)
+    outputs = outs(out=(BF16, 8192 * width))
+    return build.program(axes(8192), axes(width, reduced=True), buffers + outputs)
+
+
+@pytest.mark.parametrize(("width", "programs"), [(8192, 3), (16384, 2)])
+def test_long_rows_with_weights_leave_registers_for_other_programs(
+    width: int, programs: int
+) -> None:
+    schedule = choose(weighted(width), H200)
+    assert schedule.kind == "persistent"
+    threads = 32 * schedule.num_warps * programs
+    assert schedule.registers * threads <= H200.registers_per_sm
+    # and no fewer registers than that asks for
+    assert (schedule.registers + 8) * threads > H200.registers_per_sm
+
+
+def test_long_rows_that_leave_none_are_walked() -> None:
+    assert choose(weighted(16384, own=4), H200).kind == "looped"
+    assert choose(weighted(4096), H200).registers == 0
+
+
+@pytest.mark.parametrize(("own", "registers"), [(2, 128), (4, 0)])
+def test_long_rows_of_random_numbers_share_a_processor_where_they_fit(
+    own: int, registers: int
+) -> None:
+    build, at = Builder(), X0 * 16384 + R0
+    x = build.rand(build.load("seed", Affine(), torch.int64), at)
+    for i in range(own):
+        x = build.map("mul", x, build.cast(build.load(f"a{i}", at, BF16), F32))
+    build.store("out", at, build.map("sub", x, build.reduce("sum", x, F32)))
+    buffers = ins(seed=(torch.int64, 1), **{f"a{i}": (BF16, 1 << 27) for i in range(own)})
+    outputs = outs(out=(F32, 1 << 27))
+    program = build.program(axes(8192), axes(16384, reduced=True), buffers + outputs)
+    schedule = choose(program, H200)
+    assert (schedule.kind, schedule.num_warps) == ("persistent", 8)
+    assert schedule.registers == registers
+
+
+def test_neighbours_keep_as_many_programs_a_processor() -> None:
+    first = choose(weighted(16384), H200)
+    others = [s for s in candidates(weighted(16384), H200) if s.kind == first.kind]
+    assert first.registers == 64
+    assert {s.registers * s.num_warps for s in others} <= {0, first.registers * first.num_warps}
+    assert any(s.registers == 0 for s in others)
+
+
+def test_rows_are_also_measured_with_no_loads_in_flight() -> None:
+    program = with_column_sums(4096, BF16, 1)
+    first = choose(program, H200)
+    assert (first.kind, first.num_stages) == ("rows", 3)
+    assert replace(first, num_stages=1) in candidates(program, H200)
 
 
 def test_rows_that_do_not_fit_are_walked() -> None:

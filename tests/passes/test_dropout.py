@@ -118,6 +118,21 @@ def test_a_dropout_of_another_kind_is_a_miss(captured: Captured) -> None:
     assert miss.pattern == "dropout"
 
 
+def test_a_rate_that_sixteen_bits_would_miss_is_a_miss(captured: Captured) -> None:
+    gm, sites = rewritten(captured(lambda x: F.dropout(x, 0.95), torch.randn(2, 3)))
+    assert sites == 0
+    (miss,) = findings(gm)
+    assert isinstance(miss, Miss)
+    assert "0.9" in miss.reason
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.85, 0.9])
+def test_the_mean_of_the_result_is_that_of_the_input(p: float) -> None:
+    """To 1e-4: over all random numbers there are, not over a draw of them."""
+    numbers = (torch.arange(2**16, dtype=torch.float64) + 0.5) * 2.0**-16
+    assert abs((numbers >= p).double().mean() / (1 - p) - 1) < 1e-4
+
+
 def test_only_gpu_tensors_by_default(captured: Captured) -> None:
     assert dropout(captured(lambda x: F.dropout(x, 0.5), torch.randn(3))) == 0
 

@@ -157,6 +157,7 @@ def test_another_device_is_an_error(path: Path) -> None:
     [
         ({"num_warps": 3}, ("num_warps is 3",)),
         ({"num_warps": 64}, ("num_warps is 64",)),
+        ({"registers": 16}, ("registers is 16", "32 to 255")),
         ({"x_block": 0}, ("x_block is 0",)),
         ({"x_block": "4"}, ("x_block is '4'",)),
         ({"kind": "spiral"}, ("'spiral'", "persistent")),

@@ -43,7 +43,7 @@ _KERNELS = """
 def draw(out, seed, start, n: tl.constexpr, wide: tl.constexpr):
     position = tl.arange(0, n)
     counter = position.to(tl.int64) + start if wide else position
-    tl.store(out + position, _uniform(tl.load(seed), counter))
+    tl.store(out + position, _uniform(_random_bits(tl.load(seed), counter)))
 """
 
 _MAIN = """
@@ -67,9 +67,10 @@ def by_hand(low: int, high: int, key: int) -> tuple[int, int]:
 
 
 def word(seed: int, counter: int) -> int:
-    """The bits of an element: one of the two words of its block."""
-    block = counter // 2
-    return by_hand(block % _WORD, (block ^ seed) // _WORD, seed % _WORD)[counter % 2]
+    """The bits of an element: a quarter of its block, upper halves first."""
+    block, quarter = divmod(counter, 4)
+    word = by_hand(block % _WORD, (block ^ seed) // _WORD, seed % _WORD)[quarter // 2]
+    return word % 2**16 if quarter % 2 else word // 2**16
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_bits_are_those_computed_by_hand(seed: int, start: int) -> None:
     assert philox.random_bits(seed, torch.tensor(list(counters))).tolist() == expected
     numbers = philox.uniform(seed, torch.tensor(list(counters)))
     assert numbers.dtype == torch.float32
-    assert numbers.tolist() == [(bits >> 8) * 2.0**-24 for bits in expected]
+    assert numbers.tolist() == [(bits + 0.5) * 2.0**-16 for bits in expected]
 
 
 @pytest.mark.parametrize("case", range(len(_CASES)))
@@ -117,8 +118,8 @@ def test_kernels_draw_the_same_bits(drawn: list[list[int]], case: int) -> None:
 
 
 def test_a_module_has_the_generator_only_where_it_draws() -> None:
-    assert "def _uniform" in helpers_for(PRELUDE, "draw = _uniform(seed, x)")
-    assert "def _uniform" not in helpers_for(PRELUDE, "uniform_3 = tl.load(x)")
+    assert "def _random_bits" in helpers_for(PRELUDE, "draw = _random_bits(seed, x)")
+    assert "def _random_bits" not in helpers_for(PRELUDE, "bits_3 = tl.load(x)")
 
 
 def test_seed_may_be_a_number_and_counters_any_shape() -> None:
@@ -154,7 +155,7 @@ def check_uniform(numbers: torch.Tensor) -> None:
     """
     x = numbers.double()
     n = x.numel()
-    assert x.min() >= 0
+    assert x.min() > 0
     assert x.max() < 1
     centred = x - 0.5
     assert abs(centred.mean()) < 4 * math.sqrt(1 / 12 / n)
@@ -164,7 +165,7 @@ def check_uniform(numbers: torch.Tensor) -> None:
     chi_squared = ((counts - n / cells) ** 2 / (n / cells)).sum()
     freedom = cells - 1
     assert abs(chi_squared - freedom) < 4.5 * math.sqrt(2 * freedom)
-    for lag in (1, 2, 3, 8, 32, 1024):
+    for lag in (1, 2, 3, 4, 5, 6, 8, 32, 1024):
         correlation = (centred[lag:] * centred[:-lag]).mean() * 12
         assert abs(correlation) < 4.5 / math.sqrt(n - lag)
 
@@ -189,9 +190,36 @@ def test_neighbouring_seeds_give_unrelated_streams(other: int) -> None:
     assert abs(((a - 0.5) * (b - 0.5)).mean() * 12) < 4 / 2**10
 
 
-@pytest.mark.parametrize("bit", [0, 1, 31, 32])
+def test_numbers_are_the_middles_of_equal_cells() -> None:
+    numbers = philox.uniform(3, torch.arange(1 << 22))
+    places = numbers.double() * 2**16 - 0.5
+    assert torch.equal(places, places.round())
+    counts = torch.bincount(places.long(), minlength=2**16).double()
+    assert counts.min() > 0
+    chi_squared = ((counts - 64) ** 2 / 64).sum()
+    assert abs(chi_squared - (2**16 - 1)) < 4.5 * math.sqrt(2 * (2**16 - 1))
+
+
+def test_the_four_numbers_of_a_block_are_unrelated_in_every_bit() -> None:
+    count = 1 << 16
+    bits = philox.random_bits(9, torch.arange(4 * count)).reshape(count, 4)
+    each = ((bits[:, :, None] >> torch.arange(16)) & 1).double().reshape(count, 64) * 2 - 1
+    related = (each.T @ each) / count - torch.eye(64, dtype=torch.float64)
+    # of 2016 pairs, none beyond five standard deviations
+    assert related.abs().max() < 5 / math.sqrt(count)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.25, 0.3, 0.5, 0.9, 1 - 1e-6])
+def test_a_threshold_parts_the_numbers_as_the_comparison_does(p: float) -> None:
+    numbers = (torch.arange(2**16).float() + 0.5) * 2.0**-16
+    below = philox.threshold(torch.tensor(p).item())
+    assert below == int((numbers < p).sum())
+    assert abs(below / 2**16 - p) <= 2.0**-17 + 1e-8
+
+
+@pytest.mark.parametrize("bit", [0, 1, 2, 31, 32])
 def test_one_flipped_bit_of_the_counter_flips_half_the_bits(bit: int) -> None:
     counter = torch.arange(1 << 14)
     flipped = philox.random_bits(3, counter) ^ philox.random_bits(3, counter ^ (1 << bit))
-    for place in range(32):
+    for place in range(philox.BITS):
         assert abs(((flipped >> place) & 1).double().mean() - 0.5) < 5 * 0.5 / 2**7

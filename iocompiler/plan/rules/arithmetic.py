@@ -42,6 +42,25 @@ def arithmetic(fn: str, arity: int, on_bool: str | None = None) -> Rule:
     return rule
 
 
+def mul(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    """A product. (x keep) s, as dropout is written, is x (s where keep, else 0 s): the same
+    numbers, infinite or not, by one product less.
+    """
+    dtype, build = result_dtype(node), low.builder
+    a, b = (low.operand(x, node, index, mask, dtype) for x in node.args[:2])
+    if dtype == torch.bool:
+        return build.map("and", a, b)
+    product, scale = build.ops[a], build.ops[b]
+    known = scale.kind == "const" and isinstance(scale.value, float)
+    if known and (product.kind, product.fn) == ("map", "mul"):
+        x, factor = product.inputs
+        kept = build.ops[factor]
+        if kept.kind == "cast" and build.dtype(kept.inputs[0]) == torch.bool:
+            nothing = build.const(0.0 * scale.value, dtype)
+            return build.map("mul", x, build.map("where", kept.inputs[0], b, nothing, dtype=dtype))
+    return build.map("mul", a, b)
+
+
 def float_only(fn: str) -> Rule:
     """A function that is the identity on integers."""
 

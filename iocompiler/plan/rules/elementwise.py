@@ -16,6 +16,7 @@ from iocompiler.plan.rules.arithmetic import (
     floor_divide,
     fmod,
     logical,
+    mul,
     power,
     predicate,
     remainder,
@@ -66,8 +67,8 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.add.Scalar: sum_or_difference("add"),
     aten.sub.Tensor: sum_or_difference("sub"),
     aten.sub.Scalar: sum_or_difference("sub"),
-    aten.mul.Tensor: arithmetic("mul", 2, "and"),
-    aten.mul.Scalar: arithmetic("mul", 2, "and"),
+    aten.mul.Tensor: mul,
+    aten.mul.Scalar: mul,
     aten.div.Tensor: div,
     aten.true_divide.Tensor: div,  # of a float that is an input, by torch
     aten.div.Scalar: div,
