@@ -63,7 +63,7 @@ def _overlaps(result: object) -> bool:
         return False
     places = zip(result.stride(), result.shape, strict=True)
     dims = [(stride, size) for stride, size in places if not equal(size, 1)]
-    if any(equal(stride, 0) for stride, _ in dims):
+    if any(equal(stride, 0) or equal(size, 0) for stride, size in dims):
         return False
     if any(equal(one, other) for (one, _), (other, _) in combinations(dims, 2)):
         return True

@@ -42,6 +42,7 @@ LEFT: dict[str, Function] = {
     "expanded": lambda x, y: (x * y)[:, None].expand(4, 3, 8),
     "transposed": lambda x, y: (x * y).t(),
     "not differentiated": lambda x, y: ((x * y).detach().unfold(-1, 2, 1), x * y),
+    "nothing": lambda x, y: (x * y)[:, :0].unfold(-1, 0, 1),
     "windows of one": lambda x, y: (x * y).unfold(-1, 1, 1),
 }
 
