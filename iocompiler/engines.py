@@ -111,6 +111,7 @@ def scheduled(
         BadPlanFile: the file cannot be replayed.
     """
     # a CPU graph never needs the planner
+    from iocompiler.plan.activation import with_activations
     from iocompiler.plan.addressed import addressed
     from iocompiler.plan.build import size_hints
     from iocompiler.plan.inplace import in_place
@@ -118,8 +119,9 @@ def scheduled(
     from iocompiler.plan.residual import with_residuals
 
     def settle(chosen: Plan) -> Plan:
-        settled = addressed(in_place(with_residuals(chosen), donated))
-        return shared_memory(settled, size_hints(gm), donated)
+        hints = size_hints(gm)
+        chosen = with_activations(with_residuals(chosen), device_row(gm, options), hints)
+        return shared_memory(addressed(in_place(chosen, donated)), hints, donated)
 
     if not options.plan:
         chosen, measured = tuned(plan, gm, options)

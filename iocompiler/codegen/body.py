@@ -238,9 +238,10 @@ class Body:
         *added, a, b = (ref.name for ref in references(step.args))
         sizes = tuple_text(tuple(sympy.Symbol(name) for name in product.size_symbols))
         arguments = ["stream", sizes]
-        for name in (a, b, *made(step), *added):
+        out, *sums = made(step)
+        for name in (a, b, out, *added, *sums):
             text, variable = self._address(name, product.dtype.itemsize)
-            arguments.append(text)
+            arguments.append(f"sums={text}" if name in sums else text)
             variables.add(variable)
         launch = self._launchers.product(product, step.target.split(".")[1])
         lines.append(f"{launch}({', '.join(arguments)})")

@@ -238,6 +238,8 @@ def _problem_text(product: LibraryProduct) -> str:
     strides = {"a": product.a, "b": product.b, "out": product.out}
     if product.added is not None:
         strides["added"] = product.added
+    if product.sums is not None:
+        strides["sums"] = product.sums
     shape = ", ".join(f"{name}={size_text(size)}" for name, size in sizes.items())
     lies = ", ".join(f"{name}={tuple_text(each)}" for name, each in strides.items())
     given = f"lambda {', '.join(product.size_symbols)}".rstrip()

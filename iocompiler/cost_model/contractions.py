@@ -100,6 +100,13 @@ def addmm(call: Call) -> Cost:
     return _product(call, call.args[1], call.args[2])
 
 
+def addmm_gelu(call: Call) -> Cost:
+    """bias [n] or None, a [m, k], b [k, n]: the product and its activation are written."""
+    cost = _product(call, call.args[1], call.args[2])
+    inner = tuple(replace(each, kind="activated") for each in cost.contractions)
+    return replace(cost, contractions=inner)
+
+
 def baddbmm(call: Call) -> Cost:
     return _product(call, call.args[1], call.args[2])
 

@@ -28,7 +28,7 @@ class Contraction:
     ``aligned``: every operand's and the result's leading stride is a multiple of 16 bytes, as the
     matrix units' loads need. ``kind`` tells what the model of its speed and its lower bound must
     know: a convolution reuses its input beyond the matmul, an attention keeps its scores on the
-    chip and may skip the upper triangle.
+    chip and may skip the upper triangle; an "activated" matmul stores its GELU beside it.
     """
 
     batch: Size
@@ -37,7 +37,7 @@ class Contraction:
     k: Size
     dtype: torch.dtype
     aligned: bool = True
-    kind: Literal["matmul", "conv", "attention", "causal attention"] = "matmul"
+    kind: Literal["matmul", "conv", "attention", "causal attention", "activated"] = "matmul"
 
     @property
     def flops(self) -> Size:

@@ -29,6 +29,10 @@ REACHED_MATMUL = 790 / 989.5
 # H100 SXM: of 59 regions, 0.89 to 1.03
 TEMPLATE_ON_HOPPER = 0.99
 
+# the first algorithm that cuBLASLt 13.0 proposes on an H100 SXM, in bf16, against torch's addmm:
+# 1.34 for 8192 x 3072 x 768, 1.38 for 4096 x 4096 x 1024, 1.28 for 6304 x 3072 x 768
+GELU_ON_HOPPER = 1.4
+
 
 @dataclass(frozen=True)
 class Device:
@@ -61,6 +65,9 @@ class Device:
     # (`matmul_price.py` says what stands around them); None: not measured here, so that a
     # measurement alone (max-autotune) decides for it
     matmul_template: float | None = None
+    # how often the time of a product the library takes that stores its GELU beside it, in one
+    # launch; None: not measured here, so that nothing is known to be gained by it
+    gelu_beside_product: float | None = None
 
     @property
     def memory_rate(self) -> float:
@@ -115,6 +122,7 @@ DEVICES: dict[str, Device] = {
         vector_flops=60e12,
         launch_s=2.5e-6,
         measured=True,
+        gelu_beside_product=GELU_ON_HOPPER,
         pattern=r"\bH200\b",
         source="copy and bf16 8192^3 matmul measured on an H200 SXM (torch 2.11, 2026-11-22); "
         "tf32, fp8, int8 and fp64: NVIDIA H200 datasheet (dense) times the share bf16 "
@@ -136,6 +144,7 @@ DEVICES: dict[str, Device] = {
         tf32_flops=494.7e12,
         vector_flops=67e12,
         launch_s=2.5e-6,
+        gelu_beside_product=GELU_ON_HOPPER,
         pattern=r"\bH100\b.*HBM3",
         source="NVIDIA H100 datasheet, SXM5 80 GB, figures halved where printed with sparsity; L2 "
         "rate: estimate; the template's share: measured on an H100 SXM (benchmarks/matmul.py, 59 "
@@ -314,8 +323,9 @@ def _scaled(row: Device, properties: Any) -> Device:
         matmul_flops={dtype: rate * share for dtype, rate in row.matmul_flops.items()},
         tf32_flops=row.tf32_flops * share,
         vector_flops=row.vector_flops * share,
-        # the template's share is that of one kind of SM, however many there are
+        # these are of one kind of SM, however many there are
         matmul_template=row.matmul_template if row.capability == own else None,
+        gelu_beside_product=row.gelu_beside_product if row.capability == own else None,
         pattern="",
         source=f"the {row.name} row scaled to {properties.multi_processor_count} SMs; "
         + ("bandwidth from the driver" if whole else "bandwidth by SM count"),

@@ -139,6 +139,8 @@ def efficiency(
     shape = max(
         _filled(tile, split, work, fill, device.sm_count) for tile in TILES for split in SPLITS
     )
+    if contraction.kind == "activated":
+        shape /= device.gelu_beside_product or 1.0
     return shape * (1.0 if contraction.aligned or contraction.dtype.itemsize > 2 else UNALIGNED)
 
 

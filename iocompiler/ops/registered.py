@@ -3,6 +3,7 @@ from here.
 """
 
 from iocompiler.ops import (
+    addmm_gelu,
     aligned_mm,
     attention,
     attention_classes,
@@ -19,6 +20,7 @@ from iocompiler.ops import (
 from iocompiler.ops.library import function
 
 __all__ = [
+    "addmm_gelu",
     "aligned_mm",
     "attention",
     "attention_classes",

@@ -25,6 +25,7 @@ from iocompiler.tile.index import Size
 DTYPES = (torch.bfloat16, torch.float16)
 """Of whose products no switch of torch's changes what is computed: float32 has TF32."""
 _TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
+ADDMM_GELU = "iocompiler.addmm_gelu.default"
 _BIAS: Strides = (0, 0, 1)
 
 
@@ -51,12 +52,27 @@ def library_product(
     """The product of a call on the plan's ``device``; None where it is none, or has a form that the
     library does not take, or may not take for some values of its symbols.
     """
+    if step.target == ADDMM_GELU:
+        return _activated(step, specs, device)
     if step.target not in _TARGETS or not takes_out(step, device):
         return None
     factors = factors_of(step, specs)
     if factors is None or factors.dtype not in DTYPES:
         return None
     return _of(factors)
+
+
+def _activated(
+    step: AtenStep, specs: Mapping[str, TensorSpec], device: str
+) -> LibraryProduct | None:
+    """Of a product with its activation, which lies as the product does."""
+    (bias, a, b), (activation, (name, spec)) = step.args, step.outputs
+    target, args = ("mm", (a, b)) if bias is None else ("addmm", step.args)
+    plain = replace(step, target=f"aten.{target}.default", args=args, outputs=(activation,))
+    found = library_product(replace(plain, is_tuple=False), specs, device)
+    if found is None or name is None or spec != activation[1] or found.added not in (None, _BIAS):
+        return None
+    return replace(found, sums=found.out)
 
 
 def _of(factors: Factors) -> LibraryProduct | None:

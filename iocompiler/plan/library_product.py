@@ -16,7 +16,8 @@ class LibraryProduct:
     """out[b, i, j] = sum_k a[b, i, k] b[b, k, j] + added[b, i, j], summed in float32.
 
     Strides are in elements, along the batch, down rows, along a row. ``added`` are those of what is
-    added, if anything is: (0, 0, 1) for a bias. `runtime.products.Problem` is the same in numbers.
+    added, if anything is: (0, 0, 1) for a bias. With ``sums``, these are those of what was
+    described, and ``out`` is its GELU, by tanh. `runtime.products.Problem` is the same in numbers.
     """
 
     batch: Size
@@ -28,10 +29,12 @@ class LibraryProduct:
     b: Strides
     out: Strides
     added: Strides | None = None
+    sums: Strides | None = None
 
     @property
     def size_symbols(self) -> tuple[str, ...]:
         """The sizes it depends on, sorted."""
         sizes = (self.batch, self.m, self.n, self.k, *self.a, *self.b, *self.out)
-        found = [size for size in (*sizes, *(self.added or ())) if not isinstance(size, int)]
+        sizes += (*(self.added or ()), *(self.sums or ()))
+        found = [size for size in sizes if not isinstance(size, int)]
         return tuple(sorted({symbol.name for size in found for symbol in size.free_symbols}))

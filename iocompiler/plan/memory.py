@@ -55,7 +55,7 @@ _FORGETTING = ("iocompiler.attention", "iocompiler.scored_attention", "iocompile
 """Calls, by how their names begin, that neither keep what they read nor return it."""
 _FORGETTING_TOO = WITH_OUT.keys() | {
     "aten.copy_.default", "aten.convolution.default", "iocompiler.aligned_mm.default",
-    "iocompiler.sum_of_products.default",
+    "iocompiler.sum_of_products.default", "iocompiler.addmm_gelu.default",
 }  # fmt: skip
 _CALLERS = "primals"
 """AOTAutograd's name for inputs that stay the caller's while the plan runs."""
@@ -150,6 +150,8 @@ def allocated(step: Step, device: str) -> dict[str, TensorSpec]:
         over = dict(step.over)
         return {name: spec for name, spec in step.outputs if name not in over}
     if isinstance(step, (MatmulStep, BatchStep)) or takes_out(step, device):
+        return made(step)
+    if isinstance(step, AtenStep) and step.product is not None:
         return made(step)
     return {}
 

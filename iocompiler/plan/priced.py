@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from iocompiler.cost_model.call import call_of_step
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul_price import matmul_seconds
 from iocompiler.cost_model.matmul_tiles import choose
-from iocompiler.cost_model.roofline import time
-from iocompiler.cost_model.rules import price
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, Step, TensorSpec, made
+from iocompiler.plan.activation import activations, call_seconds
+from iocompiler.plan.data import AtenStep, KernelStep, Plan, made
 from iocompiler.plan.fold import folded, with_reasons
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.residual import Residual, residuals
@@ -27,7 +23,7 @@ class Priced:
 
     Attributes:
         library_s: of the library's calls. kernel_s: of the kernel behind them, if any, unless the
-            library does what that does (`residual.py`).
+            library does what that does (`residual.py`, `activation.py`).
         folded_s: of the step; None where nothing was measured that says so.
     """
 
@@ -69,6 +65,7 @@ def priced(
     apart: dict[tuple[int, ...], Residual] = {
         (each.product, each.kernel): each for each in residuals(plan)
     }
+    activated = {(each.product, each.kernel): each for each in activations(plan, device, hints)}
     tiles = {} if known is None else known
     found: dict[SiteKey, Priced] = {}
     for site in sites(plan):
@@ -83,23 +80,22 @@ def priced(
         if residual is not None:  # the library does both
             calls, kernel = [residual.call], None
             specs |= made(residual.call) | {view.name: view.spec for view in residual.views}
+        elif site.places in activated:
+            calls, kernel = [activated[site.places].call], None
         found[key] = Priced(
             site,
             tiles[key],
-            sum(_call_seconds(step, specs, device, hints) for step in calls),
+            sum(
+                call_seconds(step, specs, device, hints)
+                for step in calls
+                if isinstance(step, AtenStep)
+            ),
             kernel_seconds(kernel.program, device, hints)
             if isinstance(kernel, KernelStep)
             else 0.0,
             matmul_seconds(*key, tiles[key], device, hints),
         )
     return tuple(found.values())
-
-
-def _call_seconds(
-    step: Step, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
-) -> float:
-    assert isinstance(step, AtenStep)
-    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
 
 
 def chosen_by_price(plan: Plan, choices: Iterable[Priced]) -> Plan:

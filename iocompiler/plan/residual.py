@@ -102,7 +102,7 @@ def _residual(look: Look, device: str, place: int, step: KernelStep, which: int)
     if at is None or not isinstance(maker, AtenStep) or maker.target not in _WITH_ADDED:
         return None
     spec = look.specs[name]
-    if maker.kwargs or not _is_whole(look, arguments[which], spec, step) or step.over:
+    if maker.kwargs or not is_whole(look, arguments[which], spec, step) or step.over:
         return None
     if not _is_read_once(look, name, at, place):
         return None
@@ -111,7 +111,7 @@ def _residual(look: Look, device: str, place: int, step: KernelStep, which: int)
         return None
     ((result, shown),) = step.outputs
     views, added = _view(look, f"{result}_added", base, spec, look.offset(other))
-    whole = result if shown == spec else _unused(f"{result}_{maker.node or 'sum'}", look)
+    whole = result if shown == spec else unused(f"{result}_{maker.node or 'sum'}", look)
     call = replace(
         maker,
         target=_WITH_ADDED[maker.target],
@@ -125,7 +125,7 @@ def _residual(look: Look, device: str, place: int, step: KernelStep, which: int)
     return Residual(at, place, name, views, call, behind)
 
 
-def _is_whole(look: Look, argument: str, spec: TensorSpec, step: KernelStep) -> bool:
+def is_whole(look: Look, argument: str, spec: TensorSpec, step: KernelStep) -> bool:
     """Whether the kernel reads all of a product, element by element from its first, and makes as
     much.
     """
@@ -167,11 +167,11 @@ def _view(
     """What lies in a value's memory, seen as ``spec``: the view to be made, if any; its name."""
     if look.specs[base] == spec and equal(offset, 0):
         return (), base
-    name = _unused(wish, look)
+    name = unused(wish, look)
     return (ViewStep(name, base, spec, offset),), name
 
 
-def _unused(wish: str, look: Look) -> str:
+def unused(wish: str, look: Look) -> str:
     while wish in look.specs:
         wish += "_"
     return wish
@@ -191,7 +191,7 @@ def _is_sum(program: TileProgram) -> bool:
         return False
     if any(op.dtype not in (dtype, torch.float32) for op in program.ops):
         return False
-    return _adds(program.ops) and _is_flat(program)
+    return _adds(program.ops) and is_flat(program)
 
 
 def _adds(ops: tuple[Op, ...]) -> bool:
@@ -212,7 +212,7 @@ def _adds(ops: tuple[Op, ...]) -> bool:
     return len(names) == 2
 
 
-def _is_flat(program: TileProgram) -> bool:
+def is_flat(program: TileProgram) -> bool:
     """Whether all are read and written in the order of memory, from their first element on."""
     merged = merge_axes(program)
     order: Affine = row_major(merged.parallel)

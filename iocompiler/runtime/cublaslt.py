@@ -25,6 +25,8 @@ _TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
 _BATCH_COUNT, _BATCH_STRIDE = 5, 6
 _MOST_WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 _EPILOGUE_BIAS = 4
+_SUMS_POINTER, _SUMS_LEADING = 11, 12  # the epilogue's "auxiliary" matrix
+_EPILOGUE_GELU_AND_SUMS = 32 | 128
 _REDUCED_IN_FLOAT32 = 2
 """Partial sums are added in float32: half as exact, where the library adds them in the result's
 dtype, is not what a float32 sum promises."""
@@ -59,7 +61,8 @@ class Matrix:
 @dataclass(frozen=True)
 class Description:
     """``d = op(a) op(b)``, plus ``c`` where it is added, plus a bias of ``d.rows`` elements, in
-    column-major matrices; op transposes where it says so.
+    column-major matrices; op transposes where it says so. With ``sums``, this goes there, and ``d``
+    is its GELU by tanh.
     """
 
     dtype: torch.dtype
@@ -72,6 +75,7 @@ class Description:
     transpose_b: bool = False
     bias: bool = False
     alignment: int = 256
+    sums: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Prepared:
     workspace: int
     kept: tuple[Any, ...]
     set_bias: Callable[[int], None]
+    set_sums: Callable[[int], None]
 
     def run(self, stream: int, a: int, b: int, c: int, d: int, workspace: int) -> int:
         """Queue it; returns the library's status, 0 for success. ``c`` is ``d`` where nothing is
@@ -163,23 +168,30 @@ def prepared(of: Description, device: int, choice: int = 0) -> Prepared:
 
     describe(_TRANSPOSE_A, c_int32(of.transpose_a))
     describe(_TRANSPOSE_B, c_int32(of.transpose_b))
+    epilogue = of.bias * _EPILOGUE_BIAS | (of.sums is not None) * _EPILOGUE_GELU_AND_SUMS
+    some = c_void_p(of.alignment)  # an address as aligned as all will be
+    if epilogue:
+        describe(_EPILOGUE, c_uint32(epilogue))
     if of.bias:
-        describe(_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
-        describe(_BIAS_POINTER, c_void_p(of.alignment))  # an address as aligned as all will be
+        describe(_BIAS_POINTER, some)
+    if of.sums is not None:
+        describe(_SUMS_POINTER, some)
+        describe(_SUMS_LEADING, c_int64(of.sums.leading))
     a, b, d = (_layout(lib, m, of) for m in (of.a, of.b, of.d))
     c = _layout(lib, of.c, of) if of.c is not None else d
     result = _algorithm(lib, handle, (description, a, b, c, d), of.alignment, choice)
-    set_bias = functools.partial(_set_bias, lib, description)
+    set_bias = functools.partial(_set_address, lib, description, _BIAS_POINTER)
+    set_sums = functools.partial(_set_address, lib, description, _SUMS_POINTER)
     beta = _ONE if of.c is not None else _ZERO
     algorithm = ctypes.cast(byref(result.algorithm), c_void_p)
     return Prepared(
         lib.cublasLtMatmul, handle, description, a, b, c, d, beta, algorithm, result.workspace,
-        (result,), set_bias,
+        (result,), set_bias, set_sums,
     )  # fmt: skip
 
 
-def _set_bias(lib: Any, description: c_void_p, address: int) -> None:
-    lib.cublasLtMatmulDescSetAttribute(description, _BIAS_POINTER, byref(c_void_p(address)), 8)
+def _set_address(lib: Any, description: c_void_p, attribute: int, address: int) -> None:
+    lib.cublasLtMatmulDescSetAttribute(description, attribute, byref(c_void_p(address)), 8)
 
 
 def _layout(lib: Any, matrix: Matrix, of: Description) -> c_void_p:

@@ -24,13 +24,15 @@ Strides: TypeAlias = tuple[int, int, int]
 
 _ALIGNED = 256
 """Bytes; the library asks for no more."""
+_SUMS_ALIGNED = 16
 
 
 @dataclass(frozen=True)
 class Problem:
     """``out[b, i, j] = sum over k of a[b, i, k] * b[b, k, j] + added[b, i, j]``, sums in float32.
 
-    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix.
+    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix. With ``sums``, all this
+    is `sums`, rounded, and ``out`` its GELU by tanh, which may be that of what is not rounded yet.
     """
 
     batch: int
@@ -42,6 +44,7 @@ class Problem:
     b: Strides
     out: Strides
     added: Strides | None = None
+    sums: Strides | None = None
 
     @property
     def biased(self) -> bool:
@@ -74,8 +77,8 @@ def describe(problem: Problem, alignment: int) -> tuple[Description, bool] | Non
 def _transposed(problem: Problem) -> Problem:
     """The same memory as out^T = b^T a^T."""
     a, b, out = (_turned(s) for s in (problem.a, problem.b, problem.out))
-    added = _turned(problem.added) if problem.added else None
-    return replace(problem, m=problem.n, n=problem.m, a=b, b=a, out=out, added=added)
+    added, sums = (_turned(s) if s else None for s in (problem.added, problem.sums))
+    return replace(problem, m=problem.n, n=problem.m, a=b, b=a, out=out, added=added, sums=sums)
 
 
 def _turned(strides: Strides) -> Strides:
@@ -101,7 +104,21 @@ def _by_rows(of: Problem, alignment: int) -> Description | None:
         added = _by_columns(of.n, of.m, of.added)
         if added is None:
             return None
-    return Description(of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment)
+    sums = _by_columns(of.n, of.m, of.sums) if of.sums is not None else None
+    if of.sums is not None and (sums is None or not _takes_sums(of, sums, alignment)):
+        return None
+    return Description(
+        of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment, sums
+    )
+
+
+def _takes_sums(of: Problem, sums: Matrix, alignment: int) -> bool:
+    """Whether the library stores what an activation reads, as its documentation has it: vectors of
+    16 bytes. Of one product, to which no more than a bias is added, as nothing else was tried.
+    """
+    vector = _SUMS_ALIGNED // of.dtype.itemsize
+    alone = of.batch == 1 and (of.added is None or of.biased)
+    return alone and alignment % _SUMS_ALIGNED == 0 and sums.leading % vector == 0
 
 
 def _by_columns(rows: int, columns: int, strides: Strides) -> Matrix | None:
@@ -127,29 +144,30 @@ class Product:
         self._runs: dict[tuple[int, ...], _Run] = {}
 
     def run(
-        self, stream: int, sizes: tuple[int, ...], a: int, b: int, out: int, added: int = 0
-    ) -> None:
+        self, stream: int, sizes: tuple[int, ...], a: int, b: int, out: int, added: int = 0,
+        *, sums: int = 0,
+    ) -> None:  # fmt: skip
         """Queue it on a stream.
 
         Args:
-            a, b, out, added: addresses; ``out`` may be that of ``added``, not of an operand.
+            a, b, out, added, sums: addresses; ``out`` may be that of ``added``, not of an operand.
         """
-        low = (a | b | out | added) & (_ALIGNED - 1)
+        low = (a | b | out | added | sums) & (_ALIGNED - 1)
         key = (low & -low, *sizes) if low else sizes
         run = self._runs.get(key) or self._first(key, low & -low or _ALIGNED, sizes)
-        run(stream, a, b, out, added)
+        run(stream, a, b, out, added, sums)
 
     def _first(self, key: tuple[int, ...], alignment: int, sizes: tuple[int, ...]) -> _Run:
         run = self._runs[key] = _prepare(self._problem(*sizes), alignment, self._device)
         return run
 
 
-_Run: TypeAlias = Callable[[int, int, int, int, int], None]
+_Run: TypeAlias = Callable[[int, int, int, int, int, int], None]
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
-    """What queues a product: ``run(stream, a, b, out, added)``."""
+    """What queues a product: ``run(stream, a, b, out, added, sums)``."""
     on_aten = functools.partial(_by_aten, problem, device)
     described = describe(problem, alignment) if device.type == "cuda" else None
     if described is None:
@@ -158,37 +176,42 @@ def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
         found = cublaslt.prepared(described[0], torch.cuda._utils._get_device_index(device, True))
     except Refused:
         return on_aten
-    return _on_library(found, described[1], problem.biased, on_aten)
+    return _on_library(found, described[1], problem, on_aten)
 
 
-def _on_library(found: Prepared, swapped: bool, biased: bool, on_aten: _Run) -> _Run:
+def _on_library(found: Prepared, swapped: bool, problem: Problem, on_aten: _Run) -> _Run:
     size, queue, lock = found.workspace, found.run, threading.Lock()
     memory: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
-    bias = 0  # the address that stands in the description
+    biased = problem.biased
+    bias = stored = 0  # the addresses that stand in the description
 
-    def run(stream: int, a: int, b: int, out: int, added: int) -> None:
+    def run(stream: int, a: int, b: int, out: int, added: int, sums: int) -> None:
         first, second = (b, a) if swapped else (a, b)
         c = out if biased or not added else added
         # freed at once: what gets it next is queued behind
         workspace = memory((size,), (1,), torch.uint8) if size else None
         at = 0 if workspace is None else workspace.data_ptr()
         if queue(stream, first, second, c, out, at):
-            on_aten(stream, a, b, out, added)
+            on_aten(stream, a, b, out, added, sums)
 
-    def run_biased(stream: int, a: int, b: int, out: int, added: int) -> None:
-        nonlocal bias
+    def run_described(stream: int, a: int, b: int, out: int, added: int, sums: int) -> None:
+        nonlocal bias, stored
         with lock:
-            if bias != added:
+            if biased and bias != added:
                 found.set_bias(added)
                 bias = added
-            run(stream, a, b, out, added)
+            if stored != sums:
+                found.set_sums(sums)
+                stored = sums
+            run(stream, a, b, out, added, sums)
 
-    return run_biased if biased else run
+    return run_described if biased or problem.sums is not None else run
 
 
 def _by_aten(
-    problem: Problem, device: torch.device, stream: int, a: int, b: int, out: int, added: int
-) -> None:
+    problem: Problem, device: torch.device, stream: int, a: int, b: int, out: int, added: int,
+    sums: int,
+) -> None:  # fmt: skip
     """The product as torch does it, on the current stream, which is the given one."""
     p = problem
     if 0 in (p.batch, p.m, p.n):
@@ -198,10 +221,13 @@ def _by_aten(
         return _tensor(address, (p.batch, rows, columns), strides, p.dtype, device)
 
     result, left, right = at(out, p.m, p.n, p.out), at(a, p.m, p.k, p.a), at(b, p.k, p.n, p.b)
+    summed = result if p.sums is None else at(sums, p.m, p.n, p.sums)
     if p.added is None:
-        torch.bmm(left, right, out=result)
+        torch.bmm(left, right, out=summed)
     else:
-        torch.baddbmm(at(added, p.m, p.n, p.added), left, right, out=result)
+        torch.baddbmm(at(added, p.m, p.n, p.added), left, right, out=summed)
+    if p.sums is not None:
+        torch.ops.aten.gelu.out(summed, approximate="tanh", out=result)
 
 
 class _Memory:

@@ -15,6 +15,7 @@ from iocompiler.plan.lowering import Lowering, Rule, Unsupported
 from iocompiler.plan.rules.arithmetic import keyword, result_dtype
 from iocompiler.plan.views import Index
 from iocompiler.tile.ops import compute_dtype
+from iocompiler.tile.program import Builder
 
 
 def clamp(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
@@ -86,8 +87,12 @@ def gelu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     build, dtype = low.builder, result_dtype(node)
     x = low.operand(node.args[0], node, index, mask, dtype)
     if keyword(node, 1, "approximate", "none") == "tanh":
-        return build.map("mul", x, _tanh_gate(low, x, dtype)[0])
+        return gelu_by_tanh(build, x)
     return build.map("mul", x, build.map("normal_cdf", x))
+
+
+def gelu_by_tanh(build: Builder, x: int) -> int:
+    return build.map("mul", x, _tanh_gate(build, x)[0])
 
 
 def gelu_backward(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
@@ -95,17 +100,17 @@ def gelu_backward(low: Lowering, node: Node, index: Index, mask: int | None) -> 
     build, dtype = low.builder, result_dtype(node)
     grad, x = (low.operand(each, node, index, mask, dtype) for each in node.args[:2])
     if keyword(node, 2, "approximate", "none") == "tanh":
-        gate, slope = _tanh_gate(low, x, dtype)
+        gate, slope = _tanh_gate(build, x)
     else:
         gate, slope = build.map("normal_cdf", x), build.map("normal_pdf", x)
     return build.map("mul", grad, build.map("add", gate, build.map("mul", x, slope)))
 
 
-def _tanh_gate(low: Lowering, x: int, dtype: torch.dtype) -> tuple[int, int]:
+def _tanh_gate(build: Builder, x: int) -> tuple[int, int]:
     """g = (1 + tanh u) / 2 = sigmoid(2 u) for u = sqrt(2 / pi) (x + 0.044715 x^3), and g'; what a
     kernel does not use of it is never written.
     """
-    build = low.builder
+    dtype = build.dtype(x)
     twice = 2 * math.sqrt(2 / math.pi)
     one = build.const(1.0, dtype)
     square = build.map("mul", x, x)
