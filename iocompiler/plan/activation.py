@@ -23,7 +23,7 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import price
 from iocompiler.ops.aligned_mm import ALIGNED
-from iocompiler.plan.addressed import ADDMM_GELU, DTYPES, library_product
+from iocompiler.plan.addressed import ACTIVATED, DTYPES, library_product
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, Step, TensorSpec, ViewStep
 from iocompiler.plan.look import Look
 from iocompiler.plan.residual import is_flat, is_whole, unused
@@ -111,7 +111,7 @@ def _activation(look: Look, device: str, place: int, step: KernelStep) -> Activa
     whole = result if shown == spec else unused(f"{result}_{maker.node or 'product'}", look)
     call = replace(
         maker,
-        target=ADDMM_GELU,
+        target=ACTIVATED,
         args=bias_and_factors[maker.target],
         outputs=((whole, spec), (name, spec)),
         is_tuple=True,

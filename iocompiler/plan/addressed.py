@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from iocompiler.ops.addmm_gelu import ADDMM_GELU
 from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, made
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.library_product import LibraryProduct, Strides
@@ -25,7 +26,7 @@ from iocompiler.tile.index import Size
 DTYPES = (torch.bfloat16, torch.float16)
 """Of whose products no switch of torch's changes what is computed: float32 has TF32."""
 _TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
-ADDMM_GELU = "iocompiler.addmm_gelu.default"
+ACTIVATED = str(ADDMM_GELU)
 _BIAS: Strides = (0, 0, 1)
 
 
@@ -52,7 +53,7 @@ def library_product(
     """The product of a call on the plan's ``device``; None where it is none, or has a form that the
     library does not take, or may not take for some values of its symbols.
     """
-    if step.target == ADDMM_GELU:
+    if step.target == ACTIVATED:
         return _activated(step, specs, device)
     if step.target not in _TARGETS or not takes_out(step, device):
         return None

@@ -35,6 +35,6 @@ class LibraryProduct:
     def size_symbols(self) -> tuple[str, ...]:
         """The sizes it depends on, sorted."""
         sizes = (self.batch, self.m, self.n, self.k, *self.a, *self.b, *self.out)
-        sizes += (*(self.added or ()), *(self.sums or ()))
-        found = [size for size in sizes if not isinstance(size, int)]
+        beside = (*(self.added or ()), *(self.sums or ()))
+        found = [size for size in (*sizes, *beside) if not isinstance(size, int)]
         return tuple(sorted({symbol.name for size in found for symbol in size.free_symbols}))

@@ -118,7 +118,8 @@ def _takes_sums(of: Problem, sums: Matrix, alignment: int) -> bool:
     """
     vector = _SUMS_ALIGNED // of.dtype.itemsize
     alone = of.batch == 1 and (of.added is None or of.biased)
-    return alone and alignment % _SUMS_ALIGNED == 0 and sums.leading % vector == 0
+    aligned = alignment % _SUMS_ALIGNED == sums.rows % vector == sums.leading % vector == 0
+    return alone and aligned
 
 
 def _by_columns(rows: int, columns: int, strides: Strides) -> Matrix | None:

@@ -182,6 +182,64 @@ def test_no_result_lies_in_memory_of_its_operands() -> None:
     agree(graph, torch.randn(8, 8).to(BF16) / 3)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gelu_beside_its_product(bias: bool) -> None:
+    """Its results are ours to allocate, and may lie where something died."""
+    square = half(8, 8)
+    both = (("z", square), ("y", square))
+    args = (Ref("c") if bias else None, Ref("twice"), Ref("w"))
+    steps: list[Step] = [
+        kernel("add", binary("add", 64, BF16), ("x", "x", "twice"), square),
+        AtenStep("iocompiler.addmm_gelu.default", args, (), both, True, "y", "model.py:8"),
+        product("mm", "u", "z", "y", of=square),
+        kernel("add_1", binary("add", 64, BF16), ("u", "y", "out"), square),
+    ]
+    graph = plan({"x": square, "w": square, "c": half(8)}, steps, (Ref("out"),))
+    found = settled(graph)
+    assert dict(found.placed)["u"] == Place("twice")
+    text = emit_module(found, "graph")
+    added = ", c.data_ptr()" if bias else ""
+    launch = f"twice.data_ptr(), w.data_ptr(), z.data_ptr(){added}, sums=y.data_ptr())"
+    assert f" run_addmm_gelu(stream, (), {launch} del " in " ".join(text.split())
+    for name in "zy":
+        assert f"    {name} = empty((8, 8), (8, 1), torch.bfloat16)\n" in text
+    assert "sums=(0, 8, 1),\n" in text
+    assert "2 launches, 0 aten calls, 2 products of a library on cuda:0." in text
+    agree(graph, *(torch.randn(*shape).to(BF16) for shape in ((8, 8), (8, 8), (8,))))
+
+
+@pytest.mark.parametrize("rows", [5, 0])
+def test_a_gelu_of_any_number_of_rows(rows: int) -> None:
+    shown = half(S0, 8)
+    args = (Ref("c"), Ref("x"), Ref("w"))
+    both = (("z", shown), ("y", shown))
+    steps = [AtenStep("iocompiler.addmm_gelu.default", args, (), both, True)]
+    graph = plan({"x": half(S0, 8), "w": half(8, 8), "c": half(8)}, steps, (Ref("z"), Ref("y")))
+    text = emit_module(settled(graph, {"s0": 5}), "graph")
+    assert "run_addmm_gelu(stream, (s0,), " in text
+    given = [torch.randn(*shape).to(BF16) for shape in ((rows, 8), (8, 8), (8,))]
+    for ours, theirs in zip(
+        run_of(settled(graph, {"s0": 5}))([*given]), run_plan(graph, given), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_no_gelu_by_address_is_a_call() -> None:
+    """A matrix that is added, and results of which one is not read."""
+    square = half(8, 8)
+    for args, both in (
+        (("x", "x", "w"), (("z", square), ("y", square))),
+        (("c", "x", "w"), (("z", square), (None, None))),
+        (("c", "x", "w"), ((None, None), ("z", square))),
+    ):
+        step = AtenStep("iocompiler.addmm_gelu.default", tuple(map(Ref, args)), (), both, True)
+        graph = plan({"x": square, "w": square, "c": half(8)}, [step], (Ref("z"),))
+        text = emit_module(settled(graph), "graph")
+        assert 'addmm_gelu = function("addmm_gelu")' in text
+        assert "module.product(" not in text
+        agree(graph, *(torch.randn(*shape).to(BF16) for shape in ((8, 8), (8, 8), (8,))))
+
+
 def test_what_aten_reads_too_is_a_tensor() -> None:
     turned = half(8, 4, stride=(1, 8))
     steps: list[Step] = [

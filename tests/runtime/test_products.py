@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import types
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from iocompiler.runtime import products
 from iocompiler.runtime.cublaslt import Description, Matrix
 from iocompiler.runtime.products import Problem, Product, describe, supported
 
@@ -88,6 +91,47 @@ def test_other_forms_are_not_asked_for(other: Problem) -> None:
     assert not supported(other)
 
 
+GELU = Problem(1, 3, 16, 4, BF16, (0, 4, 1), (0, 16, 1), (0, 16, 1), (0, 0, 1), (0, 24, 1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sums_are_stored_beside_their_gelu(bias: bool) -> None:
+    """Their rows may be further apart than the activation's."""
+    described = describe(GELU if bias else replace(GELU, added=None), 16)
+    assert described is not None
+    of, swapped = described
+    assert swapped
+    assert of.sums == Matrix(16, 3, 24)
+    assert of.d == Matrix(16, 3, 16)
+    assert of.bias == bias
+
+
+def test_sums_by_columns() -> None:
+    turned = replace(GELU, m=16, n=3, a=(0, 4, 1), b=(0, 3, 1), out=(0, 1, 16), sums=(0, 1, 24))
+    assert describe(turned, 16) is None  # a bias along columns
+    described = describe(replace(turned, added=None), 16)
+    assert described is not None
+    assert described[0].sums == Matrix(16, 3, 24)
+    assert not described[1]
+
+
+@pytest.mark.parametrize(
+    ("other", "alignment"),
+    [
+        (GELU, 8),
+        (replace(GELU, sums=(0, 20, 1)), 256),  # rows that are not aligned
+        (replace(GELU, n=12), 256),  # that do not end where a vector does
+        (replace(GELU, sums=(0, 8, 1)), 256),  # rows that overlap
+        (replace(GELU, sums=(0, 1, 16)), 256),  # across the activation
+        (replace(GELU, added=(0, 16, 1)), 256),  # a matrix added
+        (replace(GELU, batch=2, a=(12, 4, 1), out=(48, 16, 1), sums=(72, 24, 1)), 256),
+    ],
+)
+def test_other_sums_are_not_asked_for(other: Problem, alignment: int) -> None:
+    assert describe(GELU, 16) is not None
+    assert describe(other, alignment) is None
+
+
 @pytest.mark.parametrize("extents", [(1, 5, 4), (3, 1, 4), (3, 5, 1), (1, 1, 1)])
 def test_extents_of_one(extents: tuple[int, int, int]) -> None:
     """Their strides mean nothing."""
@@ -123,6 +167,73 @@ def test_aten_in_its_place(dtype: torch.dtype, added: tuple[int, int, int] | Non
     product.run(0, (2,), *addresses)
     torch.testing.assert_close(out[:2], expected[:2])
     assert out[2].isnan().all()
+
+
+@pytest.mark.parametrize("added", [None, (0, 0, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_aten_in_place_of_a_gelu(dtype: torch.dtype, added: tuple[int, int, int] | None) -> None:
+    a, b, c = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype).t(), torch.randn(5).to(dtype)
+    out = torch.full((3, 5), float("nan"), dtype=dtype)
+    sums = torch.full((3, 7), float("nan"), dtype=dtype)
+    problem = Problem(1, 3, 5, 4, dtype, (0, 4, 1), (0, 1, 4), (0, 5, 1), added, (0, 7, 1))
+    addresses = a.data_ptr(), b.data_ptr(), out.data_ptr(), c.data_ptr() if added else 0
+    Product(lambda: problem, torch.device("cpu")).run(0, (), *addresses, sums=sums.data_ptr())
+    expected = torch.mm(a, b) if added is None else torch.addmm(c, a, b)
+    torch.testing.assert_close(sums[:, :5], expected, rtol=0, atol=0)
+    assert sums[:, 5:].isnan().all()
+    gelu = torch.nn.functional.gelu(expected, approximate="tanh")
+    torch.testing.assert_close(out, gelu, rtol=0, atol=0)
+
+
+class Library:
+    """A prepared product that notes what it is told; ``status`` is what its calls return."""
+
+    workspace = 0
+
+    def __init__(self, status: int = 0) -> None:
+        self.told: list[tuple[object, ...]] = []
+        self.status = status
+
+    def set_bias(self, address: int) -> None:
+        self.told.append(("bias", address))
+
+    def set_sums(self, address: int) -> None:
+        self.told.append(("sums", address))
+
+    def run(self, *addresses: int) -> int:
+        self.told.append(addresses)
+        return self.status
+
+
+@pytest.fixture
+def on_library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., None]]:
+    guards = types.SimpleNamespace(_empty_strided_cuda=torch.empty_strided)
+    monkeypatch.setattr(torch._C._dynamo, "guards", guards)
+    return products._on_library
+
+
+def test_the_addresses_of_a_gelu(on_library: Callable[..., Callable[..., None]]) -> None:
+    """What stands in the description is changed before the call, and only where it is another."""
+    library = Library()
+    run = on_library(library, True, GELU, pytest.fail)
+    run(7, 1, 2, 3, 4, 5)
+    run(7, 1, 2, 3, 4, 6)
+    run(7, 1, 2, 3, 4, 6)
+    call = (7, 2, 1, 3, 3, 0)
+    assert library.told == [("bias", 4), ("sums", 5), call, ("sums", 6), call, call]
+
+
+def test_a_gelu_without_a_bias(on_library: Callable[..., Callable[..., None]]) -> None:
+    library = Library()
+    on_library(library, True, replace(GELU, added=None), pytest.fail)(7, 1, 2, 3, 0, 5)
+    assert library.told == [("sums", 5), (7, 2, 1, 3, 3, 0)]
+
+
+def test_a_gelu_that_the_library_refuses(on_library: Callable[..., Callable[..., None]]) -> None:
+    given: list[tuple[int, ...]] = []
+    run = on_library(Library(status=15), True, GELU, lambda *addresses: given.append(addresses))
+    run(7, 1, 2, 3, 4, 5)
+    assert given == [(7, 1, 2, 3, 4, 5)]
 
 
 def test_a_sum_over_nothing_is_zero() -> None:

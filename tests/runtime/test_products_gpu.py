@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from iocompiler.runtime.products import Problem, Product, supported
+from iocompiler.runtime.products import Problem, Product, describe, supported
 from iocompiler.runtime.values import storage_elements
 from tests.accuracy import assert_near_exact
 
@@ -80,6 +81,19 @@ def forms() -> dict[str, Problem]:
         "matrix added, its rows apart": replace(plain, added=rows(128, 96, apart=8)),
         "matrix added, odd": problem(257, 129, 65, b=columns(65, 129), added=rows(257, 129)),
         "matrices added": replace(batches, added=rows(33, 24, 5)),
+        "gelu": replace(plain, added=BIAS, sums=rows(128, 96)),
+        "gelu, fp16": replace(plain, dtype=FP16, added=BIAS, sums=rows(128, 96)),
+        "gelu, no bias": replace(plain, sums=rows(128, 96)),
+        "gelu, sums further apart": replace(plain, added=BIAS, sums=rows(128, 96, apart=8)),
+        "gelu, activation further apart": replace(
+            plain, added=BIAS, out=rows(128, 96, apart=24), sums=rows(128, 96)
+        ),
+        "gelu, by columns": replace(plain, b=columns(64, 96), added=BIAS, sums=rows(128, 96)),
+        "gelu, one row": problem(1, 96, 64, added=BIAS, sums=rows(1, 96)),
+        "gelu, large": problem(
+            2048, 768, 512, b=columns(512, 768), added=BIAS, sums=rows(2048, 768)
+        ),
+        "gelu, a long sum": problem(64, 64, 8192, added=BIAS, sums=rows(64, 64)),
     }
 
 
@@ -122,7 +136,9 @@ class Memory:
 
 
 class Case:
-    """A problem with operands in memory, and what torch makes of them."""
+    """A problem with operands in memory, and what torch makes of them. With ``sums``, ``out`` is
+    the GELU of what torch makes.
+    """
 
     def __init__(self, problem: Problem, device: str, offset: int = 0) -> None:
         p, self.device = problem, device
@@ -135,6 +151,7 @@ class Case:
         self.a, self.b = memory((p.batch, p.m, p.k), p.a), memory((p.batch, p.k, p.n), p.b)
         self.out = memory(shape, p.out, fill=False)
         self.added = None if p.added is None else memory(shape, p.added)
+        self.sums = None if p.sums is None else memory(shape, p.sums, fill=False)
         self.run = Product(lambda: p, self.out.whole.device).run
 
     def launch(self, stream: int | None = None) -> None:
@@ -142,7 +159,8 @@ class Case:
             on_gpu = self.device == "cuda"
             stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
         given = (self.a, self.b, self.out, *([] if self.added is None else [self.added]))
-        self.run(stream, (), *(memory.tensor.data_ptr() for memory in given))
+        beside = {} if self.sums is None else {"sums": self.sums.tensor.data_ptr()}
+        self.run(stream, (), *(memory.tensor.data_ptr() for memory in given), **beside)
 
     def by_torch(self, dtype: torch.dtype) -> Tensor:
         a, b = self.a.tensor.to(dtype), self.b.tensor.to(dtype)
@@ -153,14 +171,21 @@ class Case:
     def check(self) -> None:
         """The result is as exact as torch's, and nothing else has changed."""
         eager, exact = self.by_torch(self.problem.dtype), self.by_torch(torch.float64)
-        assert not self.out.tensor.isnan().any()
-        assert_near_exact([self.out.tensor], [eager], [exact], self.problem.dtype)
-        assert self.out.is_as_it_was(but=self.out.tensor)
+        found, theirs, wide = [self.out], [eager], [exact]
+        if self.sums is not None:
+            found = [self.out, self.sums]
+            theirs = [F.gelu(eager, approximate="tanh"), eager]
+            wide = [F.gelu(exact, approximate="tanh"), exact]
+        assert not any(memory.tensor.isnan().any() for memory in found)
+        assert_near_exact([m.tensor for m in found], theirs, wide, self.problem.dtype)
+        assert all(memory.is_as_it_was(but=memory.tensor) for memory in found)
         operands = [self.a, self.b, *([] if self.added is None else [self.added])]
         assert all(memory.is_as_it_was() for memory in operands)
 
     def forget(self) -> None:
-        self.out.tensor.fill_(torch.nan)
+        for memory in (self.out, self.sums):
+            if memory is not None:
+                memory.tensor.fill_(torch.nan)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -178,7 +203,7 @@ def test_right_and_nothing_beside(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["256 128 64 torch.bfloat16 rows columns", "slices", "batches",
-                                  "bias", "matrix added"])  # fmt: skip
+                                  "bias", "matrix added", "gelu"])  # fmt: skip
 def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> None:
     case = Case(FORMS[name], device, offset)
     case.launch()
@@ -186,9 +211,39 @@ def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_product_at_aligned_and_other_addresses(device: str) -> None:
+@pytest.mark.parametrize(
+    "of",
+    [
+        problem(33, 17, 9, added=BIAS, sums=rows(33, 17)),
+        problem(33, 24, 9, sums=rows(33, 24, apart=1)),
+        problem(33, 24, 40, batch=5, added=BIAS, sums=rows(33, 24, 5)),
+        replace(FORMS["matrix added"], sums=rows(128, 96)),
+        problem(33, 24, 0, a=(0, 1, 33), added=BIAS, sums=rows(33, 24)),
+    ],
+)
+def test_what_the_library_is_not_asked_for(of: Problem, device: str) -> None:
+    """A GELU of other forms is aten's."""
+    assert not supported(of)
+    case = Case(of, device)
+    case.launch()
+    case.check()
+
+
+@pytest.mark.gpu
+def test_the_library_takes_a_gelu() -> None:
+    """Else all of these forms would be aten's, which is right and slow."""
+    from iocompiler.runtime import cublaslt
+
+    described = describe(FORMS["gelu, large"], 256)
+    assert described is not None
+    assert cublaslt.prepared(described[0], 0).algorithm
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["bias", "gelu"])
+def test_one_product_at_aligned_and_other_addresses(name: str, device: str) -> None:
     """What was prepared for one alignment is not used for another."""
-    first, second = Case(FORMS["bias"], device), Case(FORMS["bias"], device, 1)
+    first, second = Case(FORMS[name], device), Case(FORMS[name], device, 1)
     second.run = first.run
     for case in (first, second, first):
         case.forget()
@@ -244,7 +299,7 @@ def test_nan_and_infinity(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["257 129 65 torch.bfloat16 columns rows", "a long sum", "bias",
-                                  "matrix added", "batches"])  # fmt: skip
+                                  "matrix added", "batches", "gelu, large"])  # fmt: skip
 def test_in_a_cuda_graph(name: str) -> None:
     """Recorded after one call and without one, and replayed on what its operands have then."""
     for warm in (True, False):
@@ -301,10 +356,10 @@ def test_on_another_stream() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shared", [True, False])
-def test_several_threads_at_once(shared: bool) -> None:
+@pytest.mark.parametrize("shared", ["a long sum", "gelu, large", ""])
+def test_several_threads_at_once(shared: str) -> None:
     """Threads with one product, or each with its own, each on a stream of its own."""
-    names = ["a long sum"] * 4 if shared else ["a long sum", "bias", "batches", "matrix added"]
+    names = [shared] * 4 if shared else ["a long sum", "bias", "gelu", "matrix added"]
     cases = [Case(FORMS[name], "cuda") for name in names]
     if shared:
         for case in cases:
