@@ -102,6 +102,7 @@ def test_a_part_of_a_gpu_is_scaled_by_its_sms():
 def test_the_templates_share_is_that_of_equal_sms(name, capability, sms, known):
     found = row_for(properties(name, *capability, sms))
     assert found.matmul_template == (DEVICES["h100"].matmul_template if known else None)
+    assert found.gelu_beside_product == (DEVICES["h100"].gelu_beside_product if known else None)
 
 
 def test_an_unknown_gpu_takes_the_nearest_generation_and_the_drivers_bandwidth():
