@@ -100,6 +100,10 @@ def addmm(call: Call) -> Cost:
     return _product(call, call.args[1], call.args[2])
 
 
+def biased_addmm(call: Call) -> Cost:
+    return _product(call, call.args[2], call.args[3])
+
+
 def baddbmm(call: Call) -> Cost:
     return _product(call, call.args[1], call.args[2])
 

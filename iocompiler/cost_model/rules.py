@@ -170,6 +170,7 @@ ROWS: tuple[Row, ...] = (
     Row("iocompiler.aligned_mm", contractions.aligned_mm),
     Row("iocompiler.sum_of_products", contractions.sum_of_products),
     Row("addmm _addmm_activation", contractions.addmm),
+    Row("iocompiler.biased_addmm", contractions.biased_addmm),
     Row("bmm", contractions.bmm),
     Row("baddbmm", contractions.baddbmm),
     Row("mv dot addmv", contractions.matrix_vector),

@@ -16,7 +16,8 @@ class LibraryProduct:
     """out[b, i, j] = sum_k a[b, i, k] b[b, k, j] + added[b, i, j], summed in float32.
 
     Strides are in elements, along the batch, down rows, along a row. ``added`` are those of what is
-    added, if anything is: (0, 0, 1) for a bias. `runtime.products.Problem` is the same in numbers.
+    added, if anything is: (0, 0, 1) for a bias. With ``bias``, a bias is added to that matrix too.
+    `runtime.products.Problem` is the same in numbers.
     """
 
     batch: Size
@@ -28,6 +29,7 @@ class LibraryProduct:
     b: Strides
     out: Strides
     added: Strides | None = None
+    bias: bool = False
 
     @property
     def size_symbols(self) -> tuple[str, ...]:

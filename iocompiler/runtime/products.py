@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from iocompiler.ops.biased_addmm import biased_addmm
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
 
@@ -30,7 +31,8 @@ _ALIGNED = 256
 class Problem:
     """``out[b, i, j] = sum over k of a[b, i, k] * b[b, k, j] + added[b, i, j]``, sums in float32.
 
-    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix.
+    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix; with ``bias``, it is a
+    matrix, and a bias of n elements is added too.
     """
 
     batch: int
@@ -42,11 +44,17 @@ class Problem:
     b: Strides
     out: Strides
     added: Strides | None = None
+    bias: bool = False
 
     @property
     def biased(self) -> bool:
         """Whether one row is added to all."""
-        return self.added is not None and self.added[:2] == (0, 0)
+        return self.bias or (self.added is not None and self.added[:2] == (0, 0))
+
+    @property
+    def matrix(self) -> Strides | None:
+        """The strides of the matrix that is added, if one is."""
+        return self.added if self.bias or not self.biased else None
 
 
 def supported(problem: Problem) -> bool:
@@ -65,8 +73,8 @@ def describe(problem: Problem, alignment: int) -> tuple[Description, bool] | Non
         alignment: of all addresses, in bytes, a power of two of at most 256.
     """
     found = _by_rows(problem, alignment)
-    if found is not None:
-        return found, True
+    if found is not None or problem.bias:
+        return None if found is None else (found, True)
     found = _by_rows(_transposed(problem), alignment)
     return None if found is None else (found, False)
 
@@ -94,13 +102,12 @@ def _by_rows(of: Problem, alignment: int) -> Description | None:
     if out is None or a is None or b is None or (of.batch > 1 and out.stride == 0):
         return None
     added = None
-    if of.biased:
-        if of.added != (0, 0, 1) and of.n > 1:
-            return None
-    elif of.added is not None:
-        added = _by_columns(of.n, of.m, of.added)
+    if of.matrix is not None:
+        added = _by_columns(of.n, of.m, of.matrix)
         if added is None:
             return None
+    elif of.biased and of.added != (0, 0, 1) and of.n > 1:
+        return None
     return Description(of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment)
 
 
@@ -127,29 +134,31 @@ class Product:
         self._runs: dict[tuple[int, ...], _Run] = {}
 
     def run(
-        self, stream: int, sizes: tuple[int, ...], a: int, b: int, out: int, added: int = 0
-    ) -> None:
+        self, stream: int, sizes: tuple[int, ...], a: int, b: int, out: int, added: int = 0,
+        bias: int = 0,
+    ) -> None:  # fmt: skip
         """Queue it on a stream.
 
         Args:
-            a, b, out, added: addresses; ``out`` may be that of ``added``, not of an operand.
+            a, b, out, added, bias: addresses, in the order of `Problem`; ``out`` may be that of a
+                matrix ``added``, not of an operand.
         """
-        low = (a | b | out | added) & (_ALIGNED - 1)
+        low = (a | b | out | added | bias) & (_ALIGNED - 1)
         key = (low & -low, *sizes) if low else sizes
         run = self._runs.get(key) or self._first(key, low & -low or _ALIGNED, sizes)
-        run(stream, a, b, out, added)
+        run(stream, a, b, out, added, bias)
 
     def _first(self, key: tuple[int, ...], alignment: int, sizes: tuple[int, ...]) -> _Run:
         run = self._runs[key] = _prepare(self._problem(*sizes), alignment, self._device)
         return run
 
 
-_Run: TypeAlias = Callable[[int, int, int, int, int], None]
+_Run: TypeAlias = Callable[[int, int, int, int, int, int], None]
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
-    """What queues a product: ``run(stream, a, b, out, added)``."""
+    """What queues a product: ``run(stream, a, b, out, added, bias)``."""
     on_aten = functools.partial(_by_aten, problem, device)
     described = describe(problem, alignment) if device.type == "cuda" else None
     if described is None:
@@ -158,37 +167,40 @@ def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
         found = cublaslt.prepared(described[0], torch.cuda._utils._get_device_index(device, True))
     except Refused:
         return on_aten
-    return _on_library(found, described[1], problem.biased, on_aten)
+    return _on_library(found, described[1], problem, on_aten)
 
 
-def _on_library(found: Prepared, swapped: bool, biased: bool, on_aten: _Run) -> _Run:
+def _on_library(found: Prepared, swapped: bool, problem: Problem, on_aten: _Run) -> _Run:
     size, queue, lock = found.workspace, found.run, threading.Lock()
     memory: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
-    bias = 0  # the address that stands in the description
+    adds_matrix = problem.matrix is not None
+    there = 0  # the bias' address that stands in the description
 
-    def run(stream: int, a: int, b: int, out: int, added: int) -> None:
+    def run(stream: int, a: int, b: int, out: int, added: int, bias: int) -> None:
         first, second = (b, a) if swapped else (a, b)
-        c = out if biased or not added else added
+        c = added if adds_matrix else out
         # freed at once: what gets it next is queued behind
         workspace = memory((size,), (1,), torch.uint8) if size else None
         at = 0 if workspace is None else workspace.data_ptr()
         if queue(stream, first, second, c, out, at):
-            on_aten(stream, a, b, out, added)
+            on_aten(stream, a, b, out, added, bias)
 
-    def run_biased(stream: int, a: int, b: int, out: int, added: int) -> None:
-        nonlocal bias
+    def run_biased(stream: int, a: int, b: int, out: int, added: int, bias: int) -> None:
+        nonlocal there
+        row = bias if adds_matrix else added
         with lock:
-            if bias != added:
-                found.set_bias(added)
-                bias = added
-            run(stream, a, b, out, added)
+            if there != row:
+                found.set_bias(row)
+                there = row
+            run(stream, a, b, out, added, bias)
 
-    return run_biased if biased else run
+    return run_biased if problem.biased else run
 
 
 def _by_aten(
-    problem: Problem, device: torch.device, stream: int, a: int, b: int, out: int, added: int
-) -> None:
+    problem: Problem, device: torch.device, stream: int, a: int, b: int, out: int, added: int,
+    bias: int,
+) -> None:  # fmt: skip
     """The product as torch does it, on the current stream, which is the given one."""
     p = problem
     if 0 in (p.batch, p.m, p.n):
@@ -200,8 +212,11 @@ def _by_aten(
     result, left, right = at(out, p.m, p.n, p.out), at(a, p.m, p.k, p.a), at(b, p.k, p.n, p.b)
     if p.added is None:
         torch.bmm(left, right, out=result)
-    else:
+    elif not p.bias:
         torch.baddbmm(at(added, p.m, p.n, p.added), left, right, out=result)
+    else:
+        matrix, row = at(added, p.m, p.n, p.added), at(bias, p.m, p.n, (0, 0, 1))
+        result.copy_(biased_addmm(matrix, row, left, right))
 
 
 class _Memory:

@@ -80,7 +80,13 @@ def forms() -> dict[str, Problem]:
         "matrix added, its rows apart": replace(plain, added=rows(128, 96, apart=8)),
         "matrix added, odd": problem(257, 129, 65, b=columns(65, 129), added=rows(257, 129)),
         "matrices added": replace(batches, added=rows(33, 24, 5)),
-    }
+        "both added": replace(plain, added=rows(128, 96), bias=True),
+        "both added, odd": problem(257, 129, 65, FP16, b=columns(65, 129),
+                                   added=rows(257, 129, apart=8), bias=True),
+        "both added to one row": problem(1, 129, 65, added=rows(1, 129), bias=True),
+        "both added to one column": problem(257, 1, 65, added=rows(257, 1), bias=True),
+        "both added to matrices": replace(batches, added=rows(33, 24, 5), bias=True),
+    }  # fmt: skip
 
 
 FORMS = forms()
@@ -135,19 +141,27 @@ class Case:
         self.a, self.b = memory((p.batch, p.m, p.k), p.a), memory((p.batch, p.k, p.n), p.b)
         self.out = memory(shape, p.out, fill=False)
         self.added = None if p.added is None else memory(shape, p.added)
+        self.bias = memory(shape, BIAS) if p.bias else None
         self.run = Product(lambda: p, self.out.whole.device).run
 
     def launch(self, stream: int | None = None) -> None:
         if stream is None:
             on_gpu = self.device == "cuda"
             stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
-        given = (self.a, self.b, self.out, *([] if self.added is None else [self.added]))
+        given = (self.a, self.b, self.out, *self.summands)
         self.run(stream, (), *(memory.tensor.data_ptr() for memory in given))
+
+    @property
+    def summands(self) -> list[Memory]:
+        return [each for each in (self.added, self.bias) if each is not None]
 
     def by_torch(self, dtype: torch.dtype) -> Tensor:
         a, b = self.a.tensor.to(dtype), self.b.tensor.to(dtype)
         if self.added is None:
             return torch.bmm(a, b)
+        if self.bias is not None:
+            biased = torch.baddbmm(self.bias.tensor.to(dtype), a, b)
+            return biased + self.added.tensor.to(dtype)
         return torch.baddbmm(self.added.tensor.to(dtype), a, b)
 
     def check(self) -> None:
@@ -156,8 +170,7 @@ class Case:
         assert not self.out.tensor.isnan().any()
         assert_near_exact([self.out.tensor], [eager], [exact], self.problem.dtype)
         assert self.out.is_as_it_was(but=self.out.tensor)
-        operands = [self.a, self.b, *([] if self.added is None else [self.added])]
-        assert all(memory.is_as_it_was() for memory in operands)
+        assert all(memory.is_as_it_was() for memory in (self.a, self.b, *self.summands))
 
     def forget(self) -> None:
         self.out.tensor.fill_(torch.nan)
@@ -178,7 +191,7 @@ def test_right_and_nothing_beside(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["256 128 64 torch.bfloat16 rows columns", "slices", "batches",
-                                  "bias", "matrix added"])  # fmt: skip
+                                  "bias", "matrix added", "both added"])  # fmt: skip
 def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> None:
     case = Case(FORMS[name], device, offset)
     case.launch()
@@ -186,9 +199,10 @@ def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_product_at_aligned_and_other_addresses(device: str) -> None:
-    """What was prepared for one alignment is not used for another."""
-    first, second = Case(FORMS["bias"], device), Case(FORMS["bias"], device, 1)
+@pytest.mark.parametrize("name", ["bias", "both added"])
+def test_one_product_at_aligned_and_other_addresses(name: str, device: str) -> None:
+    """What was prepared for one alignment is not used for another, nor one bias for another."""
+    first, second = Case(FORMS[name], device), Case(FORMS[name], device, 1)
     second.run = first.run
     for case in (first, second, first):
         case.forget()
@@ -197,8 +211,9 @@ def test_one_product_at_aligned_and_other_addresses(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_added_may_be_written_over(device: str) -> None:
-    case = Case(FORMS["matrix added"], device)
+@pytest.mark.parametrize("name", ["matrix added", "both added"])
+def test_what_is_added_may_be_written_over(name: str, device: str) -> None:
+    case = Case(FORMS[name], device)
     assert case.added is not None
     exact, eager = case.by_torch(torch.float64), case.by_torch(BF16)
     case.out = case.added
@@ -244,7 +259,7 @@ def test_nan_and_infinity(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["257 129 65 torch.bfloat16 columns rows", "a long sum", "bias",
-                                  "matrix added", "batches"])  # fmt: skip
+                                  "matrix added", "both added", "batches"])  # fmt: skip
 def test_in_a_cuda_graph(name: str) -> None:
     """Recorded after one call and without one, and replayed on what its operands have then."""
     for warm in (True, False):
