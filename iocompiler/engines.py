@@ -118,8 +118,9 @@ def scheduled(
     from iocompiler.plan.residual import with_residuals
 
     def settle(chosen: Plan) -> Plan:
-        settled = addressed(in_place(with_residuals(chosen), donated))
-        return shared_memory(settled, size_hints(gm), donated)
+        hints = size_hints(gm)
+        summed = with_residuals(chosen, device_row(gm, options), hints)
+        return shared_memory(addressed(in_place(summed, donated)), hints, donated)
 
     if not options.plan:
         chosen, measured = tuned(plan, gm, options)
