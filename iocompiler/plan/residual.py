@@ -117,10 +117,10 @@ def _edges(plan: Plan, found: list[Residual]) -> Iterator[Unfused]:
         step = plan.steps[each.kernel] if each is not None else None
         if each is None or not isinstance(step, KernelStep) or edge.consumer not in step.nodes:
             yield edge
-        elif each.rest is not None and each.rest.nodes:
+        elif each.rest is not None:
             reason = f"{each.total} comes from a call: {each.call.reason}"
-            reader = each.rest.nodes[0]
-            yield replace(edge, producer=each.total, consumer=reader, reason=reason)
+            for reader in each.rest.nodes[:1]:
+                yield replace(edge, producer=each.total, consumer=reader, reason=reason)
 
 
 def residuals(plan: Plan) -> Iterator[Residual]:
@@ -136,7 +136,7 @@ def residuals(plan: Plan) -> Iterator[Residual]:
         for argument, buffer in zip(step.args, step.buffers, strict=True):
             if buffer.role != "in" or buffer.dtype not in DTYPES:
                 continue
-            found = _Kernel(look, plan.device, place, step).residual(argument, buffer.name)
+            found = _Kernel(look, plan, place, step).residual(argument, buffer.name)
             if found is not None and found.product not in taken:
                 taken.add(found.product)
                 yield found
@@ -148,7 +148,7 @@ class _Kernel:
     """The kernel at a place of a plan."""
 
     look: Look
-    device: str
+    plan: Plan
     place: int
     step: KernelStep
 
@@ -188,7 +188,8 @@ class _Kernel:
             return None
         behind = () if whole == result else (ViewStep(result, whole, shown),)
         arguments[buffer] = result
-        rest = self._rest(total.rest, arguments, result)
+        readers = {edge.consumer for edge in self.plan.unfused if edge.producer == name}
+        rest = self._rest(total.rest, arguments, result, {result, *readers})
         return Residual(at, self.place, name, tuple(views), made, behind, result, rest)
 
     def _sum(self, argument: str, buffer: str, spec: TensorSpec) -> FirstSum | None:
@@ -233,7 +234,7 @@ class _Kernel:
         specs = {**self.look.specs, **views}
         *biases, a, b = maker.args
         if biases:
-            there = library_product(maker, specs, self.device)
+            there = library_product(maker, specs, self.plan.device)
             if there is None or there.added != BIAS or total.bias is not None:
                 return None
         every = (*added, *biases, a, b)
@@ -243,11 +244,16 @@ class _Kernel:
         if target is None:
             return None
         call = replace(maker, target=target, args=every)
-        return call if library_product(call, specs, self.device) is not None else None
+        return call if library_product(call, specs, self.plan.device) is not None else None
 
     def _rest(
-        self, program: TileProgram | None, arguments: Mapping[str, str], total: str
+        self,
+        program: TileProgram | None,
+        arguments: Mapping[str, str],
+        total: str,
+        summing: set[str],
     ) -> KernelStep | None:
+        """What is left of the kernel, without the nodes that are ``summing``."""
         step = self.step
         if program is None:
             return None
@@ -256,7 +262,7 @@ class _Kernel:
             program=program,
             args=tuple(arguments[each.name] for each in program.buffers),
             outputs=tuple(each for each in step.outputs if each[0] != total),
-            nodes=tuple(node for node in step.nodes if node != total),
+            nodes=tuple(node for node in step.nodes if node not in summing),
         )
 
 

@@ -334,17 +334,22 @@ def test_prices_are_of_what_runs() -> None:
     assert ours.library_s + ours.kernel_s < apart.library_s + apart.kernel_s
 
 
-def test_edges_are_those_that_pass_through_memory() -> None:
-    before = on_a_gpu(plan_on_fakes(lambda x, w, r: ((h := x @ w + r), norm(h)), X, W, R,
-                                    dtype=BF16))  # fmt: skip
+@pytest.mark.parametrize("biased", [False, True])
+def test_edges_are_those_that_pass_through_memory(biased: bool) -> None:
+    def f(x: Tensor, w: Tensor, r: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        h = x @ w + b + r if biased else x @ w + r
+        return h, norm(h)
+
+    before = on_a_gpu(plan_on_fakes(f, X, W, R, B, dtype=BF16))
     after = with_residuals(before)
     assert any(edge.producer == "mm" for edge in before.unfused)
     assert not any(edge.producer == "mm" for edge in after.unfused)
-    (edge,) = (edge for edge in after.unfused if edge.producer == "add")
-    assert "add comes from a call" in edge.reason
+    total = "add_1" if biased else "add"
+    (edge,) = (edge for edge in after.unfused if edge.producer == total)
+    assert f"{total} comes from a call" in edge.reason
     (step,) = kernels(after)
-    assert "add" not in step.nodes
-    assert edge.consumer in step.nodes
+    assert not {"add", total} & set(step.nodes)
+    assert edge.consumer == step.nodes[0]
 
 
 # --- whole programs
