@@ -21,7 +21,7 @@ import torch
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.schedule import choose
 from iocompiler.ops.biased_addmm import BIASED_ADDMM
-from iocompiler.plan.addressed import BIAS, DTYPES, library_product
+from iocompiler.plan.addressed import DTYPES, library_product
 from iocompiler.plan.data import (
     AtenStep,
     KernelStep,
@@ -183,7 +183,7 @@ class _Kernel:
                 added.append(Ref(shows[1]))
         whole = result if shown == spec else _unused(f"{result}_{maker.node or 'sum'}", look)
         call = replace(maker, outputs=((whole, spec),))
-        made = self._call(call, tuple(added), total, {v.name: v.spec for v in views})
+        made = self._call(call, tuple(added), {view.name: view.spec for view in views})
         if made is None:
             return None
         behind = () if whole == result else (ViewStep(result, whole, shown),)
@@ -227,23 +227,17 @@ class _Kernel:
         return _view(look, wish, base, spec, look.offset(name))
 
     def _call(
-        self, maker: AtenStep, added: tuple[Ref, ...], total: FirstSum,
-        views: Mapping[str, TensorSpec],
-    ) -> AtenStep | None:  # fmt: skip
+        self, maker: AtenStep, added: tuple[Ref, ...], views: Mapping[str, TensorSpec]
+    ) -> AtenStep | None:
         """The product's call with what is added to it, if the library takes that."""
-        specs = {**self.look.specs, **views}
-        *biases, a, b = maker.args
-        if biases:
-            there = library_product(maker, specs, self.plan.device)
-            if there is None or there.added != BIAS or total.bias is not None:
-                return None
-        every = (*added, *biases, a, b)
+        every = (*added, *maker.args)
         target = _WITH_ONE.get(maker.target) if len(every) == 3 else None
         if len(every) == 4 and maker.target in _WITH_BOTH:
             target = str(BIASED_ADDMM)
         if target is None:
             return None
         call = replace(maker, target=target, args=every)
+        specs = {**self.look.specs, **views}
         return call if library_product(call, specs, self.plan.device) is not None else None
 
     def _rest(
