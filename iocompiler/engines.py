@@ -120,7 +120,9 @@ def scheduled(
 
     def settle(chosen: Plan) -> Plan:
         hints = size_hints(gm)
-        chosen = with_activations(with_residuals(chosen), device_row(gm, options), hints)
+        device = device_row(gm, options)
+        chosen = with_residuals(chosen, device, hints)
+        chosen = with_activations(chosen, device, hints)
         return shared_memory(addressed(in_place(chosen, donated)), hints, donated)
 
     if not options.plan:

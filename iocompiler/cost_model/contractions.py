@@ -107,6 +107,10 @@ def addmm_gelu(call: Call) -> Cost:
     return replace(cost, contractions=inner)
 
 
+def biased_addmm(call: Call) -> Cost:
+    return _product(call, call.args[2], call.args[3])
+
+
 def baddbmm(call: Call) -> Cost:
     return _product(call, call.args[1], call.args[2])
 

@@ -171,6 +171,7 @@ ROWS: tuple[Row, ...] = (
     Row("iocompiler.sum_of_products", contractions.sum_of_products),
     Row("addmm _addmm_activation", contractions.addmm),
     Row("iocompiler.addmm_gelu", contractions.addmm_gelu),
+    Row("iocompiler.biased_addmm", contractions.biased_addmm),
     Row("bmm", contractions.bmm),
     Row("baddbmm", contractions.baddbmm),
     Row("mv dot addmv", contractions.matrix_vector),

@@ -26,10 +26,11 @@ from iocompiler.ops.aligned_mm import ALIGNED
 from iocompiler.plan.addressed import ACTIVATED, DTYPES, library_product
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, Step, TensorSpec, ViewStep
 from iocompiler.plan.look import Look
-from iocompiler.plan.residual import is_flat, is_whole, unused
+from iocompiler.plan.residual import lies_as, unused, walks
 from iocompiler.plan.rules.functions import gelu_by_tanh
 from iocompiler.plan.sizes import is_multiple
-from iocompiler.tile.index import Affine
+from iocompiler.tile.arrange import merge_axes
+from iocompiler.tile.index import Affine, row_major
 from iocompiler.tile.program import Buffer, Builder, Op, TileProgram
 
 
@@ -103,11 +104,13 @@ def _activation(look: Look, device: str, place: int, step: KernelStep) -> Activa
         return None
     bias_and_factors = {"aten.mm.default": (None, *maker.args), "aten.addmm.default": maker.args}
     spec = look.specs[name]
-    if maker.target not in bias_and_factors or not is_whole(look, argument, spec, step):
+    if maker.target not in bias_and_factors or not walks(look, step, argument, spec):
         return None
     if not _is_read_elsewhere(look, name, place) or look.is_overwritten({name}, at, place):
         return None
     ((result, shown),) = step.outputs
+    if result not in step.args or not lies_as(shown, spec):
+        return None
     whole = result if shown == spec else unused(f"{result}_{maker.node or 'product'}", look)
     call = replace(
         maker,
@@ -166,8 +169,15 @@ def _is_gelu(program: TileProgram) -> bool:
         and [op.kind for op in rounded] == ["cast"] * (len(rounded) - 1) + ["store"]
         and all(op.inputs == (place,) for place, op in enumerate(rounded, len(made) - 1))
         and all(op.dtype in (dtype, torch.float32) and not op.fn for op in rounded)
-        and is_flat(program)
+        and _is_flat(program)
     )
+
+
+def _is_flat(program: TileProgram) -> bool:
+    """Whether all are read and written in the order of memory, from their first element on."""
+    merged = merge_axes(program)
+    order: Affine = row_major(merged.parallel)
+    return all(op.index == order for op in merged.ops if op.kind in ("load", "store"))
 
 
 @lru_cache

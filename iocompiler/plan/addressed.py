@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from iocompiler.ops.addmm_gelu import ADDMM_GELU
+from iocompiler.ops.biased_addmm import BIASED_ADDMM
 from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, made
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.library_product import LibraryProduct, Strides
@@ -27,7 +28,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 """Of whose products no switch of torch's changes what is computed: float32 has TF32."""
 _TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
 ACTIVATED = str(ADDMM_GELU)
-_BIAS: Strides = (0, 0, 1)
+BIAS: Strides = (0, 0, 1)
+"""Those of what is added to every row."""
 
 
 def addressed(plan: Plan) -> Plan:
@@ -55,6 +57,8 @@ def library_product(
     """
     if step.target == ACTIVATED:
         return _activated(step, specs, device)
+    if step.target == str(BIASED_ADDMM):
+        return _biased(step, specs, device)
     if step.target not in _TARGETS or not takes_out(step, device):
         return None
     factors = factors_of(step, specs)
@@ -71,9 +75,23 @@ def _activated(
     target, args = ("mm", (a, b)) if bias is None else ("addmm", step.args)
     plain = replace(step, target=f"aten.{target}.default", args=args, outputs=(activation,))
     found = library_product(replace(plain, is_tuple=False), specs, device)
-    if found is None or name is None or spec != activation[1] or found.added not in (None, _BIAS):
+    if found is None or name is None or spec != activation[1] or found.added not in (None, BIAS):
         return None
     return replace(found, sums=found.out)
+
+
+def _biased(step: AtenStep, specs: Mapping[str, TensorSpec], device: str) -> LibraryProduct | None:
+    """Of a product with a matrix and a bias: it has to be one with either."""
+    matrix, bias, *operands = step.args
+    addmm = replace(step, target="aten.addmm.default")
+    either = [
+        library_product(replace(addmm, args=(added, *operands)), specs, device)
+        for added in (matrix, bias)
+    ]
+    if either[0] is None or either[1] is None or either[1].added != BIAS:
+        return None
+    ((_, result),) = made(step).items()
+    return replace(either[0], bias=True) if specs[matrix.name].shape == result.shape else None
 
 
 def _of(factors: Factors) -> LibraryProduct | None:
@@ -145,5 +163,5 @@ def _added(strides: Strides, batch: Size, m: Size, n: Size) -> Strides | None:
     """
     along_batch, row, column = strides
     if equal(along_batch, 0) and equal(row, 0) and (equal(column, 1) or equal(n, 1)):
-        return _BIAS
+        return BIAS
     return _result(strides, batch, m, n)

@@ -38,7 +38,10 @@ from iocompiler.tile.scaling import scaling
 FRESH = frozenset(
     f"aten.{name}.default"
     for name in ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution")
-) | {"iocompiler.sum_of_products.default", "iocompiler.addmm_gelu.default"}
+) | {
+    "iocompiler.sum_of_products.default", "iocompiler.addmm_gelu.default",
+    "iocompiler.biased_addmm.default",
+}  # fmt: skip
 """Products whose result is memory of its own, in whole."""
 _ONTO = "iocompiler.embedding_gradient_onto.default"
 _INTO = "iocompiler.embedding_gradient_.default"

@@ -16,8 +16,9 @@ class LibraryProduct:
     """out[b, i, j] = sum_k a[b, i, k] b[b, k, j] + added[b, i, j], summed in float32.
 
     Strides are in elements, along the batch, down rows, along a row. ``added`` are those of what is
-    added, if anything is: (0, 0, 1) for a bias. With ``sums``, these are those of what was
-    described, and ``out`` is its GELU, by tanh. `runtime.products.Problem` is the same in numbers.
+    added, if anything is: (0, 0, 1) for a bias. With ``bias``, a bias is added to that matrix too.
+    With ``sums``, these are those of what was described, and ``out`` is its GELU, by tanh.
+    `runtime.products.Problem` is the same in numbers.
     """
 
     batch: Size
@@ -29,6 +30,7 @@ class LibraryProduct:
     b: Strides
     out: Strides
     added: Strides | None = None
+    bias: bool = False
     sums: Strides | None = None
 
     @property

@@ -56,6 +56,7 @@ _FORGETTING = ("iocompiler.attention", "iocompiler.scored_attention", "iocompile
 _FORGETTING_TOO = WITH_OUT.keys() | {
     "aten.copy_.default", "aten.convolution.default", "iocompiler.aligned_mm.default",
     "iocompiler.sum_of_products.default", "iocompiler.addmm_gelu.default",
+    "iocompiler.biased_addmm.default",
 }  # fmt: skip
 _CALLERS = "primals"
 """AOTAutograd's name for inputs that stay the caller's while the plan runs."""
@@ -77,7 +78,9 @@ def shared_memory(plan: Plan, hints: Mapping[str, int], donated: Collection[str]
 
 def takes_out(step: Step, device: str) -> bool:
     """Whether a call writes into memory of ours, which lies on the plan's own ``device``."""
-    if not isinstance(step, AtenStep) or step.target not in WITH_OUT:
+    if not isinstance(step, AtenStep):
+        return False
+    if step.target not in WITH_OUT and step.product is None:
         return False
     if step.is_tuple or len(step.outputs) != 1:
         return False

@@ -22,8 +22,8 @@ class Priced:
     """A site by the model, as it stands and as one step with the tile that `choose` gives it.
 
     Attributes:
-        library_s: of the library's calls. kernel_s: of the kernel behind them, if any, unless the
-            library does what that does (`residual.py`, `activation.py`).
+        library_s: of the library's calls. kernel_s: of the kernel behind them, if any, less what
+            of it the library does (`residual.py`, `activation.py`).
         folded_s: of the step; None where nothing was measured that says so.
     """
 
@@ -77,8 +77,8 @@ def priced(
         calls = [plan.steps[place] for place in site.places]
         kernel = calls.pop() if site.has_kernel else None
         residual = apart.get(site.places)
-        if residual is not None:  # the library does both
-            calls, kernel = [residual.call], None
+        if residual is not None:  # the library adds
+            calls, kernel = [residual.call], residual.rest
             specs |= made(residual.call) | {view.name: view.spec for view in residual.views}
         elif site.places in activated:
             calls, kernel = [activated[site.places].call], None

@@ -1,42 +1,60 @@
-"""Products that a kernel adds one tensor to, and nothing else: the library adds it where it stores
-the product.
+"""Products that a kernel adds a tensor to, a bias, or both, before anything else: the library adds
+them where it stores the product.
 
-    y = mm(a, b); ...; z = kernel(y + x)  -->  z = addmm(x, a, b); ...
+    y = mm(a, b); z = kernel(y + x)               -->  z = addmm(x, a, b)
+    y = mm(a, b); z, n = kernel(z = y + x, f(z))  -->  z = addmm(x, a, b); n = kernel(f(z))
 
-The product is neither written nor read again, and one launch is gone: less of everything, so
-nothing is asked of prices. This holds for products by address only (`addressed.py`): aten copies
-what is added into the result first. The sum is rounded once where it was rounded twice.
+The product is neither written nor read again. Where the kernel does no more than add, a launch is
+gone; where it does more, it reads one tensor for two and stores one less. Either way it is less of
+everything, so nothing is asked of prices. This holds for products by address only
+(`addressed.py`): aten copies what is added into the result first. The sum is rounded once where it
+was rounded twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.schedule import choose
+from iocompiler.ops.biased_addmm import BIASED_ADDMM
 from iocompiler.plan.addressed import DTYPES, library_product
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
+from iocompiler.plan.data import (
+    AtenStep,
+    KernelStep,
+    Plan,
+    Ref,
+    Step,
+    TensorSpec,
+    Unfused,
+    ViewStep,
+)
+from iocompiler.plan.first_sum import FirstSum, first_sum
 from iocompiler.plan.look import Look
 from iocompiler.plan.sizes import equal
-from iocompiler.tile.arrange import merge_axes
-from iocompiler.tile.index import Affine, Size, product, row_major
-from iocompiler.tile.program import Op, TileProgram
+from iocompiler.tile.index import Size, product
+from iocompiler.tile.program import TileProgram
 
-_WITH_ADDED = {
+_WITH_ONE = {
     "aten.mm.default": "aten.addmm.default",
     "aten.bmm.default": "aten.baddbmm.default",
 }
+_WITH_BOTH = ("aten.mm.default", "aten.addmm.default")
 
 
 @dataclass(frozen=True)
 class Residual:
-    """A kernel that adds a tensor to a product.
+    """A kernel that begins with the sum of a product and what is added to it.
 
     Attributes:
         product, kernel: the places of the two steps in the plan; the product's name.
         call: what makes the sum, from ``views``, which stand before it; ``result`` shows the sum as
             the kernel made it, where that is another shape.
+        total: the sum's name.
+        rest: what the kernel does with the sum, if anything, in the schedule it had.
     """
 
     product: int
@@ -45,33 +63,64 @@ class Residual:
     views: tuple[ViewStep, ...]
     call: AtenStep
     result: tuple[ViewStep, ...]
+    total: str
+    rest: KernelStep | None
 
 
-def with_residuals(plan: Plan) -> Plan:
-    """The plan with all of them by the library, where the products stood."""
+def with_residuals(plan: Plan, device: Device, hints: Mapping[str, int]) -> Plan:
+    """The plan with all of them by the library, where the products stood.
+
+    Args:
+        device, hints: for the schedules of kernels of which something is left.
+    """
     found = list(residuals(plan))
     if not found:
         return plan
     look = Look(plan)
     at_product = {each.product: each for each in found}
-    kernels = {each.kernel for each in found}
+    at_kernel = {each.kernel: each for each in found}
     names = {each.name for each in found}
     steps: list[Step] = []
     for place, step in enumerate(plan.steps):
         if place in at_product:
             each = at_product[place]
             steps += [*each.views, each.call, *each.result]
-        elif place not in kernels and not (
-            isinstance(step, ViewStep) and look.root(step.name) in names
-        ):
+        elif place in at_kernel:
+            rest = at_kernel[place].rest
+            if rest is not None:
+                assert isinstance(step, KernelStep)
+                steps.append(_rescheduled(rest, step.program, device, hints))
+        elif not (isinstance(step, ViewStep) and look.root(step.name) in names):
             steps.append(step)
-    gone = {(each.name, node) for each in found for node in _nodes(plan.steps[each.kernel])}
-    kept = tuple(edge for edge in plan.unfused if (edge.producer, edge.consumer) not in gone)
-    return replace(plan, steps=tuple(steps), unfused=kept)
+    return replace(plan, steps=tuple(steps), unfused=tuple(_edges(plan, found)))
 
 
-def _nodes(step: Step) -> tuple[str, ...]:
-    return step.nodes if isinstance(step, KernelStep) else ()
+def _rescheduled(
+    step: KernelStep, before: TileProgram, device: Device, hints: Mapping[str, int]
+) -> KernelStep:
+    """With the model's schedule, if that was what it had for its program ``before``; one that was
+    measured stays. Its partial rows are as many as they were.
+    """
+    programs = step.schedule.programs
+    model, now = (
+        replace(choose(program, device, hints), programs=programs)
+        for program in (before, step.program)
+    )
+    return replace(step, schedule=now) if step.schedule == model else step
+
+
+def _edges(plan: Plan, found: list[Residual]) -> Iterator[Unfused]:
+    """What passes through memory: the sum in the product's place, where a kernel still reads it."""
+    kernels = {each.name: each for each in found}
+    for edge in plan.unfused:
+        each = kernels.get(edge.producer)
+        step = plan.steps[each.kernel] if each is not None else None
+        if each is None or not isinstance(step, KernelStep) or edge.consumer not in step.nodes:
+            yield edge
+        elif each.rest is not None:
+            reason = f"{each.total} comes from a call: {each.call.reason}"
+            for reader in each.rest.nodes[:1]:
+                yield replace(edge, producer=each.total, consumer=reader, reason=reason)
 
 
 def residuals(plan: Plan) -> Iterator[Residual]:
@@ -81,73 +130,147 @@ def residuals(plan: Plan) -> Iterator[Residual]:
     look: Look | None = None
     taken: set[int] = set()
     for place, step in enumerate(plan.steps):
-        if not isinstance(step, KernelStep) or not _is_sum(step.program):
+        if not isinstance(step, KernelStep) or step.over:
             continue
         look = look or Look(plan)
-        for product_buffer in (0, 1):
-            found = _residual(look, plan.device, place, step, product_buffer)
+        for argument, buffer in zip(step.args, step.buffers, strict=True):
+            if buffer.role != "in" or buffer.dtype not in DTYPES:
+                continue
+            found = _Kernel(look, plan, place, step).residual(argument, buffer.name)
             if found is not None and found.product not in taken:
                 taken.add(found.product)
                 yield found
                 break
 
 
-def _residual(look: Look, device: str, place: int, step: KernelStep, which: int) -> Residual | None:
-    """The kernel as one that adds to its argument number ``which``, a product."""
-    arguments = [name for name, buffer in zip(step.args, step.buffers, strict=True)
-                 if buffer.role == "in"]  # fmt: skip
-    name, other = look.root(arguments[which]), arguments[1 - which]
-    at = look.maker.get(name)
-    maker = look.steps[at] if at is not None else None
-    if at is None or not isinstance(maker, AtenStep) or maker.target not in _WITH_ADDED:
-        return None
-    spec = look.specs[name]
-    if maker.kwargs or not is_whole(look, arguments[which], spec, step) or step.over:
-        return None
-    if not _is_read_once(look, name, at, place):
-        return None
-    base = _base(look, other)
-    if base is None or look.maker.get(base, -1) >= at or look.is_overwritten({base}, at, place):
-        return None
-    ((result, shown),) = step.outputs
-    views, added = _view(look, f"{result}_added", base, spec, look.offset(other))
-    whole = result if shown == spec else unused(f"{result}_{maker.node or 'sum'}", look)
-    call = replace(
-        maker,
-        target=_WITH_ADDED[maker.target],
-        args=(Ref(added), *maker.args),
-        outputs=((whole, spec),),
-    )
-    specs = {**look.specs, added: spec}
-    if library_product(call, specs, device) is None:
-        return None
-    behind = () if whole == result else (ViewStep(result, whole, shown),)
-    return Residual(at, place, name, views, call, behind)
+@dataclass(frozen=True)
+class _Kernel:
+    """The kernel at a place of a plan."""
+
+    look: Look
+    plan: Plan
+    place: int
+    step: KernelStep
+
+    def residual(self, argument: str, buffer: str) -> Residual | None:
+        """It as one that begins with a sum of its ``argument``, a product."""
+        look, step = self.look, self.step
+        name = look.root(argument)
+        at = look.maker.get(name)
+        maker = look.steps[at] if at is not None else None
+        if at is None or not isinstance(maker, AtenStep) or maker.kwargs:
+            return None
+        if maker.target not in (*_WITH_ONE, *_WITH_BOTH) or not self._alone_reads(name, at):
+            return None
+        spec = look.specs[name]
+        total = self._sum(argument, buffer, spec)
+        if total is None:
+            return None
+        arguments = dict(zip((b.name for b in step.buffers), step.args, strict=True))
+        result = arguments[total.stored]
+        shown = dict(step.outputs).get(result)
+        if shown is None or not lies_as(shown, spec):
+            return None
+        added: list[Ref] = []
+        views: list[ViewStep] = []
+        row = replace(spec, shape=spec.shape[-1:], stride=(1,))
+        for kind, read, like in (("added", total.added, spec), ("bias", total.bias, row)):
+            if read is not None:
+                shows = self._shown(arguments[read], f"{result}_{kind}", like, at)
+                if shows is None:
+                    return None
+                views += shows[0]
+                added.append(Ref(shows[1]))
+        whole = result if shown == spec else unused(f"{result}_{maker.node or 'sum'}", look)
+        call = replace(maker, outputs=((whole, spec),))
+        made = self._call(call, tuple(added), {view.name: view.spec for view in views})
+        if made is None:
+            return None
+        behind = () if whole == result else (ViewStep(result, whole, shown),)
+        arguments[buffer] = result
+        readers = {edge.consumer for edge in self.plan.unfused if edge.producer == name}
+        rest = self._rest(total.rest, arguments, result, {result, *readers})
+        return Residual(at, self.place, name, tuple(views), made, behind, result, rest)
+
+    def _sum(self, argument: str, buffer: str, spec: TensorSpec) -> FirstSum | None:
+        """The sum of all of a product, which the kernel reads from its first element on."""
+        if not walks(self.look, self.step, argument, spec):
+            return None
+        return first_sum(self.step.program, buffer, spec.shape[-1])
+
+    def _alone_reads(self, name: str, at: int) -> bool:
+        """Whether nothing else reads what the step at ``at`` makes, and this as one argument."""
+        look, place = self.look, self.place
+        if [look.root(each) for each in self.step.args].count(name) != 1:
+            return False
+        return look.last.get(name) == place and look.readers[name] == [place] and at < place
+
+    def _shown(
+        self, name: str, wish: str, spec: TensorSpec, at: int
+    ) -> tuple[tuple[ViewStep, ...], str] | None:
+        """What is added, seen as ``spec``, as it is there at the place ``at``: the view to be made,
+        if any; its name. None where it is not there yet, or not the same any more.
+        """
+        look = self.look
+        base = _base(look, name)
+        if base is None or look.maker.get(base, -1) >= at:
+            return None
+        if look.specs[base].dtype != spec.dtype or look.specs[base].device != spec.device:
+            return None
+        if look.is_overwritten({base}, at, self.place):
+            return None
+        return _view(look, wish, base, spec, look.offset(name))
+
+    def _call(
+        self, maker: AtenStep, added: tuple[Ref, ...], views: Mapping[str, TensorSpec]
+    ) -> AtenStep | None:
+        """The product's call with what is added to it, if the library takes that."""
+        every = (*added, *maker.args)
+        target = _WITH_ONE.get(maker.target) if len(every) == 3 else None
+        if len(every) == 4 and maker.target in _WITH_BOTH:
+            target = str(BIASED_ADDMM)
+        if target is None:
+            return None
+        call = replace(maker, target=target, args=every)
+        specs = {**self.look.specs, **views}
+        return call if library_product(call, specs, self.plan.device) is not None else None
+
+    def _rest(
+        self,
+        program: TileProgram | None,
+        arguments: Mapping[str, str],
+        total: str,
+        summing: set[str],
+    ) -> KernelStep | None:
+        """What is left of the kernel, without the nodes that are ``summing``."""
+        step = self.step
+        if program is None:
+            return None
+        return replace(
+            step,
+            program=program,
+            args=tuple(arguments[each.name] for each in program.buffers),
+            outputs=tuple(each for each in step.outputs if each[0] != total),
+            nodes=tuple(node for node in step.nodes if node not in summing),
+        )
 
 
-def is_whole(look: Look, argument: str, spec: TensorSpec, step: KernelStep) -> bool:
-    """Whether the kernel reads all of a product, element by element from its first, and makes as
-    much.
+def walks(look: Look, step: KernelStep, argument: str, spec: TensorSpec) -> bool:
+    """Whether a kernel visits as many elements as a product, which lies by rows, has, and reads it
+    from the first one on.
     """
     rows = tuple(product(spec.shape[dim + 1 :]) for dim in range(len(spec.shape)))
-    if not all(map(equal, spec.stride, rows)) or len(step.outputs) != 1:
-        return False
-    ((result, shown),) = step.outputs
-    if shown.dtype != spec.dtype or shown.device != spec.device or result not in step.args:
+    points = product([axis.size for axis in step.program.axes])
+    by_rows = all(map(equal, spec.stride, rows)) and equal(look.offset(argument), 0)
+    return by_rows and equal(product(spec.shape), points)
+
+
+def lies_as(shown: TensorSpec, spec: TensorSpec) -> bool:
+    """Whether a kernel's result can be memory of a product's, as much and filled as it."""
+    if (shown.dtype, shown.device) != (spec.dtype, spec.device):
         return False
     count = product(spec.shape)
-    extents = product([axis.size for axis in step.program.parallel])
-    return (
-        equal(look.offset(argument), 0)
-        and equal(count, extents)
-        and equal(count, product(shown.shape))
-        and equal(count, shown.reach)
-    )
-
-
-def _is_read_once(look: Look, name: str, at: int, place: int) -> bool:
-    """Whether only the step at ``place`` reads what the one at ``at`` makes."""
-    return look.last.get(name) == place and look.readers[name] == [place] and at < place
+    return equal(count, product(shown.shape)) and equal(count, shown.reach)
 
 
 def _base(look: Look, name: str) -> str | None:
@@ -175,45 +298,3 @@ def unused(wish: str, look: Look) -> str:
     while wish in look.specs:
         wish += "_"
     return wish
-
-
-# --- the program
-
-
-def _is_sum(program: TileProgram) -> bool:
-    """Whether it adds two tensors of one short dtype, element by element, and does nothing else."""
-    kinds = sorted(op.kind for op in program.ops if op.kind != "cast")
-    dtypes = {buffer.dtype for buffer in program.buffers}
-    if kinds != ["load", "load", "map", "store"] or program.reduced or len(dtypes) != 1:
-        return False
-    (dtype,) = dtypes
-    if dtype not in DTYPES or [b.role for b in program.buffers] != ["in", "in", "out"]:
-        return False
-    if any(op.dtype not in (dtype, torch.float32) for op in program.ops):
-        return False
-    return _adds(program.ops) and is_flat(program)
-
-
-def _adds(ops: tuple[Op, ...]) -> bool:
-    def behind(value: int) -> int:
-        """What a value is, but for its rounding."""
-        while ops[value].kind == "cast":
-            (value,) = ops[value].inputs
-        return value
-
-    (store,) = (op for op in ops if op.kind == "store")
-    if store.fn or len(store.inputs) != 1:
-        return False
-    total = ops[behind(store.inputs[0])]
-    if total.kind != "map" or total.fn != "add" or total.dtype != torch.float32:
-        return False
-    loads = [ops[behind(value)] for value in total.inputs]
-    names = {load.buffer for load in loads if load.kind == "load" and not load.inputs}
-    return len(names) == 2
-
-
-def is_flat(program: TileProgram) -> bool:
-    """Whether all are read and written in the order of memory, from their first element on."""
-    merged = merge_axes(program)
-    order: Affine = row_major(merged.parallel)
-    return all(op.index == order for op in merged.ops if op.kind in ("load", "store"))

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from iocompiler.ops.biased_addmm import biased_addmm
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
 
@@ -31,8 +32,9 @@ _SUMS_ALIGNED = 16
 class Problem:
     """``out[b, i, j] = sum over k of a[b, i, k] * b[b, k, j] + added[b, i, j]``, sums in float32.
 
-    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix. With ``sums``, all this
-    is `sums`, rounded, and ``out`` its GELU by tanh, which may be that of what is not rounded yet.
+    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix; with ``bias``, it is a
+    matrix, and a bias of n elements is added too. With ``sums``, all this goes there, rounded, and
+    ``out`` is its GELU by tanh, which may be that of what is not rounded yet.
     """
 
     batch: int
@@ -44,12 +46,18 @@ class Problem:
     b: Strides
     out: Strides
     added: Strides | None = None
+    bias: bool = False
     sums: Strides | None = None
 
     @property
     def biased(self) -> bool:
         """Whether one row is added to all."""
-        return self.added is not None and self.added[:2] == (0, 0)
+        return self.bias or (self.added is not None and self.added[:2] == (0, 0))
+
+    @property
+    def matrix(self) -> Strides | None:
+        """The strides of the matrix that is added, if one is."""
+        return self.added if self.bias or not self.biased else None
 
 
 def supported(problem: Problem) -> bool:
@@ -68,8 +76,8 @@ def describe(problem: Problem, alignment: int) -> tuple[Description, bool] | Non
         alignment: of all addresses, in bytes, a power of two of at most 256.
     """
     found = _by_rows(problem, alignment)
-    if found is not None:
-        return found, True
+    if found is not None or problem.bias:
+        return None if found is None else (found, True)
     found = _by_rows(_transposed(problem), alignment)
     return None if found is None else (found, False)
 
@@ -97,13 +105,12 @@ def _by_rows(of: Problem, alignment: int) -> Description | None:
     if out is None or a is None or b is None or (of.batch > 1 and out.stride == 0):
         return None
     added = None
-    if of.biased:
-        if of.added != (0, 0, 1) and of.n > 1:
-            return None
-    elif of.added is not None:
-        added = _by_columns(of.n, of.m, of.added)
+    if of.matrix is not None:
+        added = _by_columns(of.n, of.m, of.matrix)
         if added is None:
             return None
+    elif of.biased and of.added != (0, 0, 1) and of.n > 1:
+        return None
     sums = _by_columns(of.n, of.m, of.sums) if of.sums is not None else None
     if of.sums is not None and (sums is None or not _takes_sums(of, sums, alignment)):
         return None
@@ -117,7 +124,7 @@ def _takes_sums(of: Problem, sums: Matrix, alignment: int) -> bool:
     16 bytes. Of one product, to which no more than a bias is added, as nothing else was tried.
     """
     vector = _SUMS_ALIGNED // of.dtype.itemsize
-    alone = of.batch == 1 and (of.added is None or of.biased)
+    alone = of.batch == 1 and of.matrix is None
     aligned = alignment % _SUMS_ALIGNED == sums.rows % vector == sums.leading % vector == 0
     return alone and aligned
 
@@ -146,29 +153,30 @@ class Product:
 
     def run(
         self, stream: int, sizes: tuple[int, ...], a: int, b: int, out: int, added: int = 0,
-        *, sums: int = 0,
+        bias: int = 0, *, sums: int = 0,
     ) -> None:  # fmt: skip
         """Queue it on a stream.
 
         Args:
-            a, b, out, added, sums: addresses; ``out`` may be that of ``added``, not of an operand.
+            a, b, out, added, bias, sums: addresses; ``out`` may be that of a matrix ``added``, not
+                of an operand.
         """
-        low = (a | b | out | added | sums) & (_ALIGNED - 1)
+        low = (a | b | out | added | bias | sums) & (_ALIGNED - 1)
         key = (low & -low, *sizes) if low else sizes
         run = self._runs.get(key) or self._first(key, low & -low or _ALIGNED, sizes)
-        run(stream, a, b, out, added, sums)
+        run(stream, a, b, out, added, bias, sums)
 
     def _first(self, key: tuple[int, ...], alignment: int, sizes: tuple[int, ...]) -> _Run:
         run = self._runs[key] = _prepare(self._problem(*sizes), alignment, self._device)
         return run
 
 
-_Run: TypeAlias = Callable[[int, int, int, int, int, int], None]
+_Run: TypeAlias = Callable[[int, int, int, int, int, int, int], None]
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
-    """What queues a product: ``run(stream, a, b, out, added, sums)``."""
+    """What queues a product: ``run(stream, a, b, out, added, bias, sums)``."""
     on_aten = functools.partial(_by_aten, problem, device)
     described = describe(problem, alignment) if device.type == "cuda" else None
     if described is None:
@@ -183,35 +191,38 @@ def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
 def _on_library(found: Prepared, swapped: bool, problem: Problem, on_aten: _Run) -> _Run:
     size, queue, lock = found.workspace, found.run, threading.Lock()
     memory: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
-    biased = problem.biased
-    bias = stored = 0  # the addresses that stand in the description
+    adds_matrix, biased = problem.matrix is not None, problem.biased
+    row_of = sums_at = 0  # the addresses that stand in the description
 
-    def run(stream: int, a: int, b: int, out: int, added: int, sums: int) -> None:
+    def run(stream: int, a: int, b: int, out: int, added: int, bias: int, sums: int) -> None:
         first, second = (b, a) if swapped else (a, b)
-        c = out if biased or not added else added
+        c = added if adds_matrix else out
         # freed at once: what gets it next is queued behind
         workspace = memory((size,), (1,), torch.uint8) if size else None
         at = 0 if workspace is None else workspace.data_ptr()
         if queue(stream, first, second, c, out, at):
-            on_aten(stream, a, b, out, added, sums)
+            on_aten(stream, a, b, out, added, bias, sums)
 
-    def run_described(stream: int, a: int, b: int, out: int, added: int, sums: int) -> None:
-        nonlocal bias, stored
+    def run_described(
+        stream: int, a: int, b: int, out: int, added: int, bias: int, sums: int
+    ) -> None:
+        nonlocal row_of, sums_at
+        row = bias if adds_matrix else added
         with lock:
-            if biased and bias != added:
-                found.set_bias(added)
-                bias = added
-            if stored != sums:
+            if biased and row_of != row:
+                found.set_bias(row)
+                row_of = row
+            if sums_at != sums:
                 found.set_sums(sums)
-                stored = sums
-            run(stream, a, b, out, added, sums)
+                sums_at = sums
+            run(stream, a, b, out, added, bias, sums)
 
     return run_described if biased or problem.sums is not None else run
 
 
 def _by_aten(
     problem: Problem, device: torch.device, stream: int, a: int, b: int, out: int, added: int,
-    sums: int,
+    bias: int, sums: int,
 ) -> None:  # fmt: skip
     """The product as torch does it, on the current stream, which is the given one."""
     p = problem
@@ -225,8 +236,11 @@ def _by_aten(
     summed = result if p.sums is None else at(sums, p.m, p.n, p.sums)
     if p.added is None:
         torch.bmm(left, right, out=summed)
-    else:
+    elif not p.bias:
         torch.baddbmm(at(added, p.m, p.n, p.added), left, right, out=summed)
+    else:
+        matrix, row = at(added, p.m, p.n, p.added), at(bias, p.m, p.n, (0, 0, 1))
+        summed.copy_(biased_addmm(matrix, row, left, right))
     if p.sums is not None:
         torch.ops.aten.gelu.out(summed, approximate="tanh", out=result)
 

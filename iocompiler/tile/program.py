@@ -239,6 +239,13 @@ def drop_dead(program: TileProgram) -> TileProgram:
     )
 
 
+def without_store(program: TileProgram, buffer: str) -> TileProgram:
+    """The program without what it stores into a buffer, and what only that needs."""
+    ops = enumerate(program.ops)
+    kept = [at for at, op in ops if op.kind != "store" or op.buffer != buffer]
+    return drop_dead(replace(program, ops=_in_order(program, kept)))
+
+
 def loads_first(program: TileProgram) -> TileProgram:
     """The program with no load behind a store to its buffer: all of them read what was there."""
     stored: set[str] = set()

@@ -240,6 +240,36 @@ def test_what_is_no_gelu_by_address_is_a_call() -> None:
         agree(graph, *(torch.randn(*shape).to(BF16) for shape in ((8, 8), (8, 8), (8,))))
 
 
+@pytest.mark.parametrize(("rows", "size"), [(5, 5), (1, 1), (5, S0), (1, S0), (0, S0)])
+def test_a_matrix_and_a_bias(rows: int, size: Size) -> None:
+    """Both by their addresses."""
+    step = AtenStep(
+        "iocompiler.biased_addmm.default", tuple(map(Ref, "rcxw")), (),
+        (("y", half(size, 8)),), False,
+    )  # fmt: skip
+    given = {"x": half(size, 8), "w": half(8, 8), "c": half(8), "r": half(size, 8)}
+    graph = plan(given, [step], (Ref("y"),))
+    text = emit_module(settled(graph, {"s0": 5}), "graph")
+    sizes = "(s0,)" if size == S0 else "()"
+    addresses = ", ".join(f"{name}.data_ptr()" for name in "xwyrc")
+    one_line = " ".join(text.split()).replace("( ", "(").replace(", )", ")")
+    assert f"run_biased_addmm(stream, {sizes}, {addresses})" in one_line
+    assert "bias=True,\n" in text
+    tensors = (torch.randn(*shape).to(BF16) for shape in ((rows, 8), (8, 8), (8,), (rows, 8)))
+    agree(graph, *tensors, hints={"s0": 5})
+
+
+@pytest.mark.parametrize("read", ["crxw", "rrxw", "ccxw"])
+def test_a_matrix_and_a_bias_in_other_forms_are_aten_s(read: str) -> None:
+    """Which our operator then is, in memory of its own."""
+    of = (("y", half(4, 8)),)
+    step = AtenStep("iocompiler.biased_addmm.default", tuple(map(Ref, read)), (), of, False)
+    given = {"x": half(4, 8), "w": half(8, 8), "c": half(8), "r": half(4, 8)}
+    graph = plan(given, [step], (Ref("y"),))
+    assert "products" not in emit_module(settled(graph), "graph")
+    agree(graph, *(torch.randn(*shape).to(BF16) for shape in ((4, 8), (8, 8), (8,), (4, 8))))
+
+
 def test_what_aten_reads_too_is_a_tensor() -> None:
     turned = half(8, 4, stride=(1, 8))
     steps: list[Step] = [

@@ -1,4 +1,6 @@
-"""Products that one tensor is added to: which the library adds, and what must be declined."""
+"""Products that a tensor, a bias or both are added to: which the library adds, and what must be
+declined.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
 
-from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import DEVICES
-from iocompiler.plan.addressed import addressed
-from iocompiler.plan.build import size_hints
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
-from iocompiler.plan.memory import shared_memory
+from iocompiler.plan.data import AtenStep, KernelStep, Ref, Step, TensorSpec, ViewStep
 from iocompiler.plan.priced import priced
-from iocompiler.plan.residual import with_residuals
-from iocompiler.runtime.load import load_text
-from iocompiler.runtime.reference import run_plan
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.program import Builder
 from tests.accuracy import assert_near_exact
 from tests.codegen.matmuls import plan_on_fakes
+from tests.plan.adding import BF16, Added, tensors, with_residuals
 from tests.plan.graphs import Planned
-from tests.runtime.plans import binary, interpreter, kernel, on_a_gpu, plan, spec
+from tests.runtime.plans import binary, kernel, on_a_gpu, plan, spec
 
-BF16 = torch.bfloat16
-X, W, R = (3, 5, 8), (8, 8), (3, 5, 8)
-
-
-class Added(Planned):
-    """Plans as for a GPU, with residuals by the library; the text is run on the CPU, and gives what
-    the reference gives.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before: list[Plan] = []
-
-    def _compile(self, gm: GraphModule, inputs: Any) -> Any:
-        super()._compile(gm, inputs)
-        before = on_a_gpu(self.plans[-1])
-        plan = shared_memory(addressed(with_residuals(before)), size_hints(gm))
-        self.before.append(before)
-        self.plans[-1] = plan
-        run = load_text(emit_module(plan, "graph"), "graph", "cpu", interpreter(plan))
-
-        def call(args: list[Any]) -> list[Any]:
-            kept = [x.clone() if isinstance(x, Tensor) else x for x in args]
-            expected, found = run_plan(plan, kept), run(args)
-            for ours, theirs in zip(found, expected, strict=True):
-                if isinstance(theirs, Tensor):
-                    torch.testing.assert_close(ours, theirs)
-                    assert ours.stride() == theirs.stride()
-            return found
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
-
-    @property
-    def calls(self) -> list[str]:
-        steps = [s for plan in self.plans for s in plan.steps if isinstance(s, AtenStep)]
-        return [step.target.split(".")[1] for step in steps if step.product is not None]
-
-
-def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = BF16) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(shape).to(dtype) for shape in shapes]
+X, W, R, B = (3, 5, 8), (8, 8), (3, 5, 8), (8,)
 
 
 TAKEN: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
@@ -84,6 +39,14 @@ TAKEN: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "two products": (lambda x, w, v: x @ w + x @ v, (X, W, W)),
     "one behind the other": (lambda x, w, r: (x @ w + r) @ w + r, (X, W, R)),
     "in another shape": (lambda x, w, r: (x @ w + r).view(5, 3, 8), (X, W, R)),
+    "a row": (lambda x, w, b: x @ w + b, (X, W, B)),
+    "a row for each of a batch": (lambda x, w, b: b + torch.bmm(x, w), (X, (3, 8, 8), B)),
+    "a row by the library and a tensor": (lambda x, w, b, r: F.linear(x, w, b) + r, (X, W, B, R)),
+    "its bias first": (lambda x, w, b, r: r + torch.addmm(b, x, w), ((5, 8), W, B, (5, 8))),
+    "a row and a tensor": (lambda x, w, b, r: x @ w + b + r, (X, W, B, R)),
+    "a tensor and a row": (lambda x, w, b, r: (r + x @ w) + b, (X, W, B, R)),
+    "of one row": (lambda x, w, b, r: F.linear(x, w, b) + r, ((1, 8), W, B, (1, 8))),
+    "the first row of another": (lambda x, w, b, r: x @ w + b[0] + r, (X, W, (2, 8), R)),
 }  # fmt: skip
 
 
@@ -94,7 +57,7 @@ def test_taken(name: str) -> None:
     with torch.no_grad():
         found = planned(f)(*given)
     assert not planned.kernels
-    assert set(planned.calls) & {"addmm", "baddbmm"}
+    assert set(planned.calls) & {"addmm", "baddbmm", "biased_addmm"}
     eager, exact = f(*given), f(*(x.double() for x in given))
     assert_near_exact([found], [eager], [exact], BF16)
 
@@ -102,7 +65,17 @@ def test_taken(name: str) -> None:
 DECLINED: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "another dtype": (lambda x, w, r: x @ w + r.float(), (X, W, R)),
     "a wider result": (lambda x, w, r: (x @ w).float() + r.float(), (X, W, R)),
-    "a row": (lambda x, w, r: x @ w + r, (X, W, (8,))),
+    "every second of a row": (lambda x, w, b: x @ w + b[::2], (X, W, (16,))),
+    "a row that fits another way": (lambda x, w, r: x @ w + r, ((3, 5, 8), (8, 5), (5, 1))),
+    "two rows": (lambda x, w, b, c: x @ w + b + c, (X, W, B, B)),
+    "a row twice": (lambda x, w, b: x @ w + b + b, (X, W, B)),
+    "a row and the library's": (lambda x, w, b, c: F.linear(x, w, b) + c, (X, W, B, B)),
+    "two tensors": (lambda x, w, r, s: x @ w + r + s, (X, W, R, R)),
+    "two tensors and a row": (lambda x, w, b, r, s: F.linear(x, w, b) + r + s, (X, W, B, R, R)),
+    "a matrix by the library": (lambda x, w, r, s: torch.addmm(r, x, w) + s,
+                                ((5, 8), W, (5, 8), (5, 8))),
+    "a row and a tensor to each of a batch": (lambda x, w, b, r: torch.bmm(x, w) + b + r,
+                                              (X, (3, 8, 8), B, R)),
     "a column": (lambda x, w, r: x @ w + r, (X, W, (3, 5, 1))),
     "a matrix for all": (lambda x, w, r: torch.bmm(x, w) + r, (X, (3, 8, 8), (5, 8))),
     "a number": (lambda x, w: x @ w + 1.0, (X, W)),
@@ -113,7 +86,6 @@ DECLINED: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "twice itself": (lambda x, w: (y := x @ w) + y, (X, W)),
     "the product is returned": (lambda x, w, r: ((y := x @ w), y + r), (X, W, R)),
     "the product is read again": (lambda x, w, r: ((y := x @ w) + r, y @ w), (X, W, R)),
-    "a bias already": (lambda x, w, b, r: torch.addmm(b, x, w) + r, ((5, 8), W, (8,), (5, 8))),
     "of columns": (lambda x, w, r: x @ w + r.t(), ((5, 8), W, (8, 5))),
     "a part of the product": (lambda x, w, r: (x @ w)[:3] + r, ((5, 8), W, (3, 8))),
     "turned": (lambda x, w, r: (x @ w).t() + r, ((8, 8), W, (8, 8))),

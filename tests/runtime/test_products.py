@@ -31,8 +31,10 @@ def strides(t: Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(2)
 
 
-def asked(of: Description, first: Tensor, second: Tensor, c: Tensor, d: Tensor) -> None:
-    """What the library does, on flat memory."""
+def asked(
+    of: Description, first: Tensor, second: Tensor, c: Tensor, d: Tensor, bias: Tensor | None = None
+) -> None:
+    """What the library does, on flat memory; ``bias``: where that is not ``c``."""
 
     def at(flat: Tensor, m: Matrix) -> Tensor:
         return flat.as_strided((of.batch, m.rows, m.columns), (m.stride, 1, m.leading))
@@ -41,7 +43,8 @@ def asked(of: Description, first: Tensor, second: Tensor, c: Tensor, d: Tensor) 
     a, b = a.mT if of.transpose_a else a, b.mT if of.transpose_b else b
     added = at(c, of.c) if of.c is not None else 0
     if of.bias:
-        added = c[: of.d.rows, None]
+        row = (c if bias is None else bias)[: of.d.rows, None]
+        added = row if of.c is None else added + row
     at(d, of.d).copy_(a @ b + added)
 
 
@@ -67,6 +70,25 @@ def test_the_library_is_asked_for_the_product(lies: tuple[str, str, str], added:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("lies", list(itertools.product((ROWS, COLUMNS), repeat=2)))
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_library_adds_a_matrix_and_a_bias(m: int, lies: tuple[str, str]) -> None:
+    batch, n, k = 1, 5, 4
+    a, in_a = memory(batch, m, k, lies[0], room=1)
+    b, in_b = memory(batch, k, n, lies[1], room=2)
+    out, in_out = memory(batch, m, n, ROWS, room=3)
+    c, in_c = memory(batch, m, n, ROWS, room=1)
+    bias = torch.randn(n)
+    given = strides(a), strides(b), strides(out), strides(c)
+    described = describe(Problem(batch, m, n, k, BF16, *given, bias=True), 16)
+    assert described is not None
+    of, swapped = described
+    assert of.c is not None
+    assert of.bias
+    asked(of, *((in_b, in_a) if swapped else (in_a, in_b)), in_c, in_out, bias)
+    torch.testing.assert_close(out, a @ b + c + bias)
+
+
 PLAIN = Problem(1, 3, 5, 4, BF16, (0, 4, 1), (0, 5, 1), (0, 5, 1))
 
 
@@ -84,6 +106,9 @@ PLAIN = Problem(1, 3, 5, 4, BF16, (0, 4, 1), (0, 5, 1), (0, 5, 1))
         replace(PLAIN, added=(0, 1, 3)),  # lies across the result
         replace(PLAIN, added=(0, 0, 2)),  # every other element
         replace(PLAIN, added=(0, 0, 0)),  # one number
+        replace(PLAIN, added=(0, 0, 1), bias=True),  # one row for all as a matrix
+        replace(PLAIN, added=(0, 1, 3), bias=True),  # lies across the result
+        replace(PLAIN, out=(0, 1, 3), added=(0, 1, 3), bias=True),  # a bias along columns
     ],
 )
 def test_other_forms_are_not_asked_for(other: Problem) -> None:
@@ -91,7 +116,7 @@ def test_other_forms_are_not_asked_for(other: Problem) -> None:
     assert not supported(other)
 
 
-GELU = Problem(1, 3, 16, 4, BF16, (0, 4, 1), (0, 16, 1), (0, 16, 1), (0, 0, 1), (0, 24, 1))
+GELU = replace(PLAIN, n=16, b=(0, 16, 1), out=(0, 16, 1), added=(0, 0, 1), sums=(0, 24, 1))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -175,7 +200,7 @@ def test_aten_in_place_of_a_gelu(dtype: torch.dtype, added: tuple[int, int, int]
     a, b, c = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype).t(), torch.randn(5).to(dtype)
     out = torch.full((3, 5), float("nan"), dtype=dtype)
     sums = torch.full((3, 7), float("nan"), dtype=dtype)
-    problem = Problem(1, 3, 5, 4, dtype, (0, 4, 1), (0, 1, 4), (0, 5, 1), added, (0, 7, 1))
+    problem = Problem(1, 3, 5, 4, dtype, (0, 4, 1), (0, 1, 4), (0, 5, 1), added, sums=(0, 7, 1))
     addresses = a.data_ptr(), b.data_ptr(), out.data_ptr(), c.data_ptr() if added else 0
     Product(lambda: problem, torch.device("cpu")).run(0, (), *addresses, sums=sums.data_ptr())
     expected = torch.mm(a, b) if added is None else torch.addmm(c, a, b)
@@ -216,24 +241,37 @@ def test_the_addresses_of_a_gelu(on_library: Callable[..., Callable[..., None]])
     """What stands in the description is changed before the call, and only where it is another."""
     library = Library()
     run = on_library(library, True, GELU, pytest.fail)
-    run(7, 1, 2, 3, 4, 5)
-    run(7, 1, 2, 3, 4, 6)
-    run(7, 1, 2, 3, 4, 6)
+    run(7, 1, 2, 3, 4, 0, 5)
+    run(7, 1, 2, 3, 4, 0, 6)
+    run(7, 1, 2, 3, 4, 0, 6)
     call = (7, 2, 1, 3, 3, 0)
     assert library.told == [("bias", 4), ("sums", 5), call, ("sums", 6), call, call]
 
 
 def test_a_gelu_without_a_bias(on_library: Callable[..., Callable[..., None]]) -> None:
     library = Library()
-    on_library(library, True, replace(GELU, added=None), pytest.fail)(7, 1, 2, 3, 0, 5)
+    on_library(library, True, replace(GELU, added=None), pytest.fail)(7, 1, 2, 3, 0, 0, 5)
     assert library.told == [("sums", 5), (7, 2, 1, 3, 3, 0)]
 
 
 def test_a_gelu_that_the_library_refuses(on_library: Callable[..., Callable[..., None]]) -> None:
     given: list[tuple[int, ...]] = []
     run = on_library(Library(status=15), True, GELU, lambda *addresses: given.append(addresses))
-    run(7, 1, 2, 3, 4, 5)
-    assert given == [(7, 1, 2, 3, 4, 5)]
+    run(7, 1, 2, 3, 4, 0, 5)
+    assert given == [(7, 1, 2, 3, 4, 0, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_aten_in_its_place_rounds_a_matrix_and_a_bias_once(dtype: torch.dtype) -> None:
+    a, b = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype).t()
+    c, bias = torch.randn(3, 5).to(dtype), torch.randn(5).to(dtype)
+    expected = (a.double() @ b.double() + c.double() + bias.double()).to(dtype)
+    problem = Problem(1, 3, 5, 4, dtype, (0, 4, 1), (0, 1, 4), (0, 5, 1), (0, 5, 1), bias=True)
+    run = Product(lambda: problem, torch.device("cpu")).run
+    out = torch.full((3, 5), float("nan"), dtype=dtype)
+    for into in (out, c):  # over what is added, too
+        run(0, (), *(tensor.data_ptr() for tensor in (a, b, into, c, bias)))
+        torch.testing.assert_close(into, expected)
 
 
 def test_a_sum_over_nothing_is_zero() -> None:

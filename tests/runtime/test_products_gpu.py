@@ -94,7 +94,13 @@ def forms() -> dict[str, Problem]:
             2048, 768, 512, b=columns(512, 768), added=BIAS, sums=rows(2048, 768)
         ),
         "gelu, a long sum": problem(64, 64, 8192, added=BIAS, sums=rows(64, 64)),
-    }
+        "both added": replace(plain, added=rows(128, 96), bias=True),
+        "both added, odd": problem(257, 129, 65, FP16, b=columns(65, 129),
+                                   added=rows(257, 129, apart=8), bias=True),
+        "both added to one row": problem(1, 129, 65, added=rows(1, 129), bias=True),
+        "both added to one column": problem(257, 1, 65, added=rows(257, 1), bias=True),
+        "both added to matrices": replace(batches, added=rows(33, 24, 5), bias=True),
+    }  # fmt: skip
 
 
 FORMS = forms()
@@ -151,6 +157,7 @@ class Case:
         self.a, self.b = memory((p.batch, p.m, p.k), p.a), memory((p.batch, p.k, p.n), p.b)
         self.out = memory(shape, p.out, fill=False)
         self.added = None if p.added is None else memory(shape, p.added)
+        self.bias = memory(shape, BIAS) if p.bias else None
         self.sums = None if p.sums is None else memory(shape, p.sums, fill=False)
         self.run = Product(lambda: p, self.out.whole.device).run
 
@@ -158,14 +165,21 @@ class Case:
         if stream is None:
             on_gpu = self.device == "cuda"
             stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
-        given = (self.a, self.b, self.out, *([] if self.added is None else [self.added]))
+        given = (self.a, self.b, self.out, *self.summands)
         beside = {} if self.sums is None else {"sums": self.sums.tensor.data_ptr()}
         self.run(stream, (), *(memory.tensor.data_ptr() for memory in given), **beside)
+
+    @property
+    def summands(self) -> list[Memory]:
+        return [each for each in (self.added, self.bias) if each is not None]
 
     def by_torch(self, dtype: torch.dtype) -> Tensor:
         a, b = self.a.tensor.to(dtype), self.b.tensor.to(dtype)
         if self.added is None:
             return torch.bmm(a, b)
+        if self.bias is not None:
+            biased = torch.baddbmm(self.bias.tensor.to(dtype), a, b)
+            return biased + self.added.tensor.to(dtype)
         return torch.baddbmm(self.added.tensor.to(dtype), a, b)
 
     def check(self) -> None:
@@ -179,8 +193,7 @@ class Case:
         assert not any(memory.tensor.isnan().any() for memory in found)
         assert_near_exact([m.tensor for m in found], theirs, wide, self.problem.dtype)
         assert all(memory.is_as_it_was(but=memory.tensor) for memory in found)
-        operands = [self.a, self.b, *([] if self.added is None else [self.added])]
-        assert all(memory.is_as_it_was() for memory in operands)
+        assert all(memory.is_as_it_was() for memory in (self.a, self.b, *self.summands))
 
     def forget(self) -> None:
         for memory in (self.out, self.sums):
@@ -203,7 +216,7 @@ def test_right_and_nothing_beside(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["256 128 64 torch.bfloat16 rows columns", "slices", "batches",
-                                  "bias", "matrix added", "gelu"])  # fmt: skip
+                                  "bias", "matrix added", "both added", "gelu"])  # fmt: skip
 def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> None:
     case = Case(FORMS[name], device, offset)
     case.launch()
@@ -240,9 +253,9 @@ def test_the_library_takes_a_gelu() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["bias", "gelu"])
+@pytest.mark.parametrize("name", ["bias", "both added", "gelu"])
 def test_one_product_at_aligned_and_other_addresses(name: str, device: str) -> None:
-    """What was prepared for one alignment is not used for another."""
+    """What was prepared for one alignment is not used for another, nor one bias for another."""
     first, second = Case(FORMS[name], device), Case(FORMS[name], device, 1)
     second.run = first.run
     for case in (first, second, first):
@@ -252,8 +265,9 @@ def test_one_product_at_aligned_and_other_addresses(name: str, device: str) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_added_may_be_written_over(device: str) -> None:
-    case = Case(FORMS["matrix added"], device)
+@pytest.mark.parametrize("name", ["matrix added", "both added"])
+def test_what_is_added_may_be_written_over(name: str, device: str) -> None:
+    case = Case(FORMS[name], device)
     assert case.added is not None
     exact, eager = case.by_torch(torch.float64), case.by_torch(BF16)
     case.out = case.added
@@ -299,7 +313,8 @@ def test_nan_and_infinity(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["257 129 65 torch.bfloat16 columns rows", "a long sum", "bias",
-                                  "matrix added", "batches", "gelu, large"])  # fmt: skip
+                                  "matrix added", "both added", "batches",
+                                  "gelu, large"])  # fmt: skip
 def test_in_a_cuda_graph(name: str) -> None:
     """Recorded after one call and without one, and replayed on what its operands have then."""
     for warm in (True, False):
