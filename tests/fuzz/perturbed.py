@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WHOLE = 16
@@ -72,12 +72,24 @@ class Perturbed(TorchDispatchMode):
         if name in self._within and func in decomposition_table:
             with self:
                 return decomposition_table[func](*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
         operands, exact = _floats((args, kwargs)), name in self._selects or _is_view(func)
+        if not exact and not func._schema.is_mutable:
+            args, kwargs = tree_map_only(Tensor, self._read, (args, kwargs))
+        result = func(*args, **(kwargs or {}))
         for tensor in _floats(result):
             if not exact or _finer(operands, tensor):
                 self._move(tensor)
         return result
+
+    def _read(self, operand: Tensor) -> Tensor:
+        """What one reader sees of an operand: of 16 bits, other roundings than the next one, as one
+        kernel may read a value before it is rounded and another behind that.
+        """
+        if not operand.is_floating_point() or operand.element_size() != 2:
+            return operand
+        own = operand.clone()
+        self._move(own)
+        return own
 
     def _move(self, tensor: Tensor) -> None:
         """Some elements by a unit in the last place, in place; 0, inf and NaN stay."""
