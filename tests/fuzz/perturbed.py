@@ -82,10 +82,10 @@ class Perturbed(TorchDispatchMode):
         return result
 
     def _read(self, operand: Tensor) -> Tensor:
-        """What one reader sees of an operand: of 16 bits, other roundings than the next one, as one
-        kernel may read a value before it is rounded and another behind that.
+        """What one reader sees of an operand: other roundings than the next one, as one kernel may
+        read a value before it is rounded, or have it of a multiply-add, and another behind that.
         """
-        if not operand.is_floating_point() or operand.element_size() != 2:
+        if not operand.is_floating_point():
             return operand
         own = operand.clone()
         self._move(own)
