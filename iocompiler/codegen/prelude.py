@@ -30,8 +30,10 @@ def _quotient(x, divisor, inverse):
     """
     if _ASSEMBLES:
         guess = x * inverse
-        found = tl.fma(tl.fma(-guess, divisor, x), inverse, guess)
-        found = tl.where(tl.abs(guess) < float("inf"), found, guess)
+        rest = tl.fma(-guess, divisor, x)
+        # an infinity and a zero, which has a sign, stay
+        missed = (rest != 0.0) & (tl.abs(guess) < float("inf"))
+        found = tl.where(missed, tl.fma(rest, inverse, guess), guess)
     else:
         found = tl.div_rn(x, divisor)  # the interpreter rounds twice in a multiply-add
     return found

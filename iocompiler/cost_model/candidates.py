@@ -14,7 +14,7 @@ from functools import cached_property
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.schedule import FIXED_REGISTERS, choose, points, power_of_two
+from iocompiler.cost_model.schedule import FIXED_REGISTERS, REGISTERS, choose, points, power_of_two
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.index import product
@@ -27,7 +27,6 @@ _LARGEST_TILE = 1 << 15
 _SHORTEST_PIECE = 256
 # what a load waits for when the memory is busy; times the bandwidth, the bytes to have in flight
 _LATENCY_S = 8e-7
-_MOST_REGISTERS = 255
 _WARPS_OF_AN_SM = 64
 _BLOCKS_OF_AN_SM = 32
 # a neighbour modeled this much slower than the chosen schedule is not measured
@@ -86,7 +85,7 @@ class _Space:
             for warps in _WARPS:
                 yield replace(shape, num_warps=warps, registers=0)
                 bound = first.registers * first.num_warps // warps  # as many programs a processor
-                if 0 < bound <= _MOST_REGISTERS:
+                if bound in REGISTERS:
                     yield replace(shape, num_warps=warps, registers=bound)
 
     def _shapes(self, first: Schedule) -> Iterator[Schedule]:
@@ -141,7 +140,7 @@ class _Space:
             return False
         # the compiler may order loads so that fewer values live at once, unless a row is held
         slack = 1.25 if schedule.kind in ("persistent", "rows") else 2
-        most = min(_MOST_REGISTERS, self.device.registers_per_sm // (32 * schedule.num_warps))
+        most = min(REGISTERS[-1], self.device.registers_per_sm // (32 * schedule.num_warps))
         most = min(most, schedule.registers or most)
         if self._registers(schedule) > slack * most:
             return False
@@ -167,7 +166,7 @@ class _Space:
         run alone.
         """
         device = self.device
-        registers = min(self._registers(schedule), schedule.registers or _MOST_REGISTERS)
+        registers = min(self._registers(schedule), schedule.registers or REGISTERS[-1])
         resident = min(_WARPS_OF_AN_SM, device.registers_per_sm // int(32 * registers))
         blocks = max(1, min(resident // schedule.num_warps, _BLOCKS_OF_AN_SM))
         programs = self._programs(schedule)

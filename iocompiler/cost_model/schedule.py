@@ -24,7 +24,7 @@ _LOW_REDUCTION = 1024
 _LONG_ROW = 8192
 # Of a multiprocessor's shared memory, what loads in flight may take; reductions need some too.
 _SHARED_FOR_LOADS = 0.87
-_MOST_REGISTERS = 255
+REGISTERS = range(32, 256)  # of a thread, where a schedule bounds them
 FIXED_REGISTERS = 24  # of a thread, for addresses, masks and loop counters
 _CROWDED = 0.7
 # Operations on each element in the backward of a layer norm, and one more.
@@ -247,7 +247,7 @@ def _crowded(program: TileProgram, elements: int, warps: int, device: Device) ->
     """
     each = elements / (32 * warps)
     held = sum(op.kind == "reduce" for op in program.ops)
-    most = min(_MOST_REGISTERS, device.registers_per_sm // (32 * warps))
+    most = min(REGISTERS[-1], device.registers_per_sm // (32 * warps))
     return held * each > _CROWDED * most
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -146,8 +147,8 @@ def _handle(device: int) -> c_void_p:
 
 
 def prepared(of: Description, device: int, choice: int = 0) -> Prepared:
-    """A product ready to be called on CUDA device ``device``; what is made for it is kept for the
-    life of the process.
+    """A product ready to be called on CUDA device ``device``. What the library made for it is given
+    back with it.
 
     Args:
         choice: which of the algorithms the library proposes, best first by its own estimate.
@@ -184,10 +185,20 @@ def prepared(of: Description, device: int, choice: int = 0) -> Prepared:
     set_sums = functools.partial(_set_address, lib, description, _SUMS_POINTER)
     beta = _ONE if of.c is not None else _ZERO
     algorithm = ctypes.cast(byref(result.algorithm), c_void_p)
-    return Prepared(
+    found = Prepared(
         lib.cublasLtMatmul, handle, description, a, b, c, d, beta, algorithm, result.workspace,
         (result,), set_bias, set_sums,
     )  # fmt: skip
+    layouts = [a, b, d] if c is d else [a, b, c, d]
+    # not when the process ends: the library may be gone by then
+    weakref.finalize(found, _destroy, lib, description, layouts).atexit = False
+    return found
+
+
+def _destroy(lib: Any, description: c_void_p, layouts: Sequence[c_void_p]) -> None:
+    lib.cublasLtMatmulDescDestroy(description)
+    for layout in layouts:
+        lib.cublasLtMatrixLayoutDestroy(layout)
 
 
 def _set_address(lib: Any, description: c_void_p, attribute: int, address: int) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from iocompiler.codegen.module import kernel_names
+from iocompiler.cost_model.schedule import REGISTERS
 from iocompiler.errors import BadPlanFile
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
 from iocompiler.plan.fold import folded
@@ -36,7 +37,6 @@ _KINDS = ("pointwise", "persistent", "looped", "rows")
 _FIELDS = tuple(field.name for field in dataclasses.fields(Schedule))
 _BLOCKS = ("x_block", "y_block", "r_block", "num_warps")
 _MOST_WARPS = 32
-_REGISTERS = range(32, 256)
 _TILE_FIELDS = tuple(field.name for field in dataclasses.fields(MatmulTile))
 _TILE_BLOCKS = ("m", "n", "k", "num_warps", "parts")
 _LEAST_BLOCK = 16  # of the matrix units
@@ -230,8 +230,8 @@ def _schedule(row: Any, model: Schedule) -> Schedule:
             raise ValueError(f"{name} is {row[name]}, not a power of two")
     if row["num_warps"] > _MOST_WARPS:
         raise ValueError(f"num_warps is {row['num_warps']}, more than {_MOST_WARPS}")
-    if row["registers"] and row["registers"] not in _REGISTERS:
-        least, most = _REGISTERS[0], _REGISTERS[-1]
+    if row["registers"] and row["registers"] not in REGISTERS:
+        least, most = REGISTERS[0], REGISTERS[-1]
         raise ValueError(f"registers is {row['registers']}, not 0 or {least} to {most}")
     chosen = Schedule(**row)
     reduces = ("persistent", "looped")

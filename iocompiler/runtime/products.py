@@ -26,6 +26,8 @@ Strides: TypeAlias = tuple[int, int, int]
 _ALIGNED = 256
 """Bytes; the library asks for no more."""
 _SUMS_ALIGNED = 16
+_MOST_SIZES = 1024
+"""That a product is prepared for at a time: lengths may go on changing for as long as it lives."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class Product:
         run(stream, a, b, out, added, bias, sums)
 
     def _first(self, key: tuple[int, ...], alignment: int, sizes: tuple[int, ...]) -> _Run:
+        if len(self._runs) >= _MOST_SIZES:
+            self._runs.clear()
         run = self._runs[key] = _prepare(self._problem(*sizes), alignment, self._device)
         return run
 

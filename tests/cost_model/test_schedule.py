@@ -10,7 +10,7 @@ import torch
 from iocompiler.codegen.triton import emit, grid
 from iocompiler.cost_model.candidates import candidates
 from iocompiler.cost_model.device import DEVICES
-from iocompiler.cost_model.schedule import choose, split_factor
+from iocompiler.cost_model.schedule import REGISTERS, choose, split_factor
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine
 from iocompiler.tile.program import Builder, TileProgram
@@ -122,6 +122,7 @@ def test_neighbours_keep_as_many_programs_a_processor() -> None:
     assert first.registers == 64
     assert {s.registers * s.num_warps for s in others} <= {0, first.registers * first.num_warps}
     assert any(s.registers == 0 for s in others)
+    assert {s.registers for s in others} <= {0, *REGISTERS}
 
 
 def test_rows_are_also_measured_with_no_loads_in_flight() -> None:

@@ -279,3 +279,18 @@ def test_a_sum_over_nothing_is_zero() -> None:
     zero = Problem(1, 3, 5, 0, BF16, (0, 1, 1), (0, 5, 1), (0, 5, 1))
     Product(lambda: zero, torch.device("cpu")).run(0, (), 0, 0, out.data_ptr())
     assert (out == 0).all()
+
+
+def test_sizes_that_go_on_changing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MOST_SIZES", 3)
+    a, b, out = (
+        torch.randn(8, 4).to(BF16),
+        torch.randn(4, 5).to(BF16),
+        torch.empty(8, 5, dtype=BF16),
+    )
+    product = Product(lambda m: replace(PLAIN, m=m), torch.device("cpu"))
+    for m in (1, 2, 3, 4, 1, 5, 8):
+        out.fill_(float("nan"))
+        product.run(0, (m,), a.data_ptr(), b.data_ptr(), out.data_ptr())
+        torch.testing.assert_close(out[:m], a[:m] @ b)
+        assert len(product._runs) <= 3
