@@ -64,6 +64,8 @@ def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # other processes may test on the same card
 
 
 @pytest.fixture
