@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from iocompiler.runtime import products
+from iocompiler.runtime import cublaslt, products
 from iocompiler.runtime.cublaslt import Description, Matrix
 from iocompiler.runtime.products import Problem, Product, describe, supported
 
@@ -294,3 +298,32 @@ def test_sizes_that_go_on_changing(monkeypatch: pytest.MonkeyPatch) -> None:
         product.run(0, (m,), a.data_ptr(), b.data_ptr(), out.data_ptr())
         torch.testing.assert_close(out[:m], a[:m] @ b)
         assert len(product._runs) <= 3
+
+
+@pytest.mark.parametrize("added", [None, (0, 5, 1)])
+def test_what_the_library_made_is_given_back(
+    added: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: Counter[str] = Counter()
+
+    class Counting:
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            def call(*arguments: Any) -> int:
+                called[name] += 1
+                if name.endswith("GetHeuristic"):
+                    arguments[-1]._obj.value = 1
+                return 0
+
+            return call
+
+    monkeypatch.setattr(cublaslt, "library", Counting)
+    monkeypatch.setattr(cublaslt, "_handle", lambda device: ctypes.c_void_p(1))
+    described = describe(replace(PLAIN, added=added), 16)
+    assert described is not None
+    found = cublaslt.prepared(described[0], 0)
+    made = {name: n for name, n in called.items() if name.endswith("Create")}
+    assert made["cublasLtMatrixLayoutCreate"] == (3 if added is None else 4)
+    assert found.run(0, 1, 2, 3, 3, 0) == 0
+    del found
+    gc.collect()
+    assert {name: called[name.replace("Create", "Destroy")] for name in made} == made
