@@ -8,13 +8,16 @@ once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from iocompiler.cost_model import contractions
-from iocompiler.cost_model.call import Call, call_of_node, is_pointwise
+from iocompiler.cost_model.call import Call, call_of_node, call_of_step, is_pointwise
 from iocompiler.cost_model.cost import Cost
+from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.families import (
     Rule,
     copied,
@@ -32,6 +35,8 @@ from iocompiler.cost_model.families import (
     sort,
     written,
 )
+from iocompiler.cost_model.roofline import time
+from iocompiler.plan.data import AtenStep, TensorSpec
 from iocompiler.tile.ops import MAPS
 
 # rows of the op table at or above this cost are transcendental, as `tile.traffic` counts them
@@ -56,6 +61,13 @@ def cost(node: Node) -> Cost:
 def price(call: Call) -> Cost:
     """What a call costs, by its row, or as an unknown operator."""
     return rule_for(call.target, call.name)(call)
+
+
+def call_seconds(
+    step: AtenStep, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
+) -> float:
+    """Modeled time of a library's call in a plan."""
+    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
 
 
 def rule_for(target: str, name: str) -> Rule:

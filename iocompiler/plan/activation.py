@@ -17,16 +17,14 @@ from functools import lru_cache
 
 import torch
 
-from iocompiler.cost_model.call import call_of_step
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.roofline import time
-from iocompiler.cost_model.rules import price
+from iocompiler.cost_model.rules import call_seconds
 from iocompiler.ops.aligned_mm import ALIGNED
 from iocompiler.plan.addressed import ACTIVATED, DTYPES, library_product
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, Step, TensorSpec, ViewStep
+from iocompiler.plan.data import AtenStep, KernelStep, Plan, Step, ViewStep
 from iocompiler.plan.look import Look
-from iocompiler.plan.residual import lies_as, unused, walks
+from iocompiler.plan.residual import lies_as, walks
 from iocompiler.plan.rules.functions import gelu_by_tanh
 from iocompiler.plan.sizes import is_multiple
 from iocompiler.tile.arrange import merge_axes
@@ -111,7 +109,7 @@ def _activation(look: Look, device: str, place: int, step: KernelStep) -> Activa
     ((result, shown),) = step.outputs
     if result not in step.args or not lies_as(shown, spec):
         return None
-    whole = result if shown == spec else unused(f"{result}_{maker.node or 'product'}", look)
+    whole = result if shown == spec else look.unused(f"{result}_{maker.node or 'product'}")
     call = replace(
         maker,
         target=ACTIVATED,
@@ -143,13 +141,6 @@ def _gains(
     apart = call_seconds(maker, specs, device, hints)
     apart += kernel_seconds(kernel.program, device, hints)
     return call_seconds(found.call, specs, device, hints) < apart
-
-
-def call_seconds(
-    step: AtenStep, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
-) -> float:
-    """Modeled time of a library's call."""
-    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
 
 
 # --- the program

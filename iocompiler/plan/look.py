@@ -69,6 +69,12 @@ class Look:
             name = self.views[name].base
         return offset
 
+    def unused(self, wish: str) -> str:
+        """A name like this one that no value has."""
+        while wish in self.specs:
+            wish += "_"
+        return wish
+
     def is_overwritten(self, roots: set[str], after: int, before: int) -> bool:
         """Whether a step between these two may change what lies in storages."""
         return any(

@@ -9,7 +9,8 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.matmul_price import matmul_seconds
 from iocompiler.cost_model.matmul_tiles import choose
-from iocompiler.plan.activation import activations, call_seconds
+from iocompiler.cost_model.rules import call_seconds
+from iocompiler.plan.activation import activations
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, made
 from iocompiler.plan.fold import folded, with_reasons
 from iocompiler.plan.product import MatmulTile

@@ -181,7 +181,7 @@ class _Kernel:
                     return None
                 views += shows[0]
                 added.append(Ref(shows[1]))
-        whole = result if shown == spec else unused(f"{result}_{maker.node or 'sum'}", look)
+        whole = result if shown == spec else look.unused(f"{result}_{maker.node or 'sum'}")
         call = replace(maker, outputs=((whole, spec),))
         made = self._call(call, tuple(added), {view.name: view.spec for view in views})
         if made is None:
@@ -290,11 +290,5 @@ def _view(
     """What lies in a value's memory, seen as ``spec``: the view to be made, if any; its name."""
     if look.specs[base] == spec and equal(offset, 0):
         return (), base
-    name = unused(wish, look)
+    name = look.unused(wish)
     return (ViewStep(name, base, spec, offset),), name
-
-
-def unused(wish: str, look: Look) -> str:
-    while wish in look.specs:
-        wish += "_"
-    return wish

@@ -81,7 +81,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A product on a device: ``call(handle, ...)`` of ``cublasLtMatmul`` but for addresses."""
+    """A product on a device: ``cublasLtMatmul`` and its arguments but for addresses."""
 
     matmul: Callable[..., int]
     handle: c_void_p

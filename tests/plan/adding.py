@@ -1,4 +1,6 @@
-"""Plans in which the library adds to its products, as they would be for a GPU, run on the CPU."""
+"""Plans in which the library does more than its products, as they would be for a GPU, run on the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def with_residuals(plan: Plan, hints: Mapping[str, int] | None = None) -> Plan:
     return residual.with_residuals(plan, DEVICES["h100"], hints or {})
 
 
-class Added(Planned):
-    """Plans as for a GPU, with residuals by the library; the text is run on the CPU, and gives what
+class OnLibrary(Planned):
+    """Plans as for a GPU, as `by_library` makes them; their text is run on the CPU, and gives what
     the reference gives.
     """
 
@@ -37,10 +39,13 @@ class Added(Planned):
         super().__init__()
         self.before: list[Plan] = []
 
+    def by_library(self, plan: Plan, hints: Mapping[str, int]) -> Plan:
+        raise NotImplementedError
+
     def _compile(self, gm: GraphModule, inputs: Any) -> Any:
         super()._compile(gm, inputs)
-        before = on_a_gpu(self.plans[-1])
-        plan = shared_memory(addressed(with_residuals(before, size_hints(gm))), size_hints(gm))
+        before, hints = on_a_gpu(self.plans[-1]), size_hints(gm)
+        plan = shared_memory(addressed(self.by_library(before, hints)), hints)
         self.before.append(before)
         self.plans[-1] = plan
         run = load_text(emit_module(plan, "graph"), "graph", "cpu", interpreter(plan))
@@ -61,6 +66,13 @@ class Added(Planned):
     def calls(self) -> list[str]:
         steps = [s for plan in self.plans for s in plan.steps if isinstance(s, AtenStep)]
         return [step.target.split(".")[1] for step in steps if step.product is not None]
+
+
+class Added(OnLibrary):
+    """With residuals by the library."""
+
+    def by_library(self, plan: Plan, hints: Mapping[str, int]) -> Plan:
+        return with_residuals(plan, hints)
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = BF16) -> list[Tensor]:

@@ -6,35 +6,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
 
 import iocompiler as ioc
-from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.call import call_of_step
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.roofline import contraction_time
 from iocompiler.cost_model.rules import price
 from iocompiler.plan.activation import with_activations
-from iocompiler.plan.addressed import addressed
-from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, TensorSpec, made
-from iocompiler.plan.memory import shared_memory
 from iocompiler.plan.priced import priced
 from iocompiler.runtime.graphs import obstacle
-from iocompiler.runtime.load import load_text
-from iocompiler.runtime.reference import run_plan
 from tests.accuracy import assert_near_exact
 from tests.codegen.matmuls import plan_on_fakes
-from tests.plan.graphs import Planned
-from tests.runtime.plans import interpreter, on_a_gpu
+from tests.plan.adding import BF16, OnLibrary, tensors
+from tests.runtime.plans import on_a_gpu
 
-BF16 = torch.bfloat16
 H100 = DEVICES["h100"]
 X, W, C = (3, 5, 16), (24, 16), (24,)
 Results = Tensor | tuple[Tensor, ...]
@@ -48,44 +39,11 @@ def activated(plan: Plan) -> Plan:
     return with_activations(plan, H100, {})
 
 
-class Activated(Planned):
-    """Plans as for an H100, with such activations by the library; the text is run on the CPU, and
-    gives what the reference gives.
-    """
+class Activated(OnLibrary):
+    """With such activations by the library, of an H100."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.before: list[Plan] = []
-
-    def _compile(self, gm: GraphModule, inputs: Any) -> Any:
-        super()._compile(gm, inputs)
-        before, hints = on_a_gpu(self.plans[-1]), size_hints(gm)
-        plan = shared_memory(addressed(with_activations(before, H100, hints)), hints)
-        self.before.append(before)
-        self.plans[-1] = plan
-        run = load_text(emit_module(plan, "graph"), "graph", "cpu", interpreter(plan))
-
-        def call(args: list[Any]) -> list[Any]:
-            kept = [x.clone() if isinstance(x, Tensor) else x for x in args]
-            expected, found = run_plan(plan, kept), run(args)
-            for ours, theirs in zip(found, expected, strict=True):
-                if isinstance(theirs, Tensor):
-                    torch.testing.assert_close(ours, theirs)
-                    assert ours.stride() == theirs.stride()
-            return found
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
-
-    @property
-    def calls(self) -> list[str]:
-        steps = [s for plan in self.plans for s in plan.steps if isinstance(s, AtenStep)]
-        return [step.target.split(".")[1] for step in steps if step.product is not None]
-
-
-def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = BF16) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(shape).to(dtype) for shape in shapes]
+    def by_library(self, plan: Plan, hints: Mapping[str, int]) -> Plan:
+        return with_activations(plan, H100, hints)
 
 
 def listed(results: Results) -> list[Tensor]:
