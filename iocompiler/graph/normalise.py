@@ -108,6 +108,7 @@ def _respell(gm: GraphModule, node: Node) -> int:
     _shape(node)
     _transposition(node)
     _conversion(node)
+    _concatenation(node)
     _defaults(node)
     same = _same_as(gm, node)
     if same is not None:
@@ -154,6 +155,16 @@ def _conversion(node: Node) -> None:
     if old.device != new.device or (copies and old.dtype == new.dtype) or any(options):
         return
     rewrite.respell(node, aten.to.dtype, (node.args[0], new.dtype))
+
+
+def _concatenation(node: Node) -> None:
+    """A concatenation of one tensor lays it out anew."""
+    kept = _kept_part(node) if node.target is aten.cat.default else None
+    if kept is None or view.is_contiguous(view.tensors(kept)[0]):
+        return
+    if view.is_contiguous(view.tensors(node)[0]):
+        order = {"memory_format": torch.contiguous_format}
+        rewrite.respell(node, aten.clone.default, (kept,), order)
 
 
 def _defaults(node: Node) -> None:
@@ -210,23 +221,26 @@ def _does_nothing(gm: GraphModule, node: Node, old: torch.Tensor, new: torch.Ten
         return bool(rest[0] == 0 or rest[1] is False)
     if node.target in (aten.add.Tensor, aten.cat.default):
         # these are copies: as good as their input only where neither is ever written
-        nothing = node.target is aten.cat.default or (
-            rest[0] == 0 and old.dtype == new.dtype == torch.int64
+        nothing = (
+            view.is_contiguous(old)
+            if node.target is aten.cat.default
+            else rest[0] == 0 and old.dtype == new.dtype == torch.int64
         )
         return nothing and not _written(gm, node)
     return node.target is aten.alias.default
 
 
 def _kept_part(node: Node) -> Any:
-    """The one tensor of a concatenation whose others are the empty vectors it ignores."""
-    parts: Any = node.args[0]
-    kept = [part for part in parts if not _is_empty_vector(view.tensors(part)[0])]
+    """The one tensor of a concatenation whose others are empty."""
+    parts, dim = view.spelled_out(node)
+    kept = [part for part in parts if not _adds_nothing(view.tensors(part)[0], dim)]
     alike = len(kept) == 1 and view.tensors(kept[0])[0].dtype == view.tensors(node)[0].dtype
-    return kept[0] if alike and view.is_contiguous(view.tensors(kept[0])[0]) else None
+    return kept[0] if alike else None
 
 
-def _is_empty_vector(x: torch.Tensor) -> bool:
-    return x.dim() == 1 and equal(x.shape[0], 0)
+def _adds_nothing(x: torch.Tensor, dim: int) -> bool:
+    """Whether a part of a concatenation has no elements; empty vectors fit tensors of any rank."""
+    return equal(x.shape[0 if x.dim() == 1 else dim], 0)
 
 
 def _written(gm: GraphModule, node: Node) -> bool:
