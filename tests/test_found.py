@@ -272,3 +272,18 @@ def test_the_logsumexp_of_one_number_beside_an_attention() -> None:
         return torch.logsumexp(((x @ x.mT).softmax(-1) @ x).sum(), 0, keepdim=True)
 
     check(f, torch.randn(2, 2, requires_grad=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom.*:UserWarning")
+@pytest.mark.parametrize("correction", [0, 1])
+def test_one_product_has_no_variance_that_a_multiply_add_leaves(correction: int) -> None:
+    """Of one degree of freedom less there is none: 0 / 0, which was infinite."""
+
+    def f(x: Tensor) -> Tensor:
+        return (x**2).var(0, correction=correction)
+
+    x = torch.randn(1, 64, device="cuda")
+    run, _ = compiled(f, engine="auto")
+    assert torch.equal(run(x).nan_to_num(), x[0] * 0)
+    assert bool(run(x).isnan().all()) == bool(correction)

@@ -25,8 +25,14 @@ def moments(x: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, 
     deviations d, ``sum(d^2) - sum(d)^2 / n`` (Chan, Golub, LeVeque 1983) and ``mean + sum(d) / n``.
     Equal elements, whose computed mean may be off by a rounding, then deviate by 0, as by Welford's
     method; a norm would multiply that rounding by 1 / sqrt(eps).
+
+    A single element deviates by nothing, which a multiply-add of an x that is a product itself
+    would not leave of ``x - x``: a variance of 0 / 0 would be infinite.
     """
     size = count(x, dims)
+    if isinstance(size, int) and size == 1:
+        nothing = (x * 0).abs()  # or NaN
+        return nothing / _degrees(size, correction), x, nothing
     mean = aten.mean.dim(x, dims, True)
     deviation = x - mean
     squares = aten.sum.dim_IntList(deviation * deviation, dims, True)
