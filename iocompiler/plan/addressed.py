@@ -21,13 +21,15 @@ from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, made
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.library_product import LibraryProduct, Strides
 from iocompiler.plan.memory import takes_out
-from iocompiler.plan.sizes import equal, nonnegative
+from iocompiler.plan.sizes import equal, is_multiple, nonnegative
 from iocompiler.tile.index import Size
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Of whose products no switch of torch's changes what is computed: float32 has TF32."""
 _TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
 ACTIVATED = str(ADDMM_GELU)
+_VECTOR = 8
+"""Elements of two bytes in a vector."""
 BIAS: Strides = (0, 0, 1)
 """Those of what is added to every row."""
 
@@ -91,7 +93,9 @@ def _biased(step: AtenStep, specs: Mapping[str, TensorSpec], device: str) -> Lib
     if either[0] is None or either[1] is None or either[1].added != BIAS:
         return None
     ((_, result),) = made(step).items()
-    return replace(either[0], bias=True) if specs[matrix.name].shape == result.shape else None
+    if specs[matrix.name].shape != result.shape:
+        return None
+    return _rounded_once(replace(either[0], bias=True))
 
 
 def _of(factors: Factors) -> LibraryProduct | None:
@@ -108,7 +112,18 @@ def _of(factors: Factors) -> LibraryProduct | None:
     added = _added(factors.added[1], batch, m, n)
     if added is None:
         return None
-    return LibraryProduct(batch, m, n, k, factors.dtype, a, b, out, added)
+    found = LibraryProduct(batch, m, n, k, factors.dtype, a, b, out, added)
+    return _rounded_once(found) if added == BIAS else found
+
+
+def _rounded_once(biased: LibraryProduct) -> LibraryProduct | None:
+    """A product with a bias whose lines all begin where a vector does. Of another the library
+    rounds the product, in 16 bits, before it adds the bias (on an H100): an error that is alike for
+    all rows of a column, and that its sum has as often as there are rows.
+    """
+    strides = (*biased.a, *biased.b, *biased.out, *(biased.added or ()))
+    whole = all(equal(each, 1) or is_multiple(each, _VECTOR) for each in strides)
+    return biased if whole else None
 
 
 def _operand(strides: Strides, batch: Size, rows: Size, columns: Size) -> Strides | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import sympy
 import torch
 
+from iocompiler.ops.biased_addmm import BIASED_ADDMM
 from iocompiler.plan.addressed import addressed, library_product
 from iocompiler.plan.data import AtenStep, Plan, Ref, Region, Step, TensorSpec
 from iocompiler.plan.library_product import LibraryProduct
@@ -72,30 +74,54 @@ def test_batches() -> None:
 
 
 @pytest.mark.parametrize(("target", "added", "strides"), [
-    ("addmm", spec(4), (0, 0, 1)),
-    ("addmm", spec(1, 4), (0, 0, 1)),
-    ("addmm", spec(6, 4, stride=(0, 1)), (0, 0, 1)),
-    ("addmm", spec(6, 4), (0, 4, 1)),
-    ("addmm", spec(6, 4, stride=(9, 1)), (0, 9, 1)),
-    ("addmm", spec(4, stride=(2,)), None),
+    ("addmm", spec(8), (0, 0, 1)),
+    ("addmm", spec(1, 8), (0, 0, 1)),
+    ("addmm", spec(6, 8, stride=(0, 1)), (0, 0, 1)),
+    ("addmm", spec(6, 8), (0, 8, 1)),
+    ("addmm", spec(6, 8, stride=(9, 1)), (0, 9, 1)),
+    ("addmm", spec(8, stride=(2,)), None),
     ("addmm", spec(6, 1), None),  # a number a row
     ("addmm", spec(), None),
     ("addmm", spec(1), None),
-    ("addmm", spec(6, 4, stride=(1, 6)), None),
-    ("addmm", spec(4, dtype=torch.float32), None),
-    ("addmm", spec(4, device="cpu"), None),
-    ("baddbmm", spec(3, 6, 4), (24, 4, 1)),
-    ("baddbmm", spec(4), (0, 0, 1)),
-    ("baddbmm", spec(6, 4), None),  # one matrix for all
-    ("baddbmm", spec(3, 1, 4), None),  # a bias a matrix
+    ("addmm", spec(6, 8, stride=(1, 6)), None),
+    ("addmm", spec(8, dtype=torch.float32), None),
+    ("addmm", spec(8, device="cpu"), None),
+    ("baddbmm", spec(3, 6, 8), (48, 8, 1)),
+    ("baddbmm", spec(8), (0, 0, 1)),
+    ("baddbmm", spec(6, 8), None),  # one matrix for all
+    ("baddbmm", spec(3, 1, 8), None),  # a bias a matrix
 ])  # fmt: skip
 def test_what_is_added(target: str, added: TensorSpec, strides: tuple[int, ...] | None) -> None:
-    operands = (spec(6, 8), spec(8, 4))
+    operands = (spec(6, 8), spec(8, 8))
     if target == "baddbmm":
-        operands = (spec(3, 6, 8), spec(3, 8, 4))
+        operands = (spec(3, 6, 8), spec(3, 8, 8))
     found = of(target, added, *operands, beta=1, alpha=1)
     assert (found is None) == (strides is None)
     assert found is None or found.added == strides
+
+
+@pytest.mark.parametrize(("given", "taken"), [
+    ((spec(S, 8), spec(8, 8)), True),
+    ((spec(S, 8), spec(8, 16, stride=(1, 8))), True),
+    ((spec(6, 8, stride=(20, 1)), spec(8, 8)), False),
+    ((spec(6, 12), spec(12, 8)), False),
+    ((spec(6, 8), spec(8, 12)), False),
+    ((spec(6, 8), spec(8, T)), False),
+    ((spec(6, 8), spec(8, 8 * T)), True),
+    ((spec(6, 8, stride=(1, 6)), spec(8, 8)), False),
+])  # fmt: skip
+def test_a_bias_is_added_to_lines_of_whole_vectors(
+    given: tuple[TensorSpec, TensorSpec], taken: bool
+) -> None:
+    """Of others the library rounds the product first."""
+    bias, matrix = spec(given[1].shape[1]), spec(given[0].shape[0], given[1].shape[1])
+    assert (of("addmm", bias, *given) is not None) == taken
+    assert of("addmm", matrix, *given) is not None
+    step, specs = call("addmm", matrix, *given)
+    both = replace(step, target=str(BIASED_ADDMM), args=(Ref("added"), Ref("bias"), *step.args[1:]))
+    assert (library_product(both, {**specs, "bias": bias}, GPU) is not None) == taken
+    apart = spec(*matrix.shape, stride=(matrix.shape[1] + 4, 1))
+    assert library_product(both, {**specs, "bias": bias, "added": apart}, GPU) is None
 
 
 @pytest.mark.parametrize("given", [
@@ -208,8 +234,8 @@ def _layout(rng: random.Random, shape: tuple[int, ...]) -> tuple[int, ...]:
 def test_the_problem_is_the_call(seed: int) -> None:
     """Operands in layouts at random: what is taken has a form that is supported, and is right."""
     rng, generator, taken = random.Random(seed), torch.Generator().manual_seed(seed), 0
-    for _ in range(40):
-        batch, m, n, k = (rng.choice((1, 2, 3, 5)) for _ in range(4))
+    for _ in range(80):
+        batch, m, n, k = (rng.choice((1, 2, 3, 8)) for _ in range(4))
         target = rng.choice(("mm", "bmm", "addmm", "baddbmm"))
         lead = (batch,) if "bmm" in target else ()
         shapes = [(*lead, m, k), (*lead, k, n)]
