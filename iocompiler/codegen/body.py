@@ -17,6 +17,7 @@ from iocompiler.codegen.pytext import (
     tuple_text,
     wrapped,
 )
+from iocompiler.codegen.replays import form_of, replayed
 from iocompiler.codegen.signature import parameters
 from iocompiler.codegen.statements import Statements
 from iocompiler.codegen.values import Values
@@ -65,12 +66,13 @@ class Launchers(Protocol):
 @dataclass
 class Shared:
     """What the functions of a module have in common: its ``globals``, operators by their names
-    there, the functions that others pass to operators, and how often all of them call aten, and a
-    library for a product.
+    there, what does their calls again by the form of these, the functions that others pass to
+    operators, and how often all of them call aten, and a library for a product.
     """
 
     globals: list[str] = field(default_factory=list)
     operators: dict[str, str] = field(default_factory=dict)
+    replayed: dict[str, str] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
     aten_calls: int = 0
     products: int = 0
@@ -84,7 +86,7 @@ def _callable(target: str) -> str:
 
 def _needs_stream(step: Step) -> bool:
     if isinstance(step, AtenStep):
-        return step.product is not None
+        return step.product is not None or bool(replayed(step))
     return isinstance(step, (KernelStep, MatmulStep, BatchStep))
 
 
@@ -289,9 +291,24 @@ class Body:
             lines.append(f"{name} = {WITH_OUT[step.target]}({', '.join(arguments)})")
             self._statements.add(lines, read | given | {name})
             return
-        call = f"{self._operator(step.target)}({', '.join(arguments)})"
-        made = self._results(step, call, lines)
+        operator = self._operator(step.target)
+        # functions that operators call may be passed tensors that are none
+        if replayed(step) and self._region is None:
+            operator, form = self._again(step, operator)
+            arguments = ["stream", form, *arguments]
+        made = self._results(step, f"{operator}({', '.join(arguments)})", lines)
         self._statements.add(lines, read | made)
+
+    def _again(self, step: AtenStep, operator: str) -> tuple[str, str]:
+        """What does the calls of an operator with arguments of one form, and the numbers that the
+        form depends on, as text.
+        """
+        form, numbers = form_of(step, self._values.specs, self._names.of)
+        known = self._shared.replayed
+        if form not in known:
+            known[form] = self._names.claim(f"run_{replayed(step)}")
+            self._shared.globals.append(f"{known[form]} = module.replayed({operator})")
+        return known[form], numbers
 
     def _results(self, step: AtenStep, call: str, lines: list[str]) -> set[str]:
         """Lines that call and name the results; returns the variables made."""

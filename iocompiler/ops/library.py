@@ -10,6 +10,7 @@ import torch
 _LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _functions: dict[str, Callable[..., Any]] = {}
 _launching: set[str] = set()
+_replayed: set[str] = set()
 
 
 def define(schema: str, *tags: torch.Tag) -> Any:
@@ -19,19 +20,29 @@ def define(schema: str, *tags: torch.Tag) -> Any:
 
 
 def implement(
-    name: str, run: Callable[..., Any], fake: Callable[..., Any], *, launches: bool = False
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    launches: bool = False,
+    replays: bool = False,
 ) -> None:
     """What an operator does on any device, and on fake tensors.
 
     Args:
         launches: whether ``run`` may launch templates. It must then run on tensors without memory
             too, and keep none of them.
+        replays: whether it may do that alone: what it does then follows from its arguments but for
+            addresses (`runtime/replayed.py`), and is by torch's operators or
+            `template_launch.Launch`.
     """
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"iocompiler::{name}", fake, lib=_LIBRARY)
     _functions[name] = run
-    if launches:
+    if launches or replays:
         _launching.add(name)
+    if replays:
+        _replayed.add(name)
 
 
 def compose(name: str, run: Callable[..., Any]) -> None:
@@ -56,3 +67,8 @@ def function(name: str) -> Callable[..., Any]:
 def launches(name: str) -> bool:
     """Whether an operator may launch templates."""
     return name in _launching
+
+
+def replays(name: str) -> bool:
+    """Whether what an operator does is worth watching (`implement`)."""
+    return name in _replayed

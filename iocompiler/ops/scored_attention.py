@@ -219,6 +219,6 @@ for _name, _run, _fake in (
     ("scored_attention_backward", _backward, _backward_fake),
     ("scored_attention_operand", _operand, _operand_fake),
 ):
-    library.implement(_name, _run, _fake, launches=True)
+    library.implement(_name, _run, _fake, replays=True)
 library.differentiate("scored_attention", _differentiate, _setup)
 library.compose("scored_attention_rows", _rows)

@@ -25,6 +25,7 @@ from iocompiler.runtime.compile import Job
 from iocompiler.runtime.kernels import KernelSpec, cells, compiled_images
 from iocompiler.runtime.launch import Image, Launch, Signature, make_launch
 from iocompiler.runtime.products import Problem, Product
+from iocompiler.runtime.replayed import Replayed
 from iocompiler.runtime.values import laid_out, storage_elements
 
 
@@ -155,6 +156,12 @@ class Module:
         on_gpu = self.device.type == "cuda"
         device = torch.device("cuda", self.device_index) if on_gpu else self.device
         return Product(problem, device).run
+
+    def replayed(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """What does an operator's calls of one form again: `Replayed`; on a CPU, the operator."""
+        if self.device.type != "cuda":
+            return lambda stream, sizes, *args: run(*args)
+        return Replayed(run, self.tools()[0])
 
     def recorded(self) -> None:
         """The calls go into CUDA graphs from here on."""

@@ -29,6 +29,10 @@ _Given: TypeAlias = Tensor | tuple[Tensor, ...]
 _Place: TypeAlias = "tuple[str | int, ...]"
 Watcher: TypeAlias = "Callable[[Launch, Mapping[str, _Given]], None]"
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+Recorder: TypeAlias = "Callable[[launching.Launch, int, Sequence[Tensor]], None]"
+_recorder: ContextVar[tuple[Recorder, Callable[[], None]] | None] = ContextVar(
+    "recorder", default=None
+)
 _address = Tensor.data_ptr
 _NONE = -1
 """No device."""
@@ -91,6 +95,9 @@ class Launch:
         """The first run, runs in Triton's interpreter, those on a device that is not current."""
         device = tensors[0].device
         if device.type != "cuda" or not self._compiles:
+            recorder = _recorder.get()
+            if recorder is not None:
+                recorder[1]()
             self.kernel[(programs,)](**self.fixed, **self.named(tensors), **OPTIONS)
             return
         self._device = device.index
@@ -100,6 +107,9 @@ class Launch:
     def _run(self, programs: int, tensors: Sequence[Tensor]) -> None:
         pointers, aligned = _pointers(tensors)
         bound = self._bound.get(aligned) or self._first(aligned, tensors)
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder[0](bound, programs, tensors)
         bound(torch._C._cuda_getCurrentRawStream(self._device), programs, 1, 1, *pointers)
 
     def ready(self, *tensors: Tensor) -> None:
@@ -169,6 +179,18 @@ def watched(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         _watcher.reset(token)
+
+
+@contextmanager
+def recorded(note: Recorder, unseen: Callable[[], None]) -> Iterator[None]:
+    """In here, and in this thread, ``note(launch, programs, tensors)`` is called before each launch
+    on a GPU, and ``unseen()`` before one in Triton's interpreter.
+    """
+    token = _recorder.set((note, unseen))
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
 
 
 def tile_arguments(tile: Tile) -> dict[str, int]:
