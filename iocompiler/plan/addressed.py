@@ -117,9 +117,9 @@ def _of(factors: Factors) -> LibraryProduct | None:
 
 
 def _rounded_once(biased: LibraryProduct) -> LibraryProduct | None:
-    """A product with a bias whose lines all begin where a vector does. Of another the library
-    rounds the product, in 16 bits, before it adds the bias (on an H100): an error that is alike for
-    all rows of a column, and that its sum has as often as there are rows.
+    """A product with a bias whose lines all begin where a vector does. Of others, where a matrix is
+    added too, the library rounds that sum, in 16 bits, before it adds the bias (on an H100): an
+    error that is alike for all rows of a column, and that its sum has as often as there are rows.
     """
     strides = (*biased.a, *biased.b, *biased.out, *(biased.added or ()))
     whole = all(equal(each, 1) or is_multiple(each, _VECTOR) for each in strides)

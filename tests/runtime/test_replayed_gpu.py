@@ -124,7 +124,7 @@ def test_the_same_bits(f: Callable[..., Tensor], mode: str, watched: list[Any]) 
 @pytest.mark.parametrize("f", [alibi, document])
 def test_lengths_that_change(f: Callable[..., Tensor], watched: list[Any]) -> None:
     torch._dynamo.reset()
-    run = torch.compile(f, backend=Compiler(strict=True, cache=False), dynamic=True)
+    run = torch.compile(f, backend=Compiler(strict=True, cache=False))
     for turn in range(5):
         calls = len(watched)
         for length in (192, 250, 384):
@@ -132,13 +132,13 @@ def test_lengths_that_change(f: Callable[..., Tensor], watched: list[Any]) -> No
             found = step(run, inputs, 0)
             assert_near_exact(found, exact(f, inputs, BF16), exact(f, inputs, torch.float64), BF16)
         if turn > 3:
-            assert len(watched) == calls
+            assert 0 < len(watched) == calls
 
 
 def test_decoding(watched: list[Any]) -> None:
     """Of each length a cache has once nothing is watched; at those that come again it is."""
     torch._dynamo.reset()
-    run = torch.compile(decode, backend=Compiler(strict=True, cache=False), dynamic=True)
+    run = torch.compile(decode, backend=Compiler(strict=True, cache=False))
     with torch.no_grad():
         for turn in range(5):
             calls = len(watched)
