@@ -45,7 +45,7 @@ def computes_in_matrix_units(dtype: torch.dtype, device: Device, tf32: bool) -> 
     """Whether convolutions of this dtype run in the device's matrix units.
 
     Args:
-        tf32: float32 may be rounded to TF32 (``torch.backends.cudnn.allow_tf32``).
+        tf32: float32 may be rounded to TF32 (`tf32.convolutions_rounded`).
     """
     since = _SINCE.get(dtype)
     if since is None or device.capability is None or device.capability < since:

@@ -74,7 +74,7 @@ def time(
         dtype: in which the arithmetic outside contractions is done; float64 runs at the device's
         float64 rate.
         hints: values of the size symbols.
-        tf32: float32 matmuls may be rounded to TF32 (``torch.backends.cuda.matmul.allow_tf32``).
+        tf32: float32 matmuls may be rounded to TF32 (`tf32.products_rounded`).
     """
     moving = value_of(cost.bytes, hints) / device.memory_rate
     work = value_of(cost.vector_flops, hints) + TRANSCENDENTAL_FLOPS * value_of(

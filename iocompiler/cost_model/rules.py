@@ -37,6 +37,7 @@ from iocompiler.cost_model.families import (
 )
 from iocompiler.cost_model.roofline import time
 from iocompiler.plan.data import AtenStep, TensorSpec
+from iocompiler.tf32 import rounded
 from iocompiler.tile.ops import MAPS
 
 # rows of the op table at or above this cost are transcendental, as `tile.traffic` counts them
@@ -67,7 +68,8 @@ def call_seconds(
     step: AtenStep, specs: Mapping[str, TensorSpec], device: Device, hints: Mapping[str, int]
 ) -> float:
     """Modeled time of a library's call in a plan."""
-    return time(price(call_of_step(step, specs)), device, torch.float32, hints)
+    cost = price(call_of_step(step, specs))
+    return time(cost, device, torch.float32, hints, rounded(step.target))
 
 
 def rule_for(target: str, name: str) -> Rule:

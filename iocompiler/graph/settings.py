@@ -12,6 +12,7 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 def settings() -> dict[str, Any]:
     """Torch's modes and switches of this moment, as JSON-able values with stable names."""
+    backends: Any = torch.backends
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
@@ -23,7 +24,10 @@ def settings() -> dict[str, Any]:
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch._C._get_deterministic_fill_uninitialized_memory(),
         ],
-        "float32 matmul": torch.get_float32_matmul_precision(),
+        "float32 matmul": [
+            backends.cuda.matmul.fp32_precision,
+            backends.mkldnn.matmul.fp32_precision,
+        ],
         "cuda": _cuda(),
         "cudnn": _cudnn(),
         "mkldnn": torch._C._get_mkldnn_enabled(),
@@ -40,7 +44,6 @@ def _cuda() -> list[Any]:
     backend: Any = torch.backends.cuda
     return [
         str(torch.version.cuda),
-        backend.matmul.allow_tf32,
         repr(backend.matmul.allow_fp16_reduced_precision_reduction),
         repr(backend.matmul.allow_bf16_reduced_precision_reduction),
         backend.flash_sdp_enabled(),
@@ -50,6 +53,6 @@ def _cuda() -> list[Any]:
     ]
 
 
-def _cudnn() -> list[bool]:
+def _cudnn() -> list[Any]:
     backend: Any = torch.backends.cudnn
-    return [backend.enabled, backend.benchmark, backend.deterministic, backend.allow_tf32]
+    return [backend.enabled, backend.benchmark, backend.deterministic, backend.conv.fp32_precision]

@@ -11,6 +11,7 @@ import torch
 from iocompiler.plan.data import AtenStep, Ref, TensorSpec
 from iocompiler.plan.matrix import Added
 from iocompiler.plan.sizes import divide, equal
+from iocompiler.tf32 import products_rounded
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
 
@@ -123,7 +124,7 @@ def factors_of(step: AtenStep, specs: Mapping[str, TensorSpec]) -> Factors | Non
         if added is not None
         else None,
         _elements(spec),
-        spec.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32),
+        spec.dtype == torch.float32 and products_rounded(),
         more=tuple(more),
     )  # fmt: skip
 

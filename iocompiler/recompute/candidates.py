@@ -27,6 +27,7 @@ from iocompiler.cost_model.roofline import time
 from iocompiler.cost_model.rules import cost
 from iocompiler.graph import view
 from iocompiler.ops.partition import runs_again
+from iocompiler.tf32 import rounded
 
 # into how many segments the forward is cut
 SEGMENTS = (4, 16)
@@ -83,7 +84,7 @@ def _selective(forward: _Forward, device: Device) -> Iterator[Candidate]:
     rate: dict[Node, float] = {}
     for node in forward.dear:
         dtype = view.tensors(node)[0].dtype
-        seconds = time(cost(node), device, dtype, forward.hints)
+        seconds = time(cost(node), device, dtype, forward.hints, rounded(str(node.target)))
         rate[node] = forward.bytes(node) / seconds
     ordered = sorted(rate, key=lambda node: -rate[node])
     total = sum(map(forward.bytes, ordered))

@@ -18,6 +18,7 @@ from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Pl
 from iocompiler.report.crossing import at_extents, crossing
 from iocompiler.report.ledger import Edge, Kernel, Report, Resources, Template
 from iocompiler.report.words import show_schedule, show_spec, show_tile
+from iocompiler.tf32 import products_rounded, rounded
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
 from iocompiler.tile.traffic import traffic
@@ -68,7 +69,7 @@ def build_report(
     return replace(
         ledger,
         bytes_bound=round(value_of(least.bytes, known)),
-        time_bound_us=least.time(device, known) * 1e6,
+        time_bound_us=least.time(device, known, products_rounded()) * 1e6,
         sizes=tuple(known.items()),
     )
 
@@ -141,7 +142,7 @@ def _template(
     cost = matmul_cost(step.product, step.program)
     seconds = matmul_seconds(step.product, step.program, step.tile, device, part.hints)
     if seconds is None:  # the library's rate, where nothing is known of the template's
-        seconds = time(cost, device, step.product.dtype, part.hints)
+        seconds = time(cost, device, step.product.dtype, part.hints, products_rounded())
     source, resources = describe(step)
     total = round(value_of(cost.bytes, part.hints))
     return cost, Kernel(
@@ -191,7 +192,8 @@ def _called(
         return cost, None  # a view, or memory handed out
     results = [spec for _, spec in step.outputs if spec is not None]
     dtype = (results or [o.spec for o in call.operands])[0].dtype
-    moved = cost.bytes + relaid_bytes(cost, device, dtype)
+    tf32 = rounded(step.target)
+    moved = cost.bytes + relaid_bytes(cost, device, dtype, tf32)
     return cost, Kernel(
         name=step.target,
         graph=part.name,
@@ -200,7 +202,7 @@ def _called(
         bytes=round(value_of(moved, part.hints)),
         bound=round(value_of(cost.bytes, part.hints)),
         flops=round(value_of(cost.flops, part.hints)),
-        time_us=time(cost, device, dtype, part.hints) * 1e6,
+        time_us=time(cost, device, dtype, part.hints, tf32) * 1e6,
         tile=step.reason,
         layout=", ".join(show_spec(spec) for spec in results[:4]),
         source=f"torch.ops.{step.target}" + (", by addresses" if step.product else ""),

@@ -20,6 +20,7 @@ from iocompiler.cost_model.device import DEVICES, Device, current_device, kin
 from iocompiler.ops.target import Capability, planned
 from iocompiler.runtime.load import imported, module_file
 from iocompiler.runtime.template_launch import members
+from iocompiler.tf32 import products_rounded
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid, classes_shape, classify
 
@@ -229,7 +230,7 @@ def device_row(device: torch.device, instead: Capability | None) -> Device:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype != torch.float32 or products_rounded()
     return "tf32" if tf32 else "ieee"
 
 

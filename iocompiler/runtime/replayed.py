@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iocompiler.runtime.launch import Launch
 from iocompiler.runtime.template_launch import recorded
+from iocompiler.tf32 import products_rounded
 
 aten = torch.ops.aten
 Again: TypeAlias = Callable[..., Any]
@@ -57,7 +58,7 @@ class Replayed:
 
     def __init__(self, run: Callable[..., Any], empty: Callable[..., Tensor]):
         self._run, self._empty = run, empty
-        self._places: tuple[list[int], list[int]] | None = None
+        self._places: _Places | None = None
         self._again: dict[Any, Again] = {}
         self._seen: dict[Any, int] = {}
 
@@ -69,15 +70,15 @@ class Replayed:
             sizes: all that the arguments depend on, but for addresses.
         """
         if self._places is None:
-            self._places = _places(args)
-        alone, lists = self._places
+            self._places = _Places.of(args)
+        alone, lists, wide = self._places
         tensors = [args[place] for place in alone]
         for place in lists:
             tensors += args[place]
         addresses = list(map(_address, tensors))
-        form: Any = sizes, torch._C._get_cublas_allow_tf32()
+        form: Any = (sizes, products_rounded()) if wide else sizes
         if functools.reduce(operator.or_, addresses, 0) % _ALIGNED:
-            form = *form, tuple([address % _ALIGNED for address in addresses])
+            form = form, tuple([address % _ALIGNED for address in addresses])
         again = self._again.get(form)
         if again is not None:
             return again(stream, *addresses)
@@ -102,15 +103,24 @@ class Replayed:
         return results
 
 
-def _places(args: tuple[Any, ...]) -> tuple[list[int], list[int]]:
-    """Where tensors stand, and where lists of them do."""
-    alone = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
-    lists = [
-        place
-        for place, value in enumerate(args)
-        if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value)
-    ]
-    return alone, lists
+class _Places(NamedTuple):
+    """Where tensors stand among arguments, where lists of them do, and whether the first is of
+    float32, whose products have a switch.
+    """
+
+    alone: list[int]
+    lists: list[int]
+    wide: bool
+
+    @staticmethod
+    def of(args: tuple[Any, ...]) -> _Places:
+        alone = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
+        lists = [
+            place
+            for place, value in enumerate(args)
+            if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value)
+        ]
+        return _Places(alone, lists, bool(alone) and args[alone[0]].dtype == torch.float32)
 
 
 class _Place(NamedTuple):

@@ -200,6 +200,7 @@ def test_settings_tell_modes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.append(settings())
     torch.set_default_dtype(torch.float32)
     assert settings() == seen[0]
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     seen.append(settings())
+    torch.backends.cuda.matmul.fp32_precision = "none"
     assert len({str(each) for each in seen}) == len(seen)

@@ -222,3 +222,13 @@ def test_what_is_kept_lives_as_long_as_its_address_is_used() -> None:
     noise = [torch.full((4,), 9.0) for _ in range(50)]
     assert torch.equal(operator.run(a, numbers()), a + 3)
     assert len(noise) == 50
+
+
+def test_the_switch_of_float32_is_part_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = Operator(one_result)
+    for allowed in (False, True, False, True):
+        monkeypatch.setattr(replayed, "products_rounded", lambda allowed=allowed: allowed)
+        operator.run(numbers(), numbers())
+    assert operator.ran == 4
+    operator.run(numbers(), numbers())
+    assert operator.ran == 4

@@ -20,6 +20,7 @@ from iocompiler.graph.storage_order import Order, is_movable, order_of
 from iocompiler.passes.layouts.cut import Copy, Labelling
 from iocompiler.passes.layouts.prices import Prices, bytes_of
 from iocompiler.passes.layouts.rules import Rule, operands, rule_of
+from iocompiler.tf32 import convolutions_rounded
 
 Reader: TypeAlias = Node | str
 # in the place of readers that take a value only in the order it had
@@ -97,7 +98,7 @@ class Problem:
         if not torch.backends.cudnn.enabled:
             return "cuDNN is switched off"
         reason = why_not_last(image.dtype, channels, groups)
-        tf32 = bool(torch.backends.cudnn.allow_tf32)
+        tf32 = convolutions_rounded()
         if reason or computes_in_matrix_units(image.dtype, self._prices.device, tf32):
             return reason
         return f"{image.dtype} has no matrix units in convolutions"

@@ -19,6 +19,7 @@ from iocompiler.graph.match import graph_pass
 from iocompiler.graph.sizes import same_sizes
 from iocompiler.ops import target
 from iocompiler.passes.product_order.chain import PRODUCTS, Chain, Matrix, is_product
+from iocompiler.tf32 import products_rounded
 
 aten = torch.ops.aten
 _PATTERN = "product_order"
@@ -90,7 +91,7 @@ def _reordered(gm: GraphModule, top: Node, chain: Chain) -> int:
     shapes = [_shape(m, at == 0) for at, m in enumerate(chain.matrices)]
     if any(shape is None or not all(shape) for shape in shapes):
         return 0
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = products_rounded()
     orders = ProductOrders(shapes, value.dtype, _device(value), tf32)  # type: ignore[arg-type]
     order = orders.cheapest()
     before, after = (orders.seconds(each) * 1e6 for each in (chain.order, order))
