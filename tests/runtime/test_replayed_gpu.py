@@ -136,7 +136,7 @@ def test_lengths_that_change(f: Callable[..., Tensor], watched: list[Any]) -> No
 
 
 def test_decoding(watched: list[Any]) -> None:
-    """Of each length a cache has once nothing is watched; at those that come again it is."""
+    """Lengths that a cache comes back to: after a graph for any length, no operator runs."""
     torch._dynamo.reset()
     run = torch.compile(decode, backend=Compiler(strict=True, cache=False))
     with torch.no_grad():
@@ -149,4 +149,5 @@ def test_decoding(watched: list[Any]) -> None:
                     decode(*(x.to(dtype) for x in inputs)) for dtype in (BF16, torch.float64)
                 )
                 assert_near_exact([run(*inputs)], [eager], [wide], BF16)
-            assert len(watched) - calls == (3 if turn < 2 else 0)
+            assert turn or len(watched) == 3
+            assert turn < 3 or len(watched) == calls
