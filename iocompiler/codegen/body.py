@@ -60,7 +60,7 @@ class Launchers(Protocol):
 
     def batch(self, step: BatchStep) -> str: ...
 
-    def product(self, product: LibraryProduct, title: str) -> str: ...
+    def product(self, product: LibraryProduct[Size], title: str) -> str: ...
 
 
 @dataclass
@@ -231,7 +231,7 @@ class Body:
             f" + {size_text(offset)}" if offset != 0 else ""
         ), variable
 
-    def _product(self, step: AtenStep, product: LibraryProduct) -> None:
+    def _product(self, step: AtenStep, product: LibraryProduct[Size]) -> None:
         """A library's launch: operands, result and what is added by their addresses."""
         self._shared.products += 1
         lines = [f"# {step.where}"] if step.where else []

@@ -33,6 +33,7 @@ from iocompiler.plan.data import (
     all_steps,
 )
 from iocompiler.plan.library_product import LibraryProduct
+from iocompiler.tile.index import Size
 
 _ABOUT = '''\
 """{name}: {kernels} kernels, {launches} launches, {calls} aten calls{products} on {device}.
@@ -145,7 +146,7 @@ class _Kernels:
         self.found: dict[Hashable, _Kernel] = {}
         self.launchers: dict[tuple[str, str], Launcher] = {}
         self.batches: dict[Hashable, Launcher] = {}
-        self.products: dict[LibraryProduct, Launcher] = {}
+        self.products: dict[LibraryProduct[Size], Launcher] = {}
         self._claim = names.claim
 
     def launcher(self, step: KernelStep | MatmulStep, signature: str) -> Launcher:
@@ -168,7 +169,7 @@ class _Kernels:
             self.batches[key] = self._register_batch(self.found[key], step)
         return self.batches[key].name
 
-    def product(self, product: LibraryProduct, title: str) -> str:
+    def product(self, product: LibraryProduct[Size], title: str) -> str:
         """The name of the launch function of a library's product: equal ones have one."""
         if product not in self.products:
             name = self._claim(f"run_{title}")
@@ -232,7 +233,7 @@ class _Kernels:
         return f",\n    any_pointers=({quoted(found.name)}, {taken[0]}, {taken[1]})"
 
 
-def _problem_text(product: LibraryProduct) -> str:
+def _problem_text(product: LibraryProduct[Size]) -> str:
     """The function of the sizes that gives the problem in numbers, as an argument on its lines."""
     sizes = {"batch": product.batch, "m": product.m, "n": product.n, "k": product.k}
     strides = {"a": product.a, "b": product.b, "out": product.out}

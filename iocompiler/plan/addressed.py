@@ -53,7 +53,7 @@ def addressed(plan: Plan) -> Plan:
 
 def library_product(
     step: AtenStep, specs: Mapping[str, TensorSpec], device: str
-) -> LibraryProduct | None:
+) -> LibraryProduct[Size] | None:
     """The product of a call on the plan's ``device``; None where it is none, or has a form that the
     library does not take, or may not take for some values of its symbols.
     """
@@ -71,7 +71,7 @@ def library_product(
 
 def _activated(
     step: AtenStep, specs: Mapping[str, TensorSpec], device: str
-) -> LibraryProduct | None:
+) -> LibraryProduct[Size] | None:
     """Of a product with its activation, which lies as the product does."""
     (bias, a, b), (activation, (name, spec)) = step.args, step.outputs
     target, args = ("mm", (a, b)) if bias is None else ("addmm", step.args)
@@ -82,7 +82,9 @@ def _activated(
     return replace(found, sums=found.out)
 
 
-def _biased(step: AtenStep, specs: Mapping[str, TensorSpec], device: str) -> LibraryProduct | None:
+def _biased(
+    step: AtenStep, specs: Mapping[str, TensorSpec], device: str
+) -> LibraryProduct[Size] | None:
     """Of a product with a matrix and a bias: it has to be one with either."""
     matrix, bias, *operands = step.args
     addmm = replace(step, target="aten.addmm.default")
@@ -98,7 +100,7 @@ def _biased(step: AtenStep, specs: Mapping[str, TensorSpec], device: str) -> Lib
     return _rounded_once(replace(either[0], bias=True))
 
 
-def _of(factors: Factors) -> LibraryProduct | None:
+def _of(factors: Factors) -> LibraryProduct[Size] | None:
     batch, m, n, k = factors.batch, factors.m, factors.n, factors.k
     if any(equal(size, 0) for size in (batch, m, n, k)):
         return None
@@ -116,7 +118,7 @@ def _of(factors: Factors) -> LibraryProduct | None:
     return _rounded_once(found) if added == BIAS else found
 
 
-def _rounded_once(biased: LibraryProduct) -> LibraryProduct | None:
+def _rounded_once(biased: LibraryProduct[Size]) -> LibraryProduct[Size] | None:
     """A product with a bias whose lines all begin where a vector does. Of others, where a matrix is
     added too, the library rounds that sum, in 16 bits, before it adds the bias (on an H100): an
     error that is alike for all rows of a column, and that its sum has as often as there are rows.

@@ -247,7 +247,7 @@ class AtenStep:
     where: str = ""
     reason: str = ""
     paths: tuple[tuple[int | str, ...], ...] = ()
-    product: LibraryProduct | None = None
+    product: LibraryProduct[Size] | None = None
 
     def results(self) -> tuple[tuple[tuple[int | str, ...], str, TensorSpec | None], ...]:
         """Of each result that is read: where it lies in what the call returns, name, spec."""

@@ -1,42 +1,60 @@
-"""What a library makes of addresses: the form of a product, in sizes that may be symbols."""
+"""What a library makes of addresses: the form of a product, in sizes that may be symbols, or in
+numbers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 
 from iocompiler.tile.index import Size
 
-Strides = tuple[Size, Size, Size]
+Strides: TypeAlias = tuple[Size, Size, Size]
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class LibraryProduct:
-    """out[b, i, j] = sum_k a[b, i, k] b[b, k, j] + added[b, i, j], summed in float32.
+class LibraryProduct(Generic[S]):
+    """``out[b, i, j] = sum over k of a[b, i, k] * b[b, k, j] + added[b, i, j]``, sums in float32.
 
-    Strides are in elements, along the batch, down rows, along a row. ``added`` are those of what is
-    added, if anything is: (0, 0, 1) for a bias. With ``bias``, a bias is added to that matrix too.
-    With ``sums``, these are those of what was described, and ``out`` is its GELU, by tanh.
-    `runtime.products.Problem` is the same in numbers.
+    Strides are in elements, from one matrix, row, column to the next. ``added`` is a bias of n
+    elements, with strides (0, 0, 1), or a matrix; with ``bias``, it is a matrix, and a bias of n
+    elements is added too. With ``sums``, all this goes there, rounded, and ``out`` is its GELU by
+    tanh, which may be that of what is not rounded yet.
     """
 
-    batch: Size
-    m: Size
-    n: Size
-    k: Size
+    batch: S
+    m: S
+    n: S
+    k: S
     dtype: torch.dtype
-    a: Strides
-    b: Strides
-    out: Strides
-    added: Strides | None = None
+    a: tuple[S, S, S]
+    b: tuple[S, S, S]
+    out: tuple[S, S, S]
+    added: tuple[S, S, S] | None = None
     bias: bool = False
-    sums: Strides | None = None
+    sums: tuple[S, S, S] | None = None
+
+    @property
+    def biased(self) -> bool:
+        """Whether one row is added to all."""
+        return self.bias or (self.added is not None and self.added[:2] == (0, 0))
+
+    @property
+    def matrix(self) -> tuple[S, S, S] | None:
+        """The strides of the matrix that is added, if one is."""
+        return self.added if self.bias or not self.biased else None
 
     @property
     def size_symbols(self) -> tuple[str, ...]:
         """The sizes it depends on, sorted."""
         sizes = (self.batch, self.m, self.n, self.k, *self.a, *self.b, *self.out)
         beside = (*(self.added or ()), *(self.sums or ()))
-        found = [size for size in (*sizes, *beside) if not isinstance(size, int)]
-        return tuple(sorted({symbol.name for size in found for symbol in size.free_symbols}))
+        found = {name for size in (*sizes, *beside) for name in _symbols(size)}
+        return tuple(sorted(found))
+
+
+def _symbols(size: object) -> list[str]:
+    return [symbol.name for symbol in getattr(size, "free_symbols", ())]

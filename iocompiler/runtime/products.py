@@ -10,18 +10,18 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from iocompiler.ops.biased_addmm import biased_addmm
+from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
 
 Strides: TypeAlias = tuple[int, int, int]
-"""In elements: from one matrix, row, column to the next."""
 
 _ALIGNED = 256
 """Bytes; the library asks for no more."""
@@ -32,36 +32,7 @@ _MOST_SIZES = 1024
 """That a product is prepared for at a time: lengths may go on changing for as long as it lives."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """``out[b, i, j] = sum over k of a[b, i, k] * b[b, k, j] + added[b, i, j]``, sums in float32.
-
-    ``added`` is a bias of n elements, with strides (0, 0, 1), or a matrix; with ``bias``, it is a
-    matrix, and a bias of n elements is added too. With ``sums``, all this goes there, rounded, and
-    ``out`` is its GELU by tanh, which may be that of what is not rounded yet.
-    """
-
-    batch: int
-    m: int
-    n: int
-    k: int
-    dtype: torch.dtype
-    a: Strides
-    b: Strides
-    out: Strides
-    added: Strides | None = None
-    bias: bool = False
-    sums: Strides | None = None
-
-    @property
-    def biased(self) -> bool:
-        """Whether one row is added to all."""
-        return self.bias or (self.added is not None and self.added[:2] == (0, 0))
-
-    @property
-    def matrix(self) -> Strides | None:
-        """The strides of the matrix that is added, if one is."""
-        return self.added if self.bias or not self.biased else None
+Problem: TypeAlias = LibraryProduct[int]
 
 
 def supported(problem: Problem) -> bool:
