@@ -18,6 +18,7 @@ class LibraryProduct:
     Strides are in elements, along the batch, down rows, along a row. ``added`` are those of what is
     added, if anything is: (0, 0, 1) for a bias. With ``bias``, a bias is added to that matrix too.
     With ``sums``, these are those of what was described, and ``out`` is its GELU, by tanh.
+    ``stored`` is the result's dtype, where it is not the operands'.
     `runtime.products.Problem` is the same in numbers.
     """
 
@@ -32,6 +33,7 @@ class LibraryProduct:
     added: Strides | None = None
     bias: bool = False
     sums: Strides | None = None
+    stored: torch.dtype | None = None
 
     @property
     def size_symbols(self) -> tuple[str, ...]:
