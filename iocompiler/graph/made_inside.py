@@ -51,7 +51,8 @@ class _Outside:
     def __init__(self, gm: GraphModule) -> None:
         self._regions = view.regions(gm)
         roots = view.roots(gm)
-        written = view.written(gm, roots)
+        targets = (t for node in gm.graph.nodes if not _detaches(node) for t in view.mutates(node))
+        written = frozenset().union(*(roots[target] for target in targets))
         self._changing = {node for node, storages in roots.items() if storages & written}
         self._known: dict[Node, bool] = {}
         self._order = {node: place for place, node in enumerate(gm.graph.nodes)}
@@ -97,11 +98,18 @@ class _Outside:
             return not (isinstance(value, torch.Tensor) and _is_inexact(value))
         if node.op == "get_attr":
             return isinstance(value, torch.Tensor) and not value.requires_grad
-        if node.op != "call_function" or view.is_random(node) or view.mutates(node):
+        if node.op != "call_function" or view.is_random(node):
+            return False
+        if view.mutates(node) and not _detaches(node):
             return False
         if isinstance(node.target, torch._ops.OpOverload):
             return True
         return getattr(operator, getattr(node.target, "__name__", ""), None) is node.target
+
+
+def _detaches(node: Node) -> bool:
+    """What is made of a constant is detached in place, which writes nothing."""
+    return node.target is torch.ops.aten.detach_.default
 
 
 def _is_inexact(value: torch.Tensor) -> bool:

@@ -99,7 +99,7 @@ def copy_into(gm: GraphModule, nodes: Sequence[Node], there: dict[Node, Node]) -
                 while hasattr(gm, name):
                     name += "_"
                 setattr(gm, name, getattr(node.graph.owning_module, str(node.target)))
-                made = gm.graph.get_attr(name)
+                made = gm.graph.create_node("get_attr", name)  # no parameter, and no buffer
                 made.meta = dict(node.meta)
             else:
                 made = gm.graph.node_copy(node, there.__getitem__)
