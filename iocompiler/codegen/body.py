@@ -242,7 +242,8 @@ class Body:
         arguments = ["stream", sizes]
         out, *sums = made(step)
         for name in (a, b, out, *added, *sums):
-            text, variable = self._address(name, product.dtype.itemsize)
+            dtype = product.stored if product.stored and name == out else product.dtype
+            text, variable = self._address(name, dtype.itemsize)
             arguments.append(f"sums={text}" if name in sums else text)
             variables.add(variable)
         launch = self._launchers.product(product, step.target.split(".")[1])

@@ -244,6 +244,7 @@ def _problem_text(product: LibraryProduct[Size]) -> str:
     shape = ", ".join(f"{name}={size_text(size)}" for name, size in sizes.items())
     lies = ", ".join(f"{name}={tuple_text(each)}" for name, each in strides.items())
     lies += ", bias=True" * product.bias
+    lies += f", stored={product.stored}" if product.stored else ""
     given = f"lambda {', '.join(product.size_symbols)}".rstrip()
     return (
         f"    {given}: Problem(\n        {shape}, dtype={product.dtype},\n        {lies},\n    ),\n"

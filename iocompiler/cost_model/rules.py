@@ -181,6 +181,7 @@ ROWS: tuple[Row, ...] = (
     Row("scatter index_put _unsafe_index_put index_fill masked_scatter", scattered("self")),
     Row("scatter_add scatter_reduce index_add index_reduce", scattered("self", flops=1)),
     Row("mm", contractions.mm),
+    Row("iocompiler.wide_product", contractions.bmm),
     Row("iocompiler.aligned_mm", contractions.aligned_mm),
     Row("iocompiler.sum_of_products", contractions.sum_of_products),
     Row("addmm _addmm_activation", contractions.addmm),

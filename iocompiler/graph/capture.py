@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from iocompiler.errors import CaptureFailed
 from iocompiler.graph import view
 from iocompiler.graph.autocast import autocast, region_entered
+from iocompiler.graph.made_inside import make_inside
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
@@ -81,6 +82,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     traced.meta.update(gm.meta)
     traced._param_name_to_source = getattr(gm, "_param_name_to_source", {})  # type: ignore[assignment]
     _enter_checkpoints(traced)
+    make_inside(traced)
     return traced
 
 

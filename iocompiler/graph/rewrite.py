@@ -75,6 +75,37 @@ def insert(
     return result
 
 
+def add_input(gm: GraphModule, like: Node) -> Node:
+    """One more input behind the others, of what ``like`` is in another graph."""
+    last = gm.graph.find_nodes(op="placeholder")[-1:]
+    root = gm.graph._root
+    with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_after(root):
+        node = gm.graph.placeholder(like.name)
+    node.meta = dict(like.meta)
+    return node
+
+
+def copy_into(gm: GraphModule, nodes: Sequence[Node], there: dict[Node, Node]) -> None:
+    """Copy calls and constants of another graph behind the inputs of ``gm``, in their order.
+
+    Args:
+        there: what stands in ``gm`` for nodes of the other graph; what is copied is added.
+    """
+    near = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for node in nodes:
+        with gm.graph.inserting_before(near):
+            if node.op == "get_attr":
+                name = str(node.target)
+                while hasattr(gm, name):
+                    name += "_"
+                setattr(gm, name, getattr(node.graph.owning_module, str(node.target)))
+                made = gm.graph.create_node("get_attr", name)  # no parameter, and no buffer
+                made.meta = dict(node.meta)
+            else:
+                made = gm.graph.node_copy(node, there.__getitem__)
+        there[node] = made
+
+
 def redirect(gm: GraphModule, old: Node, new: Node) -> Node:
     """Let every reader of ``old`` read ``new``; ``new`` takes the name, ``old`` and what only it
     read is erased.

@@ -21,11 +21,13 @@ from iocompiler.ops import library
 from iocompiler.ops.attention_choice import MEMORY, choose
 
 _SETTING = "float scale, bool causal, float dropout_p, str kernel, str layout"
-FORWARD = library.define(
-    f"attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, {_SETTING}) "
-    "-> (Tensor out, Tensor logsumexp, Tensor seed, Tensor offset)",
-    torch.Tag.nondeterministic_seeded,
+_FORWARD = (
+    f"(Tensor query, Tensor key, Tensor value, Tensor? bias, {_SETTING}) "
+    "-> (Tensor out, Tensor logsumexp, Tensor seed, Tensor offset)"
 )
+FORWARD = library.define(f"attention_forward{_FORWARD}", torch.Tag.nondeterministic_seeded)
+WITHOUT_DROPOUT = library.define(f"attention_forward_without_dropout{_FORWARD}")
+"""The same, told by its name not to be random: who partitions a graph asks no more."""
 BACKWARD = library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, "
     f"Tensor out, Tensor logsumexp, Tensor seed, Tensor offset, {_SETTING}, bool bias_grad) "
@@ -183,6 +185,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 library.implement("attention_forward", _forward, _forward_fake)
+library.implement("attention_forward_without_dropout", _forward, _forward_fake)
 library.implement("attention_backward", _backward, _backward_fake)
 library.differentiate("attention_forward", _differentiate, _setup)
 

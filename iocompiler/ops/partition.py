@@ -22,9 +22,10 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from iocompiler.graph import view
+from iocompiler.ops import attention
 from iocompiler.ops.equal_calls import merge_equal_calls
 from iocompiler.ops.fma import FMA
-from iocompiler.ops.random import UNIFORM
+from iocompiler.ops.random import SEEDS, UNIFORM
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -120,6 +121,9 @@ def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphMo
     """
     _keep_copies(joint)
     _keep_compared(joint)
+    _keep_seeds(joint)
+    _keep_results(joint)
+    _retarget(joint, attention.FORWARD, attention.WITHOUT_DROPOUT)
     merge_equal_calls(joint)
     ours = _op_types()
     # which cut is least does not hang on the algorithm, how long it takes does
@@ -129,7 +133,11 @@ def partition(joint: GraphModule, inputs: Any, **keywords: Any) -> tuple[GraphMo
         mock.patch.object(networkx, "minimum_cut", cut),
         mock.patch.object(partitioners, "get_default_op_list", return_value=ours),
     ):
-        return partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
+        parts = partitioners.min_cut_rematerialization_partition(joint, inputs, **keywords)
+    for part in parts:
+        _retarget(part, attention.WITHOUT_DROPOUT, attention.FORWARD)
+    found: tuple[GraphModule, GraphModule] = parts
+    return found
 
 
 def partition_again(
@@ -190,6 +198,42 @@ def _keep_compared(joint: GraphModule) -> None:
                 source = _behind(extremum.args[0])
                 if source.op == "call_function":
                     source.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _keep_seeds(joint: GraphModule) -> None:
+    """Have seeds saved: of a checkpointed region AOTAutograd would save the generator's state, and
+    draw them again from that.
+    """
+    for node in joint.graph.find_nodes(op="call_function", target=SEEDS):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _keep_results(joint: GraphModule) -> None:
+    """Have what leaves a checkpointed region saved where the backward reads it, as eager does.
+
+    AOTAutograd keeps what the next region reads. What a norm behind the last one reads would be
+    computed again from what that region was given, through all of it.
+    """
+    for node in view.calls(joint):
+        if partitioners.must_recompute(node) and any(map(_is_outside, node.users)):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _is_outside(node: Node) -> bool:
+    """Whether a node belongs to the forward, and to no region."""
+    forward = node.op == "call_function" and not partitioners._has_tag_is_backward(node)
+    return forward and "ac_graph_id" not in node.meta
+
+
+def _retarget(graph: GraphModule, old: Any, new: Any) -> None:
+    """Attention with no dropout by its other name.
+
+    AOTAutograd takes what may be random, by its name, to be random: of a checkpointed region it
+    saves the generator's state for it, and has both calls made by operators that set that.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=old):
+        if not view.named(node)["dropout_p"]:
+            node.target = new
 
 
 def _behind(node: Any, others: tuple[Any, ...] = ()) -> Node:

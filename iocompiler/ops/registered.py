@@ -17,6 +17,7 @@ from iocompiler.ops import (
     scored_attention,
     sum_of_products,
     summed_gradients,
+    wide_product,
 )
 from iocompiler.ops.library import function
 
@@ -36,4 +37,5 @@ __all__ = [
     "scored_attention",
     "sum_of_products",
     "summed_gradients",
+    "wide_product",
 ]

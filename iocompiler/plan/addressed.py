@@ -17,6 +17,7 @@ import torch
 
 from iocompiler.ops.addmm_gelu import ADDMM_GELU
 from iocompiler.ops.biased_addmm import BIASED_ADDMM
+from iocompiler.ops.wide_product import WIDE_PRODUCT
 from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, made
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.library_product import LibraryProduct, Strides
@@ -61,6 +62,8 @@ def library_product(
         return _activated(step, specs, device)
     if step.target == str(BIASED_ADDMM):
         return _biased(step, specs, device)
+    if step.target == str(WIDE_PRODUCT):
+        return _wide(step, specs, device)
     if step.target not in _TARGETS or not takes_out(step, device):
         return None
     factors = factors_of(step, specs)
@@ -98,6 +101,20 @@ def _biased(
     if specs[matrix.name].shape != result.shape:
         return None
     return _rounded_once(replace(either[0], bias=True))
+
+
+def _wide(
+    step: AtenStep, specs: Mapping[str, TensorSpec], device: str
+) -> LibraryProduct[Size] | None:
+    """Of a product that is stored in another dtype, and lies as it would in its own."""
+    ((name, spec),) = step.outputs
+    if spec is None:
+        return None
+    target = "mm" if len(spec.shape) == 2 else "bmm"
+    like = replace(spec, dtype=specs[step.args[0].name].dtype)
+    plain = replace(step, target=f"aten.{target}.default", outputs=((name, like),))
+    found = library_product(plain, specs, device)
+    return None if found is None else replace(found, stored=spec.dtype)
 
 
 def _of(factors: Factors) -> LibraryProduct[Size] | None:

@@ -42,6 +42,7 @@ _LIBRARY = {
         ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "aligned_mm", "sum_of_products"),
         "contraction: cuBLAS",
     ),
+    "wide_product": "contraction: cuBLAS",
     **dict.fromkeys(("convolution", "convolution_backward"), "contraction: cuDNN"),
     **dict.fromkeys(
         ("attention_forward", "attention_backward"), "attention: cuDNN, flash or efficient"

@@ -40,7 +40,7 @@ FRESH = frozenset(
     for name in ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution")
 ) | {
     "iocompiler.sum_of_products.default", "iocompiler.addmm_gelu.default",
-    "iocompiler.biased_addmm.default",
+    "iocompiler.biased_addmm.default", "iocompiler.wide_product.default",
 }  # fmt: skip
 """Products whose result is memory of its own, in whole."""
 _ONTO = "iocompiler.embedding_gradient_onto.default"

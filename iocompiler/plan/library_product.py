@@ -22,7 +22,8 @@ class LibraryProduct(Generic[S]):
     Strides are in elements, from one matrix, row, column to the next. ``added`` is a bias of n
     elements, with strides (0, 0, 1), or a matrix; with ``bias``, it is a matrix, and a bias of n
     elements is added too. With ``sums``, all this goes there, rounded, and ``out`` is its GELU by
-    tanh, which may be that of what is not rounded yet.
+    tanh, which may be that of what is not rounded yet. ``stored`` is the result's dtype where it is
+    not ``dtype``, that of the operands; nothing is added then.
     """
 
     batch: S
@@ -36,6 +37,7 @@ class LibraryProduct(Generic[S]):
     added: tuple[S, S, S] | None = None
     bias: bool = False
     sums: tuple[S, S, S] | None = None
+    stored: torch.dtype | None = None
 
     @property
     def biased(self) -> bool:

@@ -56,7 +56,7 @@ _FORGETTING = ("iocompiler.attention", "iocompiler.scored_attention", "iocompile
 _FORGETTING_TOO = WITH_OUT.keys() | {
     "aten.copy_.default", "aten.convolution.default", "iocompiler.aligned_mm.default",
     "iocompiler.sum_of_products.default", "iocompiler.addmm_gelu.default",
-    "iocompiler.biased_addmm.default",
+    "iocompiler.biased_addmm.default", "iocompiler.wide_product.default",
 }  # fmt: skip
 _CALLERS = "primals"
 """AOTAutograd's name for inputs that stay the caller's while the plan runs."""

@@ -18,6 +18,7 @@ import torch
 
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
+_STORED = {**TYPES, torch.float32: _FLOAT32}
 WORKSPACE = 32 * 2**20
 """Bytes an algorithm may ask for: what torch gives the library on a Hopper."""
 
@@ -63,7 +64,7 @@ class Matrix:
 class Description:
     """``d = op(a) op(b)``, plus ``c`` where it is added, plus a bias of ``d.rows`` elements, in
     column-major matrices; op transposes where it says so. With ``sums``, this goes there, and ``d``
-    is its GELU by tanh.
+    is its GELU by tanh. ``d`` is of the operands' dtype, or of ``stored``.
     """
 
     dtype: torch.dtype
@@ -77,6 +78,7 @@ class Description:
     bias: bool = False
     alignment: int = 256
     sums: Matrix | None = None
+    stored: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,9 @@ def prepared(of: Description, device: int, choice: int = 0) -> Prepared:
     if of.sums is not None:
         describe(_SUMS_POINTER, some)
         describe(_SUMS_LEADING, c_int64(of.sums.leading))
-    a, b, d = (_layout(lib, m, of) for m in (of.a, of.b, of.d))
-    c = _layout(lib, of.c, of) if of.c is not None else d
+    a, b = (_layout(lib, m, of, of.dtype) for m in (of.a, of.b))
+    d = _layout(lib, of.d, of, of.stored or of.dtype)
+    c = _layout(lib, of.c, of, of.dtype) if of.c is not None else d
     result = _algorithm(lib, handle, (description, a, b, c, d), of.alignment, choice)
     set_bias = functools.partial(_set_address, lib, description, _BIAS_POINTER)
     set_sums = functools.partial(_set_address, lib, description, _SUMS_POINTER)
@@ -205,10 +208,10 @@ def _set_address(lib: Any, description: c_void_p, attribute: int, address: int) 
     lib.cublasLtMatmulDescSetAttribute(description, attribute, byref(c_void_p(address)), 8)
 
 
-def _layout(lib: Any, matrix: Matrix, of: Description) -> c_void_p:
+def _layout(lib: Any, matrix: Matrix, of: Description, dtype: torch.dtype) -> c_void_p:
     layout = c_void_p()
     code = lib.cublasLtMatrixLayoutCreate(
-        byref(layout), TYPES[of.dtype], matrix.rows, matrix.columns, matrix.leading
+        byref(layout), _STORED[dtype], matrix.rows, matrix.columns, matrix.leading
     )
     _succeeded(code, "describing a matrix")
     if of.batch > 1:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops.biased_addmm import biased_addmm
+from iocompiler.ops.wide_product import wide_product
 from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
@@ -90,7 +91,7 @@ def _by_rows(of: Problem, alignment: int) -> Description | None:
     if of.sums is not None and (sums is None or not _takes_sums(of, sums, alignment)):
         return None
     return Description(
-        of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment, sums
+        of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment, sums, of.stored
     )
 
 
@@ -206,13 +207,17 @@ def _by_aten(
     p = problem
     if 0 in (p.batch, p.m, p.n):
         return
+    stored = p.stored or p.dtype
 
     def at(address: int, rows: int, columns: int, strides: Strides) -> Tensor:
         return _tensor(address, (p.batch, rows, columns), strides, p.dtype, device)
 
-    result, left, right = at(out, p.m, p.n, p.out), at(a, p.m, p.k, p.a), at(b, p.k, p.n, p.b)
+    left, right = at(a, p.m, p.k, p.a), at(b, p.k, p.n, p.b)
+    result = _tensor(out, (p.batch, p.m, p.n), p.out, stored, device)
     summed = result if p.sums is None else at(sums, p.m, p.n, p.sums)
-    if p.added is None:
+    if p.stored is not None:
+        summed.copy_(wide_product(left, right))
+    elif p.added is None:
         torch.bmm(left, right, out=summed)
     elif not p.bias:
         torch.baddbmm(at(added, p.m, p.n, p.added), left, right, out=summed)
@@ -226,9 +231,10 @@ def _by_aten(
 class _Memory:
     """Memory on a GPU, as other libraries offer theirs."""
 
-    def __init__(self, address: int, elements: int):
+    def __init__(self, address: int, elements: int, itemsize: int):
         self.__cuda_array_interface__ = {
-            "shape": (elements,), "typestr": "<i2", "data": (address, False), "version": 3,
+            "shape": (elements,), "typestr": f"<i{itemsize}", "data": (address, False),
+            "version": 3,
         }  # fmt: skip
 
 
@@ -236,13 +242,13 @@ def _tensor(
     address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """A tensor of two-byte elements over memory that somebody else owns."""
+    """A tensor of elements of two or four bytes over memory that somebody else owns."""
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
     elements = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if device.type == "cuda":
-        flat = torch.as_tensor(_Memory(address, elements), device=device)
+        flat = torch.as_tensor(_Memory(address, elements, dtype.itemsize), device=device)
     else:
-        owned = (ctypes.c_int16 * elements).from_address(address)
+        owned = (ctypes.c_int16 * (elements * dtype.itemsize // 2)).from_address(address)
         flat = torch.frombuffer(owned, dtype=torch.int16)
     return flat.view(dtype).as_strided(shape, strides)

@@ -182,6 +182,29 @@ def test_no_result_lies_in_memory_of_its_operands() -> None:
     agree(graph, torch.randn(8, 8).to(BF16) / 3)
 
 
+def test_a_product_stored_in_float32() -> None:
+    """It may lie where something of as many bytes died."""
+    wide = spec(8, 8, dtype=torch.float32)
+    call = AtenStep(
+        "iocompiler.wide_product.default", (Ref("y"), Ref("v")), (), (("z", wide),), False, "z"
+    )
+    steps: list[Step] = [
+        kernel("add", binary("add", 128, BF16), ("x", "x", "twice"), half(8, 16)),
+        product("mm", "y", "twice", "w", of=half(8, 8)),
+        call,
+        kernel("add_1", binary("add", 64, torch.float32), ("z", "z", "out"), wide),
+    ]
+    given = {"x": half(8, 16), "w": half(16, 8), "v": half(8, 8)}
+    graph = plan(given, steps, (Ref("out"),))
+    found = settled(graph)
+    assert dict(found.placed)["z"] == Place("twice")
+    text = emit_module(found, "graph")
+    assert "run_wide_product(stream, (), y.data_ptr(), v.data_ptr(), z.data_ptr())" in text
+    assert "b=(0, 8, 1), out=(0, 8, 1), stored=torch.float32,\n" in text
+    assert "2 launches, 0 aten calls, 2 products of a library on cuda:0." in text
+    agree(graph, *(torch.randn(*s.shape).to(BF16) for s in given.values()))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_gelu_beside_its_product(bias: bool) -> None:
     """Its results are ours to allocate, and may lie where something died."""

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from iocompiler.aot import differentiated, name_sources
+from iocompiler.graph import view
 from iocompiler.graph.capture import capture
 from iocompiler.graph.normalise import normalise
 from iocompiler.ops import decompositions, target
+from iocompiler.ops.attention import FORWARD
 from iocompiler.ops.partition import Saved, partition, saved
+from iocompiler.ops.random import SEEDS, UNIFORM
 from iocompiler.passes.dropout import dropout
 
 Parts = tuple[GraphModule, GraphModule]
@@ -42,7 +46,9 @@ def parts_of(
         normalise(graph)
         if ours:
             with target.planned_for((9, 0)):
-                dropout(graph)
+                for each in (graph, *(inner for _, inner in view.checkpoints(graph))):
+                    dropout(each)
+                    each.recompile()
         graph.recompile()
         name_sources(graph)
         compiler = lambda flat, _: make_boxed_func(flat.forward)
@@ -177,3 +183,55 @@ MOVES = tuple(
     getattr(torch.ops.aten, name).default
     for name in ("unsqueeze", "expand", "view", "alias", "squeeze")
 )
+
+
+def _targets(graph: GraphModule) -> list[Any]:
+    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def test_attention_without_dropout_is_not_random() -> None:
+    """A region around it needs no state of a generator; one around what is dropped does."""
+
+    def step(x: Tensor, rate: float) -> Tensor:
+        setting = None, 1.0, False, rate, "blockwise", "ssss"
+        layer = lambda q: FORWARD(q.sin(), q, q, *setting)[0]
+        return checkpoint(layer, x, use_reentrant=False).cos()
+
+    x = torch.randn(2, 3, 40, 8, requires_grad=True)
+    for part in parts_of(step, x, 0.0):
+        assert _targets(part).count(FORWARD) == 1  # in the backward again: the region is kept
+        assert not any("rng" in str(target) for target in _targets(part))
+    for part in parts_of(step, x, 0.5):
+        assert any("rng" in str(target) for target in _targets(part))
+
+
+def test_seeds_in_a_region_are_saved() -> None:
+    def step(x: Tensor) -> Tensor:
+        return checkpoint(lambda t: F.dropout(t.sin(), 0.5).cos(), x, use_reentrant=False).sum()
+
+    x = torch.randn(50, 64, requires_grad=True)
+    forward, backward = parts_of(step, x)
+    assert SEEDS in _targets(forward)
+    assert SEEDS not in _targets(backward)
+    assert UNIFORM in _targets(backward)
+    assert not any("rng" in str(target) for target in _targets(forward))
+
+
+def test_what_leaves_a_region_is_not_made_again() -> None:
+    """A norm behind the last one needs it: the region's products would run again for that."""
+    first, second = torch.randn(64, 64), torch.randn(64, 64)
+
+    def layer(x: Tensor) -> Tensor:
+        return (x @ first).sin() @ second
+
+    def step(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(layer, x, use_reentrant=False)
+        return F.layer_norm(x, (64,))
+
+    x = torch.randn(50, 64, requires_grad=True)
+    forward, backward = parts_of(step, x)
+    mm = torch.ops.aten.mm.default
+    assert _targets(forward).count(mm) == 4
+    # of each layer, the first again, and a gradient for each of both
+    assert _targets(backward).count(mm) == 2 * (1 + 2)

@@ -205,6 +205,37 @@ def test_functions_that_operators_call_have_none() -> None:
     assert marked.steps[0].product is not None  # type: ignore[union-attr]
 
 
+def wide(*given: TensorSpec, out: TensorSpec | None = None) -> LibraryProduct | None:
+    left, right = given
+    result = out or spec(*left.shape[:-1], right.shape[-1], dtype=torch.float32)
+    step, specs = call("mm", *given, out=result)
+    return library_product(
+        replace(step, target="iocompiler.wide_product.default"), specs, GPU
+    )  # fmt: skip
+
+
+def test_results_in_float32() -> None:
+    plain = of("mm", spec(6, 8, stride=(1, 6)), spec(8, 4))
+    assert plain is not None
+    assert wide(spec(6, 8, stride=(1, 6)), spec(8, 4)) == replace(plain, stored=torch.float32)
+    batches = of("bmm", spec(3, 6, 8), spec(3, 8, 4))
+    assert batches is not None
+    assert wide(spec(3, 6, 8), spec(3, 8, 4)) == replace(batches, stored=torch.float32)
+    known = wide(spec(6, S, stride=(1, 6)), spec(S, 4))
+    assert known is not None
+    assert known.size_symbols == ("s",)
+
+
+def test_results_in_float32_declined() -> None:
+    by_columns = spec(6, 4, stride=(1, 6), dtype=torch.float32)
+    assert wide(spec(6, 8), spec(8, 4), out=by_columns) is None
+    assert wide(spec(6, 8), spec(8, 4, dtype=torch.float16)) is None
+    floats = [spec(6, 8, dtype=torch.float32), spec(8, 4, dtype=torch.float32)]
+    assert wide(*floats) is None
+    elsewhere = spec(6, 4, dtype=torch.float32, device="cuda:1")
+    assert wide(spec(6, 8), spec(8, 4), out=elsewhere) is None
+
+
 # --- what is marked is what the call computes
 
 

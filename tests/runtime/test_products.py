@@ -198,6 +198,19 @@ def test_aten_in_its_place(dtype: torch.dtype, added: tuple[int, int, int] | Non
     assert out[2].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_aten_in_its_place_stores_sums_as_they_are(dtype: torch.dtype) -> None:
+    a, b = torch.randn(3, 40).to(dtype), torch.randn(5, 40).to(dtype).t()
+    out = torch.full((3, 7), float("nan"))
+    problem = Problem(
+        1, 3, 5, 40, dtype, (0, 40, 1), (0, 1, 40), (0, 7, 1), stored=torch.float32
+    )  # fmt: skip
+    run = Product(lambda: problem, torch.device("cpu")).run
+    run(0, (), a.data_ptr(), b.data_ptr(), out.data_ptr())
+    torch.testing.assert_close(out[:, :5], a.float() @ b.float())
+    assert out[:, 5:].isnan().all()
+
+
 @pytest.mark.parametrize("added", [None, (0, 0, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_aten_in_place_of_a_gelu(dtype: torch.dtype, added: tuple[int, int, int] | None) -> None:
@@ -327,3 +340,30 @@ def test_what_the_library_made_is_given_back(
     del found
     gc.collect()
     assert {name: called[name.replace("Create", "Destroy")] for name in made} == made
+
+
+def test_the_dtypes_that_matrices_are_described_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's numbers: 14 is bfloat16, 0 is float32. Operands are one thing, what is stored is
+    another.
+    """
+    dtypes: list[int] = []
+
+    class Noting:
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            def call(*arguments: Any) -> int:
+                if name == "cublasLtMatrixLayoutCreate":
+                    dtypes.append(arguments[1])
+                if name.endswith("GetHeuristic"):
+                    arguments[-1]._obj.value = 1
+                return 0
+
+            return call
+
+    monkeypatch.setattr(cublaslt, "library", Noting)
+    monkeypatch.setattr(cublaslt, "_handle", lambda device: ctypes.c_void_p(1))
+    for stored, expected in ((None, [14, 14, 14]), (torch.float32, [14, 14, 0])):
+        dtypes.clear()
+        described = describe(replace(PLAIN, stored=stored), 16)
+        assert described is not None
+        cublaslt.prepared(described[0], 0)
+        assert dtypes == expected

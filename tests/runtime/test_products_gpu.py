@@ -94,6 +94,12 @@ def forms() -> dict[str, Problem]:
             2048, 768, 512, b=columns(512, 768), added=BIAS, sums=rows(2048, 768)
         ),
         "gelu, a long sum": problem(64, 64, 8192, added=BIAS, sums=rows(64, 64)),
+        "stored wide": replace(plain, stored=torch.float32),
+        "stored wide, fp16": replace(plain, dtype=FP16, stored=torch.float32),
+        "stored wide, odd": problem(257, 129, 65, a=columns(257, 65), stored=torch.float32),
+        "stored wide, apart": replace(plain, **apart, out=rows(128, 96, 8), stored=torch.float32),
+        "stored wide, batches": replace(batches, stored=torch.float32),
+        "stored wide, a long sum": problem(64, 64, 8192, a=columns(64, 8192), stored=torch.float32),
         "both added": replace(plain, added=rows(128, 96), bias=True),
         "both added, odd": problem(257, 129, 65, FP16, b=columns(65, 129),
                                    added=rows(257, 129, apart=8), bias=True),
@@ -135,7 +141,8 @@ class Memory:
 
     def is_as_it_was(self, but: Tensor | None = None) -> bool:
         """Bit by bit, but where ``but`` lies."""
-        changed = self.whole.view(torch.int16) != self.before.view(torch.int16)
+        bits = torch.int32 if self.whole.itemsize == 4 else torch.int16
+        changed = self.whole.view(bits) != self.before.view(bits)
         if but is not None:
             changed.as_strided(but.shape, but.stride(), but.storage_offset()).fill_(False)
         return not bool(changed.any())
@@ -148,11 +155,12 @@ class Case:
 
     def __init__(self, problem: Problem, device: str, offset: int = 0) -> None:
         p, self.device = problem, device
-        self.problem = p
+        self.problem, self.dtype = p, p.stored or p.dtype
         shape = (p.batch, p.m, p.n)
 
         def memory(shape: tuple[int, ...], strides: Any, fill: bool = True) -> Memory:
-            return Memory.of(shape, strides, p.dtype, device, offset, fill)
+            dtype = p.dtype if fill else self.dtype
+            return Memory.of(shape, strides, dtype, device, offset, fill)
 
         self.a, self.b = memory((p.batch, p.m, p.k), p.a), memory((p.batch, p.k, p.n), p.b)
         self.out = memory(shape, p.out, fill=False)
@@ -184,14 +192,14 @@ class Case:
 
     def check(self) -> None:
         """The result is as exact as torch's, and nothing else has changed."""
-        eager, exact = self.by_torch(self.problem.dtype), self.by_torch(torch.float64)
+        eager, exact = self.by_torch(self.dtype), self.by_torch(torch.float64)
         found, theirs, wide = [self.out], [eager], [exact]
         if self.sums is not None:
             found = [self.out, self.sums]
             theirs = [F.gelu(eager, approximate="tanh"), eager]
             wide = [F.gelu(exact, approximate="tanh"), exact]
         assert not any(memory.tensor.isnan().any() for memory in found)
-        assert_near_exact([m.tensor for m in found], theirs, wide, self.problem.dtype)
+        assert_near_exact([m.tensor for m in found], theirs, wide, self.dtype)
         assert all(memory.is_as_it_was(but=memory.tensor) for memory in found)
         assert all(memory.is_as_it_was() for memory in (self.a, self.b, *self.summands))
 
@@ -216,7 +224,8 @@ def test_right_and_nothing_beside(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["256 128 64 torch.bfloat16 rows columns", "slices", "batches",
-                                  "bias", "matrix added", "both added", "gelu"])  # fmt: skip
+                                  "bias", "matrix added", "both added", "gelu",
+                                  "stored wide"])  # fmt: skip
 def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> None:
     case = Case(FORMS[name], device, offset)
     case.launch()
