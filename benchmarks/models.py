@@ -3,7 +3,8 @@
 "train" sets gradients to None, runs forward with labels, and backward; "forward" is ``.eval()``
 under no_grad, the same call; "step" is "train" and AdamW's update, once with ``fused=True``, once
 compiled by each peer. Weights are random bf16, dropout as the config has it (off in the comparison
-with float64, which comes first; updates are compared in `benchmarks.kernels`).
+with float64, which comes first; updates are compared in `benchmarks.kernels`). ``--setup`` has them
+as users train otherwise (`benchmarks/setups.py`), with no comparison.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.harness import (
 )
 from benchmarks.model_zoo import MODELS, Model, without_dropout
 from benchmarks.peers import Peer, chosen
+from benchmarks.setups import SETUPS, checkpointed, dtype_of, entered, prepared
 from benchmarks.step import UPDATES, beside_best, update, whole_step
 from benchmarks.table import Row, Table
 from tests.accuracy import compare_with_eager
@@ -42,7 +44,8 @@ def main() -> None:
     peers = chosen(args.peers)
     shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "device ms", "GiB")]
     shown += [*columns(tuple(p for p in peers if p.backend), "first s"), "check"]
-    session = Session(args, Table(f"models, attention {args.attention}, bf16", shown))
+    title = f"models, attention {args.attention}, {args.setup}"
+    session = Session(args, Table(title, shown))
     for model in MODELS.values():
         for phase in phases(args):
             if wanted(f"{model.name} {phase}", args.only):
@@ -57,6 +60,7 @@ def arguments() -> argparse.Namespace:
     found.add_argument(
         "--attention", default="eager", choices=["eager", "sdpa"], help="eager: written plainly"
     )
+    found.add_argument("--setup", default=SETUPS[0], choices=SETUPS)
     found.add_argument("--phase", default="", help="of train, forward (both by default), step")
     return found.parse_args()
 
@@ -87,7 +91,8 @@ def _row(session: Session, model: Model, phase: str) -> None:
     session.table.rows.append(row)
     ours = next((p for p in session.peers if p.name == "ours"), None)
     kind = phase.partition(", ")[2]
-    if session.args.check and ours is not None and not kind:
+    compared = session.args.check and session.args.setup == SETUPS[0]
+    if compared and ours is not None and not kind:
         session.attempt(
             row, "check", partial(_check, session.args, model, phase == "train", ours, row)
         )
@@ -105,13 +110,10 @@ def _row(session: Session, model: Model, phase: str) -> None:
 def _measure(args: argparse.Namespace, model: Model, phase: str, peer: Peer, row: Row) -> None:
     device = "cuda" if timing.on_gpu() else "cpu"
     train = phase != "forward"
-    module = model.module(args.attention, args.quick, device).to(torch.bfloat16).train(train)
-    inputs = model.inputs(args.quick, device, torch.bfloat16, seed=1)
-    step = (
-        training_step(module, peer.compile(module), inputs)
-        if train
-        else forward(peer.compile(module), inputs)
-    )
+    module = prepared(args.setup, model.module(args.attention, args.quick, device)).train(train)
+    inputs = model.inputs(args.quick, device, dtype_of(args.setup), seed=1)
+    function = entered(args.setup, peer.compile(module), device)
+    step = training_step(module, function, inputs) if train else forward(function, inputs)
     if kind := phase.partition(", ")[2]:
         step = whole_step(step, update(module, peer, kind))
     loss, row[f"{peer.name} first s"] = timing.first_call(step)
@@ -176,12 +178,7 @@ def _check(args: argparse.Namespace, model: Model, train: bool, ours: Peer, row:
 
 def _wide_and_checkpointed(module: nn.Module) -> nn.Module:
     """float64 attention at full size fits only a layer at a time."""
-    wide = module.double()
-    for part in wide.modules():
-        if hasattr(part, "gradient_checkpointing_enable"):
-            part.gradient_checkpointing_enable()
-            break
-    return wide
+    return checkpointed(module.double())
 
 
 if __name__ == "__main__":
