@@ -13,6 +13,7 @@ from iocompiler.graph.early_casts import cast_early
 from iocompiler.graph.functional import make_functional
 from iocompiler.graph.match import graph_pass
 from iocompiler.graph.sizes import equal, same_sizes
+from iocompiler.graph.snapshots import snapshots
 
 aten = torch.ops.aten
 
@@ -94,7 +95,7 @@ def normalise(gm: GraphModule) -> int:
     changed = spell_out_autocast(gm) + make_functional(gm)
     for node in view.calls(gm):
         changed += _respell(gm, node)
-    return changed + cast_early(gm) + rewrite.erase_dead(gm)
+    return changed + snapshots(gm) + cast_early(gm) + rewrite.erase_dead(gm)
 
 
 def _respell(gm: GraphModule, node: Node) -> int:
