@@ -41,6 +41,7 @@ from iocompiler.passes.seeds import seeds_together
 from iocompiler.passes.slices import slices
 from iocompiler.passes.summed_gradients import summed_gradients
 from iocompiler.passes.sums_of_products import sums_of_products
+from iocompiler.passes.updates import updates
 
 
 class Pass(Protocol):
@@ -224,4 +225,5 @@ DEFAULT = Pipeline(
     summed_gradients,  # of gradients that are where they stay
     sums_of_products,  # on the flat graph, where the backward adds what it has split
     embedding_gradients,  # on the flat graph, where the gradients of one table are added
+    updates,  # last: what the others see is functional
 )

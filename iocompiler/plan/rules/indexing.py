@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from iocompiler.plan.lowering import Lowering, Rule, Unsupported, literal
 from iocompiler.plan.rules.arithmetic import result_dtype
-from iocompiler.plan.sizes import bounds, nonnegative, normal, size_of
+from iocompiler.plan.sizes import bounds, equal, nonnegative, normal, size_of
 from iocompiler.plan.views import (
     Index,
     argument,
@@ -76,7 +76,11 @@ def _gather(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """aten.index.Tensor with integer index tensors (a boolean one has no static shape)."""
     source = _tensor(node.args[0])
-    listed: Any = node.args[1]
+    return low.value(source, _picked(low, source, node.args[1], index, mask), mask)
+
+
+def _picked(low: Lowering, source: Node, listed: Any, index: Index, mask: int | None) -> Index:
+    """Where in ``source`` the element at ``index`` of what is indexed there lies."""
     given = list(listed)
     sizes = shape_of(source)
     if any(
@@ -86,9 +90,7 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
     given += [None] * (len(sizes) - len(given))
     dims = [d for d, ids in enumerate(given) if ids is not None]
     tensors = [_tensor(given[d]) for d in dims]
-    shapes = [t.meta["val"].shape for t in tensors]
-    block = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    shape = [size_of(s) for s in block]
+    shape = _block(tensors)
     adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
     start = dims[0] if adjacent else 0
     inner = index[start : start + len(shape)]
@@ -97,9 +99,64 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
         d: _indirect(low, t, broadcast_index(inner, shape, shape_of(t)), mask, sizes[d])
         for d, t in zip(dims, tensors, strict=True)
     }
-    return low.value(
-        source, tuple(picked[d] if d in picked else next(rest) for d in range(len(sizes))), mask
-    )
+    return tuple(picked[d] if d in picked else next(rest) for d in range(len(sizes)))
+
+
+def _block(tensors: list[Node]) -> list[Size]:
+    """The shape that index tensors have together."""
+    shapes = [t.meta["val"].shape for t in tensors]
+    return [size_of(s) for s in torch.broadcast_shapes(*shapes)]  # type: ignore[no-untyped-call]
+
+
+def place_written(low: Lowering, node: Node, index: Index) -> tuple[Index, int | None]:
+    """Where in its first argument a call that writes in part stores the element at ``index`` of
+    what it writes, and whether that is there: elements that lie outside are not stored, where eager
+    stops the program.
+    """
+    base = _tensor(node.args[0])
+    if node.target is aten.index_copy_.default:
+        dim, ids = dim_argument(node, 1, len(index)), _tensor(node.args[2])
+        if ids.meta["val"].dim() != 1 or len(index) != len(shape_of(base)):
+            raise Unsupported("index_copy_ of numbers")
+        picked = _indirect(low, ids, (index[dim],), None, shape_of(base)[dim], wrap=False)
+        place = index[:dim] + (picked,) + index[dim + 1 :]
+    elif node.target is aten.index_put_.default:
+        _check_values(base, node.args[1], _tensor(node.args[2]), node.args[3:])
+        place = _picked(low, base, node.args[1], index, None)
+    else:
+        raise Unsupported(f"no rule for {node.target}")
+    inside: int | None = None
+    for position, size in zip(place, shape_of(base), strict=True):
+        for value in position.values:
+            inside = low.both(inside, _within(low, value, size))
+    return place, inside
+
+
+def _check_values(base: Node, listed: Any, values: Node, accumulate: Sequence[Any]) -> None:
+    """Raise `Unsupported` where the values are added, or are not as many as the places."""
+    if any(accumulate):
+        raise Unsupported("index_put_ that adds")
+    dims = [d for d, ids in enumerate(listed) if ids is not None]
+    if not dims:
+        raise Unsupported("index_put_ of everything")
+    block = _block([_tensor(listed[d]) for d in dims])
+    sizes = shape_of(base)
+    start = dims[0] if dims == list(range(dims[0], dims[0] + len(dims))) else 0
+    rest = [size for d, size in enumerate(sizes) if d not in dims]
+    places, given = [*rest[:start], *block, *rest[start:]], shape_of(values)
+    if len(given) != len(places) or not all(map(equal, given, places)):
+        raise Unsupported("index_put_ of values that are repeated")
+
+
+def _within(low: Lowering, value: int, size: Size) -> int:
+    build = low.builder
+    limits = build.const(0, torch.int64), build.const(size, torch.int64)
+    above = build.map("ge", value, limits[0], dtype=torch.bool)
+    return low.both(above, build.map("lt", value, limits[1], dtype=torch.bool))
+
+
+def _written_in_part(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    raise Unsupported(node, " is written into an input, of which it is a part")
 
 
 def _choose(
@@ -319,4 +376,6 @@ INDEXING: dict[Any, Rule] = {
     aten.arange.start_step: _arange,
     torch.ops.prims.iota.default: _arange,
     "iocompiler.uniform.default": _uniform,
+    aten.index_copy_.default: _written_in_part,
+    aten.index_put_.default: _written_in_part,
 }
