@@ -25,6 +25,9 @@ from iocompiler.tile.index import Affine, Size
 
 aten = torch.ops.aten
 
+_FEW_PLACES = 2
+"""Written by index: every element of the result is compared with each of them."""
+
 
 def _tensor(arg: Any) -> Node:
     assert isinstance(arg, Node)
@@ -106,6 +109,49 @@ def _block(tensors: list[Node]) -> list[Size]:
     """The shape that index tensors have together."""
     shapes = [t.meta["val"].shape for t in tensors]
     return [size_of(s) for s in torch.broadcast_shapes(*shapes)]  # type: ignore[no-untyped-call]
+
+
+def _index_copy(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    """``base`` with a few places along one dimension replaced, the last of equal ones kept."""
+    dim, ids = dim_argument(node, 1, len(index)), _tensor(node.args[2])
+    return _replaced(low, node, (dim, ids, _tensor(node.args[3])), index, mask, wrap=False)
+
+
+def _index_put(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
+    """As `_index_copy`, of one index tensor."""
+    base, listed = _tensor(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+    values = _tensor(node.args[2])
+    _check_values(base, listed, values, node.args[3:])
+    given = [(dim, ids) for dim, ids in enumerate(listed) if ids is not None]
+    if len(given) > 1:
+        raise Unsupported("places by several index tensors")
+    return _replaced(low, node, (*given[0], values), index, mask, wrap=True)
+
+
+def _replaced(
+    low: Lowering,
+    node: Node,
+    written: tuple[int, Node, Node],
+    index: Index,
+    mask: int | None,
+    wrap: bool,
+) -> int:
+    """An element of the first argument, or what is written there: dimension, places, values."""
+    dim, ids, values = written
+    count = ids.meta["val"].numel()
+    if ids.meta["val"].dim() != 1 or not isinstance(count, int) or count > _FEW_PLACES:
+        raise Unsupported("many places are written, by index")
+    dtype = result_dtype(node)
+    base = _tensor(node.args[0])
+    found = low.convert(low.value(base, index, mask), dtype)
+    for number in range(count):
+        each = Affine.constant(number)
+        place = _indirect(low, ids, (each,), None, shape_of(base)[dim], wrap=wrap).values[0]
+        here = low.builder.map("eq", low.builder.iota(index[dim]), place, dtype=torch.bool)
+        at = index[:dim] + (each,) + index[dim + 1 :]
+        new = low.convert(low.value(values, at, low.both(mask, here)), dtype)
+        found = low.builder.map("where", here, new, found, dtype=dtype)
+    return found
 
 
 def place_written(low: Lowering, node: Node, index: Index) -> tuple[Index, int | None]:
@@ -376,6 +422,8 @@ INDEXING: dict[Any, Rule] = {
     aten.arange.start_step: _arange,
     torch.ops.prims.iota.default: _arange,
     "iocompiler.uniform.default": _uniform,
+    aten.index_copy.default: _index_copy,
+    aten.index_put.default: _index_put,
     aten.index_copy_.default: _written_in_part,
     aten.index_put_.default: _written_in_part,
 }
