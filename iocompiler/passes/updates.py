@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -43,9 +45,12 @@ def updates(gm: GraphModule) -> int:
     Left alone: inputs that are read, as they were, behind the write; results that leave the graph,
     which the caller has in memory of their own; a second write into one input.
     """
+    copies = list(view.calls(gm, aten.copy_.default))
+    for copy in copies:
+        _unwrap(gm, copy)
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     sites = 0
-    for copy in view.calls(gm, aten.copy_.default):
+    for copy in copies:
         cache, new = copy.args[:2]
         if not isinstance(cache, Node) or not isinstance(new, Node) or new.target not in _IN_PLACE:
             continue
@@ -58,6 +63,30 @@ def updates(gm: GraphModule) -> int:
         record(gm, Rewrite(_PATTERN, view.where(new), str(new.target).split(".")[1]))
         sites += 1
     return sites
+
+
+def _unwrap(gm: GraphModule, copy: Node) -> None:
+    """``cache[:, at] = keys`` of symbolic sizes is written into slices, which are all there is of
+    what they are slices of, and these into slices.
+    """
+    new: Any = copy.args[1]
+    while isinstance(new, Node) and new.target is aten.slice_scatter.default:
+        inner = new.args[1]
+        if not isinstance(inner, Node) or len(inner.users) > 1 or not _is_alike(new, inner):
+            return
+        if inner.target not in (*_IN_PLACE, aten.slice_scatter.default):
+            return
+        rewrite.bypass(gm, new, inner)
+        new = inner
+    if not isinstance(new, Node) or new.target not in _IN_PLACE:
+        return
+    base: Any = new.args[0]
+    while base.target is aten.slice.Tensor and _is_alike(base, base.args[0]):
+        base = base.args[0]
+    if base is not new.args[0]:
+        sliced: Any = new.args[0]
+        new.replace_input_with(sliced, base)
+        rewrite.erase(gm, sliced)
 
 
 def _in_the_way(cache: Node, new: Node, copy: Node, order: dict[Node, int]) -> str:
@@ -77,7 +106,8 @@ def _in_the_way(cache: Node, new: Node, copy: Node, order: dict[Node, int]) -> s
 def _is_alike(cache: Node, new: Node) -> bool:
     (old,), (made,) = view.tensors(cache), view.tensors(new)
     same = old.dtype == made.dtype and old.device == made.device
-    return same and same_sizes(old.shape, made.shape)
+    laid_out = same_sizes(old.shape, made.shape) and same_sizes(old.stride(), made.stride())
+    return same and laid_out
 
 
 def _read(node: Node, order: dict[Node, int], aside: tuple[Node, ...]) -> set[int]:

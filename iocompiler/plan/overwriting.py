@@ -43,6 +43,6 @@ def elements_of(output: Node) -> Node:
     """The node whose elements an output stores, one by one: itself, or what is written in part."""
     if not writes_in_part(output):
         return output
-    place = IN_PART[output.target]
+    place = IN_PART[output.target]  # type: ignore[index]
     given = output.args[place] if place < len(output.args) else None
     return given if isinstance(given, Node) else output

@@ -34,12 +34,14 @@ def check_dtypes(found: Attention) -> None:
 
 def operands(arranger: Arranger, found: Attention, frame: Frame) -> tuple[Node, Node, Node]:
     """Query, key and value as the semantic ops take them."""
-    given = (found.query, found.key, found.value)
-    if not is_differentiated(found.anchor):
-        given = tuple(map(_handed_out, given))
+    as_found = is_differentiated(found.anchor)
     query, key, value = (
         cast(arranger, arranger.operand(_narrowed(operand, found.dtype), target), found.dtype)
-        for operand, target in zip(given, (frame.query, frame.key, frame.value), strict=True)
+        for operand, target in (
+            (found.query, frame.query),
+            (found.key if as_found else _handed_out(found.key), frame.key),
+            (found.value if as_found else _handed_out(found.value), frame.value),
+        )
     )
     return query, key, value
 
