@@ -18,7 +18,7 @@ from torch.fx import Node
 from iocompiler.plan.lowering import Lowering, Unsupported
 from iocompiler.plan.overwriting import stored_into, writes_in_part
 from iocompiler.plan.rules import rule_of
-from iocompiler.plan.rules.indexing import place_written
+from iocompiler.plan.rules.placing import place_written
 from iocompiler.plan.sizes import equal, normal, size_of
 from iocompiler.plan.space import output_index, root_space, settled
 from iocompiler.plan.views import Index, NotAffine, SplitAxis

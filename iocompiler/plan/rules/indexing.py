@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from iocompiler.plan.lowering import Lowering, Rule, Unsupported, literal
 from iocompiler.plan.rules.arithmetic import result_dtype
-from iocompiler.plan.sizes import bounds, equal, nonnegative, normal, size_of
+from iocompiler.plan.sizes import bounds, nonnegative, normal, size_of
 from iocompiler.plan.views import (
     Index,
     argument,
@@ -25,16 +25,13 @@ from iocompiler.tile.index import Affine, Size
 
 aten = torch.ops.aten
 
-_FEW_PLACES = 2
-"""Written by index: every element of the result is compared with each of them."""
 
-
-def _tensor(arg: Any) -> Node:
+def tensor_of(arg: Any) -> Node:
     assert isinstance(arg, Node)
     return arg
 
 
-def _indirect(
+def indirect(
     low: Lowering, ids: Node, index: Index, mask: int | None, size: Size, wrap: bool = True
 ) -> Affine:
     """The integer at ``index`` of ``ids`` as an index term; a negative one counts from the end."""
@@ -50,39 +47,39 @@ def _indirect(
 
 
 def _embedding(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    weight, ids = _tensor(node.args[0]), _tensor(node.args[1])
-    row = _indirect(low, ids, index[:-1], mask, shape_of(weight)[0], wrap=False)
+    weight, ids = tensor_of(node.args[0]), tensor_of(node.args[1])
+    row = indirect(low, ids, index[:-1], mask, shape_of(weight)[0], wrap=False)
     return low.value(weight, (row, index[-1]), mask)
 
 
 def _index_select(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source, ids = _tensor(node.args[0]), _tensor(node.args[2])
+    source, ids = tensor_of(node.args[0]), tensor_of(node.args[2])
     if not shape_of(source):
         return low.value(source, (), mask)  # the one element there is
     dim = dim_argument(node, 1, len(index))
     at = (index[dim],) if ids.meta["val"].dim() else ()
-    picked = _indirect(low, ids, at, mask, shape_of(source)[dim], wrap=False)
+    picked = indirect(low, ids, at, mask, shape_of(source)[dim], wrap=False)
     return low.value(source, index[:dim] + (picked,) + index[dim + 1 :], mask)
 
 
 def _gather(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source, ids = _tensor(node.args[0]), _tensor(node.args[2])
+    source, ids = tensor_of(node.args[0]), tensor_of(node.args[2])
     if not shape_of(source):
         return low.value(source, (), mask)  # the one element there is
     if not index:
         raise Unsupported("gather of a 0-dim index")
     dim = dim_argument(node, 1, len(index))
-    picked = _indirect(low, ids, index, mask, shape_of(source)[dim], wrap=False)
+    picked = indirect(low, ids, index, mask, shape_of(source)[dim], wrap=False)
     return low.value(source, index[:dim] + (picked,) + index[dim + 1 :], mask)
 
 
 def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """aten.index.Tensor with integer index tensors (a boolean one has no static shape)."""
-    source = _tensor(node.args[0])
-    return low.value(source, _picked(low, source, node.args[1], index, mask), mask)
+    source = tensor_of(node.args[0])
+    return low.value(source, picked(low, source, node.args[1], index, mask), mask)
 
 
-def _picked(low: Lowering, source: Node, listed: Any, index: Index, mask: int | None) -> Index:
+def picked(low: Lowering, source: Node, listed: Any, index: Index, mask: int | None) -> Index:
     """Where in ``source`` the element at ``index`` of what is indexed there lies."""
     given = list(listed)
     sizes = shape_of(source)
@@ -92,117 +89,23 @@ def _picked(low: Lowering, source: Node, listed: Any, index: Index, mask: int | 
         raise Unsupported("an index that is a mask")
     given += [None] * (len(sizes) - len(given))
     dims = [d for d, ids in enumerate(given) if ids is not None]
-    tensors = [_tensor(given[d]) for d in dims]
-    shape = _block(tensors)
+    tensors = [tensor_of(given[d]) for d in dims]
+    shape = block_of(tensors)
     adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
     start = dims[0] if adjacent else 0
     inner = index[start : start + len(shape)]
     rest = iter(index[:start] + index[start + len(shape) :])
-    picked = {
-        d: _indirect(low, t, broadcast_index(inner, shape, shape_of(t)), mask, sizes[d])
+    found = {
+        d: indirect(low, t, broadcast_index(inner, shape, shape_of(t)), mask, sizes[d])
         for d, t in zip(dims, tensors, strict=True)
     }
-    return tuple(picked[d] if d in picked else next(rest) for d in range(len(sizes)))
+    return tuple(found[d] if d in found else next(rest) for d in range(len(sizes)))
 
 
-def _block(tensors: list[Node]) -> list[Size]:
+def block_of(tensors: list[Node]) -> list[Size]:
     """The shape that index tensors have together."""
     shapes = [t.meta["val"].shape for t in tensors]
     return [size_of(s) for s in torch.broadcast_shapes(*shapes)]  # type: ignore[no-untyped-call]
-
-
-def _index_copy(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """``base`` with a few places along one dimension replaced, the last of equal ones kept."""
-    dim, ids = dim_argument(node, 1, len(index)), _tensor(node.args[2])
-    return _replaced(low, node, (dim, ids, _tensor(node.args[3])), index, mask, wrap=False)
-
-
-def _index_put(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    """As `_index_copy`, of one index tensor."""
-    base, listed = _tensor(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
-    values = _tensor(node.args[2])
-    _check_values(base, listed, values, node.args[3:])
-    given = [(dim, ids) for dim, ids in enumerate(listed) if ids is not None]
-    if len(given) > 1:
-        raise Unsupported("places by several index tensors")
-    return _replaced(low, node, (*given[0], values), index, mask, wrap=True)
-
-
-def _replaced(
-    low: Lowering,
-    node: Node,
-    written: tuple[int, Node, Node],
-    index: Index,
-    mask: int | None,
-    wrap: bool,
-) -> int:
-    """An element of the first argument, or what is written there: dimension, places, values."""
-    dim, ids, values = written
-    count = ids.meta["val"].numel()
-    if ids.meta["val"].dim() != 1 or not isinstance(count, int) or count > _FEW_PLACES:
-        raise Unsupported("many places are written, by index")
-    dtype = result_dtype(node)
-    base = _tensor(node.args[0])
-    found = low.convert(low.value(base, index, mask), dtype)
-    for number in range(count):
-        each = Affine.constant(number)
-        place = _indirect(low, ids, (each,), None, shape_of(base)[dim], wrap=wrap).values[0]
-        here = low.builder.map("eq", low.builder.iota(index[dim]), place, dtype=torch.bool)
-        at = index[:dim] + (each,) + index[dim + 1 :]
-        new = low.convert(low.value(values, at, low.both(mask, here)), dtype)
-        found = low.builder.map("where", here, new, found, dtype=dtype)
-    return found
-
-
-def place_written(low: Lowering, node: Node, index: Index) -> tuple[Index, int | None]:
-    """Where in its first argument a call that writes in part stores the element at ``index`` of
-    what it writes, and whether that is there: elements that lie outside are not stored, where eager
-    stops the program.
-    """
-    base = _tensor(node.args[0])
-    if node.target is aten.index_copy_.default:
-        dim, ids = dim_argument(node, 1, len(index)), _tensor(node.args[2])
-        if ids.meta["val"].dim() != 1 or len(index) != len(shape_of(base)):
-            raise Unsupported("index_copy_ of numbers")
-        picked = _indirect(low, ids, (index[dim],), None, shape_of(base)[dim], wrap=False)
-        place = index[:dim] + (picked,) + index[dim + 1 :]
-    elif node.target is aten.index_put_.default:
-        _check_values(base, node.args[1], _tensor(node.args[2]), node.args[3:])
-        place = _picked(low, base, node.args[1], index, None)
-    else:
-        raise Unsupported(f"no rule for {node.target}")
-    inside: int | None = None
-    for position, size in zip(place, shape_of(base), strict=True):
-        for value in position.values:
-            inside = low.both(inside, _within(low, value, size))
-    return place, inside
-
-
-def _check_values(base: Node, listed: Any, values: Node, accumulate: Sequence[Any]) -> None:
-    """Raise `Unsupported` where the values are added, or are not as many as the places."""
-    if any(accumulate):
-        raise Unsupported("index_put_ that adds")
-    dims = [d for d, ids in enumerate(listed) if ids is not None]
-    if not dims:
-        raise Unsupported("index_put_ of everything")
-    block = _block([_tensor(listed[d]) for d in dims])
-    sizes = shape_of(base)
-    start = dims[0] if dims == list(range(dims[0], dims[0] + len(dims))) else 0
-    rest = [size for d, size in enumerate(sizes) if d not in dims]
-    places, given = [*rest[:start], *block, *rest[start:]], shape_of(values)
-    if len(given) != len(places) or not all(map(equal, given, places)):
-        raise Unsupported("index_put_ of values that are repeated")
-
-
-def _within(low: Lowering, value: int, size: Size) -> int:
-    build = low.builder
-    limits = build.const(0, torch.int64), build.const(size, torch.int64)
-    above = build.map("ge", value, limits[0], dtype=torch.bool)
-    return low.both(above, build.map("lt", value, limits[1], dtype=torch.bool))
-
-
-def _written_in_part(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    raise Unsupported(node, " is written into an input, of which it is a part")
 
 
 def _choose(
@@ -224,7 +127,7 @@ def _choose(
 
 def _cat(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     parts: Any = node.args[0]
-    tensors = [t for t in map(_tensor, parts) if t.meta["val"].dim() == len(index)]
+    tensors = [t for t in map(tensor_of, parts) if t.meta["val"].dim() == len(index)]
     given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     dim = int(given) % len(index)
     return _cat_from(low, tensors, dim, index, 0, mask, result_dtype(node))
@@ -283,7 +186,7 @@ def _is_outside(low: Lowering, position: Affine, size: Size) -> bool:
 
 
 def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source = _tensor(node.args[0])
+    source = tensor_of(node.args[0])
     listed: Any = node.args[1]
     pads: list[Any] = [literal(p) for p in listed]
     fill = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
@@ -307,7 +210,7 @@ def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """``base`` with a slice along one dimension replaced: (base, source, dim, start, end, step)."""
-    base, source = _tensor(node.args[0]), _tensor(node.args[1])
+    base, source = tensor_of(node.args[0]), tensor_of(node.args[1])
     dim, start, step = slice_start(
         base, argument(node, 2, 0), argument(node, 3, None), argument(node, 5, 1)
     )
@@ -327,7 +230,7 @@ def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) ->
 
 
 def _select_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    base, source = _tensor(node.args[0]), _tensor(node.args[1])
+    base, source = tensor_of(node.args[0]), tensor_of(node.args[1])
     dim = dim_argument(node, 2, len(index))
     at = literal(node.args[3])
     if isinstance(at, int) and at < 0:
@@ -343,7 +246,7 @@ def _select_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -
 
 
 def _flip(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source = _tensor(node.args[0])
+    source = tensor_of(node.args[0])
     sizes = shape_of(source)
     dims = set(dims_argument(node, 1, len(sizes)))
     place = tuple(i * -1 + (sizes[d] - 1) if d in dims else i for d, i in enumerate(index))
@@ -351,7 +254,7 @@ def _flip(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def _repeat(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source = _tensor(node.args[0])
+    source = tensor_of(node.args[0])
     sizes = shape_of(source)
     listed: Any = node.args[1]
     repeats = list(listed)
@@ -365,7 +268,7 @@ def _triangle(lower: bool) -> Rule:
     def rule(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
         build, dtype = low.builder, result_dtype(node)
         offset = literal(node.args[1]) if len(node.args) > 1 else 0
-        value = low.value(_tensor(node.args[0]), index, mask)
+        value = low.value(tensor_of(node.args[0]), index, mask)
         distance = build.iota(index[-1] - index[-2])
         keep = build.map(
             "le" if lower else "ge", distance, build.const(offset, torch.int64), dtype=torch.bool
@@ -400,7 +303,7 @@ def _uniform(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """iocompiler::uniform(seeds, which, shape): Philox of the flat index under seeds[which]."""
     seeds, which, _ = node.args
     assert isinstance(which, int)
-    seed = low.value(_tensor(seeds), (Affine.constant(which),), None)
+    seed = low.value(tensor_of(seeds), (Affine.constant(which),), None)
     return low.builder.rand(seed, flatten(index, shape_of(node)))
 
 
@@ -422,8 +325,4 @@ INDEXING: dict[Any, Rule] = {
     aten.arange.start_step: _arange,
     torch.ops.prims.iota.default: _arange,
     "iocompiler.uniform.default": _uniform,
-    aten.index_copy.default: _index_copy,
-    aten.index_put.default: _index_put,
-    aten.index_copy_.default: _written_in_part,
-    aten.index_put_.default: _written_in_part,
 }
