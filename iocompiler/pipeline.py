@@ -41,6 +41,7 @@ from iocompiler.passes.seeds import seeds_together
 from iocompiler.passes.slices import slices
 from iocompiler.passes.summed_gradients import summed_gradients
 from iocompiler.passes.sums_of_products import sums_of_products
+from iocompiler.passes.updates import updates
 from iocompiler.passes.wide_products import wide_products
 
 
@@ -226,4 +227,5 @@ DEFAULT = Pipeline(
     sums_of_products,  # on the flat graph, where the backward adds what it has split
     embedding_gradients,  # on the flat graph, where the gradients of one table are added
     wide_products,  # of products that are whole, and of casts that nothing else reads
+    updates,  # last: what the others see is functional
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from iocompiler.graph.early_casts import cast_early
 from iocompiler.graph.functional import make_functional
 from iocompiler.graph.match import graph_pass
 from iocompiler.graph.sizes import equal, same_sizes
+from iocompiler.graph.snapshots import snapshots
 
 aten = torch.ops.aten
 
@@ -94,7 +96,7 @@ def normalise(gm: GraphModule) -> int:
     changed = spell_out_autocast(gm) + make_functional(gm)
     for node in view.calls(gm):
         changed += _respell(gm, node)
-    return changed + cast_early(gm) + rewrite.erase_dead(gm)
+    return changed + snapshots(gm) + cast_early(gm) + rewrite.erase_dead(gm)
 
 
 def _respell(gm: GraphModule, node: Node) -> int:
@@ -206,10 +208,11 @@ def _same_as(gm: GraphModule, node: Node) -> Node | None:
         return same if same.target is aten.lift_fresh_copy.default else None
     if any(view.changes_metadata(user) for user in (*node.users, *same.users)):
         return None  # two names of one storage, one of which gets another shape
-    return same if _does_nothing(gm, node, view.value(same), view.value(node)) else None
+    return same if _does_nothing(gm, node, same) else None
 
 
-def _does_nothing(gm: GraphModule, node: Node, old: torch.Tensor, new: torch.Tensor) -> bool:
+def _does_nothing(gm: GraphModule, node: Node, same: Node) -> bool:
+    old, new = view.tensors(same)[0], view.tensors(node)[0]
     rest: Any = node.args[1:]
     if node.target is aten.contiguous.default:
         return not rest and not node.kwargs and view.is_contiguous(old)
@@ -226,7 +229,7 @@ def _does_nothing(gm: GraphModule, node: Node, old: torch.Tensor, new: torch.Ten
             if node.target is aten.cat.default
             else rest[0] == 0 and old.dtype == new.dtype == torch.int64
         )
-        return nothing and not _written(gm, node)
+        return nothing and not _written(gm, node, same)
     return node.target is aten.alias.default
 
 
@@ -243,9 +246,19 @@ def _adds_nothing(x: torch.Tensor, dim: int) -> bool:
     return equal(x.shape[0 if x.dim() == 1 else dim], 0)
 
 
-def _written(gm: GraphModule, node: Node) -> bool:
+def _written(gm: GraphModule, node: Node, same: Node) -> bool:
     roots = view.roots(gm)
     storages = roots[node].union(*(roots[read] for read in node.all_input_nodes))
-    return bool(view.written(gm, roots) & storages) or any(
-        user.op == "output" for user in node.users
-    )
+    return bool(view.written(gm, roots) & storages) or _is_given_away(gm, node, same, roots)
+
+
+def _is_given_away(
+    gm: GraphModule, copy: Node, same: Node, roots: Mapping[Node, frozenset[Node]]
+) -> bool:
+    """Whether the caller gets the copy, and has something else of the memory of what is copied."""
+    if not any(user.op == "output" for user in copy.users):
+        return False
+    (output,) = gm.graph.find_nodes(op="output")
+    made = all(isinstance(root.target, torch._ops.OpOverload) for root in roots[same])
+    others = (node for node in output.all_input_nodes if node is not copy)
+    return not made or any(roots[node] & roots[same] for node in others)

@@ -261,11 +261,12 @@ def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
     for node in gm.graph.nodes:
         # what is no plain operator (a submodule, a getitem) may return any of its inputs
         opaque = node.op == "call_function" and not isinstance(node.target, OpOverload)
-        if opaque or is_view(node) or mutates(node):
+        if opaque or is_view(node):
             shared = [found[i] for i in node.all_input_nodes]
             found[node] = frozenset().union({node} if opaque else (), *shared)
-        else:
-            found[node] = frozenset({node})
+        else:  # what writes returns what it has written, not what that was computed from
+            changed = [found[i] for i in mutates(node)]
+            found[node] = frozenset().union(*changed) if changed else frozenset({node})
     return found
 
 

@@ -21,10 +21,10 @@ from iocompiler.plan.finish import finish
 from iocompiler.plan.folds import most_held
 from iocompiler.plan.group import Accept, Group, Grouper, faster
 from iocompiler.plan.order import in_order
+from iocompiler.plan.overwriting import stored_into
 from iocompiler.plan.region import CALLS_ONLY, listed, plain_region, returns, sizes_are_given
 from iocompiler.plan.seen import as_seen
 from iocompiler.plan.sizes import equal, size_of
-from iocompiler.plan.space import stored_into
 from iocompiler.plan.steps import Steps, spec_of
 from iocompiler.plan.unfused import unfused_edges
 from iocompiler.plan.views import is_view, storage_owner

@@ -24,6 +24,7 @@ from iocompiler.plan.lower import Lowered
 from iocompiler.plan.lowering import Unsupported
 from iocompiler.plan.memo import Memo
 from iocompiler.plan.ordered import ordered
+from iocompiler.plan.overwriting import overwritten, writes_in_part
 from iocompiler.plan.rules import DTYPES, has_rule, is_elementwise, is_reduction
 from iocompiler.plan.sizes import equal, size_of, value_at
 from iocompiler.plan.views import SPLITS, is_view, storage_owner
@@ -217,7 +218,8 @@ class Dataflow:
     def _choose_virtual(self) -> None:
         stored = self._must_be_stored()
         updates = self._updates()
-        overwritten = set(updates.values())
+        old = set(updates.values())
+        changing = {node.args[0] for node in self.kernel | self.opaque if writes_in_part(node)}
         weight: dict[Node, int] = {}
         reads: dict[Node, dict[Node, int]] = {}
         for node in sorted([*self.kernel, *self.virtual], key=lambda n: self.order[n]):
@@ -228,14 +230,15 @@ class Dataflow:
                 node in self.virtual
                 or node in stored
                 or is_reduction(node)
-                or node.target is aten.copy_.default
+                or overwritten(node) is not None
+                or changing & reads[node].keys()  # which are read before they change
             ):
                 continue
-            if node in updates and (overwritten & reads[node].keys()) - {updates[node]}:
+            if node in updates and (old & reads[node].keys()) - {updates[node]}:
                 continue  # another update may stand before this one, or wait for it as this for it
             free = not reads[node]
             cheap = weight[node] <= _RECOMPUTE_OPS or len(node.users) == 1
-            few = len(reads[node]) <= _FEW_SCALARS and not overwritten & reads[node].keys()
+            few = len(reads[node]) <= _FEW_SCALARS and not old & reads[node].keys()
             scalars = few and all(map(_is_scalar, reads[node]))
             less = sum(reads[node].values()) <= self.nbytes(node)
             if free or (cheap and (less or scalars)):
@@ -312,7 +315,7 @@ class Dataflow:
 
     def _stored_operands(self, node: Node) -> Iterable[Node]:
         operands = list(node.all_input_nodes)
-        if node.target is aten.copy_.default:
+        if overwritten(node) is not None:
             operands = operands[1:]  # the target is written, not read
         for operand in operands:
             owner = storage_owner(operand)

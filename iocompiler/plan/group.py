@@ -20,6 +20,7 @@ from torch.fx import Node
 from iocompiler.plan.dataflow import Dataflow
 from iocompiler.plan.lower import Lowered
 from iocompiler.plan.lowering import Unsupported
+from iocompiler.plan.overwriting import overwritten
 from iocompiler.plan.sizes import value_at
 from iocompiler.tile.flat import flat_program
 from iocompiler.tile.index import Size, product
@@ -149,9 +150,9 @@ class Grouper:
         yield from self.flow.leaves[node]
         if node in self.flow.before:
             yield self.flow.before[node]
-        if node.target is aten.copy_.default:
-            target = node.args[0]
-            yield from (r for r in self.flow.readers.get(target, ()) if r is not node)  # type: ignore[arg-type]
+        target = overwritten(node)
+        if target is not None:
+            yield from (r for r in self.flow.readers.get(target, ()) if r is not node)
 
     def _shared(self) -> Iterable[tuple[int, int]]:
         seen: set[tuple[int, int]] = set()
@@ -255,7 +256,7 @@ class Grouper:
             n
             for n in nodes
             if n in self.flow.outputs
-            or n.target is aten.copy_.default
+            or overwritten(n) is not None
             or any(r not in nodes for r in self.flow.readers.get(n, ()))
         ]
         return tuple(sorted(kept, key=lambda n: self.flow.order[n]))

@@ -16,9 +16,11 @@ import torch
 from torch.fx import Node
 
 from iocompiler.plan.lowering import Lowering, Unsupported
+from iocompiler.plan.overwriting import stored_into, writes_in_part
 from iocompiler.plan.rules import rule_of
+from iocompiler.plan.rules.placing import place_written
 from iocompiler.plan.sizes import equal, normal, size_of
-from iocompiler.plan.space import output_index, root_space, settled, stored_into
+from iocompiler.plan.space import output_index, root_space, settled
 from iocompiler.plan.views import Index, NotAffine, SplitAxis
 from iocompiler.tile.index import Affine, Axis, Size
 from iocompiler.tile.program import Buffer, TileProgram, loads_first
@@ -85,12 +87,16 @@ def _lower_in(
     for output in outputs:
         target = stored_into(output)
         index, value = output_index(lowering, output, places.get(output))
-        tensor = target.meta["val"]
+        if target in stored:
+            raise Unsupported(target, " is written twice in one kernel")
+        tensor, mask = target.meta["val"], None
+        if writes_in_part(output):
+            index, mask = place_written(lowering, output, index)
         address = Affine()
         for position, stride in zip(index, tensor.stride(), strict=True):
             address = address + position * size_of(stride)
         value = lowering.convert(value, tensor.dtype)
-        lowering.builder.store(lowering.buffer_name(target), address, value)
+        lowering.builder.store(lowering.buffer_name(target), address, value, mask)
         stored[target] = address
     _check_mutation(lowering, outputs, stored)
     return _finish(lowering, outputs)
@@ -99,10 +105,17 @@ def _lower_in(
 def _check_mutation(
     lowering: Lowering, outputs: tuple[Node, ...], stored: Mapping[Node, Affine]
 ) -> None:
-    """A kernel may read an argument it overwrites only where it writes, and before."""
+    """A kernel may read an argument it overwrites only where it writes, and before; one of which it
+    overwrites a part not at all.
+    """
     for output in outputs:
         target = stored_into(output)
         if target is output:
+            continue
+        if writes_in_part(output):
+            name = lowering.names[target]
+            if any(op.kind == "load" and op.buffer == name for op in lowering.builder.ops):
+                raise Unsupported(target, " is overwritten in part and read")
             continue
         if lowering.space.reduced and not _once_a_row(lowering, stored[target]):
             raise Unsupported(

@@ -17,8 +17,9 @@ from iocompiler.plan.data import (
     made,
     references,
 )
+from iocompiler.plan.overwriting import COPY, IN_PART
 
-_OVERWRITING = ("aten.copy_.default", "iocompiler.embedding_gradient_.default")
+_OVERWRITING = frozenset(map(str, (COPY, *IN_PART, "iocompiler.embedding_gradient_.default")))
 """Calls that write into their first argument."""
 
 

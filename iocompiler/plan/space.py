@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from iocompiler.plan.lowering import Lowering, Space, Unsupported
+from iocompiler.plan.overwriting import elements_of, stored_into
 from iocompiler.plan.rules import folded_dims, is_elementwise
 from iocompiler.plan.sizes import equal, value_at
 from iocompiler.plan.views import (
@@ -47,7 +48,8 @@ def root_of(
     """
     reductions = sorted((n for n in home if folded_dims(n) is not None), key=lambda n: order[n])
     if not reductions:
-        return max(sorted(outputs, key=lambda n: order[n]), key=points), ()
+        stored = map(elements_of, sorted(outputs, key=lambda n: order[n]))
+        return max(stored, key=points), ()
     best = max(reductions, key=_reduction_rank)
     source = best.args[0]
     assert isinstance(source, Node)
@@ -66,15 +68,6 @@ def _reduction_rank(node: Node) -> tuple[int, bool]:
     return points(source), len(shape_of(source)) - 1 in dims
 
 
-def stored_into(output: Node) -> Node:
-    """The node whose buffer an output is stored into: itself, or what a ``copy_`` overwrites."""
-    if output.target is torch.ops.aten.copy_.default:
-        target = output.args[0]
-        assert isinstance(target, Node)
-        return target
-    return output
-
-
 def settled(lowering: Lowering, outputs: tuple[Node, ...]) -> dict[Node, Index]:
     """The places of all outputs, where parallel and reduced extents are equal and an output may lie
     along either: the widest, which have one place, come first, and what they load tells where the
@@ -85,7 +78,7 @@ def settled(lowering: Lowering, outputs: tuple[Node, ...]) -> dict[Node, Index]:
     if len(outputs) < 2 or not equal(across, down):
         return {}
     found = {}
-    for output in sorted(outputs, key=points, reverse=True):
+    for output in sorted(outputs, key=lambda n: points(elements_of(n)), reverse=True):
         found[output], value = output_index(lowering, output)
         lowering.builder.store("", Affine(), value)
     return found
@@ -105,7 +98,7 @@ def output_index(lowering: Lowering, output: Node, place: Index | None = None) -
     kept = _loads(lowering, [i for i, op in enumerate(ops) if op.kind == "store"])
     for index in _candidates(lowering, output) if place is None else [place]:
         try:
-            value = lowering.value(output, index)
+            value = lowering.value(elements_of(output), index)
         except Unsupported as error:
             reasons.append(error)
             continue
@@ -142,11 +135,12 @@ def _loads(lowering: Lowering, values: list[int]) -> set[int]:
 
 
 def _candidates(lowering: Lowering, output: Node) -> list[Index]:
-    space, shape = lowering.space, shape_of(stored_into(output))
+    space, stored = lowering.space, elements_of(output)
+    shape = shape_of(stored_into(output) if stored is output else stored)
     total = product(list(shape))
     if lowering.carried is None:
         lowering.carried = propagate(lowering)
-    carried = lowering.carried.get(output)
+    carried = lowering.carried.get(stored)
     found = [carried] if carried is not None and _covers(lowering, carried, total) else []
     spans = [space.axes, space.part(reduced=False)]
     if space.reduced:

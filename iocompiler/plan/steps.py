@@ -16,6 +16,7 @@ from iocompiler.graph.view import higher_order, where
 from iocompiler.plan.data import AtenStep, ConstantStep, Ref, Region, Step, TensorSpec
 from iocompiler.plan.found import Symbolic
 from iocompiler.plan.lowering import Unsupported, constant_values
+from iocompiler.plan.overwriting import overwritten
 from iocompiler.plan.sizes import size_of
 
 aten = torch.ops.aten
@@ -63,8 +64,9 @@ class Steps:
     def value(self, node: Node) -> str:
         """The plan name of a tensor node."""
         if node not in self.values:
-            if node.target is aten.copy_.default:
-                return self.value(node.args[0])  # type: ignore[arg-type]
+            target = overwritten(node)
+            if target is not None:
+                return self.value(target)
             if node.op == "get_attr":
                 self.constant(node)
             else:
@@ -143,7 +145,7 @@ class Steps:
             raise CannotPlan(operator=f"{node.target}, whose result is not known,")
         if skipped:
             return self._behind_token(node, value)
-        if node.target is aten.copy_.default or value is None:
+        if overwritten(node) is not None or value is None:
             return [(None, None)], [()]
         if isinstance(value, Symbolic):
             return [(_symbol_of(value.node.expr), None)], [()]

@@ -136,6 +136,33 @@ def test_a_cat_of_one_tensor_is_a_copy_at_most(f: Any, instead: Any, captured: C
     assert found == ({instead} if instead else set())
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["fresh", "seen"])
+def test_a_cat_that_is_returned(kept: bool, captured: Captured) -> None:
+    """The caller gets what it is a copy of, if nobody else has that."""
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x * 2
+        cat = torch.cat([torch.empty(0), y], -2)
+        return (cat, cat.exp()) if kept else (cat, y)
+
+    targets = _normal(captured, f, X)
+    assert (aten.cat.default in targets) != kept
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.cat([torch.empty(0), x], -2),
+        lambda x: torch.cat([torch.empty(0), x[:1]], -2),
+        lambda x: (torch.cat([torch.empty(0), y := x * 2], -2), y.view(-1)),
+        lambda x: (torch.cat([torch.empty(0), y := x * 2]), torch.cat([torch.empty(0), y])),
+    ],
+    ids=["an input", "a view of one", "a view of it", "the same again"],
+)
+def test_a_cat_that_is_returned_stays(f: Any, captured: Captured) -> None:
+    assert aten.cat.default in _normal(captured, f, X)
+
+
 def test_a_cat_written_into_stays(captured: Captured) -> None:
     def f(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = torch.cat([torch.tensor([]), x])

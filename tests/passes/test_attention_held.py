@@ -223,13 +223,28 @@ def view_written(mask, q, k, v):
     return (q @ k.mT * 0.3 + mask).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("function", [written, view_written])
+def written_after(mask, q, k, v):
+    scores = q @ k.mT * 0.3 + mask
+    mask.zero_()
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [view_written, written_after])
 def test_a_mask_that_the_graph_writes_is_declined(function: Callable[..., Any]) -> None:
     inputs = heads()
     compiled = Compiled(Holding(function, above(-INF)))
     expected = Holding(function, above(-INF))(**inputs)
     torch.testing.assert_close(compiled(**inputs), expected)
     assert "writes what the attention reads" in compiled.misses[0]
+
+
+def test_what_a_write_of_the_whole_mask_returns_is_a_tensor() -> None:
+    """Whatever the mask held before."""
+    inputs = heads()
+    compiled = Compiled(Holding(written, above(-INF)))
+    expected = Holding(written, above(-INF))(**inputs)
+    torch.testing.assert_close(compiled(**inputs), expected)
+    assert compiled.variants == ["bias"]
 
 
 def test_an_argument_of_the_user_s_is_left_a_tensor() -> None:

@@ -10,9 +10,10 @@ from torch.fx import Node
 from iocompiler.plan.lowering import Rule
 from iocompiler.plan.rules.elementwise import ELEMENTWISE
 from iocompiler.plan.rules.indexing import INDEXING
+from iocompiler.plan.rules.placing import PLACING
 from iocompiler.plan.rules.reduction import REDUCTIONS, SCANS, folded_dims
 
-RULES: dict[Any, Rule] = {**ELEMENTWISE, **INDEXING, **REDUCTIONS, **SCANS}
+RULES: dict[Any, Rule] = {**ELEMENTWISE, **INDEXING, **PLACING, **REDUCTIONS, **SCANS}
 
 DTYPES = frozenset(
     {

@@ -26,12 +26,12 @@ from iocompiler.tile.index import Affine, Size
 aten = torch.ops.aten
 
 
-def _tensor(arg: Any) -> Node:
+def tensor_of(arg: Any) -> Node:
     assert isinstance(arg, Node)
     return arg
 
 
-def _indirect(
+def indirect(
     low: Lowering, ids: Node, index: Index, mask: int | None, size: Size, wrap: bool = True
 ) -> Affine:
     """The integer at ``index`` of ``ids`` as an index term; a negative one counts from the end."""
@@ -47,36 +47,40 @@ def _indirect(
 
 
 def _embedding(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    weight, ids = _tensor(node.args[0]), _tensor(node.args[1])
-    row = _indirect(low, ids, index[:-1], mask, shape_of(weight)[0], wrap=False)
+    weight, ids = tensor_of(node.args[0]), tensor_of(node.args[1])
+    row = indirect(low, ids, index[:-1], mask, shape_of(weight)[0], wrap=False)
     return low.value(weight, (row, index[-1]), mask)
 
 
 def _index_select(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source, ids = _tensor(node.args[0]), _tensor(node.args[2])
+    source, ids = tensor_of(node.args[0]), tensor_of(node.args[2])
     if not shape_of(source):
         return low.value(source, (), mask)  # the one element there is
     dim = dim_argument(node, 1, len(index))
     at = (index[dim],) if ids.meta["val"].dim() else ()
-    picked = _indirect(low, ids, at, mask, shape_of(source)[dim], wrap=False)
+    picked = indirect(low, ids, at, mask, shape_of(source)[dim], wrap=False)
     return low.value(source, index[:dim] + (picked,) + index[dim + 1 :], mask)
 
 
 def _gather(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source, ids = _tensor(node.args[0]), _tensor(node.args[2])
+    source, ids = tensor_of(node.args[0]), tensor_of(node.args[2])
     if not shape_of(source):
         return low.value(source, (), mask)  # the one element there is
     if not index:
         raise Unsupported("gather of a 0-dim index")
     dim = dim_argument(node, 1, len(index))
-    picked = _indirect(low, ids, index, mask, shape_of(source)[dim], wrap=False)
+    picked = indirect(low, ids, index, mask, shape_of(source)[dim], wrap=False)
     return low.value(source, index[:dim] + (picked,) + index[dim + 1 :], mask)
 
 
 def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """aten.index.Tensor with integer index tensors (a boolean one has no static shape)."""
-    source = _tensor(node.args[0])
-    listed: Any = node.args[1]
+    source = tensor_of(node.args[0])
+    return low.value(source, picked(low, source, node.args[1], index, mask), mask)
+
+
+def picked(low: Lowering, source: Node, listed: Any, index: Index, mask: int | None) -> Index:
+    """Where in ``source`` the element at ``index`` of what is indexed there lies."""
     given = list(listed)
     sizes = shape_of(source)
     if any(
@@ -85,21 +89,23 @@ def _advanced_index(low: Lowering, node: Node, index: Index, mask: int | None) -
         raise Unsupported("an index that is a mask")
     given += [None] * (len(sizes) - len(given))
     dims = [d for d, ids in enumerate(given) if ids is not None]
-    tensors = [_tensor(given[d]) for d in dims]
-    shapes = [t.meta["val"].shape for t in tensors]
-    block = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    shape = [size_of(s) for s in block]
+    tensors = [tensor_of(given[d]) for d in dims]
+    shape = block_of(tensors)
     adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
     start = dims[0] if adjacent else 0
     inner = index[start : start + len(shape)]
     rest = iter(index[:start] + index[start + len(shape) :])
-    picked = {
-        d: _indirect(low, t, broadcast_index(inner, shape, shape_of(t)), mask, sizes[d])
+    found = {
+        d: indirect(low, t, broadcast_index(inner, shape, shape_of(t)), mask, sizes[d])
         for d, t in zip(dims, tensors, strict=True)
     }
-    return low.value(
-        source, tuple(picked[d] if d in picked else next(rest) for d in range(len(sizes))), mask
-    )
+    return tuple(found[d] if d in found else next(rest) for d in range(len(sizes)))
+
+
+def block_of(tensors: list[Node]) -> list[Size]:
+    """The shape that index tensors have together."""
+    shapes = [t.meta["val"].shape for t in tensors]
+    return [size_of(s) for s in torch.broadcast_shapes(*shapes)]  # type: ignore[no-untyped-call]
 
 
 def _choose(
@@ -121,7 +127,7 @@ def _choose(
 
 def _cat(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     parts: Any = node.args[0]
-    tensors = [t for t in map(_tensor, parts) if t.meta["val"].dim() == len(index)]
+    tensors = [t for t in map(tensor_of, parts) if t.meta["val"].dim() == len(index)]
     given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     dim = int(given) % len(index)
     return _cat_from(low, tensors, dim, index, 0, mask, result_dtype(node))
@@ -180,7 +186,7 @@ def _is_outside(low: Lowering, position: Affine, size: Size) -> bool:
 
 
 def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source = _tensor(node.args[0])
+    source = tensor_of(node.args[0])
     listed: Any = node.args[1]
     pads: list[Any] = [literal(p) for p in listed]
     fill = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
@@ -204,7 +210,7 @@ def _pad(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """``base`` with a slice along one dimension replaced: (base, source, dim, start, end, step)."""
-    base, source = _tensor(node.args[0]), _tensor(node.args[1])
+    base, source = tensor_of(node.args[0]), tensor_of(node.args[1])
     dim, start, step = slice_start(
         base, argument(node, 2, 0), argument(node, 3, None), argument(node, 5, 1)
     )
@@ -224,7 +230,7 @@ def _slice_scatter(low: Lowering, node: Node, index: Index, mask: int | None) ->
 
 
 def _select_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    base, source = _tensor(node.args[0]), _tensor(node.args[1])
+    base, source = tensor_of(node.args[0]), tensor_of(node.args[1])
     dim = dim_argument(node, 2, len(index))
     at = literal(node.args[3])
     if isinstance(at, int) and at < 0:
@@ -240,7 +246,7 @@ def _select_scatter(low: Lowering, node: Node, index: Index, mask: int | None) -
 
 
 def _flip(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source = _tensor(node.args[0])
+    source = tensor_of(node.args[0])
     sizes = shape_of(source)
     dims = set(dims_argument(node, 1, len(sizes)))
     place = tuple(i * -1 + (sizes[d] - 1) if d in dims else i for d, i in enumerate(index))
@@ -248,7 +254,7 @@ def _flip(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 
 def _repeat(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
-    source = _tensor(node.args[0])
+    source = tensor_of(node.args[0])
     sizes = shape_of(source)
     listed: Any = node.args[1]
     repeats = list(listed)
@@ -262,7 +268,7 @@ def _triangle(lower: bool) -> Rule:
     def rule(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
         build, dtype = low.builder, result_dtype(node)
         offset = literal(node.args[1]) if len(node.args) > 1 else 0
-        value = low.value(_tensor(node.args[0]), index, mask)
+        value = low.value(tensor_of(node.args[0]), index, mask)
         distance = build.iota(index[-1] - index[-2])
         keep = build.map(
             "le" if lower else "ge", distance, build.const(offset, torch.int64), dtype=torch.bool
@@ -297,7 +303,7 @@ def _uniform(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """iocompiler::uniform(seeds, which, shape): Philox of the flat index under seeds[which]."""
     seeds, which, _ = node.args
     assert isinstance(which, int)
-    seed = low.value(_tensor(seeds), (Affine.constant(which),), None)
+    seed = low.value(tensor_of(seeds), (Affine.constant(which),), None)
     return low.builder.rand(seed, flatten(index, shape_of(node)))
 
 

@@ -68,6 +68,14 @@ class Evaluator:
         """Whether the storage of the node is written in place somewhere in the graph."""
         return bool(self._roots.get(node, frozenset()) & self._written)
 
+    def is_snapshot(self, node: Node) -> bool:
+        """Whether the node is a copy of what is written in place: only that has the elements that
+        were there.
+        """
+        if node.target is not aten.clone.default or self.is_written(node):
+            return False
+        return self.is_written(node.all_input_nodes[0])
+
 
 class _Reading:
     def __init__(self, evaluator: Evaluator, bounds: Bounds) -> None:
@@ -99,6 +107,8 @@ class _Reading:
 
     def _call(self, node: Node, at: At) -> Value | None:
         name = str(getattr(node.target, "_opname", node.target))
+        if self._evaluator.is_snapshot(node):
+            return None
         if node.target in (*views.COPIES, *views.CASTS):
             return self._converted(node, self.value(node.args[0], at))
         place = moved(node, at, self.bounds)

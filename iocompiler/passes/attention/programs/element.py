@@ -114,6 +114,8 @@ class Elements:
         if node.op != "call_function":
             return self._held(node, at)
         if node.target in views.COPIES:
+            if self.evaluator.is_snapshot(node):
+                raise NotExpressed
             return self.value(node.args[0], at)
         if node.target in views.CASTS:
             return self.cast(self.value(node.args[0], at), views.dtype(node))

@@ -29,7 +29,8 @@ def check(gm: GraphModule, found: Attention) -> None:
     looked = _looked(found, roots)
     for node in writes:
         written = frozenset().union(*(roots[target] for target in view.mutates(node)))
-        since = [order[each] for each, memory in looked if written & memory]
+        # what a write returns (a cache of keys, filled) looks at what it has written
+        since = [order[each] for each, memory in looked if written & memory and each is not node]
         read = since or written & _storages(found, roots)
         if read and min([*since, start]) <= order[node] <= end:
             raise Declined(f"{view.where(node) or node.name} writes what the attention reads")

@@ -15,9 +15,11 @@ from iocompiler.passes.attention.dims.axes import Dims
 from iocompiler.passes.attention.dims.views import Operand
 from iocompiler.passes.attention.reading.description import Attention, Declined, Inverse, Scale
 from iocompiler.passes.attention.reading.frame import Frame
+from iocompiler.passes.attention.reading.results import is_differentiated
 from iocompiler.passes.attention.running import strides
 
 aten = torch.ops.aten
+_COPIES = (aten.clone.default, aten.contiguous.default)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -32,12 +34,13 @@ def check_dtypes(found: Attention) -> None:
 
 def operands(arranger: Arranger, found: Attention, frame: Frame) -> tuple[Node, Node, Node]:
     """Query, key and value as the semantic ops take them."""
+    as_found = is_differentiated(found.anchor)
     query, key, value = (
         cast(arranger, arranger.operand(_narrowed(operand, found.dtype), target), found.dtype)
         for operand, target in (
             (found.query, frame.query),
-            (found.key, frame.key),
-            (found.value, frame.value),
+            (found.key if as_found else _handed_out(found.key), frame.key),
+            (found.value if as_found else _handed_out(found.value), frame.value),
         )
     )
     return query, key, value
@@ -70,6 +73,17 @@ def finish(
     for node in reversed(list(gm.graph.nodes)):
         if node in found.interior:
             edit.erase(gm, node)  # a dropout is never erased for being unread alone
+
+
+def _handed_out(operand: Operand) -> Operand:
+    """The copy that the caller gets (a cache of keys): what that is a copy of need not be stored
+    beside it.
+    """
+    for place, (node, _) in enumerate(operand.stages[:-1]):
+        returned = any(user.op == "output" for user in node.users)
+        if returned and node.target in _COPIES and not view.is_shared(node):
+            return Operand(operand.stages[: place + 1])
+    return operand
 
 
 def _narrowed(operand: Operand, dtype: torch.dtype) -> Operand:
