@@ -153,6 +153,19 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
     assert all(each.ok for each in found), [str(each) for each in found if not each.ok]
 
 
+def test_a_part_of_a_part(captured: Captured) -> None:
+    """What the first cut made is walked through for the second."""
+
+    def parts(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        first = F.linear(x, w)[:, :3].sin()
+        return F.linear(first, w)[:, 0] + b
+
+    gm = captured(parts, *given())
+    assert rewritten(gm) == 2
+    inputs = given()
+    torch.testing.assert_close(gm(*inputs), parts(*inputs))
+
+
 def test_any_length() -> None:
     records: list[Compilation] = []
     torch._dynamo.reset()
