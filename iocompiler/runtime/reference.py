@@ -232,11 +232,10 @@ def _as_planned(plan: Plan, args: Sequence[Any]) -> list[Any]:
 
 
 def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
-    shape, stride = size_values(step.spec.shape, sizes), size_values(step.spec.stride, sizes)
-    # as emitted modules do: no view to autograd, so a caller may write into a result
-    reinterpret = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
-    viewed: torch.Tensor = reinterpret(base, shape, stride, size_value(step.offset, sizes))
-    return viewed
+    offset = base.storage_offset() + size_value(step.offset, sizes)
+    return base.as_strided(
+        size_values(step.spec.shape, sizes), size_values(step.spec.stride, sizes), offset
+    )
 
 
 def _constant(step: ConstantStep) -> torch.Tensor:

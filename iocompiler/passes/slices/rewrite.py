@@ -130,11 +130,8 @@ class _Demands:
             self._waiting.add(each)
 
 
-def _rebuild(
-    gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: Cut
-) -> list[Node]:
-    """The nodes again, on what is cut of their arguments, and the slice of the last one; in order.
-    """
+def _rebuild(gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: Cut) -> list[Node]:
+    """The nodes again, on what is cut of their arguments, and the slice of the last one; in order."""
     new: list[Node] = []
     made: dict[Node, Node] = {}
     parts: dict[tuple[Node, int], Node] = {}
