@@ -131,7 +131,7 @@ class _Demands:
 
 
 def _rebuild(gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: Cut) -> list[Node]:
-    """The nodes again, on what is cut of their arguments, and the slice of the last one; in order."""
+    """The nodes again, on what is cut of their arguments, and the slice of the last one."""
     new: list[Node] = []
     made: dict[Node, Node] = {}
     parts: dict[tuple[Node, int], Node] = {}

@@ -87,7 +87,7 @@ def plan(found: Attention, evaluator: Evaluator) -> Call:
         _precise(views.dtype(term.node), found.dtype)
     for mask in masking.masks:
         _check(mask, found, alone=masking.is_one_mask)
-    hidden_rows.check(masking.masks)
+    hidden_rows.check(found, masking.masks)
     return Call(found, masking, scale, factors, hidden_rows.written(found, masking))
 
 

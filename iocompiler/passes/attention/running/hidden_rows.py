@@ -26,23 +26,27 @@ aten = ops.aten
 _LOST = 2.0**-25  # of a number: added to it, nothing
 
 
-def check(masks: tuple[Mask, ...]) -> None:
+def check(found: Attention, masks: tuple[Mask, ...]) -> None:
     """Raise `Declined` where the sum of the numbers of two masks hides a place otherwise than the
     number written last, which decides between the places of a row that is hidden altogether.
     """
     for n, later in enumerate(masks):
-        if not is_written(later):
+        if not _is_written(found, later):
             continue
         for earlier in masks[:n]:
-            if is_written(earlier) and earlier.value == later.value:
+            if _is_written(found, earlier) and earlier.value == later.value:
                 continue  # one mask, see `places`
             if abs(earlier.value) > abs(later.value) * _LOST:
                 raise Declined(f"masked scores become {later.value:g}, whatever masked them before")
 
 
-def is_written(mask: Mask) -> bool:
-    """Whether a finite number is written over the scores."""
-    return isinstance(mask.step, Fill) and math.isfinite(mask.value)
+def _is_written(found: Attention, mask: Mask) -> bool:
+    """Whether a finite number is written over the scores, and not into what is added to them."""
+    return any(mask.step is step for step in _fills(found)) and math.isfinite(mask.value)
+
+
+def _fills(found: Attention) -> list[Fill]:
+    return [step for step in found.steps if isinstance(step, Fill)]
 
 
 def written(found: Attention, masking: Masking) -> tuple[Fill, ...]:
@@ -51,10 +55,13 @@ def written(found: Attention, masking: Masking) -> tuple[Fill, ...]:
     Raises:
         Declined: such a row is no mean of the values.
     """
-    fills = tuple(m.step for m in masking.masks if is_written(m) and isinstance(m.step, Fill))
-    if not fills or not is_differentiated(found.anchor):
+    if not any(_is_written(found, mask) for mask in masking.masks):
         return ()
-    if masking.causal or len(fills) < len(masking.masks) or len({f.value for f in fills}) > 1:
+    if not is_differentiated(found.anchor):
+        return ()
+    left = [mask.step for mask in masking.masks]
+    fills = tuple(fill for fill in _fills(found) if fill in left)
+    if masking.causal or len(fills) < len(left) or len({fill.value for fill in fills}) > 1:
         raise Declined("several masks, one of them written over the scores, may hide a row")
     last = [step for step in found.steps if isinstance(step, (Bias, Fill))][-1]
     if isinstance(last, Bias) and masking.terms:
