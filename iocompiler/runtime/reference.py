@@ -232,7 +232,7 @@ def _as_planned(plan: Plan, args: Sequence[Any]) -> list[Any]:
 
 
 def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
-    offset = base.storage_offset() + size_value(step.offset, sizes)
+    offset = int(base.storage_offset()) + size_value(step.offset, sizes)
     return _shown(step.spec, base, offset, sizes)
 
 
