@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import iocompiler as ioc
 from iocompiler.errors import FallbackWarning
 from tests.compiling import check, compiled, copy, grad
 
@@ -212,3 +213,49 @@ def test_constants_and_integers(engine: str) -> None:
         return (x[index] + torch.tensor([1.0, 2.0])).sum() + torch.arange(3).sum()
 
     check(f, grad(5, 2), torch.tensor([4, 0, 4]), engine=engine)
+
+
+def _read_data(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    a = x @ w
+    return a.sin() * a.data.min()
+
+
+def _straight_through(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    a = x @ w
+    return a + (a.round().data - a.data)
+
+
+def _written_data(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    a = x @ w
+    a.data.clamp_(-0.5, 0.5)
+    return a.sin()
+
+
+def _written_behind_autograd(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """What the backward of the sigmoid reads is changed, and nobody is told."""
+    a = x @ w
+    b = a.sigmoid()
+    b.data.mul_(2)
+    return b * a
+
+
+def _weights_written(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    w.data.mul_(0.5)
+    return (x @ w).sin()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_read_data, _straight_through, _written_data, _written_behind_autograd, _weights_written],
+)
+def test_data_of_a_tensor(function: Any, engine: str) -> None:
+    """``x.data`` is no operator, and what it shows is no constant."""
+    check(function, grad(4, 8), grad(8, 8), engine=engine)
+
+
+def test_data_of_a_tensor_is_explained() -> None:
+    report = ioc.explain(
+        _straight_through, grad(4, 8), grad(8, 8), device="h100", training=True,
+        compile_kernels=False,
+    )  # fmt: skip
+    assert not report.fallbacks

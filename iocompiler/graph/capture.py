@@ -35,6 +35,9 @@ from iocompiler.graph import view
 from iocompiler.graph.autocast import autocast, region_entered
 from iocompiler.graph.made_inside import make_inside
 
+_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+"""``x.data`` in Dynamo's graph: no operator, so that what it returns would be a constant."""
+
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     """Trace ``gm`` to pre-dispatch ATen; ``gm`` itself is left untouched.
@@ -193,6 +196,8 @@ class _Retrace(PropagateUnbackedSymInts):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in (_enter_autocast, _exit_autocast):
             return self._switch_autocast(target, args)
+        if target is _DATA:
+            return self._data(*args)
         if not isinstance(target, HigherOrderOperator):
             return super().call_function(target, args, kwargs)
         return self._left_alone(target, args, kwargs)
@@ -205,6 +210,14 @@ class _Retrace(PropagateUnbackedSymInts):
             self._outer.append(ExitStack())
             self._outer[-1].enter_context(autocast({args[0]: args[1] if args[2] else None}))
         return super().call_function(target, args, {})
+
+    def _data(self, x: torch.Tensor) -> Any:
+        """Record ``x.data`` as it stands: a write into it is none that autograd counts."""
+        tracer = self._tracer()
+        proxy = tracer.create_proxy("call_function", _DATA, (tracer.unwrap_proxy(x),), {})
+        with disable_proxy_modes_tracing():
+            shown = _DATA(x)
+        return track_tensor_tree(shown, proxy, constant=None, tracer=tracer)
 
     def _left_alone(self, target: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
         """Record a higher-order operator as it stands, its submodules untouched; Dynamo knows what

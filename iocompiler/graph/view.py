@@ -259,15 +259,20 @@ def roots(gm: GraphModule) -> dict[Node, frozenset[Node]]:
     """For each node, those whose storage its tensors may share: itself where it makes new ones."""
     found: dict[Node, frozenset[Node]] = {}
     for node in gm.graph.nodes:
-        # what is no plain operator (a submodule, a getitem) may return any of its inputs
-        opaque = node.op == "call_function" and not isinstance(node.target, OpOverload)
-        if opaque or is_view(node):
-            shared = [found[i] for i in node.all_input_nodes]
-            found[node] = frozenset().union({node} if opaque else (), *shared)
-        else:  # what writes returns what it has written, not what that was computed from
-            changed = [found[i] for i in mutates(node)]
-            found[node] = frozenset().union(*changed) if changed else frozenset({node})
+        found[node] = roots_of(node, found)
     return found
+
+
+def roots_of(node: Node, found: Mapping[Node, frozenset[Node]]) -> frozenset[Node]:
+    """`roots` of one node, from those of its inputs."""
+    # what is no plain operator (a submodule, a getitem) may return any of its inputs
+    opaque = node.op == "call_function" and not isinstance(node.target, OpOverload)
+    if opaque or is_view(node):
+        shared = [found[i] for i in node.all_input_nodes]
+        return frozenset().union({node} if opaque else (), *shared)
+    # what writes returns what it has written, not what that was computed from
+    changed = [found[i] for i in mutates(node)]
+    return frozenset().union(*changed) if changed else frozenset({node})
 
 
 def written(gm: GraphModule, roots: Mapping[Node, frozenset[Node]]) -> frozenset[Node]:

@@ -50,7 +50,7 @@ def forward(
     for number, rows in _blocks(query.shape[2]):
         scores = _scores(query[:, :, rows].to(wide), keys, bias, rows, scale, causal)
         lse = torch.logsumexp(scores, -1)
-        probabilities = torch.exp(scores - _finite(lse).unsqueeze(-1))
+        probabilities = _probabilities(scores, lse)
         kept = _keep(probabilities, seed, number, dropout_p)
         outs.append(kept @ values)
         sums.append(lse)
@@ -92,7 +92,7 @@ def backward(
     for number, rows in _blocks(query.shape[2]):
         q, g = query[:, :, rows].to(wide), grad[:, :, rows].to(wide)
         scores = _scores(q, keys, bias, rows, scale, causal)
-        probabilities = torch.exp(scores - _finite(lse[:, :, rows]).unsqueeze(-1).to(wide))
+        probabilities = _probabilities(scores, lse[:, :, rows])
         delta = (g * out[:, :, rows].to(wide)).sum(-1, keepdim=True)
         dv += _keep(probabilities, seed, number, dropout_p).transpose(2, 3) @ g
         ds = probabilities * (_keep(g @ values.transpose(2, 3), seed, number, dropout_p) - delta)
@@ -153,8 +153,11 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
     return x.sum_to_size((1,) * (x.dim() - like.dim()) + like.shape).reshape(like.shape)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    return lse.masked_fill(lse == float("-inf"), 0.0)
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """Of whole rows, not from their log-sum-exp: beside one large negative number in every score
+    the logarithm of how many there are is lost.
+    """
+    return scores.softmax(-1).masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -23,6 +23,7 @@ Forward: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 Backward: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
 LSE_ALIGNMENT = 32  # of the memory-efficient kernel
 _BIAS_ALIGNMENT = 16
+_DROWNS = -1e8  # a logarithm added to this is lost in rounding
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def efficient_backward(
 ) -> Backward:
     groups, widths = k.shape[1], (q.shape[3], k.shape[3], v.shape[3])
     out, lse, seed, offset = _saved(saved)
+    if bias is not None:
+        grad = _shared_out(grad, lse[:, :, : q.shape[2]], k.shape[2], s)
     q, k, v = _grouped(q, k, v)
     wants = [True, True, True, bias_grad and bias is not None]
     dq, dk, dv, db = aten._scaled_dot_product_efficient_attention_backward(
@@ -201,6 +204,8 @@ def cpu_backward(
         return blockwise_backward(grad, q, k, v, bias, saved, s, bias_grad)
     groups = k.shape[1]
     q, k, v = (_rows(x) for x in _grouped(q, k, v))
+    if bias is not None:
+        grad = _shared_out(grad, saved[1], k.shape[2], s)
     grad = _rows(grad)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, saved[0], saved[1], 0.0, s.causal, attn_mask=bias, scale=s.scale
@@ -261,6 +266,18 @@ BACKWARD: dict[str, Callable[..., Backward]] = {
     "cpu": cpu_backward,
     "blockwise": blockwise_backward,
 }
+
+
+def _shared_out(grad: Tensor, lse: Tensor, columns: int, s: Setting) -> Tensor:
+    """The gradient of the output as a backward wants it that takes exp(score - lse) for the
+    probabilities. In a row that a bias hides altogether by one large number these are 1, not 1 / n
+    of n keys; all that comes of the row is linear in its gradient, so that is divided by n.
+    """
+    keys: Tensor | int = columns
+    if s.causal:
+        seen = torch.arange(1, grad.shape[2] + 1, device=grad.device)
+        keys = seen.clamp(max=columns).unsqueeze(-1)
+    return torch.where((lse < _DROWNS).unsqueeze(-1), grad / keys, grad)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def _turned(gm: GraphModule, node: Node, still: Callable[[Node], bool]) -> int:
     if rows.source.target is _ATTENTION:
         taken = _turns_back(node, (*dims[:-1], columns), rows.order)
     else:
-        taken = _absorbed(node, narrows)
+        taken = _absorbed(node, narrows and not _serves_several(stages))
     if not taken:
         return 0
     arranger = Arranger(gm, node, [Operand(tuple(stages))])
@@ -138,6 +138,18 @@ def _rows(stages: list[tuple[Node, Dims]], dims: Dims) -> _Rows | None:
 def _is_kept(node: Node) -> bool:
     """Whether it is a copy that others read too."""
     return node.target in views.VIEWS and len(node.users) > 1 and not view.is_shared(node)
+
+
+def _serves_several(stages: list[tuple[Node, Dims]]) -> bool:
+    """Whether rows are copied once for several readers, as an image's windows for query, key and
+    value: products of theirs would copy each.
+    """
+    several = False
+    for each, _ in stages[:-1]:
+        several = several or len(each.users) > 1
+        if several and not view.is_shared(each):
+            return True
+    return False
 
 
 def _turns_back(node: Node, dims: Dims, order: Group) -> bool:

@@ -232,10 +232,8 @@ def _as_planned(plan: Plan, args: Sequence[Any]) -> list[Any]:
 
 
 def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
-    offset = base.storage_offset() + size_value(step.offset, sizes)
-    return base.as_strided(
-        size_values(step.spec.shape, sizes), size_values(step.spec.stride, sizes), offset
-    )
+    offset = int(base.storage_offset()) + size_value(step.offset, sizes)
+    return _shown(step.spec, base, offset, sizes)
 
 
 def _constant(step: ConstantStep) -> torch.Tensor:

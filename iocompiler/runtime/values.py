@@ -107,4 +107,6 @@ def fresh(spec: TensorSpec, sizes: Mapping[str, int], device: torch.device) -> t
     elif spec.dtype != torch.bool:
         poison = torch.iinfo(spec.dtype).min
     storage = torch.empty(storage_elements(shape, stride), dtype=spec.dtype, device=device)
-    return storage.fill_(poison).as_strided(shape, stride)
+    whole = storage.fill_(poison).untyped_storage()
+    # no view: under autograd whoever is given it may write into it
+    return torch.empty(0, dtype=spec.dtype, device=device).set_(whole, 0, shape, stride)

@@ -289,3 +289,25 @@ def test_through_the_whole_compiler() -> None:
         torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
         ours, theirs = (torch.autograd.grad(y.sin().sum(), x) for y in (out, expected))
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("late", ["queries", "keys", "values", "all"])
+def test_windows_of_an_image(late: str) -> None:
+    """Rows and keys that lie in two dims of what they are copied from are one dim of the copy."""
+
+    def apart(x, name):
+        if late not in (name, "all"):
+            return x.reshape(8, 16, 2, 8).transpose(1, 2)
+        x = x.view(2, 2, 4, 2, 4, 16).permute(0, 1, 3, 2, 4, 5)
+        return x.reshape(8, 16, 2, 8).transpose(1, 2)
+
+    def function(q, k, v):
+        q, k, v = (apart(x, n) for x, n in ((q, "queries"), (k, "keys"), (v, "values")))
+        return (q @ k.mT).softmax(-1) @ v
+
+    inputs = [torch.randn(2, 8, 8, 16) for _ in range(3)]
+    compiled = Compiled(function)
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    assert compiled.variants == ["full"]
+    (call,) = compiled.calls
+    assert [x.meta["val"].shape for x in call.args[:3]] == 3 * [(8, 2, 16, 8)]

@@ -229,3 +229,26 @@ def test_declined(function: Callable[..., Any], reason: str, grad: bool) -> None
     targets = {node.target for node in compiled.graphs[0].graph.nodes}
     assert torch.ops.aten.cat.default not in targets
     assert torch.ops.aten.positive.default not in targets
+
+
+def decomposed(q, k, v, rows, columns):
+    """A bias of the row and of the column that a key lies in, each a product with the query."""
+    b, h, n, d = q.shape
+    lies = q.reshape(b, h, 4, 4, d)
+    of_rows = torch.einsum("bhxyd,xkd->bhxyk", lies, rows)
+    of_columns = torch.einsum("bhxyd,ykd->bhxyk", lies, columns)
+    bias = (of_rows[..., None] + of_columns[..., None, :]).reshape(b, h, n, n)
+    return (q @ k.mT * 0.3 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("as_program", [False, True])
+def test_products_smaller_than_the_scores_are_biases(
+    as_program: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in SAM: put together along the width, the operands would be more than the scores."""
+    if as_program:
+        monkeypatch.setattr(choice, "wanted", lambda call, found: True)
+    inputs = {name: draw(BATCH, HEADS, 16, WIDTH) for name in "qkv"}
+    inputs |= {"rows": draw(4, 4, WIDTH), "columns": draw(4, 4, WIDTH)}
+    compiled = check(decomposed, inputs, torch.float32)
+    assert compiled.variants == ["program+score" if as_program else "bias"], compiled.misses

@@ -100,6 +100,15 @@ def shared_copy(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(y, w).cos() + y.sum()
 
 
+def windows(x: Tensor, w: Tensor) -> Tensor:
+    """Attention in windows of an image, as Swin's: query, key and value read the same copy."""
+    parts = x.view(2, 2, 4, 2, 4, D).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 16, D)
+    q, k, v = (
+        F.linear(parts, each).view(-1, 16, 2, 8).transpose(1, 2) for each in (w, w + 1, w - 1)
+    )
+    return (q @ k.mT).softmax(-1) @ v
+
+
 def written(x: Tensor, w: Tensor) -> Tensor:
     y = x.transpose(0, 1).contiguous()
     x.mul_(2.0)
@@ -114,6 +123,7 @@ DECLINED: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     ),
     "to a wide product": (wide_product, (rows(), rows(40, D), rows(S, 40, 5))),
     "a copy that others read": (shared_copy, (rows(), rows(8, D))),
+    "a copy that others read, for products": (windows, (rows(2, 8, 8, D), rows(D, D))),
     "written in place": (written, (rows(), rows(8, D))),
     "columns": (lambda x, w: F.linear(x.transpose(1, 2), w).cos(), (rows(), rows(8, S))),
     "dense as it is": (lambda x, w: F.linear(x, w).cos(), (rows(), rows(8, D))),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
@@ -151,6 +152,21 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
         train=True,
     )
     assert all(each.ok for each in found), [str(each) for each in found if not each.ok]
+
+
+def test_a_part_of_a_part(captured: Captured) -> None:
+    """What the first cut made is walked through for the second."""
+
+    def parts(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        first = F.linear(x, w)[:, :3].sin()
+        return F.linear(first, w)[:, 0] + b
+
+    gm = captured(parts, *given())
+    assert rewritten(gm) == 2
+    inputs = given()
+    gm.recompile()
+    (found,) = tree_leaves(gm(*inputs))
+    torch.testing.assert_close(found, parts(*inputs))
 
 
 def test_any_length() -> None:

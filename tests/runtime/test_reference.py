@@ -120,3 +120,18 @@ def test_strides_are_repaired_only_where_they_differ() -> None:
     assert laid_out(one, (1, 4), (77, 1)) is one
     none = torch.empty(0, 4)
     assert laid_out(none, (0, 4), (1, 1)) is none
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8)])
+def test_results_may_be_written_into(shape: tuple[int, ...]) -> None:
+    """As those of emitted modules: what autograd does not follow is no view made without it."""
+
+    def function(x, w):
+        h = x @ w
+        return torch.zeros_like(h).view(shape), h.sin()
+
+    x, w = torch.randn(2, 3, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    compiled = torch.compile(function, backend="iocompiler", options={"engine": "reference"})
+    zeros, _ = compiled(x, w)
+    zeros.add_(x.sum())
+    assert zeros.requires_grad

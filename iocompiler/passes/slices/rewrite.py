@@ -62,7 +62,8 @@ def slices(gm: GraphModule) -> int:
         if not demands.gain:
             continue
         lines = view.where(node)
-        _rebuild(gm, node, source, demands, cut)
+        for made in _rebuild(gm, node, source, demands, cut):  # what is cut next is made of it
+            roots[made] = view.roots_of(made, roots)
         record(gm, Rewrite("slices", lines, f"{demands.gain} operators"))
         sites += 1
     return sites
@@ -129,8 +130,9 @@ class _Demands:
             self._waiting.add(each)
 
 
-def _rebuild(gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: Cut) -> None:
+def _rebuild(gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: Cut) -> list[Node]:
     """The nodes again, on what is cut of their arguments, and the slice of the last one."""
+    new: list[Node] = []
     made: dict[Node, Node] = {}
     parts: dict[tuple[Node, int], Node] = {}
 
@@ -141,6 +143,7 @@ def _rebuild(gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: 
         if found is None:
             given = (node, dim, cut.start, cut.end)
             found = parts[node, dim] = rewrite.call(gm, aten.slice.Tensor, given, {}, near=near)
+            new.append(found)
         return found
 
     for node, (dim, arguments) in reversed(demands.cut.items()):
@@ -150,9 +153,12 @@ def _rebuild(gm: GraphModule, last: Node, source: Node, demands: _Demands, cut: 
 
         args, kwargs = map_arg((resized(node, dim, cut.length), node.kwargs), of)
         made[node] = rewrite.call(gm, node.target, args, dict(kwargs), near=node)
+        new.append(made[node])
     result = made[source]
     if last.target is aten.select.int:
         result = rewrite.call(gm, aten.select.int, (result, cut.dim, 0), {}, near=last)
+        new.append(result)
     rewrite.redirect(gm, last, result)
     for node in demands.cut:  # what is random is not erased with its readers
         rewrite.erase(gm, node)
+    return [node for node in new if not node._erased]

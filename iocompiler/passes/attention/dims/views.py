@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -10,7 +11,15 @@ from torch.fx import Node
 
 from iocompiler.graph import view
 from iocompiler.graph.sizes import known, same_sizes
-from iocompiler.passes.attention.dims.axes import Dims, Group, regroup, resolve, resolved
+from iocompiler.passes.attention.dims.axes import (
+    Axis,
+    Dims,
+    Group,
+    flat,
+    regroup,
+    resolve,
+    resolved,
+)
 
 aten = torch.ops.aten
 
@@ -147,15 +156,20 @@ def _before_repeat(node: Node, dims: Dims) -> Dims | None:
     return tuple(groups)
 
 
-def stages(node: Node, dims: Dims) -> list[tuple[Node, Dims]]:
+def stages(node: Node, dims: Dims, whole: Collection[Axis] = ()) -> list[tuple[Node, Dims]]:
     """The tensor and what it is a view of, each with its dims: from ``node`` itself down to what
-    computes it.
+    computes it, or to where an axis that is to stay ``whole`` is split.
     """
     found = [(node, dims)]
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         if not isinstance(node.args[0].meta.get("val"), torch.Tensor):
             break
+        axes = flat(dims)
         earlier = before(node, dims)
+        if any(axis.parts for axis in axes if axis in whole):
+            for axis in axes:
+                axis.parts = None
+            break
         if earlier is None:
             break
         node, dims = node.args[0], earlier

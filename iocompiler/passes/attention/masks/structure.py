@@ -64,8 +64,9 @@ class Masking:
 
     @property
     def is_one_mask(self) -> bool:
-        """Nothing but one mask is left."""
-        return len(self.masks) == 1 and not self.terms
+        """Nothing but one mask is left, or several that write one number over the scores."""
+        alike = all(isinstance(mask.step, Fill) for mask in self.masks) or len(self.masks) == 1
+        return alike and len({mask.value for mask in self.masks}) == 1 and not self.terms
 
 
 def read(found: Attention, evaluator: Evaluator) -> Masking:

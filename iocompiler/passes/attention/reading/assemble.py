@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Axis, Dims, flat, resolve
+from iocompiler.passes.attention.dims.axes import Axis, Dims, Group, flat, resolve
 from iocompiler.passes.attention.dims.views import Operand
 from iocompiler.passes.attention.reading.description import Declined, Operands
 
@@ -30,7 +30,8 @@ def assemble(
     Raises:
         Declined: the axes do not go together as an attention's do.
     """
-    operands = [Operand(tuple(views.stages(*each))) for each in (query, key, value)]
+    whole = _whole(query, key, value, output, rows, (column, width))
+    operands = [Operand(tuple(views.stages(*each, whole))) for each in (query, key, value)]
     columns, widths = resolve((column,)), resolve((width,))
     if len(columns) != 1 or len(widths) != 1:
         raise Declined("the keys or the head width are spread over several dims")
@@ -48,3 +49,21 @@ def assemble(
     row = own[-1] if own else None
     q, k, v = operands
     return Operands(q, k, v, row, columns[0], widths[0], value_width, rest)
+
+
+def _whole(
+    query: tuple[Node, Dims],
+    key: tuple[Node, Dims],
+    value: tuple[Node, Dims],
+    output: Dims,
+    rows: Dims,
+    contracted: Group,
+) -> set[Axis]:
+    """The axes that kernels have one of: keys, widths, rows. What they are views of is looked for
+    as far as it has them whole; windows of an image have not.
+    """
+    rest = flat(rows)
+    of_keys = {*flat(key[1]), *flat(value[1])}
+    own = [axis for axis in flat(query[1]) if axis in rest and axis not in of_keys]
+    new = [axis for axis in flat(output) if axis not in rest]
+    return {*resolve(contracted), *own[-1:], *new}

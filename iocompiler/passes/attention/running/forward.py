@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import torch
 from torch.fx import GraphModule, Node
@@ -34,6 +36,7 @@ from iocompiler.passes.attention.reading.description import (
     Step,
 )
 from iocompiler.passes.attention.reading.frame import Frame, forward_views
+from iocompiler.passes.attention.running import hidden_rows
 from iocompiler.passes.attention.running.operands import (
     cast,
     check_dtypes,
@@ -53,6 +56,7 @@ class Call:
     masking: Masking
     scale: float
     factors: tuple[Scale, ...]  # what the query is multiplied by
+    written: tuple[Fill, ...]  # over whole rows, perhaps, where that is differentiated
 
     @property
     def variant(self) -> str:
@@ -83,7 +87,8 @@ def plan(found: Attention, evaluator: Evaluator) -> Call:
         _precise(views.dtype(term.node), found.dtype)
     for mask in masking.masks:
         _check(mask, found, alone=masking.is_one_mask)
-    return Call(found, masking, scale, factors)
+    hidden_rows.check(found, masking.masks)
+    return Call(found, masking, scale, factors, hidden_rows.written(found, masking))
 
 
 def _check(mask: Mask, found: Attention, *, alone: bool) -> None:
@@ -159,17 +164,23 @@ def apply(gm: GraphModule, call: Call) -> None:
         choice.kernel,
         choice.layout,
     )
-    finish(gm, found, arranger, arranger.call(operator.getitem, results, 0), anchor, dims)
+    out = arranger.call(operator.getitem, results, 0)
+    if call.written:
+        out = hidden_rows.as_means(arranger, call.written, value, out, frame)
+    finish(gm, found, arranger, out, anchor, dims)
 
 
 def _bias(arranger: Arranger, call: Call, frame: Frame) -> Node | None:
     """The sum of all masks and biases, in the kernels' dtype, broadcastable to [B, H, S, K]."""
     parts = [_term(arranger, call, term, frame) for term in call.masking.terms]
-    parts += [_mask(arranger, call, mask, frame) for mask in call.masking.masks]
-    total = None
-    for part in parts:
-        total = part if total is None else arranger.call(aten.add.Tensor, total, part)
-    return total
+    alike: dict[float, list[Fill]] = {}
+    for mask in call.masking.masks:
+        if isinstance(mask.step, Fill):
+            alike.setdefault(mask.value, []).append(mask.step)
+        else:
+            parts.append(_mask(arranger, call, mask, frame))
+    parts += [_fill(arranger, call, value, fills, frame) for value, fills in alike.items()]
+    return reduce(partial(arranger.call, aten.add.Tensor), parts) if parts else None
 
 
 def _term(arranger: Arranger, call: Call, term: Bias, frame: Frame) -> Node:
@@ -179,22 +190,27 @@ def _term(arranger: Arranger, call: Call, term: Bias, frame: Frame) -> Node:
     return arranger.arranged(node, term.dims, frame.scores, widen=False)
 
 
+def _fill(
+    arranger: Arranger, call: Call, value: float, fills: Sequence[Fill], frame: Frame
+) -> Node:
+    """What hides a place once, however many masks do."""
+    # alone, it makes a row it hides altogether uniform, whatever the scores there were
+    alone = math.isfinite(value) and call.masking.is_one_mask
+    hides = hidden_rows.places(arranger, fills, frame)
+    node = arranger.call(aten.where.Scalar, hides, MOST_NEGATIVE if alone else _limited(value), 0.0)
+    return cast(arranger, node, call.found.dtype)
+
+
 def _mask(arranger: Arranger, call: Call, mask: Mask, frame: Frame) -> Node:
-    step, dtype = mask.step, call.found.dtype
-    if isinstance(step, Fill):
-        # alone, it makes a row it hides altogether uniform, whatever the scores there were
-        alone = math.isfinite(mask.value) and call.masking.is_one_mask
-        value = MOST_NEGATIVE if alone else _limited(mask.value)
-        pair = (0.0, value) if step.keep else (value, 0.0)
-        node = arranger.call(aten.where.Scalar, step.condition, *pair)
-        return arranger.arranged(cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
+    step = mask.step
     assert isinstance(step, Bias)
     node = step.node
     if step.factor != 1.0:
         node = arranger.call(aten.mul.Tensor, node, step.factor)
     if _limited(mask.value) != mask.value:
         node = arranger.call(aten.clamp_min.default, node, MOST_NEGATIVE)
-    return arranger.arranged(cast(arranger, node, dtype), step.dims, frame.scores, widen=False)
+    node = cast(arranger, node, call.found.dtype)
+    return arranger.arranged(node, step.dims, frame.scores, widen=False)
 
 
 def _limited(value: float) -> float:

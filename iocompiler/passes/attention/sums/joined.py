@@ -59,7 +59,12 @@ def join(gm: GraphModule, total: Node) -> Joined:
     if not separable(parts):
         return _added(gm, total, parts)
     row = row_of(parts)
-    _check_price(total, parts, row)
+    try:
+        _check_price(total, parts, row)
+    except Declined:
+        if not any(_is_small(part, total) for part in parts):
+            raise
+        return _added(gm, total, parts)
     operands = [Operand(((s.node, s.dims),)) for p in parts for s in (p.rows, p.columns)]
     arranger = Arranger(gm, total, operands)
     rows = _together(arranger, parts, [p.rows for p in parts], row)
@@ -85,18 +90,26 @@ def join(gm: GraphModule, total: Node) -> Joined:
 
 def _added(gm: GraphModule, total: Node, parts: Sequence[Part]) -> Joined:
     """The sum with the product that is none of a row with a column (of a query with the position of
-    a key relative to it, say) as a tensor that is added.
+    a key relative to it, say), or the smaller one, as a tensor that is added.
     """
     alone = [n for n, part in enumerate(parts) if separable([part])]
     if not alone or contraction.read(total) is not None:
         raise Declined("the scores are a sum of products over other rows and columns")
-    kept = max(alone, key=lambda n: batched(parts[n]))
+    kept = max(alone, key=lambda n: (not _is_small(parts[n], total), batched(parts[n])))
     sides = list(total.args[:2])
     # the same tensor, but no scores to who reads them
     sides[1 - kept] = edit.call(gm, aten.positive.default, (sides[1 - kept],), {}, near=total)
     before = total.args
     edit.respell(total, total.target, (*sides, *before[2:]), dict(total.kwargs))
     return Joined(total, before, total)
+
+
+def _is_small(part: Part, total: Node) -> bool:
+    """Whether a product is of at most half as many elements as the scores: that of a query with the
+    rows of the image that keys lie in, say.
+    """
+    made = math.prod(size(group) for group in part.dims)
+    return bool(known(2 * made <= math.prod(views.shape(total))))
 
 
 def _check_price(total: Node, parts: Sequence[Part], row: int) -> None:
