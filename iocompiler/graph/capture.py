@@ -77,6 +77,9 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         ) from error
     _copy_input_meta(gm, traced)
     for node in traced.graph.find_nodes(op="get_attr"):  # constants have a mode of make_fx's own
+        if isinstance(getattr(traced, node.target, None), FakeTensor):
+            # what is computed from inputs by no operator is no constant, and has no elements here
+            raise CaptureFailed(cause=f"a value that was not traced is read by {_readers(node)}")
         if isinstance(view.value(node), torch.Tensor):
             with mode:
                 node.meta["val"] = _like(view.value(node))
@@ -87,6 +90,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     _enter_checkpoints(traced)
     make_inside(traced)
     return traced
+
+
+def _readers(node: Node) -> str:
+    return ", ".join(dict.fromkeys(view.where(user) or user.name for user in node.users))
 
 
 def _unhooked() -> AbstractContextManager[Any]:

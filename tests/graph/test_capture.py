@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -210,3 +211,18 @@ def test_a_kernel_of_the_users_that_only_writes() -> None:
     (found,) = view.calls(gm, triton_kernel_wrapper_mutation)
     assert set(view.mutates(found)) == set(found.all_input_nodes)
     assert len(found.all_input_nodes) == len(kernel.all_input_nodes)
+
+
+def test_what_no_operator_computes_is_no_constant() -> None:
+    """A call past torch's dispatcher leaves no trace: its result would stand as a constant."""
+
+    def untraced(x: torch.Tensor) -> torch.Tensor:
+        with disable_proxy_modes_tracing():
+            return x + 1
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.mul, (graph.call_function(untraced, (x,)), x)),))
+    gm = GraphModule({}, graph)
+    with pytest.raises(CaptureFailed, match="not traced is read by"):
+        capture(gm, [torch.randn(3)])
