@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import sympy
 
 from iocompiler.codegen.allocation import Allocation, empty, reinterpreted
+from iocompiler.codegen.launchers import Launchers, Shared
 from iocompiler.codegen.pytext import (
     Names,
     argument_text,
@@ -42,40 +41,6 @@ from iocompiler.plan.memory import WITH_OUT, takes_out
 from iocompiler.tile.flat import PARTS
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """A kernel's launch function in the module: its name, what registers it, and its grid."""
-
-    name: str
-    registration: str
-    grid: tuple[Size, Size, Size]
-
-
-class Launchers(Protocol):
-    """Where the body gets the launch functions of its kernels."""
-
-    def launcher(self, step: KernelStep | MatmulStep, signature: str) -> Launcher: ...
-
-    def batch(self, step: BatchStep) -> str: ...
-
-    def product(self, product: LibraryProduct[Size], title: str) -> str: ...
-
-
-@dataclass
-class Shared:
-    """What the functions of a module have in common: its ``globals``, operators by their names
-    there, what does their calls again by the form of these, the functions that others pass to
-    operators, and how often all of them call aten, and a library for a product.
-    """
-
-    globals: list[str] = field(default_factory=list)
-    operators: dict[str, str] = field(default_factory=dict)
-    replayed: dict[str, str] = field(default_factory=dict)
-    functions: list[str] = field(default_factory=list)
-    aten_calls: int = 0
-    products: int = 0
 
 
 def _callable(target: str) -> str:

@@ -15,7 +15,8 @@ import torch
 
 from iocompiler.codegen import triton as emitter
 from iocompiler.codegen.batch import SIGNATURE, UNIT, emit_batch, numbers_of
-from iocompiler.codegen.body import Body, Launcher, Shared
+from iocompiler.codegen.body import Body
+from iocompiler.codegen.launchers import Launcher, Shared
 from iocompiler.codegen.matmul import (
     emit_matmul,
     for_any_pointers,

@@ -1,0 +1,44 @@
+"""What the functions of a generated module call, and where these are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from iocompiler.plan.data import BatchStep, KernelStep, MatmulStep
+from iocompiler.plan.library_product import LibraryProduct
+from iocompiler.tile.index import Size
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A kernel's launch function in the module: its name, what registers it, and its grid."""
+
+    name: str
+    registration: str
+    grid: tuple[Size, Size, Size]
+
+
+class Launchers(Protocol):
+    """Where the body gets the launch functions of its kernels."""
+
+    def launcher(self, step: KernelStep | MatmulStep, signature: str) -> Launcher: ...
+
+    def batch(self, step: BatchStep) -> str: ...
+
+    def product(self, product: LibraryProduct[Size], title: str) -> str: ...
+
+
+@dataclass
+class Shared:
+    """What the functions of a module have in common: its ``globals``, operators by their names
+    there, what does their calls again by the form of these, the functions that others pass to
+    operators, and how often all of them call aten, and a library for a product.
+    """
+
+    globals: list[str] = field(default_factory=list)
+    operators: dict[str, str] = field(default_factory=dict)
+    replayed: dict[str, str] = field(default_factory=dict)
+    functions: list[str] = field(default_factory=list)
+    aten_calls: int = 0
+    products: int = 0
