@@ -233,7 +233,10 @@ def _as_planned(plan: Plan, args: Sequence[Any]) -> list[Any]:
 
 def _view(step: ViewStep, base: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
     offset = int(base.storage_offset()) + size_value(step.offset, sizes)
-    return _shown(step.spec, base, offset, sizes)
+    shown = _shown(step.spec, base, offset, sizes)
+    # elements may stand for their conjugates or negatives
+    shown = shown.conj() if base.is_conj() else shown
+    return torch._neg_view(shown) if base.is_neg() else shown
 
 
 def _constant(step: ConstantStep) -> torch.Tensor:
