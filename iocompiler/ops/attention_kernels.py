@@ -8,6 +8,7 @@ random state a kernel's dropout needs in its backward; without dropout they are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -142,7 +143,7 @@ def efficient_backward(
     groups, widths = k.shape[1], (q.shape[3], k.shape[3], v.shape[3])
     out, lse, seed, offset = _saved(saved)
     if bias is not None:
-        grad = _shared_out(grad, lse[:, :, : q.shape[2]], k.shape[2], s)
+        grad = _shared_out(grad, lse[:, :, : q.shape[2]], bias, k.shape[2], s)
     q, k, v = _grouped(q, k, v)
     wants = [True, True, True, bias_grad and bias is not None]
     dq, dk, dv, db = aten._scaled_dot_product_efficient_attention_backward(
@@ -205,7 +206,7 @@ def cpu_backward(
     groups = k.shape[1]
     q, k, v = (_rows(x) for x in _grouped(q, k, v))
     if bias is not None:
-        grad = _shared_out(grad, saved[1], k.shape[2], s)
+        grad = _shared_out(grad, saved[1], bias, k.shape[2], s)
     grad = _rows(grad)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, saved[0], saved[1], 0.0, s.causal, attn_mask=bias, scale=s.scale
@@ -268,15 +269,17 @@ BACKWARD: dict[str, Callable[..., Backward]] = {
 }
 
 
-def _shared_out(grad: Tensor, lse: Tensor, columns: int, s: Setting) -> Tensor:
+def _shared_out(grad: Tensor, lse: Tensor, bias: Tensor, columns: int, s: Setting) -> Tensor:
     """The gradient of the output as a backward wants it that takes exp(score - lse) for the
-    probabilities. In a row that a bias hides altogether by one large number these are 1, not 1 / n
-    of n keys; all that comes of the row is linear in its gradient, so that is divided by n.
+    probabilities. In a row that a bias hides altogether these are 1 for the keys that it hides
+    least, not 1 / n of n such keys; all that comes of the row is linear in its gradient, so that is
+    divided by n.
     """
-    keys: Tensor | int = columns
+    bias = bias.expand(*bias.shape[:-1], columns)
     if s.causal:
-        seen = torch.arange(1, grad.shape[2] + 1, device=grad.device)
-        keys = seen.clamp(max=columns).unsqueeze(-1)
+        seen = torch.ones(grad.shape[2], columns, dtype=torch.bool, device=grad.device).tril()
+        bias = bias.masked_fill(~seen, -math.inf)
+    keys = (bias == bias.amax(-1, keepdim=True)).sum(-1, keepdim=True)
     return torch.where((lse < _DROWNS).unsqueeze(-1), grad / keys, grad)
 
 

@@ -63,13 +63,18 @@ def added_as_given(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.mT + mask).softmax(-1) @ v
 
 
+def added_twice(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    later = torch.where(causal(), LOWEST, 0.0)
+    return (q @ k.mT + later + torch.where(keep, 0.0, -1e9)).softmax(-1) @ v
+
+
 def inputs(function: Callable[..., Any]) -> dict[str, Tensor]:
     found = dict(heads())
     if function is added_as_given:
         return found | {"mask": torch.where(padding(rows=True), 0.0, LOWEST)}
     if function is filled_after_a_bias:
         found["bias"] = torch.randn(4, LENGTH, LENGTH).requires_grad_()
-    return found | {"keep": padding(rows=function is not filled_twice)}
+    return found | {"keep": padding(rows=function not in (filled_twice, added_twice))}
 
 
 @pytest.mark.parametrize("engine", ["aten", "auto"])
@@ -84,6 +89,7 @@ def inputs(function: Callable[..., Any]) -> dict[str, Tensor]:
         filled_in_groups,
         added,
         added_as_given,
+        added_twice,
     ],
 )
 def test_gradients(function: Callable[..., Any], engine: str) -> None:
@@ -97,6 +103,35 @@ def test_gradients(function: Callable[..., Any], engine: str) -> None:
     compiled = Compiled(function)
     compiled(**inputs(function))
     assert len(compiled.calls) == 1
+
+
+@pytest.mark.parametrize("engine", ["aten", "reference"])
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize(
+    ("later", "unseen"), [(LOWEST, LOWEST), (-1e9, LOWEST), (-1e9, -1e9), (LOWEST, -1e9)]
+)
+def test_what_is_added_to_what_is_written(
+    later: float, unseen: float, capped: bool, engine: str
+) -> None:
+    """A row of padding is the mean of the values that exactly one of the two numbers hides, or the
+    one that hides less.
+    """
+
+    def written_and_added(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = 5.0 * torch.tanh(q @ k.mT / 5.0) if capped else q @ k.mT
+        scores = scores.masked_fill(causal(), later) + (1.0 - keep.to(q.dtype)) * unseen
+        return scores.softmax(-1) @ v
+
+    given = heads() | {"keep": padding(rows=False)}
+    assert_as_accurate_as_eager(
+        lambda: Spelling(written_and_added),
+        given,
+        lambda m: torch.compile(m, backend="iocompiler", options={"engine": engine}),
+        dtype=torch.float32,
+    )
+    compiled = Compiled(written_and_added)
+    compiled(**given)
+    assert len(compiled.variants) == 1
 
 
 def two_numbers(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:

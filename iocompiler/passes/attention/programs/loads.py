@@ -64,6 +64,10 @@ class Loads:
         found = self._evaluator.element(node, at, self._bounds)
         if getattr(found, "bound", LARGEST + 1) <= LARGEST or requires_grad(node):
             return value
+        return self.raised(value)
+
+    def raised(self, value: int) -> int:
+        """A value whose finite values stay finite when multiplied by log2(e)."""
         lowest = self._build.map("maximum", value, self._build.const(MOST_NEGATIVE))
         infinite = self._build.map("eq", value, self._build.const(float("-inf")))
         return self._build.map("where", infinite, value, lowest)

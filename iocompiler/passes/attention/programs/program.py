@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
@@ -15,7 +16,7 @@ from iocompiler.passes.attention.dims.axes import Axis, Dims, indices
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.limits import DROWNS, MOST_NEGATIVE, reach
 from iocompiler.passes.attention.masks.places import At
-from iocompiler.passes.attention.masks.values import spread
+from iocompiler.passes.attention.masks.values import Value, magnitude, spread
 from iocompiler.passes.attention.programs.element import Elements
 from iocompiler.passes.attention.programs.element_rules import apply
 from iocompiler.passes.attention.programs.finish import check, renumbered
@@ -139,20 +140,30 @@ class Extraction:
         value = self.build.cast(self._value(step.node, step.dims), "float")
         if step.factor != 1.0:
             value = apply(self.elements, "mul", value, self.build.const(step.factor))
-        for part in self._terms(value):
-            mask = self._added(part)
+        parts = self._terms(value)
+        masks = [self._added(part) for part in parts]
+        # what a mask of its own hides there is no part of how large it is
+        size = self._size(step, spread if any(masks) else magnitude)
+        for part, mask in zip(parts, masks, strict=True):
             if mask is not None:
                 self._mask(mask)
             elif self.build.literal(part) != 0.0:
-                if any(mask.value > DROWNS for mask in self.masks):
+                if -MOST_NEGATIVE < size < math.inf:  # others are loaded as they have to be
+                    part = self.elements.loads.raised(part)
+                self.size += size
+                if not self._drown():
                     self._settle()  # a row of such masks differs by what is added
                 self.score = self.build.map("add", self.score, part)
-                self.size += self._size(step)
 
-    def _size(self, step: Bias) -> float:
+    def _drown(self) -> bool:
+        """Whether nothing is left of what is added to a score that the masks so far hide."""
+        most = min(DROWNS, -4.0 * self.size)
+        return all(mask.value <= (DROWNS if mask.added else most) for mask in self.masks)
+
+    def _size(self, step: Bias, of: Callable[[Value], float]) -> float:
         places = indices(step.dims)
         found = self.elements.evaluator.element(step.node, places, self.elements.bounds)
-        return abs(step.factor) * spread(found)
+        return abs(step.factor) * of(found)
 
     def _terms(self, value: int) -> list[int]:
         """The terms of a sum; of ``where(keep, x, -1e9)`` x and the mask that it adds."""
