@@ -124,13 +124,16 @@ class _Places(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """So many bytes behind the first of a tensor: the name of its address's variable."""
+    """So many bytes behind the first of a tensor that is given, or that the call has made."""
 
-    variable: str
+    made: bool
+    number: int
     offset: int = 0
 
     def __str__(self) -> str:
-        return f"{self.variable} + {self.offset}" if self.offset else self.variable
+        """As text, by the name of the variable that has the address."""
+        variable = f"{'a' if self.made else 'p'}{self.number}"
+        return f"{variable} + {self.offset}" if self.offset else variable
 
 
 class _Made(NamedTuple):
@@ -149,9 +152,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # one tensor twice may be two another time; nothing has no address
         self._whole = len(set(map(id, given))) == len(given) > 0 and all(x.numel() for x in given)
         self._given = len(given)
-        self._place = {id(x): _Place(f"p{place}") for place, x in enumerate(given)}
+        self._place = {id(x): _Place(False, number) for number, x in enumerate(given)}
         self._made: list[_Made] = []
-        self._launches: list[tuple[Launch, int, list[str]]] = []
+        self._launches: list[tuple[Launch, int, list[_Place | int]]] = []
         self._kept: list[Tensor] = list(given)  # as long as their ids count
 
     def spoil(self) -> None:
@@ -161,7 +164,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def launched(self, launch: Launch, programs: int, tensors: Sequence[Tensor]) -> None:
         """A kernel was launched on these tensors; those of no known place are kept for all."""
         self._kept += tensors
-        at = [str(self._place.get(id(x), x.data_ptr())) for x in tensors]
+        at = [self._place.get(id(x), x.data_ptr()) for x in tensors]
         self._launches.append((launch, programs, at))
 
     def __torch_dispatch__(
@@ -178,9 +181,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _makes(self, x: Tensor) -> None:
         self._kept.append(x)
-        self._place[id(x)] = _Place(f"a{len(self._made)}")
+        self._place[id(x)] = _Place(True, len(self._made))
         self._made.append(_Made(tuple(x.shape), x.stride(), x.dtype))
-        if not self._given or x.device != self._kept[0].device:
+        if x.device != self._kept[0].device:
             self.spoil()
 
     def _shows(self, base: Tensor, x: Tensor) -> None:
@@ -193,21 +196,26 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def again(self, results: Any, empty: Callable[..., Tensor]) -> Again | None:
         """The call as a function of addresses; None where it is more than that."""
         several = isinstance(results, (tuple, list))
-        shown = [self._result(x) for x in (results if several else [results])]
+        listed = results if several else [results]
+        shown = [self._result(x) for x in listed]
         if not self._whole or None in shown:
             return None
-        returned = ", ".join(map(str, shown))
-        lines = [f"return ({returned},)" if several else f"return {returned}"]
-        for number, (_, programs, at) in reversed([*enumerate(self._launches)]):
-            lines.append(f"launch{number}({', '.join(['stream', f'{programs}, 1, 1', *at])})")
-        wanted = {word for line in lines for word in _words(line)}
-        for number, (size, stride, dtype) in reversed([*enumerate(self._made)]):
-            if f"a{number}" in wanted:
-                lines.append(f"a{number} = m{number}.data_ptr()")
-            if {f"a{number}", f"m{number}"} & wanted:
+        read = {at for _, _, places in self._launches for at in places if isinstance(at, _Place)}
+        addressed = {at.number for at in read if at.made}
+        returns = {self._place[id(x)].number for x in listed if x is not None}
+        lines = []
+        for number, (size, stride, dtype) in enumerate(self._made):
+            if number in addressed | returns:
                 lines.append(f"m{number} = empty({size}, {stride}, {dtype})")
+            if number in addressed:
+                lines.append(f"a{number} = m{number}.data_ptr()")
+        for number, (_, programs, places) in enumerate(self._launches):
+            given = ["stream", f"{programs}, 1, 1", *map(str, places)]
+            lines.append(f"launch{number}({', '.join(given)})")
+        returned = ", ".join(map(str, shown))
+        lines.append(f"return ({returned},)" if several else f"return {returned}")
         parameters = ["stream", *(f"p{place}" for place in range(self._given))]
-        body = "".join(f"    {line}\n" for line in reversed(lines))
+        body = "".join(f"    {line}\n" for line in lines)
         launches = {f"launch{n}": launch for n, (launch, _, _) in enumerate(self._launches)}
         reinterpret = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
         # what stands as a number in the text must not be freed
@@ -223,20 +231,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if x is None:
             return "None"
         place = self._place.get(id(x)) if isinstance(x, Tensor) else None
-        if place is None or not place.variable.startswith("a"):
+        if place is None or not place.made:
             return None
-        number = int(place.variable[1:])
-        made = self._made[number]
+        made = self._made[place.number]
         if made == (tuple(x.shape), x.stride(), x.dtype) and not place.offset:
-            return f"m{number}"
+            return f"m{place.number}"
         if made.dtype != x.dtype:
             return None
         offset = place.offset // x.dtype.itemsize
-        return f"reinterpret(m{number}, {tuple(x.shape)}, {x.stride()}, {offset})"
-
-
-def _words(line: str) -> list[str]:
-    return "".join(c if c.isalnum() else " " for c in line).split()
+        return f"reinterpret(m{place.number}, {tuple(x.shape)}, {x.stride()}, {offset})"
 
 
 @functools.cache

@@ -313,57 +313,53 @@ def test_sizes_that_go_on_changing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(product._runs) <= 3
 
 
-@pytest.mark.parametrize("added", [None, (0, 5, 1)])
-def test_what_the_library_made_is_given_back(
-    added: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: Counter[str] = Counter()
+@pytest.fixture
+def willing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """The calls of a library that says yes to everything: names and arguments."""
+    found: list[tuple[str, tuple[Any, ...]]] = []
 
-    class Counting:
+    class Willing:
         def __getattr__(self, name: str) -> Callable[..., int]:
             def call(*arguments: Any) -> int:
-                called[name] += 1
+                found.append((name, arguments))
                 if name.endswith("GetHeuristic"):
                     arguments[-1]._obj.value = 1
                 return 0
 
             return call
 
-    monkeypatch.setattr(cublaslt, "library", Counting)
+    monkeypatch.setattr(cublaslt, "library", Willing)
     monkeypatch.setattr(cublaslt, "_handle", lambda device: ctypes.c_void_p(1))
+    return found
+
+
+@pytest.mark.parametrize("added", [None, (0, 5, 1)])
+def test_what_the_library_made_is_given_back(
+    added: tuple[int, int, int] | None, willing: list[tuple[str, tuple[Any, ...]]]
+) -> None:
     described = describe(replace(PLAIN, added=added), 16)
     assert described is not None
     found = cublaslt.prepared(described[0], 0)
+    called = Counter(name for name, _ in willing)
     made = {name: n for name, n in called.items() if name.endswith("Create")}
     assert made["cublasLtMatrixLayoutCreate"] == (3 if added is None else 4)
     assert found.run(0, 1, 2, 3, 3, 0) == 0
     del found
     gc.collect()
+    called = Counter(name for name, _ in willing)
     assert {name: called[name.replace("Create", "Destroy")] for name in made} == made
 
 
-def test_the_dtypes_that_matrices_are_described_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dtypes_that_matrices_are_described_in(
+    willing: list[tuple[str, tuple[Any, ...]]],
+) -> None:
     """NVIDIA's numbers: 14 is bfloat16, 0 is float32. Operands are one thing, what is stored is
     another.
     """
-    dtypes: list[int] = []
-
-    class Noting:
-        def __getattr__(self, name: str) -> Callable[..., int]:
-            def call(*arguments: Any) -> int:
-                if name == "cublasLtMatrixLayoutCreate":
-                    dtypes.append(arguments[1])
-                if name.endswith("GetHeuristic"):
-                    arguments[-1]._obj.value = 1
-                return 0
-
-            return call
-
-    monkeypatch.setattr(cublaslt, "library", Noting)
-    monkeypatch.setattr(cublaslt, "_handle", lambda device: ctypes.c_void_p(1))
     for stored, expected in ((None, [14, 14, 14]), (torch.float32, [14, 14, 0])):
-        dtypes.clear()
+        willing.clear()
         described = describe(replace(PLAIN, stored=stored), 16)
         assert described is not None
         cublaslt.prepared(described[0], 0)
+        dtypes = [given[1] for name, given in willing if name == "cublasLtMatrixLayoutCreate"]
         assert dtypes == expected
