@@ -20,6 +20,7 @@ import torch
 from iocompiler.errors import LaunchError
 from iocompiler.runtime.driver import INVALID_CONTEXT, Driver
 from iocompiler.runtime.launch_buffer import SCRATCH, Slots, layout_of
+from iocompiler.runtime.overlap import ATTRIBUTES, NO_ATTRIBUTES
 
 Launch = Callable[..., None]
 """``launch(stream, grid_x, grid_y, grid_z, *parameters)``: pointers as ints, numbers as numbers."""
@@ -97,7 +98,8 @@ def launch(stream, gx, gy, gz{parameters}):
     except IndexError:
         slot = new_slot()
     buffer, config, addresses, _ = slot
-    pack(buffer, 0, gx, gy, gz, {threads}, 1, 1, {shared}, stream, 0, 0{parameters}, {pointers})
+    pack(buffer, 0, gx, gy, gz, {threads}, 1, 1, {shared}, stream, {attributes}
+         {parameters}, {pointers})
     code = call(config, function, addresses, null)
     give(slot)
     if code:
@@ -203,6 +205,7 @@ def _text(
         ),
         threads=32 * metadata["num_warps"],
         shared=metadata["shared"],
+        attributes="{}, {}".format(*(ATTRIBUTES if metadata["waits"] else NO_ATTRIBUTES)),
         pointers=", ".join(f"{key}.data_ptr()" if key in scratch else "0" for key in SCRATCH),
     )
 

@@ -4,8 +4,8 @@ take jobs.
 ``python worker.py <fd> <fd> ...`` serves one worker on each inherited socket. A job is one line of
 JSON, the answer another; a worker ends when its socket closes or nothing came for `IDLE_SECONDS`.
 This file imports Triton and the standard library only: not torch, and nothing of the package it
-lies in, whose import would cost a second, but the templates and `template_source`, which import no
-more than it does.
+lies in, whose import would cost a second, but the templates, `template_source` and `overlap`, which
+import no more than it does.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         "cubin" (base64) and "metadata" (name, num_warps, shared bytes, registers, spills in bytes,
-        scratch sizes, whether matrix instructions are serialized; of a template its "parameters"
-        as `template_source.Source` has them).
+        scratch sizes, whether matrix instructions are serialized, whether it "waits" for the kernel
+        before it (`overlap`); of a template its "parameters" as `template_source.Source` has them).
     """
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
+    from iocompiler.runtime.overlap import waiting_kernels
     from iocompiler.runtime.template_source import template_source
 
     knobs.nvidia.dump_ptxas_log = True  # the only place registers and spills stand without a GPU
@@ -60,10 +61,10 @@ def compile_kernel(job: dict[str, Any]) -> dict[str, Any]:
     target = GPUTarget("cuda", job["capability"], 32)
     made = template_source(job, target) if "kernel" in job else _source(job)
     log = io.StringIO()
-    with contextlib.redirect_stdout(log):
+    with contextlib.redirect_stdout(log), waiting_kernels(knobs, job["capability"]) as waits:
         compiled = triton.compile(made.source, target=target, options=made.options)
     cubin = base64.b64encode(compiled.asm["cubin"]).decode()
-    metadata = _metadata(compiled.metadata, log.getvalue())
+    metadata = {**_metadata(compiled.metadata, log.getvalue()), "waits": waits == [True]}
     return {"cubin": cubin, "metadata": {**metadata, "parameters": made.parameters}}
 
 

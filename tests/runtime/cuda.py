@@ -14,6 +14,7 @@ METADATA = {
     "global_scratch_size": 0,
     "profile_scratch_size": 0,
     "cooperative": False,
+    "waits": False,
 }
 _CONFIG = struct.Struct("@IIIIIII4xQQI4x")
 _C_TYPES = {"Q": ctypes.c_uint64, "i": ctypes.c_int32, "q": ctypes.c_int64, "f": ctypes.c_float,
