@@ -89,6 +89,8 @@ MAPS: dict[str, MapRow] = {
     "sinh": MapRow(_LIB.format("sinh"), torch.sinh, 24),
     "cosh": MapRow(_LIB.format("cosh"), torch.cosh, 24),
     "tanh": MapRow("_tanh({0})", torch.tanh, 16),
+    # of which nobody sees more than bfloat16 has: a score program's (`codegen/score_functions.py`)
+    "coarse_tanh": MapRow("_tanh({0})", torch.tanh, 16),
     "erf": MapRow("tl.erf({0})", torch.erf, 16),
     "erfc": MapRow(_LIB.format("erfc"), torch.erfc, 16),
     "normal_cdf": MapRow("_normal_cdf({0})", torch.special.ndtr, 16),

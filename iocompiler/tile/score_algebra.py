@@ -190,6 +190,7 @@ PARTIALS: dict[str, tuple[_Partial, ...]] = {
     "mul": (lambda b, y, x: x[1], lambda b, y, x: x[0]),
     "div": (lambda b, y, x: b.map("div", b.const(1.0), x[1]), _quotient),
     "tanh": (_tanh,),
+    "coarse_tanh": (_tanh,),
     "sigmoid": (_sigmoid,),
     "exp": (lambda b, y, x: y,),
     "exp2": (lambda b, y, x: b.map("mul", y, b.const(math.log(2.0))),),

@@ -15,7 +15,7 @@ from iocompiler.runtime import attention_decode
 from iocompiler.runtime.attention import Problem
 from iocompiler.versions import version_tuple
 from tests.codegen.template_compiling import resources
-from tests.ops.score_programs import CASES
+from tests.ops.score_programs import CASES, COARSE_SOFTCAP
 
 SHARED = {90: 227 * 1024, 80: 163 * 1024}
 SPILLS = 512  # bytes: what wide or odd heads may spill
@@ -26,14 +26,15 @@ USUAL_SPILLS, DROPOUT_SPILLS = (64, 512) if NEW else (0, 64)
 
 
 def problem(name: str, width: int, dtype: torch.dtype) -> Problem:
-    case = CASES[name]
+    case = COARSE_SOFTCAP if name == "coarse softcap" else CASES[name]
     q = torch.zeros(2, 256, 4, width, dtype=dtype).transpose(1, 2)
     operands = [x.to(dtype) if x.is_floating_point() else x for x in case.operands(2, 4, 256, 256)]
     return Problem(q, q, q, case.program(width**-0.5), tuple(operands))
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "window", "alibi", "softcap", "document", "relative", "sigmoid"]
+    "name",
+    ["causal", "window", "alibi", "softcap", "coarse softcap", "document", "relative", "sigmoid"],
 )
 def test_the_usual_tiles_spill_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resources(problem(name, 64, torch.bfloat16), 90, monkeypatch)

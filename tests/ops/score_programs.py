@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ def window(b: ScoreBuilder, size: int = 20) -> int:
     return b.map("and", lower(b), near)
 
 
-def softcap(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
-    return b.map("mul", b.map("tanh", b.map("mul", s, b.const(0.5))), b.const(2.0)), lower(b)
+def softcap(b: ScoreBuilder, s: int, tanh: str = "tanh") -> tuple[int, int | None]:
+    return b.map("mul", b.map(tanh, b.map("mul", s, b.const(0.5))), b.const(2.0)), lower(b)
 
 
 def alibi(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
@@ -138,6 +139,7 @@ CASES = {
     "squared relu": Case(rectified, _documents, "weights"),
     "block mask": Case(tile_mask, _block_mask, "zero"),
 }
+COARSE_SOFTCAP = Case(partial(softcap, tanh="coarse_tanh"))  # within bfloat16 alone
 
 
 def reference(

@@ -209,6 +209,30 @@ def test_what_only_a_program_says(
     check(function, inputs, dtype)
 
 
+def softcap_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = 20.0 * torch.tanh((q @ k.mT).float() / 20.0)
+    return s.softmax(-1).to(v.dtype) @ v
+
+
+@pytest.mark.usefixtures("told")
+@pytest.mark.parametrize(
+    ("function", "dtype", "is_coarse"),
+    [
+        (softcap, torch.bfloat16, True),
+        (softcap, torch.float16, False),
+        (softcap, torch.float32, False),
+        (softcap_in_float32, torch.bfloat16, False),
+    ],
+)
+def test_a_tanh_is_as_coarse_as_what_it_is_rounded_to(
+    function: Callable[..., Tensor], dtype: torch.dtype, is_coarse: bool
+) -> None:
+    (program,) = programs(check(function, heads(2, 3, 40, 40, 16), dtype))
+    assert [op.fn for op in program.ops if "tanh" in op.fn] == [
+        "coarse_tanh" if is_coarse else "tanh"
+    ]
+
+
 @pytest.mark.parametrize("function", [softcap, mask_to_zero, clamped])
 def test_taken_untold_where_no_library_does(function: Callable[..., Any]) -> None:
     check(function, heads(), torch.float32)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
 from iocompiler.passes.attention.reading.description import Declined
 from iocompiler.tile.score_builder import ScoreBuilder
 
 
-def on_score(build: ScoreBuilder, name: str, score: int, arguments: tuple[object, ...]) -> int:
-    """An operator applied to the score."""
+def on_score(
+    build: ScoreBuilder, name: str, score: int, arguments: tuple[object, ...], dtype: torch.dtype
+) -> int:
+    """An operator applied to the score, whose result the user's program rounds to ``dtype``."""
     numbers = [float(x) for x in arguments if isinstance(x, (int, float))]
+    if name == "tanh" and dtype == torch.bfloat16:
+        return build.map("coarse_tanh", score)
     if name in ("tanh", "neg", "sigmoid", "exp", "abs") and not arguments:
         return build.map(name, score)
     if name == "relu":

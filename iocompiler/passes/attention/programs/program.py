@@ -223,7 +223,7 @@ class Extraction:
 
     def _apply(self, step: Pointwise) -> None:
         name = str(getattr(step.target, "_opname", step.target))
-        self.score = on_score(self.build, name, self.score, step.arguments)
+        self.score = on_score(self.build, name, self.score, step.arguments, step.dtype)
 
     def _kept(self) -> tuple[int | None, Empty]:
         """What counts at all, and what a row is in which nothing does."""

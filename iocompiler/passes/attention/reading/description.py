@@ -66,10 +66,13 @@ class Cast:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """An operator applied to each score, with the other arguments it takes."""
+    """An operator applied to each score, with the other arguments it takes, and what its result is
+    rounded to.
+    """
 
     target: Any
     arguments: tuple[Any, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 Step: TypeAlias = Scale | Bias | Fill | Causal | Cast | Pointwise

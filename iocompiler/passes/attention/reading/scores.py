@@ -103,7 +103,7 @@ def read(node: Node, fuel: int = _LONGEST, *, adds: bool = True) -> Scores | Non
     if node.target in _FILLS:
         return _fill(scores, node, node.args[1], node.args[2], keep=False)
     if node.target in _UNARY:
-        return scores.then(node, Pointwise(node.target, tuple(node.args[1:])))
+        return scores.then(node, Pointwise(node.target, tuple(node.args[1:]), views.dtype(node)))
     dims = views.after(node, scores.dims)
     if dims is None:
         raise Declined(f"{node.target} on the scores is no view that is understood")
