@@ -133,8 +133,8 @@ def _calls(
         problem = Problem(q, k, v, score, operands, numbers, tiled)
         made: dict[str, Callable[[], object]] = {
             "forward": lambda p=problem: attention.forward(p, out),
-            "dq": lambda p=problem: attention.query_gradients(p, grad, sums, results[0]),
-            "dkv": lambda p=problem: attention.key_gradients(p, grad, sums, *results[1:]),
+            "dq": lambda p=problem: attention.gradients(p, grad, sums, results, "queries"),
+            "dkv": lambda p=problem: attention.gradients(p, grad, sums, results, "keys"),
         }
         if kernel in made:
             yield tile, made[kernel]

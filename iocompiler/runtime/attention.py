@@ -6,22 +6,24 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from iocompiler.cost_model.attention_tiles import Row, padded
+from iocompiler.cost_model.attention_tiles import Row, Tile, padded
 from iocompiler.ops.column_sums import ColumnSums
 from iocompiler.runtime.attention_blocks import Visits, visits
 from iocompiler.runtime.attention_classes import mask, proved_classes
 from iocompiler.runtime.attention_decode import few_queries, split_forward
-from iocompiler.runtime.attention_form import Form, form
-from iocompiler.runtime.template_launch import Launch, tile_arguments
+from iocompiler.runtime.attention_form import Form, Parts, form
+from iocompiler.runtime.template_launch import Launch, launch_options, tile_arguments
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
 
 _Strides: TypeAlias = tuple[tuple[int, ...], ...]
+_TABLES: dict[Parts, tuple[int, int]] = {"both": (0, 1), "queries": (0, 0), "keys": (1, 1)}
+"""Those of `Run.visits` that a backward's template is given; what a part does not read is any."""
 _ROWS = 128
 """What is kept for each row has room for a multiple of so many (`attention_parts.padded_line`)."""
 _SUMMED = 64
@@ -99,11 +101,13 @@ class Problem:
 
 
 class Run(NamedTuple):
-    """A kernel of a form, and in how many programs it runs over which blocks."""
+    """A kernel of a form, and in how many programs it runs over which blocks: of a backward those
+    that queries visit, then those that keys do.
+    """
 
     launch: Launch
     programs: int
-    visits: Visits
+    visits: tuple[Visits, ...]
 
 
 class RowSums(NamedTuple):
@@ -149,7 +153,7 @@ def _whole_forward(problem: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> 
     if form.program.empty == "uniform":
         mean = mean.mean(2, keepdim=True)
     found = form.once(("forward", strides), _forward_run, form, strides, mean)
-    entries = problem.entries(found.visits)
+    entries = problem.entries(found.visits[0])
     found.launch.run(found.programs, *problem.tensors, out, lse, rest, mean, entries)
 
 
@@ -163,10 +167,10 @@ def _forward_run(form: Form, strides: tuple[int, ...], mean: Tensor) -> Run:
         attention_forward, (*form.tensors, "Out", "Lse", "Rest", "Mean", "table"),
         out_strides=strides, mean_strides=mean.stride(), heads=heads, rows=rows,
         columns=form.key.shape[2], EMPTY=form.program.empty, KEPT=form.functions.KEPT,
-        **form.order(over_queries=False), **found.arguments, **form.strides, **form.common,
+        **form.order("forward"), **found.arguments, **form.strides, **form.common,
         **tile_arguments(tile),
     )  # fmt: skip
-    return Run(launch, batch * heads * -(-rows // tile.m), found)
+    return Run(launch, batch * heads * -(-rows // tile.m), (found,))
 
 
 def backward(
@@ -181,13 +185,12 @@ def backward(
     """Write the gradients of query, key and value to ``results``, from those of the output and,
     [B, H, S] float32, contiguous, of lse; and the sums down their columns, where wanted.
     """
-    dq, dk, dv = results
     sums = row_sums(problem.form, grad, out, lse, of_lse)
     beside = columns if columns is not None and _are_made(problem, columns) else None
-    key_gradients(problem, grad, sums, dk, dv, beside)
-    query_gradients(problem, grad, sums, dq, beside)
+    for parts in _launches(problem.form.row):
+        gradients(problem, grad, sums, results, parts, beside)
     if problem.program.empty == "uniform":
-        _add_uniform(dv, grad, lse)
+        _add_uniform(results[2], grad, lse)
     if columns is not None and beside is None:
         columns.take(results)
 
@@ -199,74 +202,66 @@ def _are_made(problem: Problem, columns: ColumnSums) -> bool:
     return whole and problem.program.empty != "uniform"
 
 
-def key_gradients(
+def _launches(row: Row) -> tuple[Parts, ...]:
+    """What runs as one kernel: both parts where their tiles are alike but for their sizes."""
+    alike = [(t.warps, t.stages, t.registers) for t in (row.dq, row.dkv)]
+    return ("both",) if alike[0] == alike[1] else ("keys", "queries")
+
+
+def gradients(
     problem: Problem,
     grad: Tensor,
     sums: RowSums,
-    dk: Tensor,
-    dv: Tensor,
+    results: Sequence[Tensor],
+    parts: Parts = "both",
     columns: ColumnSums | None = None,
 ) -> None:
-    """Write the gradients of key and value; ``sums`` are those of `row_sums`."""
-    form = problem.form
-    strides: _Strides = (grad.stride(), dk.stride(), dv.stride())
-    summed = 0
-    of_k, of_v = dk, dv  # not written
+    """Write the gradients of query, key and value to ``results``, or those of ``parts`` alone;
+    ``sums`` are those of `row_sums`.
+    """
+    form, summed = problem.form, 0
+    of_columns: Sequence[Tensor] = results  # not written
     if columns is not None:
-        _, of_k, of_v = columns.parts
-        strides, summed = (*strides, of_k.stride(), of_v.stride()), columns.rows
-    found = form.once(("dkv", strides, summed), _dkv_run, form, strides, summed)
-    entries = problem.entries(found.visits, 1)
-    found.launch.run(found.programs, *problem.tensors, grad, *sums, dk, dv, of_k, of_v, entries)
+        of_columns, summed = columns.parts, columns.rows
+    strides: _Strides = tuple(x.stride() for x in (grad, *results, *of_columns))
+    found = form.once((parts, strides, summed), _backward_run, form, strides, summed, parts)
+    tables = {at: problem.entries(found.visits[at], at) for at in set(_TABLES[parts])}
+    found.launch.run(
+        found.programs, *problem.tensors, grad, *sums, *results, *of_columns,
+        *[tables[at] for at in _TABLES[parts]],
+    )  # fmt: skip
 
 
-def _dkv_run(form: Form, strides: _Strides, summed: int) -> Run:
-    from iocompiler.codegen.kernels.attention_backward import attention_dkv
+def _backward_run(form: Form, strides: _Strides, summed: int, parts: Parts) -> Run:
+    from iocompiler.codegen.kernels.attention_backward import attention_backward
 
-    tile = form.row.dkv
+    of_queries, of_keys = form.row.dq, form.row.dkv
     batch, groups, keys, _ = form.key.shape
-    found = visits(form, tile, transposed=True)
+    rows = form.query.shape[2]
+    found = visits(form, of_queries, transposed=False), visits(form, of_keys, transposed=True)
+    results = "dq", "dk", "dv", "sums_q", "sums_k", "sums_v"
+    named = {
+        f"{name}_strides": each for name, each in zip(("grad", *results), strides, strict=True)
+    }
     launch = Launch(
-        attention_dkv, (*form.tensors, *READ, "DK", "DV", "SumsK", "SumsV", "table"),
-        grad_strides=strides[0], dk_strides=strides[1], dv_strides=strides[2],
-        sums_k_strides=strides[-2], sums_v_strides=strides[-1], SUMMED=summed,
-        groups=groups, rows=form.query.shape[2], columns=keys, **form.slopes,
-        **form.order(over_queries=True), **found.arguments, **form.strides, **form.common,
-        **tile_arguments(tile),
+        attention_backward,
+        (*form.tensors, *READ, "DQ", "DK", "DV", "SumsQ", "SumsK", "SumsV", "table_q", "table_k"),
+        groups=groups, rows=rows, columns=keys, PARTS=parts, SUMMED=summed, **named, **form.slopes,
+        **form.order(parts), **_part("q", of_queries, found[0]), **_part("k", of_keys, found[1]),
+        **form.strides, **form.common,
+        **launch_options(of_queries if parts == "queries" else of_keys),
     )  # fmt: skip
-    return Run(launch, batch * groups * -(-keys // tile.n), found)
+    blocks = -(-keys // of_keys.n) * (parts != "queries")
+    blocks += form.group * -(-rows // of_queries.m) * (parts != "keys")
+    return Run(launch, batch * groups * blocks, found)
 
 
-def query_gradients(
-    problem: Problem, grad: Tensor, sums: RowSums, dq: Tensor, columns: ColumnSums | None = None
-) -> None:
-    """Write the gradient of query."""
-    form = problem.form
-    strides: _Strides = (grad.stride(), dq.stride())
-    summed = 0
-    of_q = dq  # not written
-    if columns is not None:
-        of_q = columns.parts[0]
-        strides, summed = (*strides, of_q.stride()), columns.rows
-    found = form.once(("dq", strides, summed), _dq_run, form, strides, summed)
-    entries = problem.entries(found.visits)
-    found.launch.run(found.programs, *problem.tensors, grad, *sums, dq, of_q, entries)
-
-
-def _dq_run(form: Form, strides: _Strides, summed: int) -> Run:
-    from iocompiler.codegen.kernels.attention_backward import attention_dq
-
-    tile = form.row.dq
-    batch, heads, rows, _ = form.query.shape
-    found = visits(form, tile, transposed=False)
-    launch = Launch(
-        attention_dq, (*form.tensors, *READ, "DQ", "SumsQ", "table"),
-        grad_strides=strides[0], dq_strides=strides[1], sums_strides=strides[-1],
-        heads=heads, rows=rows, columns=form.key.shape[2], SUMMED=summed, **form.slopes,
-        **form.order(over_queries=False), **found.arguments, **form.strides, **form.common,
-        **tile_arguments(tile),
-    )  # fmt: skip
-    return Run(launch, batch * heads * -(-rows // tile.m), found)
+def _part(name: str, tile: Tile, found: Visits) -> dict[str, Any]:
+    """The tiles of a part of the backward, and the blocks it visits, as its template takes them."""
+    of = name.upper()
+    tiles = {f"BLOCK_M_{of}": tile.m, f"BLOCK_N_{of}": tile.n}
+    strides, room, ranges = (found.arguments[key] for key in ("table_strides", "room", "RANGES"))
+    return {f"table_{name}_strides": strides, f"room_{name}": room, f"RANGES_{of}": ranges, **tiles}
 
 
 def _add_uniform(dv: Tensor, grad: Tensor, lse: Tensor) -> None:
@@ -294,7 +289,7 @@ def row_sums(form: Form, grad: Tensor, out: Tensor, lse: Tensor, of_lse: Tensor 
 
 def _sums_run(form: Form, strides: _Strides, plain: bool) -> tuple[Launch, int, tuple[int, ...]]:
     """And the shape of what it makes."""
-    from iocompiler.codegen.kernels.attention_backward import attention_delta
+    from iocompiler.codegen.kernels.attention_delta import attention_delta
 
     planes, batch, heads, rows = form.rows_shape
     room, width, kept = -(-rows // _ROWS) * _ROWS, form.value.shape[3], form.functions.KEPT

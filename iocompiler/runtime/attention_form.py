@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ _MOST = 1024
 _BLOCK, _SHORT = 64, 16
 """Rows of so few blocks of so many keys are short."""
 _ANY = "h200"  # the interpreter: any rows will do
+Parts: TypeAlias = Literal["both", "keys", "queries"]
+"""Of a kernel: what its programs are of."""
 _forms: dict[tuple[Hashable, ...], Form] = {}
 
 
@@ -169,19 +171,23 @@ class Form:
         inputs = {"q": self.query, "k": self.key, "v": self.value}
         return {f"{name}_strides": x.stride for name, x in inputs.items()}
 
-    def order(self, *, over_queries: bool) -> dict[str, int]:
+    def order(self, programs: Literal["forward"] | Parts) -> dict[str, int]:
         """How many heads take turns (`heads_together`).
 
         Args:
-            over_queries: programs of keys walk over the queries of all heads of their group;
-                otherwise programs of queries over keys, which the heads of a group share.
+            programs: those of a "forward", each of one head, walk over the keys that the heads of a
+                group share. Those of a backward are of a group: of its "keys", over the queries of
+                all its heads, of its "queries", over keys, or of "both".
         """
         batch, groups, columns, width = self.key.shape
         each = (width + self.value.shape[3]) * self.query.dtype.itemsize
-        if over_queries:
-            heads, read = batch * groups, self.group * self.query.shape[2] * each
-        else:
-            heads, read = batch * groups * self.group, columns * each // self.group
+        heads, read = batch * groups, 0
+        if programs in ("keys", "both"):
+            read += self.group * self.query.shape[2] * each
+        if programs in ("queries", "both"):
+            read += columns * each
+        if programs == "forward":
+            heads, read = heads * self.group, columns * each // self.group
         return {"together": heads_together(heads, read, device_row(self.device, self.planned))}
 
     @property

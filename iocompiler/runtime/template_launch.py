@@ -195,13 +195,13 @@ def recorded(note: Recorder, unseen: Callable[[], None]) -> Iterator[None]:
 
 def tile_arguments(tile: Tile) -> dict[str, int]:
     """A tile as a template takes it."""
+    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, **launch_options(tile)}
+
+
+def launch_options(tile: Tile) -> dict[str, int]:
+    """Of a tile all but its sizes."""
     limit = {"maxnreg": tile.registers} if tile.registers else {}
-    return limit | {
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    return limit | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _pointers(tensors: Sequence[Tensor]) -> tuple[list[int], tuple[bool, ...]]:

@@ -22,7 +22,7 @@ SPILLS = 512  # bytes: what wide or odd heads may spill
 # bytes a thread writes and reads again: the tiles are Triton 3.6's best, and with 3.9 eight
 # registers of the gradients of k and v do not fit under their limit
 NEW = version_tuple(triton.__version__) >= (3, 9)
-USUAL_SPILLS, DROPOUT_SPILLS = (64, 512) if NEW else (0, 64)
+USUAL_SPILLS, DROPOUT_SPILLS = (64, 512) if NEW else (0, 80)
 
 
 def problem(name: str, width: int, dtype: torch.dtype) -> Problem:
@@ -38,7 +38,7 @@ def problem(name: str, width: int, dtype: torch.dtype) -> Problem:
 )
 def test_the_usual_tiles_spill_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resources(problem(name, 64, torch.bfloat16), 90, monkeypatch)
-    assert {"attention_forward", "attention_dq", "attention_dkv"} <= found.keys()
+    assert {"attention_forward", "attention_backward"} <= found.keys()
     assert all(each["spills"] <= USUAL_SPILLS for each in found.values()), found
     assert all(each["shared"] <= SHARED[90] for each in found.values()), found
 

@@ -92,8 +92,7 @@ def test_a_training_step_of_gpt2(compiler: Compiler) -> None:
         "scored_attention": ["attention_forward"],
         "scored_attention_backward_packed_summed": [
             "attention_delta",
-            "attention_dkv",
-            "attention_dq",
+            "attention_backward",
         ],
         "linear_cross_entropy_gradients": ["cross_entropy_rows"],
         "embedding_gradient_": ["embedding_order", "embedding_sums", "embedding_fold"],
@@ -113,22 +112,21 @@ def sunk(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
 
 
 def test_attention_whose_template_does_not_compile(compiler: Compiler) -> None:
-    compiler.failing = "attention_dq"
+    compiler.failing = "attention_backward"
     given = [heads(2, 4, 100, 64) for _ in range(3)]
     report = explain(sunk, *given, heads(4), device="h100", training=True)
     found = launched(report)
     assert found["scored_attention"] == ["attention_forward"]
     assert found["scored_attention_backward"] == [
         "attention_delta",
-        "attention_dkv",
-        "attention_dq",
+        "attention_backward",
     ]
     assert {t.name for k in report.kernels for t in k.templates if t.resources is None} == {
-        "attention_dq"
+        "attention_backward"
     }
     (lost,) = report.fallbacks
     assert lost.region == "iocompiler.scored_attention_backward"
-    assert lost.cause.endswith("kernel 'attention_dq' does not compile: too many registers")
+    assert lost.cause.endswith("kernel 'attention_backward' does not compile: too many registers")
     assert lost.where.startswith("test_templates.py:")
 
 
@@ -254,12 +252,17 @@ def with_templates(*templates: Template, line: str = "m.py:1") -> Kernel:
 
 
 def test_a_line_each_below_the_call() -> None:
-    dkv, dq = Template("attention_dkv", Resources(168, 0, 41984)), Template("attention_dq")
-    equal = [with_templates(dkv, dq, line=f"m.py:{line}") for line in (1, 2)]
-    text = as_text(Report("h100", kernels=(*equal, with_templates(dq))))
-    lines = [line.split() for line in text.splitlines() if "attention_d" in line]
-    assert lines == [["attention_dkv", "168/0/41984"], ["attention_dq"], ["attention_dq"]]
-    assert text.index("attention_dkv") > text.index("m.py:1 +1")
+    both = Template("attention_backward", Resources(168, 0, 41984))
+    sums = Template("attention_delta")
+    equal = [with_templates(both, sums, line=f"m.py:{line}") for line in (1, 2)]
+    text = as_text(Report("h100", kernels=(*equal, with_templates(sums))))
+    lines = [line.split() for line in text.splitlines() if "attention_" in line]
+    assert lines == [
+        ["attention_backward", "168/0/41984"],
+        ["attention_delta"],
+        ["attention_delta"],
+    ]
+    assert text.index("attention_backward") > text.index("m.py:1 +1")
 
 
 def test_json_reads_back_equal() -> None:

@@ -15,7 +15,7 @@ through its lse and delta_i is divided by it, so that
 With no softmax (no PLANES of an lse) p_ij = s_ij and ds_ij = dout_i . v_j.
 
 Tri Dao,
-"FlashAttention-2", arXiv 2307.08691, algorithm 2, with a kernel of its own for dq: no atomic
+"FlashAttention-2", arXiv 2307.08691, algorithm 2, with programs of their own for dq: no atomic
 additions, so that results repeat bit for bit.
 """
 
@@ -39,50 +39,6 @@ from iocompiler.codegen.kernels.attention_table import (
     table_entry,
     table_row,
 )
-
-
-@triton.jit(do_not_specialize=["heads", "rows"])
-def attention_delta(
-    Out, Grad, Lse, Rest, GradLse, PaddedLse, PaddedRest, Delta,
-    out_strides, grad_strides, heads, rows,
-    KEPT: tl.constexpr, LOG_KEPT: tl.constexpr, BY_LSE: tl.constexpr,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PLANES: tl.constexpr,
-):  # fmt: skip
-    """delta_i = (sum_e dout_ie out_ie - dlse_i) / KEPT; Delta and the copies of Lse and Rest, whose
-    sum is less LOG_KEPT, are float32, with lines as `padded_line` says: beyond the last row an lse
-    of +inf makes probabilities 0. With two PLANES an lse may be too large for LOG_KEPT to count
-    beside it. BY_LSE: GradLse is the gradient of Lse, which is to the base of 2.
-    """
-    blocks = tl.cdiv(rows, 128) * (128 // BLOCK_M)
-    start = (tl.program_id(0) % blocks) * BLOCK_M
-    z = tl.program_id(0) // blocks
-    b = z // heads
-    h = z % heads
-    row = tl.arange(0, BLOCK_M)
-    there = start + row < rows
-    inside = tl.minimum(row, rows - 1 - start)  # below 0 where the whole block lies beyond
-    e = tl.arange(0, BLOCK_E)
-    out = load_tile(row_of(Out, out_strides, b, h, start), inside, out_strides[2], e,
-                    out_strides[3], E, BLOCK_E)  # fmt: skip
-    grad = load_tile(row_of(Grad, grad_strides, b, h, start), inside, grad_strides[2], e,
-                     grad_strides[3], E, BLOCK_E)  # fmt: skip
-    product = out.to(tl.float32) * grad.to(tl.float32)
-    # a row without a score that counts may be NaN; nothing flows back through it
-    product = tl.where(grad == 0.0, 0.0, product)
-    given = z.to(tl.int64) * rows + start + row
-    line = padded_line(z, rows) + start + row
-    delta = tl.where(there, tl.sum(product, 1), 0.0)
-    lse = tl.load(Lse + given, mask=there, other=float("inf"))
-    if BY_LSE:
-        delta -= tl.load(GradLse + given, mask=there, other=0.0) * 1.4426950408889634
-    if KEPT != 1.0:
-        delta = delta * (1.0 / KEPT)
-        if PLANES != 2:
-            lse = lse - LOG_KEPT
-    tl.store(Delta + line, delta)
-    tl.store(PaddedLse + line, lse)
-    if PLANES == 2:
-        tl.store(PaddedRest + line, tl.load(Rest + given, mask=there, other=0.0) - LOG_KEPT)
 
 
 @triton.jit
@@ -128,29 +84,21 @@ def _into_queries(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=["heads", "rows", "columns", "room", "together"],
-    do_not_specialize_on_alignment=["Seed"],
-)
-def attention_dq(
+@triton.jit
+def _query_block(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ, SumsQ,
     q_strides, k_strides, v_strides, grad_strides, dq_strides, sums_strides,
-    operands, strides, numbers, table, table_strides, heads, rows, columns, room, together,
+    operands, strides, numbers, table, table_strides, room, rows, columns, heads, b, h, g, place,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANGES: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries, and with SUMMED its sums of so many rows (`store_sums`); the
-    table is the forward's kind.
+    """dq of the block of queries that comes at a place, and with SUMMED its sums of so many rows
+    (`store_sums`); the table is the forward's kind.
     """
-    blocks = tl.cdiv(rows, BLOCK_M)
-    z, place = place_of(blocks, together)
-    b = z // heads
-    h = z % heads
-    g = h // GROUP
-    m = row_in_order(table, table_strides, b, h, place, blocks, room, RANGES, True)
+    m = row_in_order(table, table_strides, b, h, place, tl.cdiv(rows, BLOCK_M), room, RANGES, True)
     start = m * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     inside = tl.minimum(row, rows - 1 - start)
@@ -160,7 +108,7 @@ def attention_dq(
                   D, BLOCK_D)  # fmt: skip
     grad = load_tile(row_of(Grad, grad_strides, b, h, start), inside, grad_strides[2], e,
                      grad_strides[3], E, BLOCK_E)  # fmt: skip
-    line = padded_line(z, rows) + start + inside
+    line = padded_line(b * heads + h, rows) + start + inside
     lse = tl.load(Lse + line)[:, None] if PLANES > 0 else 0.0
     rest = tl.load(Rest + line)[:, None] if PLANES == 2 else lse
     delta = tl.load(Delta + line)[:, None] if PLANES > 0 else 0.0
@@ -247,29 +195,24 @@ def _into_keys(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=["groups", "rows", "columns", "room", "together"],
-    do_not_specialize_on_alignment=["Seed"],
-)
-def attention_dkv(
+@triton.jit
+def _key_block(
     Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV, SumsK, SumsV,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     sums_k_strides, sums_v_strides,
-    operands, strides, numbers, table, table_strides, groups, rows, columns, room,
-    together, score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
-    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANGES: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
+    operands, strides, numbers, table, table_strides, room, rows, columns, heads, b, g, place,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANGES: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, over all query heads of its group, and with SUMMED their sums
-    of so many rows (`store_sums`); the table has a row for each block of keys.
+    """dk and dv of the block of keys that comes at a place, over all query heads of its group, and
+    with SUMMED their sums of so many rows (`store_sums`); the table has a row for each block of
+    keys.
     """
-    blocks = tl.cdiv(columns, BLOCK_N)
-    z, place = place_of(blocks, together)
-    b = z // groups
-    g = z % groups
-    n = row_in_order(table, table_strides, b, g * GROUP, place, blocks, room, RANGES, False)
+    n = row_in_order(table, table_strides, b, g * GROUP, place, tl.cdiv(columns, BLOCK_N), room,
+                     RANGES, False)  # fmt: skip
     start = n * BLOCK_N
     column = tl.arange(0, BLOCK_N)
     inside = tl.minimum(column, columns - 1 - start)
@@ -285,7 +228,7 @@ def attention_dkv(
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for member in range(GROUP):
         h = g * GROUP + member
-        line = padded_line(b * groups * GROUP + h, rows)
+        line = padded_line(b * heads + h, rows)
         queries = head_of(Q, q_strides, b, h)
         grads = head_of(Grad, grad_strides, b, h)
         visited, partial, full = table_row(table, table_strides, b, h, n, RANGES)
@@ -314,3 +257,57 @@ def attention_dkv(
         store_sums(SumsK, sums_k_strides, b, g, start, d, dk * SCALE, columns - start, BLOCK_N, D,
                    SUMMED)  # fmt: skip
         store_sums(SumsV, sums_v_strides, b, g, start, e, dv, columns - start, BLOCK_N, E, SUMMED)
+
+
+@triton.jit(
+    do_not_specialize=["groups", "rows", "columns", "room_q", "room_k", "together"],
+    do_not_specialize_on_alignment=["Seed"],
+)
+def attention_backward(
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ, DK, DV, SumsQ, SumsK, SumsV,
+    q_strides, k_strides, v_strides, grad_strides, dq_strides, dk_strides, dv_strides,
+    sums_q_strides, sums_k_strides, sums_v_strides,
+    operands, strides, numbers, table_q, table_q_strides, table_k, table_k_strides,
+    groups, rows, columns, room_q, room_k, together,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M_Q: tl.constexpr, BLOCK_N_Q: tl.constexpr, RANGES_Q: tl.constexpr,
+    BLOCK_M_K: tl.constexpr, BLOCK_N_K: tl.constexpr, RANGES_K: tl.constexpr,
+    PARTS: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys, or dq of one of queries: those of a group of heads follow each
+    other, so that what they read is read from HBM once. Of PARTS "keys" or "queries", those alone.
+    """
+    of_keys = 0
+    if PARTS != "queries":
+        of_keys = tl.cdiv(columns, BLOCK_N_K)
+    blocks = of_keys
+    if PARTS != "keys":
+        blocks += GROUP * tl.cdiv(rows, BLOCK_M_Q)
+    z, place = place_of(blocks, together)
+    b = z // groups
+    g = z % groups
+    heads = groups * GROUP
+    if PARTS != "queries":  # noqa: SIM102
+        if place < of_keys:
+            _key_block(
+                Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV, SumsK, SumsV,
+                q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
+                sums_k_strides, sums_v_strides,
+                operands, strides, numbers, table_k, table_k_strides, room_k, rows, columns, heads,
+                b, g, place, score, lift, FACTOR, keep, slope, SCALE, drop, GROUP,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M_K, BLOCK_N_K, RANGES_K, PLANES, PRECISION, SUMMED,
+            )  # fmt: skip
+    if PARTS != "keys":  # noqa: SIM102
+        if place >= of_keys:
+            h = g * GROUP + (place - of_keys) % GROUP
+            _query_block(
+                Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ, SumsQ,
+                q_strides, k_strides, v_strides, grad_strides, dq_strides, sums_q_strides,
+                operands, strides, numbers, table_q, table_q_strides, room_q, rows, columns, heads,
+                b, h, g, (place - of_keys) // GROUP,
+                score, lift, FACTOR, keep, slope, SCALE, drop,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M_Q, BLOCK_N_Q, RANGES_Q, PLANES, PRECISION, SUMMED,
+            )  # fmt: skip
