@@ -135,8 +135,8 @@ def main() -> None:
             measure(session, problem(shape), both)
     if args.part != "plain":
         compiling = tuple(name for name in both if name in peers.PEERS)
-        shape = QUICK_DISTILLED if args.quick else DISTILLED
-        measure(session, problem(shape, distilled), compiling)
+        taught = QUICK_DISTILLED if args.quick else DISTILLED
+        measure(session, problem(taught, distilled), compiling)
     session.table.finish(args.json)
 
 
