@@ -24,13 +24,12 @@ from iocompiler.plan.library_product import LibraryProduct, Strides
 from iocompiler.plan.memory import takes_out
 from iocompiler.plan.sizes import equal, is_multiple, nonnegative
 from iocompiler.tile.index import Size
+from iocompiler.tile.traffic import VECTOR_BYTES
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Of whose products no switch of torch's changes what is computed: float32 has TF32."""
 _TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
 ACTIVATED = str(ADDMM_GELU)
-_VECTOR = 8
-"""Elements of two bytes in a vector."""
 BIAS: Strides = (0, 0, 1)
 """Those of what is added to every row."""
 
@@ -141,7 +140,8 @@ def _rounded_once(biased: LibraryProduct[Size]) -> LibraryProduct[Size] | None:
     error that is alike for all rows of a column, and that its sum has as often as there are rows.
     """
     strides = (*biased.a, *biased.b, *biased.out, *(biased.added or ()))
-    whole = all(equal(each, 1) or is_multiple(each, _VECTOR) for each in strides)
+    vector = VECTOR_BYTES // biased.dtype.itemsize
+    whole = all(equal(each, 1) or is_multiple(each, vector) for each in strides)
     return biased if whole else None
 
 
