@@ -18,7 +18,8 @@ import torch
 from iocompiler.ops.addmm_gelu import ADDMM_GELU
 from iocompiler.ops.biased_addmm import BIASED_ADDMM
 from iocompiler.ops.wide_product import WIDE_PRODUCT
-from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.library_product import LibraryProduct, Strides
 from iocompiler.plan.memory import takes_out

@@ -21,6 +21,7 @@ from itertools import accumulate
 
 import torch
 
+from iocompiler.plan.contents import made, references
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -30,8 +31,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
 )
 from iocompiler.plan.moving import bases_of, names_read, storages, written
 from iocompiler.plan.peak import held_bytes, storage_bytes

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.values import Values
+from iocompiler.plan.contents import all_steps, made, references
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -27,9 +28,6 @@ from iocompiler.plan.data import (
     MatmulStep,
     Plan,
     ViewStep,
-    all_steps,
-    made,
-    references,
 )
 from iocompiler.runtime import kept
 from iocompiler.runtime.reference import operator_named

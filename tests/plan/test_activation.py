@@ -18,7 +18,8 @@ from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.roofline import contraction_time
 from iocompiler.cost_model.rules import price
 from iocompiler.plan.activation import with_activations
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, TensorSpec, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, TensorSpec
 from iocompiler.plan.priced import priced
 from iocompiler.runtime.graphs import obstacle
 from tests.accuracy import assert_near_exact
