@@ -203,7 +203,7 @@ def _peer(args: argparse.Namespace, given: Problem, name: str, row: Row) -> None
         row["GiB"] = peak.gib
         _time(args, call, row)
     given.clear()
-    if name == others.CHUNKER and others.chunked() == before:
+    if name == others.CHUNKER and before is not None and others.chunked() == before:
         note(row, name, "nothing was chunked")
 
 

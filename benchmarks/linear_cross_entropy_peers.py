@@ -85,8 +85,8 @@ def running(name: str, loss: Loss, rows: int) -> Iterator[Loss]:
         yield peers.PEERS[name].compile(loss)
 
 
-def chunked() -> int:
-    """Graphs that Inductor has chunked in this process."""
+def chunked() -> int | None:
+    """Graphs that Inductor has chunked in this process; None where this torch does not count."""
     import torch._inductor.metrics as metrics
 
-    return metrics.num_auto_chunking
+    return getattr(metrics, "num_auto_chunking", None)
