@@ -24,6 +24,7 @@ from tests.accuracy import compare_with_eager
 
 PHASES = ("forward", "step")
 FLEX, LIBRARY = "flex", "sdpa"
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def main() -> None:
@@ -117,8 +118,8 @@ def _row(session: Session, case: Case, phase: str) -> None:
         measure = partial(_measure, session.args, case, train, peer.name, peer.compile, row)
         session.attempt(row, peer.name, measure)
     if session.args.flex and case.flex is not None and not session.args.quick:
-        flex = partial(_measure, session.args, case, train, FLEX, partial(_flex, case), row)
-        session.attempt(row, FLEX, flex)
+        measure = partial(_measure, session.args, case, train, FLEX, partial(flex, case), row)
+        session.attempt(row, FLEX, measure)
     if case.library is not None:
         library = replace(case, plain=case.library)
         measure = partial(_measure, session.args, library, train, LIBRARY, lambda f: f, row)
@@ -136,24 +137,11 @@ def _measure(
     case: Case,
     train: bool,
     name: str,
-    compile_: Callable[[Callable[..., Any]], Callable[..., Any]],
+    compile_: Compile,
     row: Row,
 ) -> None:
-    given = inputs(case, sizes(args, case))
-    function = compile_(_Plain(case))
-    with torch.no_grad():
-        cotangent = torch.randn_like(function(**given))
-
-    def step() -> None:
-        for leaf in given.values():
-            leaf.grad = None
-        function(**given).backward(cotangent)
-
-    def forward() -> None:
-        with torch.no_grad():
-            function(**given)
-
-    call = step if train else forward
+    make = training_step if train else _forward
+    call, given = make(case, sizes(args, case), compile_)
     timing.first_call(call)
     for leaf in given.values():
         leaf.grad = None
@@ -171,6 +159,37 @@ def _measure(
             row["ours % copy"] = 100 * read / (time.ms * 1e-3) / copy_rate(args.quick)
 
 
+def training_step(
+    case: Case, size: Sizes, compile_: Compile
+) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """Forward and backward from a fixed random cotangent, and the inputs, whose gradients it makes
+    anew.
+    """
+    given = inputs(case, size)
+    function = compile_(_Plain(case))
+    cotangent = torch.randn_like(_side_by_side(given["q"].detach()))  # no call in another mode
+
+    def step() -> None:
+        for leaf in given.values():
+            leaf.grad = None
+        function(**given).backward(cotangent)
+
+    return step, given
+
+
+def _forward(
+    case: Case, size: Sizes, compile_: Compile
+) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    given = inputs(case, size)
+    function = compile_(_Plain(case))
+
+    @torch.no_grad()
+    def forward() -> None:
+        function(**given)
+
+    return forward, given
+
+
 def _variant(case: Case, given: dict[str, Tensor]) -> str:
     """What the recogniser says of the code."""
     import iocompiler as ioc
@@ -180,7 +199,8 @@ def _variant(case: Case, given: dict[str, Tensor]) -> str:
     return ", ".join(found) or "; ".join(str(each.reason) for each in report.misses)
 
 
-def _flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
+def flex(case: Case, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What FlexAttention's user runs in place of ``plain``."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     assert case.flex is not None

@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import models, modules
 from benchmarks.harness import Session, add_geometric_mean, parser, wanted
 from benchmarks.model_zoo import MODELS
 from benchmarks.module_zoo import CASES
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, Peer
+from benchmarks.subjects import Step, model_step, module_step
 from benchmarks.table import Row, Table
 
 REPETITIONS = 3
 PAIR = ("ours", "inductor")
-Step = Callable[[], Any]
 
 
 def main() -> None:
@@ -54,29 +53,17 @@ def arguments() -> Any:
 def subjects() -> dict[str, Callable[[str], Step]]:
     """Each row's step by the name of a peer: models trained and run, modules trained."""
     found: dict[str, Callable[[str], Step]] = {}
+
+    def add(name: str, make: Callable[[Peer, bool], Step]) -> None:
+        found[name] = lambda peer: make(PEERS[peer], True)
+
     for model in MODELS.values():
         for train in (True, False):
-            name = f"{model.name} {'train' if train else 'forward'}"
-            found[name] = partial(_model_step, model.name, train)
-    for number, case in enumerate(CASES):
-        found[f"{case.name} step"] = partial(_module_step, number)
+            phase = "train" if train else "forward"
+            add(f"{model.name} {phase}", partial(model_step, model, train))
+    for case in CASES:
+        add(f"{case.name} step", partial(module_step, case))
     return found
-
-
-def _model_step(name: str, train: bool, peer: str) -> Step:
-    module = MODELS[name].module("eager", True, "cpu").to(torch.bfloat16).train(train)
-    inputs = MODELS[name].inputs(True, "cpu", torch.bfloat16, seed=1)
-    function = PEERS[peer].compile(module)
-    if train:
-        return models.training_step(module, function, inputs)
-    return models.forward(function, inputs)
-
-
-def _module_step(number: int, peer: str) -> Step:
-    case = CASES[number]
-    module = case.module(True, "cpu").to(case.dtype)
-    inputs = case.inputs(True, "cpu", seed=1)
-    return modules.training_step(module, PEERS[peer].compile(module), inputs)
 
 
 def _measure(args: Any, make: Callable[[str], Step], row: Row) -> None:

@@ -3,14 +3,12 @@ long the GPU is idle.
 
 "host us" is the host time to queue one step, the device not waited for; "step us" the device time
 from step to step; "busy us" the sum of its kernels' times as the profiler has them; "idle %" what
-is left of the step.
+is left of the step. ``--part steps`` has whole training steps by four clocks instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,15 +18,24 @@ import torch
 from benchmarks import timing
 from benchmarks.harness import Session, add_geometric_mean, add_ratio, columns, parser, wanted
 from benchmarks.model_zoo import MODELS, Model
-from benchmarks.models import forward, training_step
 from benchmarks.peers import Peer, chosen
+from benchmarks.subjects import model_step
 from benchmarks.table import Row, Table
 
-_PEERS = "eager,inductor,ours,inductor-graphs,ours-graphs"
+# of each part, the peers and rows unless told
+_DEFAULTS = {
+    "small": ("eager,inductor,ours,inductor-graphs,ours-graphs", "gpt2,llama"),
+    "steps": ("inductor,ours", ""),
+}
 
 
 def main() -> None:
     args = arguments()
+    if args.part == "steps":
+        from benchmarks.overhead_steps import run
+
+        run(args)
+        return
     if args.quick:
         args.only, args.phase = "gpt2", "forward"
     peers = chosen(args.peers)
@@ -49,37 +56,31 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    found = parser(__doc__, default_peers=_PEERS)
-    found.add_argument("--phase", default="forward,train")
-    found.set_defaults(steps=200, only="gpt2,llama")
-    return found.parse_args()
+    found = parser(__doc__)
+    add = found.add_argument
+    add("--part", choices=tuple(_DEFAULTS), default="small", help="small models, or whole steps")
+    add("--phase", default="forward,train", help="of small models")
+    add("--length", type=int, default=4096, help="of the step that is attention alone")
+    add("--width", type=int, default=64, help="of its heads")
+    add("--no-flex", dest="flex", action="store_false", help="FlexAttention does not run it")
+    found.set_defaults(steps=200, peers=None, only=None)
+    args = found.parse_args()
+    peers, only = _DEFAULTS[args.part]
+    args.peers = peers if args.peers is None else args.peers
+    args.only = only if args.only is None else args.only
+    return args
 
 
 def _measure(args: argparse.Namespace, model: Model, train: bool, peer: Peer, row: Row) -> None:
-    device = "cuda" if timing.on_gpu() else "cpu"
-    module = model.module("eager", True, device).to(torch.bfloat16).train(train)
-    inputs = model.inputs(True, device, torch.bfloat16, seed=1)
-    function = peer.compile(module)
-    call = training_step(module, function, inputs) if train else forward(function, inputs)
+    call = model_step(model, train, peer, quick=True)
     row[f"{peer.name} step us"] = 1e3 * timing.steps(call, args.steps, args.budget, warm_up=10).ms
-    row[f"{peer.name} host us"] = _host_us(call, min(args.steps, 50))
+    row[f"{peer.name} host us"] = 1e3 * timing.queueing(call, min(args.steps, 50), args.budget).ms
     if timing.on_gpu():
         kernels, busy_us = _profile(call, 10)
         row[f"{peer.name} kernels"], row[f"{peer.name} busy us"] = kernels, busy_us
         row[f"{peer.name} idle %"] = 100 * max(
             0.0, 1 - busy_us / float(row[f"{peer.name} step us"])
         )  # type: ignore[arg-type]
-
-
-def _host_us(call: Callable[[], Any], repetitions: int) -> float:
-    """Median host time of a call on an idle device: it returns before the device is done."""
-    samples = []
-    for _ in range(repetitions):
-        timing.synchronize()
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(samples)
 
 
 def _profile(call: Callable[[], Any], repetitions: int) -> tuple[float, float]:

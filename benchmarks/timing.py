@@ -89,6 +89,18 @@ def steps(
     return summary([start.elapsed_time(end) for start, end in events])
 
 
+def queueing(call: Call, repetitions: int, budget_s: float, warm_up: int = 3) -> Time:
+    """Time what the host takes to queue a call on an idle device, which is not waited for.
+
+    At most ``repetitions``, at least three, about ``budget_s`` in all.
+    """
+    for _ in range(warm_up):
+        call()
+    _, once = first_call(call)
+    count = max(3, min(repetitions, int(budget_s / max(once, 1e-6))))
+    return summary([_queue([call]) * 1e3 for _ in range(count)])
+
+
 def _cycles(queue_s: float) -> int:
     """How long the device sleeps while the host queues what takes it so many seconds: cycles, at no
     more than 2 GHz.

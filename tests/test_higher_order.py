@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
-from iocompiler.plan.data import AtenStep, KernelStep, Region, all_steps, regions
+from iocompiler.plan.contents import all_steps, regions
+from iocompiler.plan.data import AtenStep, KernelStep, Region
 from tests.accuracy import Results, compare
 from tests.compiling import OLD_TORCH
 from tests.runtime.text_engine import TextEngine

@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from iocompiler.codegen.pytext import Names, size_text, tuple_text
-from iocompiler.plan.data import Plan, TensorSpec, references
+from iocompiler.plan.contents import references
+from iocompiler.plan.data import Plan, TensorSpec
 from iocompiler.plan.memory import Uses, rooms
 from iocompiler.plan.place import Place
 

@@ -20,6 +20,7 @@ from iocompiler.codegen.replays import form_of, replayed
 from iocompiler.codegen.signature import parameters
 from iocompiler.codegen.statements import Statements
 from iocompiler.codegen.values import Values
+from iocompiler.plan.contents import made, references, regions
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
@@ -32,9 +33,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
-    regions,
 )
 from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.plan.memory import WITH_OUT, takes_out

@@ -18,8 +18,7 @@ from iocompiler.codegen.row_tile import (
 )
 from iocompiler.tile.online import Online, levels, means, online
 from iocompiler.tile.program import Op
-
-_VECTOR = 16  # elements of one byte in the widest access
+from iocompiler.tile.traffic import VECTOR_BYTES
 
 # --- the whole row in registers
 
@@ -174,7 +173,8 @@ def _write_pieces(writer: KernelWriter, piece: Callable[[bool], None]) -> None:
     moving 16 bytes at once (the mask of an odd length), the last piece stands for itself.
     """
     total, block = writer.points(writer.program.reduced), writer.schedule.r_block
-    odd = isinstance(total, int) and total % _VECTOR != 0 and total > block
+    # elements may be of one byte
+    odd = isinstance(total, int) and total % VECTOR_BYTES != 0 and total > block
     end = expressions.size(total // block * block if odd else total)
     writer.line(f"for start in {writer.steps(f'0, {end}, {block}')}:")
     writer.depth += 1

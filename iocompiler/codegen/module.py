@@ -25,14 +25,8 @@ from iocompiler.codegen.matmul import (
 )
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, size_text, tuple_text
 from iocompiler.codegen.values import symbols
-from iocompiler.plan.data import (
-    BatchStep,
-    KernelStep,
-    MatmulStep,
-    Plan,
-    TensorSpec,
-    all_steps,
-)
+from iocompiler.plan.contents import all_steps
+from iocompiler.plan.data import BatchStep, KernelStep, MatmulStep, Plan, TensorSpec
 from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.tile.index import Size
 

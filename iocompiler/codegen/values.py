@@ -8,6 +8,7 @@ made with `reinterpret`.
 
 from __future__ import annotations
 
+from iocompiler.plan.contents import references
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -18,7 +19,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    references,
 )
 from iocompiler.plan.place import Place
 from iocompiler.plan.sizes import is_multiple

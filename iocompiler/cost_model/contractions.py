@@ -17,10 +17,7 @@ from iocompiler.cost_model.call import Call, Operand
 from iocompiler.cost_model.cost import Contraction, Cost, nbytes
 from iocompiler.plan.data import TensorSpec
 from iocompiler.tile.index import Size, product
-
-VECTOR_BYTES = 16
-"""What the matrix units' loads move at once: a leading stride that is no multiple of it breaks them
-up."""
+from iocompiler.tile.traffic import VECTOR_BYTES
 
 
 def is_aligned(spec: TensorSpec) -> bool:

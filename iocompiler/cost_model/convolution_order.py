@@ -19,8 +19,8 @@ from iocompiler.cost_model.cost import nbytes
 from iocompiler.cost_model.device import Device
 from iocompiler.plan.data import TensorSpec
 from iocompiler.tile.index import Size
+from iocompiler.tile.traffic import VECTOR_BYTES
 
-_VECTOR_BYTES = 16
 # the compute capability whose matrix units took the dtype first; float32 as TF32
 _SINCE = {torch.float16: (7, 0), torch.bfloat16: (8, 0), torch.float32: (8, 0)}
 
@@ -35,7 +35,7 @@ def why_not_last(dtype: torch.dtype, channels: Sequence[Any], groups: Any) -> st
         return f"{dtype} has no matrix units in convolutions"
     if groups != 1:
         return "convolutions in groups have kernels of their own"
-    step = _VECTOR_BYTES // dtype.itemsize
+    step = VECTOR_BYTES // dtype.itemsize
     if any(not isinstance(count, int) or count % step or count <= 0 for count in channels):
         return f"channels are no multiple of {step}"
     return ""

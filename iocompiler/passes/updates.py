@@ -9,23 +9,13 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite, view
 from iocompiler.graph.findings import Miss, Rewrite, record
+from iocompiler.graph.in_part import IN_PART
 from iocompiler.graph.match import graph_pass
 from iocompiler.graph.sizes import same_sizes
 
 aten = torch.ops.aten
 
 _PATTERN = "updates"
-_IN_PLACE = {
-    aten.index_copy.default: aten.index_copy_.default,
-    aten.index_put.default: aten.index_put_.default,
-    aten.index_add.default: aten.index_add_.default,
-    aten.index_fill.int_Scalar: aten.index_fill_.int_Scalar,
-    aten.scatter.src: aten.scatter_.src,
-    aten.scatter.value: aten.scatter_.value,
-    aten.scatter_add.default: aten.scatter_add_.default,
-    aten.scatter_reduce.two: aten.scatter_reduce_.two,
-}
-"""Operators that leave most of their first argument as it is; and those that write into it."""
 
 
 @graph_pass(stage="flat")
@@ -52,13 +42,13 @@ def updates(gm: GraphModule) -> int:
     sites = 0
     for copy in copies:
         cache, new = copy.args[:2]
-        if not isinstance(cache, Node) or not isinstance(new, Node) or new.target not in _IN_PLACE:
+        if not isinstance(cache, Node) or not isinstance(new, Node) or new.target not in IN_PART:
             continue
         reason = _in_the_way(cache, new, copy, order)
         if reason:
             record(gm, Miss(_PATTERN, view.where(new), reason))
             continue
-        rewrite.respell(new, _IN_PLACE[new.target], new.args, dict(new.kwargs))
+        rewrite.respell(new, IN_PART[new.target][0], new.args, dict(new.kwargs))
         gm.graph.erase_node(copy)
         record(gm, Rewrite(_PATTERN, view.where(new), str(new.target).split(".")[1]))
         sites += 1
@@ -74,11 +64,11 @@ def _unwrap(gm: GraphModule, copy: Node) -> None:
         inner = new.args[1]
         if not isinstance(inner, Node) or len(inner.users) > 1 or not _is_alike(new, inner):
             return
-        if inner.target not in (*_IN_PLACE, aten.slice_scatter.default):
+        if inner.target not in (*IN_PART, aten.slice_scatter.default):
             return
         rewrite.bypass(gm, new, inner)
         new = inner
-    if not isinstance(new, Node) or new.target not in _IN_PLACE:
+    if not isinstance(new, Node) or new.target not in IN_PART:
         return
     base: Any = new.args[0]
     while base.target is aten.slice.Tensor and _is_alike(base, base.args[0]):

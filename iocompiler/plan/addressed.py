@@ -18,19 +18,19 @@ import torch
 from iocompiler.ops.addmm_gelu import ADDMM_GELU
 from iocompiler.ops.biased_addmm import BIASED_ADDMM
 from iocompiler.ops.wide_product import WIDE_PRODUCT
-from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.library_product import LibraryProduct, Strides
 from iocompiler.plan.memory import takes_out
 from iocompiler.plan.sizes import equal, is_multiple, nonnegative
 from iocompiler.tile.index import Size
+from iocompiler.tile.traffic import VECTOR_BYTES
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Of whose products no switch of torch's changes what is computed: float32 has TF32."""
 _TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
 ACTIVATED = str(ADDMM_GELU)
-_VECTOR = 8
-"""Elements of two bytes in a vector."""
 BIAS: Strides = (0, 0, 1)
 """Those of what is added to every row."""
 
@@ -82,13 +82,20 @@ def _activated(
     found = library_product(replace(plain, is_tuple=False), specs, device)
     if found is None or name is None or spec != activation[1] or found.added not in (None, BIAS):
         return None
+    if found.added == BIAS and not _is_of_whole_vectors(found):
+        return None  # as nothing else was tried
     return replace(found, sums=found.out)
 
 
 def _biased(
     step: AtenStep, specs: Mapping[str, TensorSpec], device: str
 ) -> LibraryProduct[Size] | None:
-    """Of a product with a matrix and a bias: it has to be one with either."""
+    """Of a product with a matrix and a bias: it has to be one with either.
+
+    Where a line begins amid a vector, the library rounds the product with the matrix, in 16 bits,
+    before it adds the bias (on an H100): an error that is alike for all rows of a column, and that
+    its sum has as often as there are rows. With either alone it rounds once, wherever lines begin.
+    """
     matrix, bias, *operands = step.args
     addmm = replace(step, target="aten.addmm.default")
     either = [
@@ -100,7 +107,8 @@ def _biased(
     ((_, result),) = made(step).items()
     if specs[matrix.name].shape != result.shape:
         return None
-    return _rounded_once(replace(either[0], bias=True))
+    found = replace(either[0], bias=True)
+    return found if _is_of_whole_vectors(found) else None
 
 
 def _wide(
@@ -131,18 +139,14 @@ def _of(factors: Factors) -> LibraryProduct[Size] | None:
     added = _added(factors.added[1], batch, m, n)
     if added is None:
         return None
-    found = LibraryProduct(batch, m, n, k, factors.dtype, a, b, out, added)
-    return _rounded_once(found) if added == BIAS else found
+    return LibraryProduct(batch, m, n, k, factors.dtype, a, b, out, added)
 
 
-def _rounded_once(biased: LibraryProduct[Size]) -> LibraryProduct[Size] | None:
-    """A product with a bias whose lines all begin where a vector does. Of others, where a matrix is
-    added too, the library rounds that sum, in 16 bits, before it adds the bias (on an H100): an
-    error that is alike for all rows of a column, and that its sum has as often as there are rows.
-    """
-    strides = (*biased.a, *biased.b, *biased.out, *(biased.added or ()))
-    whole = all(equal(each, 1) or is_multiple(each, _VECTOR) for each in strides)
-    return biased if whole else None
+def _is_of_whole_vectors(of: LibraryProduct[Size]) -> bool:
+    """Whether all its lines begin where a vector does, if the tensors do."""
+    strides = (*of.a, *of.b, *of.out, *(of.added or ()))
+    vector = VECTOR_BYTES // of.dtype.itemsize
+    return all(equal(each, 1) or is_multiple(each, vector) for each in strides)
 
 
 def _operand(strides: Strides, batch: Size, rows: Size, columns: Size) -> Strides | None:

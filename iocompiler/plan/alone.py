@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from iocompiler.plan.data import AtenStep, MatmulStep, ViewStep, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, MatmulStep, ViewStep
 from iocompiler.plan.factors import Factors, factors_of
 from iocompiler.plan.groups import Member, Side, can_join, groups
 from iocompiler.plan.look import Look

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from iocompiler.plan.contents import made, references
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
@@ -20,8 +21,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
 )
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Site

@@ -9,16 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from iocompiler.plan.data import (
-    Argument,
-    AtenStep,
-    ConstantStep,
-    Step,
-    TensorSpec,
-    ViewStep,
-    made,
-    references,
-)
+from iocompiler.plan.contents import made, references
+from iocompiler.plan.data import Argument, AtenStep, ConstantStep, Step, TensorSpec, ViewStep
 from iocompiler.plan.inplace import FRESH
 from iocompiler.plan.moving import bases_of, names_read, storage, storages, written
 from iocompiler.plan.peak import storage_bytes

@@ -11,13 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from iocompiler.plan.column_sums import Resized, folding
-from iocompiler.plan.data import (
-    AtenStep,
-    Plan,
-    Step,
-    ViewStep,
-    made,
-)
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, Plan, Step, ViewStep
 from iocompiler.plan.dataflow import WHY
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.sites import Site, SiteKey, sites

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from iocompiler.plan.contents import made, references
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
@@ -24,8 +25,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
 )
 from iocompiler.plan.moving import bases_of, names_read, storage
 from iocompiler.plan.ordered import is_collective

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from iocompiler.cost_model.call import call_of_step, resolve
-from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, ViewStep, made, references
+from iocompiler.plan.contents import made, references
+from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec, ViewStep
 from iocompiler.plan.factors import Factors
 from iocompiler.plan.matrix import NoEpilogue
 from iocompiler.plan.moving import bases_of, names_read, storage, storages, written

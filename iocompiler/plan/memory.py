@@ -21,6 +21,7 @@ from itertools import accumulate
 
 import torch
 
+from iocompiler.plan.contents import made, references
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -30,14 +31,13 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
 )
 from iocompiler.plan.moving import bases_of, names_read, storages, written
 from iocompiler.plan.peak import held_bytes, storage_bytes
 from iocompiler.plan.place import Place
 from iocompiler.plan.sizes import equal, is_multiple, normal, value_at
 from iocompiler.tile.index import Size, product
+from iocompiler.tile.traffic import VECTOR_BYTES
 
 WITH_OUT = {
     f"aten.{name}.default": f"torch.{name}"
@@ -48,8 +48,6 @@ that parse arguments faster than the operator, and keep the strides that were pl
 """
 _ALIGNED = 256
 """Bytes that what shares an allocation is apart: as good as one of its own for any access."""
-_VECTOR = 16
-"""Bytes that symbolic offsets are a multiple of: the widest access."""
 _FORGETTING = ("iocompiler.attention", "iocompiler.scored_attention", "iocompiler.linear_",
                "iocompiler.embedding_gradient", "aten._scaled_dot_product_")  # fmt: skip
 """Calls, by how their names begin, that neither keep what they read nor return it."""
@@ -192,7 +190,7 @@ def _padded(elements: Size, itemsize: int) -> Size | None:
     if isinstance(elements, int):
         step = _ALIGNED // itemsize
         return -(-elements // step) * step
-    return elements if is_multiple(elements * itemsize, _VECTOR) else None
+    return elements if is_multiple(elements * itemsize, VECTOR_BYTES) else None
 
 
 @lru_cache(maxsize=4096)

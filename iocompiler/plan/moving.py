@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from iocompiler.cost_model.call import resolve
+from iocompiler.plan.contents import made, references
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -14,8 +15,6 @@ from iocompiler.plan.data import (
     Ref,
     Step,
     ViewStep,
-    made,
-    references,
 )
 from iocompiler.plan.overwriting import COPY, IN_PART
 

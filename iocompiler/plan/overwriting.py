@@ -9,15 +9,13 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from iocompiler.graph import in_part
+
 aten = torch.ops.aten
 
 COPY = aten.copy_.default
-IN_PART = {
-    aten.index_copy_.default: 3, aten.index_put_.default: 2, aten.index_add_.default: 3,
-    aten.scatter_.src: 3, aten.scatter_.value: 3, aten.scatter_add_.default: 3,
-    aten.index_fill_.int_Scalar: 3, aten.scatter_reduce_.two: 3,
-}  # fmt: skip
-"""And which argument they write."""
+IN_PART = dict(in_part.IN_PART.values())
+"""Those that write some places, and which argument they write."""
 
 
 def overwritten(node: Node) -> Node | None:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from iocompiler.cost_model.call import call_of_step
 from iocompiler.graph.view import results
+from iocompiler.plan.contents import made, references, regions
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -26,9 +27,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
-    references,
-    regions,
 )
 from iocompiler.plan.moving import returned
 from iocompiler.plan.sizes import value_at

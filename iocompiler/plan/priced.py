@@ -11,7 +11,8 @@ from iocompiler.cost_model.matmul_price import matmul_seconds
 from iocompiler.cost_model.matmul_tiles import choose
 from iocompiler.cost_model.rules import call_seconds
 from iocompiler.plan.activation import activations
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, KernelStep, Plan
 from iocompiler.plan.fold import folded, with_reasons
 from iocompiler.plan.product import MatmulTile
 from iocompiler.plan.residual import Residual, residuals

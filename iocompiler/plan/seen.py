@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch.utils._pytree import tree_map_only
 
+from iocompiler.plan.contents import references
 from iocompiler.plan.data import (
     Argument,
     AtenStep,
@@ -22,7 +23,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    references,
 )
 from iocompiler.plan.sizes import equal
 from iocompiler.tile.index import product

@@ -14,7 +14,8 @@ from iocompiler.cost_model.matmul import matmul_cost
 from iocompiler.cost_model.matmul_price import matmul_seconds
 from iocompiler.cost_model.roofline import relaid_bytes, time
 from iocompiler.cost_model.rules import price
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, TensorSpec, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, TensorSpec
 from iocompiler.report.crossing import at_extents, crossing
 from iocompiler.report.ledger import Edge, Kernel, Report, Resources, Template
 from iocompiler.report.words import show_schedule, show_spec, show_tile

@@ -9,7 +9,8 @@ import torch
 
 from iocompiler.cost_model.cost import value_of
 from iocompiler.graph.copies import Copy
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, all_steps
+from iocompiler.plan.contents import all_steps
+from iocompiler.plan.data import AtenStep, KernelStep, Plan
 from iocompiler.report.ledger import Copied
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.traffic import traffic

@@ -9,6 +9,7 @@ from iocompiler.cost_model.call import call_of_step
 from iocompiler.cost_model.cost import greatest, least, nbytes, whole
 from iocompiler.cost_model.families import elements_read
 from iocompiler.cost_model.rules import price
+from iocompiler.plan.contents import made
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -18,7 +19,6 @@ from iocompiler.plan.data import (
     Ref,
     Step,
     TensorSpec,
-    made,
 )
 from iocompiler.plan.moving import bases_of, storage
 from iocompiler.tile.flat import LENGTH, PARTS

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from iocompiler.ops import library
-from iocompiler.plan.data import AtenStep, Plan, TensorSpec, ViewStep, made, regions
+from iocompiler.plan.contents import made, regions
+from iocompiler.plan.data import AtenStep, Plan, TensorSpec, ViewStep
 from iocompiler.runtime.template_form import Form
 from iocompiler.runtime.template_images import prepare
 from iocompiler.runtime.template_launch import Launch, watched

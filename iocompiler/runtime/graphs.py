@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.values import Values
+from iocompiler.plan.contents import all_steps, made, references
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -27,9 +28,6 @@ from iocompiler.plan.data import (
     MatmulStep,
     Plan,
     ViewStep,
-    all_steps,
-    made,
-    references,
 )
 from iocompiler.runtime import kept
 from iocompiler.runtime.reference import operator_named
@@ -137,51 +135,79 @@ def record(
     the caller's, who may keep them (`runtime.kept`). The plan must have no `obstacle`.
     """
     from torch._inductor import cudagraph_trees
-    from torch._inductor.cudagraph_utils import PlaceholderInfo
 
     module = getattr(call, "module", None)
     if module is not None:
         module.recorded()
-    names = [PlaceholderInfo(name, None, [], None) for name, _ in plan.inputs]
+    settings = _settings(plan, device_index, is_backward, is_inference)
+    graphed = _graphed(call, tuple(static_inputs), settings)
+    held, little = kept.on_device(device_index), bytes_made(plan) // _COPIED
+    watched: weakref.ref[Any] | None = None  # the first of the parameters
+
+    def begin() -> None:
+        manager = cudagraph_trees.get_manager(device_index, create_if_none_exists=False)
+        if manager is not None and manager.can_start_new_generation():
+            held.move()
+
+    def forward(args: list[Any]) -> list[Any]:
+        nonlocal watched
+        begin()
+        if static_inputs:
+            first = args[static_inputs[0]]
+            if watched is None or watched() is not first:
+                watched = weakref.ref(first)
+                held.watch(args[i] for i in static_inputs)
+        return held.hand_out(graphed(args), returned, little)
+
+    def backward(args: list[Any]) -> list[Any]:
+        begin()
+        outputs = graphed(args)
+        held.gradients(outputs)
+        return outputs
+
+    return _boxed(backward if is_backward else forward)
+
+
+def _settings(
+    plan: Plan, device_index: int, is_backward: bool, is_inference: bool
+) -> dict[str, Any]:
+    """What the trees are told of a graph, as far as this torch's ask for it."""
+    from torch._inductor import cudagraph_trees
+    from torch._inductor.cudagraph_utils import PlaceholderInfo
+
     settings: dict[str, Any] = {
         "device_index": device_index,
         "is_backward": is_backward,
         "is_inference": is_inference,
         "stack_traces": [None] * len(plan.outputs),
         "constants": (),
-        "placeholders": tuple(names),
+        "placeholders": tuple(PlaceholderInfo(name, None, [], None) for name, _ in plan.inputs),
         "mutated_input_idxs": mutated_inputs(plan),
         "compile_id": None,
     }
     known = inspect.signature(cudagraph_trees.cudagraphify).parameters
-    settings = {key: value for key, value in settings.items() if key in known}
-    recorded: list[Call] = []
-    held, little = kept.on_device(device_index), bytes_made(plan) // _COPIED
-    first: weakref.ref[Any] | None = None  # of the parameters that are being watched
+    return {key: value for key, value in settings.items() if key in known}
 
-    def replay(args: list[Any]) -> list[Any]:
-        nonlocal first
-        manager = cudagraph_trees.get_manager(device_index, create_if_none_exists=False)
-        if manager is not None and manager.can_start_new_generation():
-            held.move()
-        if not is_backward and static_inputs:
-            given = args[static_inputs[0]]
-            if first is None or first() is not given:
-                first = weakref.ref(given)
-                held.watch(args[i] for i in static_inputs)
-        if not recorded:
-            graphed = cudagraph_trees.cudagraphify_impl(
-                call, args, tuple(static_inputs), **settings
-            )
-            recorded.append(graphed)
-        outputs = recorded[0](args)
-        if is_backward:
-            held.gradients(outputs)
-            return outputs
-        return held.hand_out(outputs, returned, little)
 
-    replay._boxed_call = True  # type: ignore[attr-defined]
-    return replay
+def _graphed(call: Call, static_inputs: tuple[int, ...], settings: dict[str, Any]) -> Call:
+    """By the trees, from the first call on: they want its arguments."""
+    from torch._inductor import cudagraph_trees
+
+    found: list[Call] = []
+
+    def run(args: list[Any]) -> list[Any]:
+        if not found:
+            graphed = cudagraph_trees.cudagraphify_impl(call, args, static_inputs, **settings)
+            found.append(graphed)
+        return found[0](args)
+
+    return run
+
+
+def _boxed(call: Call) -> Call:
+    """Marked as one that empties the list it is given."""
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
 
 
 def plain_backward(call: Call, device_index: int) -> Call:
@@ -196,5 +222,4 @@ def plain_backward(call: Call, device_index: int) -> Call:
             manager.set_to_running_backward()
         return call(args)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return _boxed(run)

@@ -21,14 +21,12 @@ from iocompiler.ops.wide_product import wide_product
 from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
+from iocompiler.tile.traffic import VECTOR_BYTES
 
 Strides: TypeAlias = tuple[int, int, int]
 
 _ALIGNED = 256
 """Bytes; the library asks for no more."""
-_VECTOR = 16
-"""Bytes: where lines begin amid one, the library rounds a product before it adds a bias, and has no
-activation."""
 _MOST_SIZES = 1024
 """That a product is prepared for at a time: lengths may go on changing for as long as it lives."""
 
@@ -99,9 +97,9 @@ def _takes_sums(of: Problem, sums: Matrix, alignment: int) -> bool:
     """Whether the library stores what an activation reads, as its documentation has it: vectors of
     16 bytes. Of one product, to which no more than a bias is added, as nothing else was tried.
     """
-    vector = _VECTOR // of.dtype.itemsize
+    vector = VECTOR_BYTES // of.dtype.itemsize
     alone = of.batch == 1 and of.matrix is None
-    aligned = alignment % _VECTOR == sums.rows % vector == sums.leading % vector == 0
+    aligned = alignment % VECTOR_BYTES == sums.rows % vector == sums.leading % vector == 0
     return alone and aligned
 
 
@@ -156,7 +154,8 @@ _Run: TypeAlias = Callable[[int, int, int, int, int, int, int], None]
 def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
     """What queues a product: ``run(stream, a, b, out, added, bias, sums)``."""
     on_aten = functools.partial(_by_aten, problem, device)
-    takes = device.type == "cuda" and not (problem.biased and alignment % _VECTOR)
+    # lines that begin amid a vector: a product may be rounded before a bias is added
+    takes = device.type == "cuda" and not (problem.biased and alignment % VECTOR_BYTES)
     described = describe(problem, alignment) if takes else None
     if described is None:
         return on_aten

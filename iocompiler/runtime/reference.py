@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from iocompiler.plan.contents import made
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -25,7 +26,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
 )
 from iocompiler.plan.memory import rooms
 from iocompiler.runtime.values import (

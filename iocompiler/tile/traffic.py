@@ -8,6 +8,9 @@ from iocompiler.tile.index import Size, product
 from iocompiler.tile.ops import MAPS
 from iocompiler.tile.program import Op, TileProgram
 
+VECTOR_BYTES = 16
+"""The widest access of a thread, and of what feeds matrix units: lines that begin at no multiple of
+it are moved in smaller pieces."""
 # Rows of the op table at or above this cost go through the special function unit or a polynomial.
 _TRANSCENDENTAL = 8
 # Philox2x32-7 (a wide multiplication and a three-way xor a round), a quarter of a block an element,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.ops import target
-from iocompiler.plan.data import AtenStep, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep
 from iocompiler.tile.index import product
 from tests.accuracy import compare_with_eager
 

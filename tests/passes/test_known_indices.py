@@ -17,7 +17,8 @@ from iocompiler.graph.capture import capture
 from iocompiler.graph.findings import Miss, Rewrite, findings
 from iocompiler.graph.normalise import normalise
 from iocompiler.passes.known_indices import known_indices
-from iocompiler.plan.data import AtenStep, all_steps
+from iocompiler.plan.contents import all_steps
+from iocompiler.plan.data import AtenStep
 from tests.accuracy import compare_with_eager
 from tests.compiling import compiler
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.cost_model.device import DEVICES
-from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan, ViewStep, made, references
+from iocompiler.plan.contents import made, references
+from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan, ViewStep
 from iocompiler.plan.fold import folded
 from iocompiler.plan.moving import names_read, written
 from iocompiler.plan.peak import scheduled_peak

@@ -15,6 +15,7 @@ from iocompiler.compilation import Compilation
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.plan import folds as plan_folds
 from iocompiler.plan.batch import batch
+from iocompiler.plan.contents import made
 from iocompiler.plan.data import (
     AtenStep,
     BatchStep,
@@ -25,7 +26,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    made,
 )
 from iocompiler.plan.peak import kept, scheduled_peak
 from iocompiler.runtime.reference import run_plan

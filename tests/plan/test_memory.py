@@ -17,7 +17,8 @@ from torch import Tensor
 import iocompiler as ioc
 from iocompiler.codegen.module import emit_module
 from iocompiler.compilation import Compilation
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, KernelStep, Plan, Ref, Step, TensorSpec, ViewStep
 from iocompiler.plan.donated import donated
 from iocompiler.plan.memory import Uses, rooms, shared_memory
 from iocompiler.plan.peak import held_bytes, kept, storage_bytes

@@ -16,7 +16,8 @@ from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.errors import CannotPlan
 from iocompiler.plan.build import build_plan
-from iocompiler.plan.data import AtenStep, KernelStep, Plan, all_steps
+from iocompiler.plan.contents import all_steps
+from iocompiler.plan.data import AtenStep, KernelStep, Plan
 
 aten = torch.ops.aten
 

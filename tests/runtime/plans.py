@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 
+from iocompiler.plan.contents import all_steps
 from iocompiler.plan.data import (
     ConstantStep,
     KernelStep,
@@ -21,7 +22,6 @@ from iocompiler.plan.data import (
     Step,
     TensorSpec,
     ViewStep,
-    all_steps,
 )
 from iocompiler.runtime.kernels import KernelSpec
 from iocompiler.runtime.reference import run_matmul

@@ -25,7 +25,8 @@ from iocompiler.ops import (
 )
 from iocompiler.passes.linear_cross_entropy import rewrite
 from iocompiler.plan.build import size_hints
-from iocompiler.plan.data import AtenStep, Plan, Ref, Step, ViewStep, made
+from iocompiler.plan.contents import made
+from iocompiler.plan.data import AtenStep, Plan, Ref, Step, ViewStep
 from iocompiler.runtime import (
     ahead,
     attention_form,

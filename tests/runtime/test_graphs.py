@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from iocompiler.plan.data import AtenStep, Plan, Ref, TensorSpec, ViewStep
+from iocompiler.runtime import kept
 from iocompiler.runtime.graphs import bytes_made, mutated_inputs, obstacle, record
 from iocompiler.runtime.load import load
 from iocompiler.tile.index import Affine, Axis
@@ -76,6 +77,92 @@ def test_calls_the_host_waits_for(target: str, output: Any) -> None:
     step = AtenStep(target, (Ref("x"),), (), (output,), False)
     graph = plan({"x": TensorSpec((8,), (1,), torch.float32, "cuda")}, [step], (Ref("n"),))
     assert target in obstacle(dataclasses.replace(graph, device="cuda"), ())
+
+
+class Trees:
+    """In place of torch's: what is recorded is called, and a step begins when it is said."""
+
+    def __init__(self) -> None:
+        self.recordings: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+        self.begins = False
+
+    def cudagraphify_impl(
+        self, call: Any, args: list[Any], static_inputs: tuple[int, ...], **settings: Any
+    ) -> Any:
+        self.recordings.append((static_inputs, settings))
+        return call
+
+    def get_manager(self, index: int, create_if_none_exists: bool) -> Trees:
+        assert (index, create_if_none_exists) == (7, False)
+        return self
+
+    def can_start_new_generation(self) -> bool:
+        return self.begins
+
+
+class Handed:
+    """In place of `kept.Kept`: what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def hand_out(self, outputs: list[Any], returned: int, little: int) -> list[Any]:
+        self.told.append(("hand out", returned, little))
+        return [*outputs, "handed"]
+
+    def watch(self, parameters: Any) -> None:
+        self.told.append(("watch", list(parameters)))
+
+    def gradients(self, outputs: list[Any]) -> None:
+        self.told.append(("gradients", outputs))
+
+    def move(self) -> None:
+        self.told.append("move")
+
+
+@pytest.fixture
+def trees(monkeypatch: pytest.MonkeyPatch) -> Trees:
+    from torch._inductor import cudagraph_trees
+
+    found = Trees()
+    for name in ("cudagraphify_impl", "get_manager"):
+        monkeypatch.setattr(cudagraph_trees, name, getattr(found, name))
+    return found
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> Handed:
+    found = Handed()
+    monkeypatch.setattr(kept, "on_device", lambda index: found)
+    return found
+
+
+def test_a_forward_is_recorded_once_and_its_parameters_are_watched(
+    trees: Trees, handed: Handed
+) -> None:
+    run = record(list, in_place(), 7, static_inputs=(1,), returned=1)
+    parameter, other = torch.ones(1), torch.ones(1)
+    assert run(["x", parameter, "z"]) == ["x", parameter, "z", "handed"]
+    assert handed.told == [("watch", [parameter]), ("hand out", 1, 0)]
+    handed.told.clear()
+    trees.begins = True
+    run(["x", parameter, "z"])
+    assert handed.told == ["move", ("hand out", 1, 0)]
+    run(["x", other, "z"])
+    assert ("watch", [other]) in handed.told
+    ((static_inputs, settings),) = trees.recordings
+    assert static_inputs == (1,)
+    assert settings["device_index"] == 7
+    assert settings["mutated_input_idxs"] == (0, 1)
+    assert not settings["is_backward"]
+
+
+def test_a_backward_tells_its_gradients(trees: Trees, handed: Handed) -> None:
+    run = record(list, in_place(), 7, static_inputs=(1,), returned=1, is_backward=True)
+    assert run([1, 2, 3]) == [1, 2, 3]
+    assert handed.told == [("gradients", [1, 2, 3])]
+    assert run._boxed_call  # type: ignore[attr-defined]
+    assert trees.recordings[0][1]["is_backward"]
 
 
 @pytest.mark.gpu

@@ -20,7 +20,8 @@ import torch
 from torch.fx import GraphModule
 
 from iocompiler.codegen.module import emit_module
-from iocompiler.plan.data import BatchStep, Plan, all_steps
+from iocompiler.plan.contents import all_steps
+from iocompiler.plan.data import BatchStep, Plan
 from iocompiler.runtime import load
 from iocompiler.runtime.kernels import KernelSpec, cells
 from iocompiler.runtime.load import imported
