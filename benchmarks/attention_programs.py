@@ -26,7 +26,7 @@ def alibi(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
 
 
 def softcap(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
-    capped = b.map("tanh", b.map("mul", s, b.const(1 / 20.0)))
+    capped = b.map("coarse_tanh", b.map("mul", s, b.const(1 / 20.0)))
     return b.map("mul", capped, b.const(20.0)), _lower(b)
 
 
