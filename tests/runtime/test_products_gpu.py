@@ -265,6 +265,9 @@ def test_a_bias_alone_is_added_before_the_product_is_rounded(of: Problem) -> Non
     place, root mean square, and one before another by up to as many as the product is larger.
     """
     case = Case(of, "cuda")
+    for memory in case.summands:
+        memory.tensor.div_(8)  # smaller than the product, as a bias is
+        memory.before = memory.whole.clone()
     case.launch()
     exact = case.by_torch(torch.float64)
     step = torch.finfo(of.dtype).eps * torch.exp2(exact.abs().log2().floor().clamp_min(-6))
