@@ -82,20 +82,13 @@ def _activated(
     found = library_product(replace(plain, is_tuple=False), specs, device)
     if found is None or name is None or spec != activation[1] or found.added not in (None, BIAS):
         return None
-    if found.added == BIAS and not _is_of_whole_vectors(found):
-        return None  # as nothing else was tried
     return replace(found, sums=found.out)
 
 
 def _biased(
     step: AtenStep, specs: Mapping[str, TensorSpec], device: str
 ) -> LibraryProduct[Size] | None:
-    """Of a product with a matrix and a bias: it has to be one with either.
-
-    Where a line begins amid a vector, the library rounds the product with the matrix, in 16 bits,
-    before it adds the bias (on an H100): an error that is alike for all rows of a column, and that
-    its sum has as often as there are rows. With either alone it rounds once, wherever lines begin.
-    """
+    """Of a product with a matrix and a bias: it has to be one with either."""
     matrix, bias, *operands = step.args
     addmm = replace(step, target="aten.addmm.default")
     either = [
@@ -107,8 +100,7 @@ def _biased(
     ((_, result),) = made(step).items()
     if specs[matrix.name].shape != result.shape:
         return None
-    found = replace(either[0], bias=True)
-    return found if _is_of_whole_vectors(found) else None
+    return _rounded_once(replace(either[0], bias=True))
 
 
 def _wide(
@@ -139,14 +131,19 @@ def _of(factors: Factors) -> LibraryProduct[Size] | None:
     added = _added(factors.added[1], batch, m, n)
     if added is None:
         return None
-    return LibraryProduct(batch, m, n, k, factors.dtype, a, b, out, added)
+    found = LibraryProduct(batch, m, n, k, factors.dtype, a, b, out, added)
+    return _rounded_once(found) if added == BIAS else found
 
 
-def _is_of_whole_vectors(of: LibraryProduct[Size]) -> bool:
-    """Whether all its lines begin where a vector does, if the tensors do."""
-    strides = (*of.a, *of.b, *of.out, *(of.added or ()))
-    vector = VECTOR_BYTES // of.dtype.itemsize
-    return all(equal(each, 1) or is_multiple(each, vector) for each in strides)
+def _rounded_once(biased: LibraryProduct[Size]) -> LibraryProduct[Size] | None:
+    """A product with a bias whose lines all begin where a vector does. Of others, where a matrix is
+    added too, the library rounds that sum, in 16 bits, before it adds the bias (on an H100): an
+    error that is alike for all rows of a column, and that its sum has as often as there are rows.
+    """
+    strides = (*biased.a, *biased.b, *biased.out, *(biased.added or ()))
+    vector = VECTOR_BYTES // biased.dtype.itemsize
+    whole = all(equal(each, 1) or is_multiple(each, vector) for each in strides)
+    return biased if whole else None
 
 
 def _operand(strides: Strides, batch: Size, rows: Size, columns: Size) -> Strides | None:

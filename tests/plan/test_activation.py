@@ -250,7 +250,7 @@ def test_a_width_that_is_not_known_is_declined() -> None:
     torch._dynamo.mark_dynamic(c, 0)
     with torch.no_grad():
         found = planned(f, dynamic=None)(x, w, c)
-    assert planned.calls == ["addmm"]  # lines may begin amid vectors
+    assert not planned.calls  # nor a bias: lines may begin amid vectors
     torch.testing.assert_close(found, f(x, w, c), rtol=2e-2, atol=2e-2)
 
 
