@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from iocompiler.tile.index import Affine, Axis, Size
@@ -12,9 +12,11 @@ from iocompiler.tile.program import Op, TileProgram
 def merge_axes(program: TileProgram) -> TileProgram:
     """The same program over as few axes as its accesses allow.
 
-    Adjacent axes (outer, inner) become one where every index has coefficient(outer) ==
-    coefficient(inner) * size(inner): a point of the pair is then one number. Axes of one point go.
+    Axes of one point go; points are walked in the order in which they lie in memory, where all
+    accesses agree about that. Adjacent axes (outer, inner) become one where every index has
+    coefficient(outer) == coefficient(inner) * size(inner): a point of the pair is then one number.
     """
+    program = _in_memory_order(_without_points(program))
     changed = True
     while changed:
         changed = False
@@ -26,7 +28,36 @@ def merge_axes(program: TileProgram) -> TileProgram:
                     break
             if changed:
                 break
-    return _without_points(program)
+    return program
+
+
+def _in_memory_order(program: TileProgram) -> TileProgram:
+    """A program without reductions, its axes in the order in which everything lies that varies over
+    all of them, the farthest apart first: programs side by side then read side by side.
+    """
+    if program.reduced:
+        return program
+    axes = {axis.name: axis for axis in program.parallel}
+    indices = [op.index for op in program.ops if op.index is not None]
+    orders = {_order(index) for index in indices if axes.keys() == set(_own(index))}
+    order = orders.pop() if len(orders) == 1 else None
+    if order is None:
+        return program
+    return replace(program, parallel=tuple(axes[name] for name in order))
+
+
+def _order(index: Affine) -> tuple[str, ...] | None:
+    """The axes by their strides, the largest first; None where these are not known to differ."""
+    strides = {name: index.coefficient(name) for name in _own(index)}
+    known = {name: size for name, size in strides.items() if isinstance(size, int) and size > 0}
+    if len(set(known.values())) < len(strides):
+        return None
+    return tuple(sorted(known, key=lambda name: -known[name]))
+
+
+def _own(index: Affine) -> tuple[str, ...]:
+    """The axes that it varies over."""
+    return tuple(name for name in index.names if not name.startswith("%"))
 
 
 def _mergeable(program: TileProgram, outer: Axis, inner: Axis) -> bool:
@@ -111,7 +142,7 @@ def _memory(program: TileProgram) -> list[Op]:
 
 
 def _axes_of(op: Op) -> tuple[str, ...]:
-    return tuple(n for n in op.index.names if not n.startswith("%")) if op.index is not None else ()
+    return _own(op.index) if op.index is not None else ()
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ TAKEN: dict[str, tuple[Callable[..., Results], tuple[tuple[int, ...], ...]]] = {
     "a matrix": (lambda x, w, c: (gelu(y := F.linear(x, w, c)), y), ((5, 16), W, C)),
     "without a bias": (lambda x, w: (gelu(y := F.linear(x, w)), y), (X, W)),
     "by a matrix as it lies": (lambda x, w: (gelu(y := x @ w), y), (X, (16, 24))),
+    "turned": (lambda x, w, c: (gelu((y := F.linear(x, w, c)).t()), y), ((24, 16), W, C)),
     "read by a product": (
         lambda x, w, c, v: (gelu(y := F.linear(x, w, c)) @ v, y),
         (X, W, C, (24, 8)),
@@ -119,7 +120,6 @@ DECLINED: dict[str, tuple[Callable[..., Results], tuple[tuple[int, ...], ...]]] 
     "odd sums": (lambda x, w, c: (gelu(y := F.linear(x, w, c)), y), ((5, 12), (24, 12), C)),
     "batches": (lambda x, w: (gelu(y := torch.bmm(x, w)), y), (X, (3, 16, 24))),
     "a part of the product": (lambda x, w, c: (gelu((y := F.linear(x, w, c))[1:]), y), (X, W, C)),
-    "turned": (lambda x, w, c: (gelu((y := F.linear(x, w, c)).t()), y), ((24, 16), W, C)),
     "no product": (lambda x: (gelu(y := x.sin()), y), (X,)),
 }
 

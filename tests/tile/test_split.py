@@ -42,6 +42,53 @@ def test_axes_an_access_tells_apart_stay() -> None:
     assert merge_axes(program).parallel == program.parallel
 
 
+def copied(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> TileProgram:
+    """A load and stores, each with its strides; and a row that is broadcast."""
+    build = Builder()
+    indices = [
+        Affine.build({f"x{place}": stride for place, stride in enumerate(each)}) for each in strides
+    ]
+    row = build.load("row", Affine.of(f"x{len(sizes) - 1}"), F32)
+    value = build.map("add", build.load("a", indices[0], F32), row)
+    for place, index in enumerate(indices[1:]):
+        build.store(f"out{place}", index, value)
+    made = {f"out{place}": (F32, 4096) for place in range(len(strides) - 1)}
+    return build.program(axes(*sizes), (), ins(a=(F32, 4096), row=(F32, sizes[-1])) + outs(**made))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "order"),
+    [
+        (
+            (2, 5, 7, 4),
+            ((140, 4, 20, 1), (140, 4, 20, 1)),
+            "x2 x1 x3",
+        ),  # where the program has x0 x1 x2 x3
+        ((2, 5, 4), ((20, 4, 1), (20, 4, 1)), "x1 x2"),  # in order: the outer two are one
+        ((5, 2, 4), ((4, 20, 1), (4, 20, 1)), "x0 x2"),  # and so are these, turned round
+        ((4, 5, 3), ((1, 4, 20), (1, 4, 20)), "x2 x0"),
+        ((2, 5, 4), ((4, 8, 1), (20, 4, 1)), "x0 x1 x2"),  # read in one, written in another
+        ((2, 5, 4), ((4, 8, 1), (4, 8, 1), (20, 4, 1)), "x0 x1 x2"),
+        ((2, 5, 4), ((8, 8, 1), (8, 8, 1)), "x0 x1 x2"),  # one place for two points
+        ((5, 2, 4), ((-4, 20, 1), (-4, 20, 1)), "x0 x1 x2"),
+    ],
+)
+def test_points_are_walked_as_they_lie(
+    sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...], order: str
+) -> None:
+    merged = merge_axes(copied(sizes, *strides))
+    assert [axis.name for axis in merged.parallel] == order.split()
+
+
+def test_rows_are_in_the_order_of_the_program() -> None:
+    build, at = Builder(), Affine.build({"x0": 4, "x1": 8, "r": 1})
+    build.store(
+        "out", Affine.build({"x0": 1, "x1": 2}), build.reduce("sum", build.load("a", at, F32), F32)
+    )
+    program = build.program(axes(2, 5), (Axis("r", 4),), ins(a=(F32, 40)) + outs(out=(F32, 10)))
+    assert merge_axes(program).parallel == program.parallel
+
+
 def both(case: Case, first: TileProgram, second: TileProgram) -> None:
     """Run the two halves and compare the result with the whole's."""
     buffers = case.buffers()
