@@ -59,11 +59,7 @@ def copied(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> TileProgram:
 @pytest.mark.parametrize(
     ("sizes", "strides", "order"),
     [
-        (
-            (2, 5, 7, 4),
-            ((140, 4, 20, 1), (140, 4, 20, 1)),
-            "x1 x3",
-        ),  # where the program has x0 x1 x2 x3
+        ((2, 5, 7, 4), ((140, 4, 20, 1), (140, 4, 20, 1)), "x1 x3"),
         ((2, 5, 4), ((20, 4, 1), (20, 4, 1)), "x1 x2"),  # in order: the outer two are one
         ((5, 2, 4), ((4, 20, 1), (4, 20, 1)), "x0 x2"),  # and so are these, turned round
         ((4, 5, 3), ((1, 4, 20), (1, 4, 20)), "x2 x0"),
