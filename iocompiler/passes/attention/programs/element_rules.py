@@ -102,25 +102,9 @@ def _comparison(fn: str) -> Rule:
         left, right = (elements.operand(each, at) for each in _arguments(node, 2))
         if elements.build.type(left) == "bool" and elements.build.type(right) == "int":
             left = elements.cast(left, torch.int64)
-        if elements.build.ops[left].fn == "where" and elements.build.literal(right) is not None:
-            return _chosen(elements, fn, left, right)
         return elements.build.map(fn, left, right)
 
     return rule
-
-
-def _chosen(elements: Elements, fn: str, left: int, right: int) -> int:
-    """A comparison of a choice between literals: the condition, its opposite, or the same all
-    over.
-    """
-    build = elements.build
-    condition, *branches = build.ops[left].inputs
-    results = [build.literal(build.map(fn, each, right)) for each in branches]
-    if any(not isinstance(each, bool) for each in results):
-        return build.map(fn, left, right)
-    if results[0] == results[1]:
-        return build.const(bool(results[0]))
-    return condition if results[0] else build.map("logical_not", condition)
 
 
 def _logic(fn: str) -> Rule:

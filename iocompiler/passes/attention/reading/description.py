@@ -43,7 +43,7 @@ class Bias:
 @dataclass(frozen=True)
 class Fill:
     """Where ``condition`` is not ``keep``, the score becomes ``value``; ``dims`` are the
-    condition's.
+    condition's, which is boolean, or with ``keep`` also 1 and 0.
     """
 
     condition: Node
