@@ -165,6 +165,16 @@ class Sum(Declined):
         self.node = node
 
 
+class Apart(Declined):
+    """The softmax is over several axes of the scores that ``node`` computes: they may have been
+    parted for a while (`rejoined.rejoin`).
+    """
+
+    def __init__(self, node: Node) -> None:
+        super().__init__("the softmax is over no single axis of the scores")
+        self.node = node
+
+
 class Mix(Declined):
     """What is contracted with the values is a sum of probabilities: `mixed.part` makes
     attentions of it.
