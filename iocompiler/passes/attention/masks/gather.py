@@ -1,4 +1,6 @@
-"""Elements of what is picked by index, of differences along a dim, of running sums."""
+"""Elements of what is picked by index, of differences along a dim, of running sums, of tensors put
+together.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from iocompiler.passes.attention.dims.axes import expression
 from iocompiler.passes.attention.masks.arithmetic import affine, plain
 from iocompiler.passes.attention.masks.places import At, aligned
 from iocompiler.passes.attention.masks.protocol import Reading
-from iocompiler.passes.attention.masks.values import Index, Value, extremes
+from iocompiler.passes.attention.masks.values import Index, Unknown, Value, extremes, magnitude
 
 
 def picked(reading: Reading, node: Node, at: At) -> Value | None:
@@ -66,3 +68,18 @@ def cumulated(reading: Reading, node: Node, at: At) -> Value | None:
     if value is None or anywhere in value.free_symbols:
         return None
     return Index(sympy.expand(value * (at[dim] + 1)))
+
+
+def joined(reading: Reading, node: Node, at: At) -> Value | None:
+    """How large the elements of tensors are that are put together."""
+    given: Any = (*node.args, node.kwargs.get("dim", 0))
+    dim = int(given[1]) % len(at)
+    bound = 0.0
+    for each in given[0]:
+        if len(views.shape(each)) != len(at):
+            return None  # nothing may be joined to tensors of any rank
+        anywhere = sympy.Dummy("k", integer=True, nonnegative=True)
+        reading.bounds[anywhere] = expression(views.shape(each)[dim])
+        found = reading.value(each, (*at[:dim], anywhere, *at[dim + 1 :]))
+        bound = max(bound, magnitude(found, reading.bounds))
+    return Unknown(bound)

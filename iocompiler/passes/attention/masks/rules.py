@@ -76,7 +76,7 @@ def _arithmetic(name: str) -> Rule:
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
         if not isinstance(alpha, (int, float)):
             return None
-        return combine(name, plain(left), plain(right), float(alpha))
+        return combine(name, plain(left), plain(right), float(alpha), reading.bounds)
 
     return rule
 
@@ -103,6 +103,10 @@ def _no_larger(reading: Reading, node: Node, at: At) -> Value:
 
 def _negated(reading: Reading, node: Node, at: At) -> Value:
     return combine("mul", reading.operand(node.args[0], at), Number(-1.0), 1.0)
+
+
+def _inverse(reading: Reading, node: Node, at: At) -> Value:
+    return combine("div", Number(1.0), plain(reading.operand(node.args[0], at)), 1.0)
 
 
 def _clamp(reading: Reading, node: Node, at: At) -> Value:
@@ -177,6 +181,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_NO_LARGER, _no_larger),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
     "neg": _negated,
+    "reciprocal": _inverse,
     "pow": _power,
     "log": _log,
     "tanh": _bounded(1.0),
@@ -189,5 +194,6 @@ RULES: dict[str, Rule] = {
     "index": gather.picked,
     "diff": gather.differences,
     "cumsum": gather.cumulated,
+    "cat": gather.joined,
 }
 """Operators by name."""

@@ -84,6 +84,9 @@ class Elements:
         )
         if found is None or (read_more and not self._is_tile(at)):
             del self.loads.sources[marks[0] :]
+            known = self.decided(node, at) if views.dtype(node) == torch.bool else None
+            if known is not None:
+                return self.build.const(known)
             return self.loads.finite(node, at)  # a row or a column is cheaper made outside
         return found
 
@@ -156,6 +159,13 @@ class Elements:
     def operand(self, node: Any, at: At) -> int:
         """The element of a broadcast operand."""
         return self.value(node, of_operand(node, at))
+
+    def decided(self, node: Node, at: At) -> bool | None:
+        """What a condition is at every score, where that is proved: of positions of one document,
+        say, whose numbers a program would have to load.
+        """
+        found = self.evaluator.element(node, at, self.bounds)
+        return found if isinstance(found, bool) else None
 
     def cast(self, value: int, dtype: torch.dtype) -> int:
         """Converted; between floats nothing is rounded."""

@@ -28,6 +28,8 @@ class Elements(Protocol):
 
     def cast(self, value: int, dtype: torch.dtype) -> int: ...
 
+    def decided(self, node: Node, at: At) -> bool | None: ...
+
 
 Rule: TypeAlias = Callable[[Elements, Node, At], int]
 
@@ -99,6 +101,9 @@ def _reversed(elements: Elements, node: Node, at: At) -> int:
 
 def _comparison(fn: str) -> Rule:
     def rule(elements: Elements, node: Node, at: At) -> int:
+        known = elements.decided(node, at)
+        if known is not None:
+            return elements.build.const(known)
         left, right = (elements.operand(each, at) for each in _arguments(node, 2))
         if elements.build.type(left) == "bool" and elements.build.type(right) == "int":
             left = elements.cast(left, torch.int64)
