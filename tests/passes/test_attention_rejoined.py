@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from iocompiler.ops.scored_attention import FORWARD
 from iocompiler.passes.attention.running import choice
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling
+from tests.passes.test_attention_programs import programs
 
 BATCH, HEIGHT, WIDTH, SIZE = 3, 4, 5, 8
 LENGTH = HEIGHT * WIDTH
@@ -76,6 +78,15 @@ def test_taken(
 
     assert_as_accurate_as_eager(lambda: Spelling(function), inputs(), compile_, dtype=dtype)
     assert made[0].variants == ["program+score" if told else "bias"], made[0].misses
+    if told:
+        (program,) = programs(made[0])
+        loaded = [x for n in _calls(made[0]) for x in n.args[3]]  # type: ignore[union-attr]
+        assert len(program.loads(program.score)) == len(loaded)
+        assert all(each.meta["val"].shape[3] in (HEIGHT, WIDTH) for each in loaded)
+
+
+def _calls(compiled: Compiled) -> list[torch.fx.Node]:
+    return [n for graph in compiled.graphs for n in graph.graph.nodes if n.target is FORWARD]
 
 
 def test_batches_change_without_recompiling() -> None:

@@ -143,6 +143,10 @@ def _bound(fn: str) -> Rule:
     return rule
 
 
+def _same(elements: Elements, node: Node, at: At) -> int:
+    return elements.operand(node.args[0], at)
+
+
 def _relu(elements: Elements, node: Node, at: At) -> int:
     value = elements.operand(node.args[0], at)
     return elements.build.map("maximum", value, elements.build.const(0.0))
@@ -196,6 +200,7 @@ RULES: dict[str, Rule] = {
     **{name: _logic("and") for name in ("logical_and", "bitwise_and", "__and__")},
     **{name: _logic("or") for name in ("logical_or", "bitwise_or", "__or__")},
     **{name: _logic("logical_not") for name in ("logical_not", "bitwise_not")},
+    "positive": _same,
     "rsub": _reversed,
     "clamp": _clamp,
     "clamp_min": _bound("maximum"),
