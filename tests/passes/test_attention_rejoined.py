@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iocompiler.ops.scored_attention import FORWARD
+from iocompiler.passes.attention.programs import loads
 from iocompiler.passes.attention.running import choice
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling
@@ -87,6 +88,59 @@ def test_taken(
 
 def _calls(compiled: Compiled) -> list[torch.fx.Node]:
     return [n for graph in compiled.graphs for n in graph.graph.nodes if n.target is FORWARD]
+
+
+def of_keys(q, k, v, table):
+    s = parted(q, k) + table[:, 0, 0, :1]
+    return s.view(-1, LENGTH, LENGTH).softmax(-1) @ v
+
+
+def of_rows_and_keys(q, k, v, table):
+    s = parted(q, k) + table[:, :, :1]
+    return s.view(-1, LENGTH, LENGTH).softmax(-1) @ v
+
+
+def of_rows_and_columns(q, k, v, table):
+    s = parted(q, k) + table[:, :, :1, :, :1]
+    return s.view(-1, LENGTH, LENGTH).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "loaded"),
+    [
+        (of_keys, (1, 1, LENGTH, LENGTH)),
+        (of_rows_and_keys, (1, 1, LENGTH, LENGTH)),
+        (of_rows_and_columns, (1, 1, LENGTH, HEIGHT)),
+    ],
+)
+def test_tables_that_images_share_are_not_repeated(
+    function: Callable[..., Any], loaded: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the parts of a column, only one that rows have too is loaded as it is."""
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
+    made: list[Compiled] = []
+
+    def compile_(module: nn.Module) -> Compiled:
+        made.append(Compiled(module))
+        return made[0]
+
+    given = {name: draw(BATCH, LENGTH, SIZE) for name in "qkv"}
+    given["table"] = draw(1, HEIGHT, WIDTH, HEIGHT, WIDTH)
+    assert_as_accurate_as_eager(lambda: Spelling(function), given, compile_, dtype=torch.float32)
+    (call,) = _calls(made[0])
+    assert [tuple(x.meta["val"].shape) for x in call.args[3]] == [loaded]  # type: ignore[union-attr]
+
+
+def test_more_parts_than_a_tile_of_sums_holds_are_put_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
+    monkeypatch.setattr(loads, "_MOST_PARTS", WIDTH - 1)
+    compiled, given = Compiled(vitdet), inputs()
+    torch.testing.assert_close(compiled(**given), vitdet(**given))
+    (call,) = _calls(compiled)
+    shapes = [tuple(x.meta["val"].shape) for x in call.args[3]]  # type: ignore[union-attr]
+    assert shapes == [(BATCH, 1, LENGTH, LENGTH)]
 
 
 def test_batches_change_without_recompiling() -> None:

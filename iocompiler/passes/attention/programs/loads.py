@@ -104,8 +104,8 @@ class Loads:
         if of_column[0].size > _MOST_PARTS:
             raise NotExpressed
         of_row = partings.group(row, present)
-        if row in present and of_row != (row,):
-            raise NotExpressed
+        if (row in present) == (of_row != (row,)):
+            raise NotExpressed  # of no rows, its gradient has no kernel
         return of_row, (of_column[0],)
 
     def _is_head(self, at: At, dim: int | None) -> bool:
