@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import Node
 
 from iocompiler.graph.sizes import known
@@ -16,10 +17,27 @@ from iocompiler.passes.attention.masks.arithmetic import affine, plain
 from iocompiler.passes.attention.masks.places import At, aligned
 from iocompiler.passes.attention.masks.protocol import Reading
 from iocompiler.passes.attention.masks.values import Index, Unknown, Value, extremes, magnitude
+from iocompiler.passes.attention.reading.contraction import is_learned
+
+LEARNED = 1e3  # what no entry of a learned table of biases exceeds
+
+
+def anywhere(reading: Reading, node: Node, at: At) -> Value:
+    """What is no larger than the elements of the tensor that it is taken of, wherever."""
+    source: Any = node.args[0]
+    if is_learned(source):
+        return Unknown(LEARNED)
+    while source.op == "call_function" and source.target in views.VIEWS:
+        source = source.args[0]
+    names = [sympy.Dummy("k", integer=True, nonnegative=True) for _ in views.shape(source)]
+    for name, extent in zip(names, views.shape(source), strict=True):
+        reading.bounds[name] = expression(extent)
+    return Unknown(magnitude(reading.value(source, tuple(names)), reading.bounds))
 
 
 def picked(reading: Reading, node: Node, at: At) -> Value | None:
     source, picks = node.args[0], node.args[1]
+    is_bool = views.dtype(node) == torch.bool
     if not isinstance(picks, (list, tuple)) or any(each is None for each in picks):
         return None
     rest = len(views.shape(source)) - len(picks)
@@ -29,7 +47,7 @@ def picked(reading: Reading, node: Node, at: At) -> Value | None:
         place = affine(reading.value(each, aligned(views.shape(each), broadcast)))
         low = None if place is None else extremes(place, reading.bounds)[0]
         if place is None or low is None or not low.is_nonnegative:
-            return reading.opaque(node, at)
+            return reading.opaque(node, at) if is_bool else anywhere(reading, node, at)
         taken.append(place)
     return reading.value(source, (*taken, *at[len(at) - rest :]))
 

@@ -40,7 +40,7 @@ from iocompiler.passes.attention.masks.values import (
     select,
 )
 
-LEARNED = 1e3  # what no entry of a learned table of biases exceeds
+PRODUCT = 1e4  # nor a product with positions, or the scores that it is added to would too
 
 
 def _pair(reading: Reading, node: Node, at: At) -> tuple[Value, Value]:
@@ -95,6 +95,10 @@ def _power(reading: Reading, node: Node, at: At) -> Value:
 
 def _bounded(bound: float) -> Rule:
     return lambda reading, node, at: Unknown(bound)
+
+
+def _same(reading: Reading, node: Node, at: At) -> Value:
+    return reading.operand(node.args[0], at)
 
 
 def _no_larger(reading: Reading, node: Node, at: At) -> Value:
@@ -186,7 +190,10 @@ RULES: dict[str, Rule] = {
     "log": _log,
     "tanh": _bounded(1.0),
     "sigmoid": _bounded(1.0),
-    "embedding": _bounded(LEARNED),
+    "embedding": _bounded(gather.LEARNED),
+    **dict.fromkeys(("einsum", "matmul", "bmm", "mm", "linear"), _bounded(PRODUCT)),
+    **dict.fromkeys(("gather", "index_select"), gather.anywhere),
+    "positive": _same,
     "where": _where,
     "masked_fill": _masked_fill,
     "tril": _tril,
