@@ -132,7 +132,7 @@ def _loads(program: ScoreProgram) -> str:
     where none is.
     """
     ways = [use(program, load) for load in program.loads(program.score)]
-    if any(way is None or way.way == "diagonal" for way in ways):
+    if any(way is None or way.way in ("diagonal", "part") for way in ways):
         return "diagonal"
     return "tile" if any(way is not None and way.way == "tile" for way in ways) else ""
 

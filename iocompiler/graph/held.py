@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from iocompiler.graph.patterns import Pattern, pattern
 
 _KEY = "pattern"
+_REAL = "_iocompiler_stands_for"
 _OFTEN = 3
 """A function compiled again so often has values that change: it is not compiled for them."""
 
@@ -31,10 +32,7 @@ def look(gm: GraphModule, inputs: Sequence[Any]) -> None:
         return
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
         source = _module_source(node)
-        if source is None or not _may_be_mask(value):
-            continue
-        with unset_fake_temporarily():
-            found = pattern(value)
+        found = None if source is None else _pattern(value)
         if found is not None:
             node.meta[_KEY] = found
             context.guards_context.dynamo_guards.add(source.make_guard(_guard(value, found)))
@@ -48,10 +46,27 @@ def held(node: Node) -> Pattern | None:
     if node.op != "get_attr":
         return None
     if _KEY not in node.meta:
-        value = getattr(node.graph.owning_module, str(node.target), None)
-        with unset_fake_temporarily():
-            node.meta[_KEY] = pattern(value) if _may_be_mask(value) else None
+        node.meta[_KEY] = _pattern(getattr(node.graph.owning_module, str(node.target), None))
     return node.meta[_KEY]  # type: ignore[no-any-return]
+
+
+def stand_for(fake: Tensor, real: Tensor) -> None:
+    """Let a tensor without data hold what another does, until it is written."""
+    setattr(fake, _REAL, (real, fake._version))
+
+
+def _with_data(value: Any) -> Any:
+    """The tensor that another stands for, or it itself."""
+    real, version = getattr(value, _REAL, (value, None))
+    return real if version is None or version == value._version else value
+
+
+def _pattern(value: Any) -> Pattern | None:
+    value = _with_data(value)
+    if not _may_be_mask(value):
+        return None
+    with unset_fake_temporarily():
+        return pattern(value)
 
 
 def _is_compiled_often() -> bool:
@@ -78,14 +93,14 @@ def _may_be_mask(value: Any) -> TypeGuard[Tensor]:
 
 def _guard(value: Tensor, expected: Pattern) -> Callable[[Any, Any], None]:
     """Makes Dynamo check that the tensor is the one it was, unwritten, or one with its pattern."""
-    seen = (weakref.ref(value), value._version)
+    seen: tuple[Callable[[], Any], int] = (weakref.ref(value), value._version)
 
     def unchanged(now: Any) -> bool:
         nonlocal seen
-        if not _may_be_mask(now):
+        if not _may_be_mask(_with_data(now)):
             return False
         if seen[0]() is not now or seen[1] != now._version:
-            if pattern(now) != expected:
+            if _pattern(now) != expected:
                 return False
             seen = (weakref.ref(now), now._version)
         return True

@@ -55,7 +55,8 @@ def explain(
 ) -> Report:
     """Plan, emit and compile a program for a device, which need not be present; nothing is run.
 
-    The model and its inputs are doubled by fake tensors: neither is changed, moved or read.
+    The model and its inputs are doubled by fake tensors: neither is changed or moved, and nothing
+    is read but the masks that modules hold, whose values are looked at as when they are compiled.
 
     Args:
         model: a module or function on tensors; its own mode (train or eval) is kept.

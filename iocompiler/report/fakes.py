@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
+from iocompiler.graph.held import stand_for
 from iocompiler.graph.match import Stage
 
 Memo = dict[int, Any]
@@ -26,7 +27,7 @@ Memo = dict[int, Any]
 
 def double(model: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any]:
     """A copy of a module, bound method or function whose tensors are fake; the original is not
-    changed.
+    changed. They hold what it does, to who asks for it (`graph/held.py`).
 
     Of a function, what it closes over, its defaults and the modules and tensors among its globals
     are doubled.
@@ -34,11 +35,15 @@ def double(model: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any
     memo: Memo = {}
     original = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     with FakeCopyMode(mode):
-        return (
+        made = (
             _doubled_function(original, memo)
             if _is_function(original)
             else _doubled(original, memo)
         )
+    for each in memo.get(id(memo), ()):  # what `copy` keeps alive: all that was copied
+        if isinstance(each, torch.Tensor) and not isinstance(each, FakeTensor):
+            stand_for(memo[id(each)], each)
+    return made
 
 
 def _is_function(value: Any) -> TypeGuard[types.FunctionType]:

@@ -65,6 +65,12 @@ def _of_one_load(
         result = made((batch, heads, 2, down + across - 1, tile.n), dtype=torch.float32)
         run(_kernels().operand_diagonals, batch * heads * (down + across - 1), result)
         result = _distances(result)[:, :, (down * tile.m - rows) :]
+    elif found.way == "part":
+        parts = operand.shape[found.dims.index("p")]
+        result = made((batch, heads, rows, parts), dtype=torch.float32)
+        span = found.span(problem.program, problem.numbers)
+        fixed = {"SPAN": span, "REST": found.is_rest, "PARTS": parts, "BLOCK_P": _padded(parts)}
+        run(_kernels().operand_parts, batch * heads * down, result, **fixed)
     else:
         along = found.way == "row"
         result = made((batch, heads, rows if along else columns), dtype=torch.float32)
@@ -94,6 +100,11 @@ def _distances(result: Tensor) -> Tensor:
     n = result.shape[4]
     above, below = result.flatten(3).unbind(2)
     return torch.nn.functional.pad(above, (n, 0)) + torch.nn.functional.pad(below, (0, n))
+
+
+def _padded(parts: int) -> int:
+    """The columns of a product's tile that holds so many."""
+    return max(16, 1 << (parts - 1).bit_length())
 
 
 def _kernels() -> Any:

@@ -129,6 +129,8 @@ class ScoreBuilder:
         literals = [self.literal(value) for value in inputs]
         if all(literal is not None for literal in literals) and fn in _FOLDS:
             return self.const(_FOLDS[fn](*literals))
+        if fn in _COMPARISONS and literals[1] is not None:
+            return self._compared(fn, *inputs)
         if fn in ("mul", "add") and literals[0] is not None and literals[1] is None:
             return self.map(fn, inputs[1], inputs[0])
         if len(literals) == 2 and literals[1] is not None and _is_neutral(fn, literals[1]):
@@ -144,6 +146,20 @@ class ScoreBuilder:
             if factor is not None and inner.type == "float":
                 return self.map("mul", inner.inputs[0], self.const(factor * literals[1]))
         return None
+
+    def _compared(self, fn: str, chosen: int, literal: int) -> int | None:
+        """A comparison of a choice between literals: the condition, its opposite, or the same all
+        over.
+        """
+        if self.ops[chosen].fn != "where":
+            return None
+        condition, *branches = self.ops[chosen].inputs
+        if any(self.literal(each) is None for each in branches):
+            return None
+        then, other = (self.literal(self.map(fn, each, literal)) for each in branches)
+        if then == other:
+            return self.const(bool(then))
+        return condition if then else self._negated(condition)
 
     def program(self, score: int, keep: int | None = None, empty: Empty = "nan") -> ScoreProgram:
         """The finished program, operations nothing needs left out."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from iocompiler.tile.score import ScoreProgram
 
-Way: TypeAlias = Literal["tile", "row", "column", "diagonal"]
+Way: TypeAlias = Literal["tile", "row", "column", "diagonal", "part"]
+_PARTS = ("int_trunc_div", "int_trunc_mod")
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,19 @@ class Use:
     Attributes:
         load: its place in the program.
         way: one element for each (i, j) is a "tile"; for each i (or none at all) a "row"; for each
-            j a "column"; for each j - i a "diagonal".
+            j a "column"; for each j - i a "diagonal"; for each i and either j // n or j % n a
+            "part".
         dims: for each dim of the operand the index that is its subscript, "d" for j - i plus the
-            values ``shifts``, or the literal it is.
+            values ``shifts``, "p" for the part of j, or the literal it is.
         shifts: values of the program.
+        part: what makes the part of j, and the value of the program that is n.
     """
 
     load: int
     way: Way
     dims: tuple[str | int, ...]
     shifts: tuple[tuple[int, int], ...] = ()
+    part: tuple[str, int] | None = None
 
     def gathered(
         self,
@@ -40,10 +44,11 @@ class Use:
         numbers: Sequence[int],
         rows: int,
     ) -> Tensor:
-        """The operand's gradient, from the sums [B, H, S, K], [B, H, S], [B, H, K] or, of distances
-        from -rows on, [B, H, ...]; axes already summed have size 1.
+        """The operand's gradient, from the sums [B, H, S, K], [B, H, S], [B, H, K], of parts
+        [B, H, S, parts] or, of distances from -rows on, [B, H, ...]; axes already summed have
+        size 1.
         """
-        last = {"tile": "ij", "row": "i", "column": "j", "diagonal": "d"}[self.way]
+        last = {"tile": "ij", "row": "i", "column": "j", "diagonal": "d", "part": "ip"}[self.way]
         names = "bh" + last
         summed = [d for d, name in enumerate(names) if name not in self.dims]
         if summed:
@@ -67,6 +72,17 @@ class Use:
         target.narrow(place, low, high - low).copy_(part)
         return gradient.to(operand.dtype)
 
+    @property
+    def is_rest(self) -> bool:
+        """Whether the part of j is j % n, not j // n."""
+        return self.part is not None and self.part[0] == _PARTS[1]
+
+    def span(self, program: ScoreProgram, numbers: Sequence[int]) -> int:
+        """The n that j is divided by for its part."""
+        assert self.part is not None
+        op = program.ops[self.part[1]]
+        return int(op.value if op.kind == "const" else numbers[int(op.value)])
+
     def _shift(self, program: ScoreProgram, numbers: Sequence[int]) -> int:
         total = 0
         for value, sign in self.shifts:
@@ -79,12 +95,16 @@ def use(program: ScoreProgram, load: int) -> Use | None:
     """How a load reads its operand; None where no kernel sums its gradient."""
     dims: list[str | int] = []
     shifts: tuple[tuple[int, int], ...] = ()
+    part: tuple[str, int] | None = None
     for value in program.ops[load].inputs:
         op = program.ops[value]
         if op.kind == "index":
             dims.append(op.fn)
         elif op.kind == "const":
             dims.append(int(op.value))
+        elif op.fn in _PARTS and _is_part(program, op.inputs):
+            part = (op.fn, op.inputs[1])
+            dims.append("p")
         else:
             terms = _terms(program, value, 1)
             if terms is None:
@@ -97,13 +117,23 @@ def use(program: ScoreProgram, load: int) -> Use | None:
     named = [each for each in dims if isinstance(each, str)]
     if len(set(named)) < len(named) or ("d" in named and {"i", "j"} & set(named)):
         return None
-    if "d" in named:
-        way: Way = "diagonal"
+    if "p" in named and ({"j", "d"} & set(named) or "i" not in named):
+        return None
+    if "p" in named:
+        way: Way = "part"
+    elif "d" in named:
+        way = "diagonal"
     elif {"i", "j"} <= set(named):
         way = "tile"
     else:
         way = "column" if "j" in named else "row"
-    return Use(load, way, tuple(dims), shifts)
+    return Use(load, way, tuple(dims), shifts, part)
+
+
+def _is_part(program: ScoreProgram, inputs: tuple[int, ...]) -> bool:
+    """Whether it is the column that is divided, and by a number."""
+    whole, span = (program.ops[value] for value in inputs)
+    return (whole.kind, whole.fn) == ("index", "j") and span.kind in ("const", "number")
 
 
 def _terms(program: ScoreProgram, value: int, sign: int) -> list[tuple[int, int]] | None:

@@ -43,6 +43,13 @@ def test_the_usual_tiles_spill_nothing(name: str, monkeypatch: pytest.MonkeyPatc
     assert all(each["shared"] <= SHARED[90] for each in found.values()), found
 
 
+def test_biases_by_the_row_and_the_column_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = resources(problem("image", 64, torch.bfloat16), 90, monkeypatch)
+    assert "operand_parts" in found
+    assert all(each["shared"] <= SHARED[90] for each in found.values()), found
+    assert all(each["spills"] <= SPILLS for each in found.values()), found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -61,6 +61,19 @@ def relative(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     return b.map("add", s, b.load(0, (b.index("h"), place), "float")), lower(b)
 
 
+def image(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
+    """Biases by the row and by the column of an image, 7 wide, that a key lies in."""
+    span, (x, h, i, j) = b.const(7), (b.index(name) for name in "bhij")
+    of_rows = b.load(0, (x, h, i, b.map("int_trunc_div", j, span)), "float")
+    of_columns = b.load(1, (h, i, b.map("int_trunc_mod", j, span)), "float")
+    return b.map("add", b.map("add", s, of_rows), of_columns), lower(b)
+
+
+def _image(b: int, h: int, s: int, k: int) -> list[Tensor]:
+    shapes = (b, h, s, -(-k // 7)), (h, s, 7)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
 def document(b: ScoreBuilder, s: int) -> tuple[int, int | None]:
     i, j = (b.load(0, (b.index("b"), b.index(x)), "int") for x in "ij")
     return s, b.map("and", b.map("eq", i, j), lower(b))
@@ -128,6 +141,7 @@ CASES = {
     "alibi": Case(alibi, lambda b, h, s, k: [torch.rand(h, dtype=torch.float64)]),
     "bias": Case(bias, lambda b, h, s, k: [torch.randn(h, s, k, dtype=torch.float64)]),
     "relative": Case(relative, lambda b, h, s, k: [torch.randn(h, 400, dtype=torch.float64)]),
+    "image": Case(image, _image),
     "document": Case(document, _documents, "zero"),
     "padding": Case(padding, _padding),
     "padding, zero": Case(padding, _padding, "zero"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from iocompiler.passes.attention.running import choice
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.passes.attention_cases import Compiled, Spelling
+from tests.passes.test_attention_programs import programs
 
 BATCH, HEADS, LENGTH, WIDTH, TURNED = 2, 4, 19, 8, 4
 
@@ -252,3 +253,56 @@ def test_products_smaller_than_the_scores_are_biases(
     inputs |= {"rows": draw(4, 4, WIDTH), "columns": draw(4, 4, WIDTH)}
     compiled = check(decomposed, inputs, torch.float32)
     assert compiled.variants == ["program+score" if as_program else "bias"], compiled.misses
+
+
+def gathered(q, k, v, table, places):
+    """DeBERTa's: of a product with each distance there is, that of the key's."""
+    of_each = torch.einsum("bhid,td->bhit", q, table[0])
+    picked = of_each.gather(-1, places.expand(*q.shape[:2], -1, -1))
+    return (q @ k.mT * 0.3 + picked).softmax(-1) @ v
+
+
+def indexed(q, k, v, table, places):
+    """Swin's."""
+    return (q @ k.mT * 0.3 + table.sum(-1)[0][places]).softmax(-1) @ v
+
+
+def argument(q, k, v, table, places):
+    return (q @ k.mT * 0.3 + table[..., 0].gather(0, places)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "is_deep"), [(gathered, False), (indexed, True), (argument, True)]
+)
+def test_products_are_as_small_as_scores(
+    function: Callable[..., Any], is_deep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may hold a mask's numbers is kept from overflowing, at the price of a second plane."""
+    monkeypatch.setattr(choice, "wanted", lambda call, found: True)
+    inputs = {name: draw(BATCH, HEADS, LENGTH, WIDTH) for name in "qkv"}
+    inputs["table"] = draw(LENGTH, LENGTH, WIDTH)
+    distance = torch.arange(LENGTH) - torch.arange(LENGTH)[:, None]
+    inputs["places"] = distance.abs().clamp_max(LENGTH - 1)
+    compiled = check(function, inputs, torch.float32)
+    (program,) = programs(compiled)
+    assert program.deep == is_deep
+
+
+def test_a_learned_table_is_small() -> None:
+    class Learning(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(2 * LENGTH))
+
+        def forward(self, q, k, v, places):
+            return (q @ k.mT * 0.3 + self.table[places]).softmax(-1) @ v
+
+    inputs = {name: draw(BATCH, HEADS, LENGTH, WIDTH) for name in "qkv"}
+    inputs["places"] = torch.randint(0, 2 * LENGTH, (LENGTH, LENGTH))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "wanted", lambda call, found: True)
+        module = Learning()
+        compiled = Compiled(module)
+        torch.testing.assert_close(compiled(**inputs), module(**inputs))
+    (program,) = programs(compiled)
+    assert not program.deep

@@ -300,3 +300,61 @@ def test_a_library_call_gives_zeros_for_rows_without_keys() -> None:
     inputs = {**{n: x.detach() for n, x in heads().items()}, "keep": keep}
     out = Compiled(library_block_mask)(**inputs)
     assert torch.equal(out[:, :, 3], torch.zeros_like(out[:, :, 3]))
+
+
+def of_documents(positions: Tensor, q, k, v):
+    """Hugging Face's mask of packed documents: a document begins where positions do not go on."""
+    begins = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
+    ids = begins.cumsum(-1)
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+    keep = (j >= 0) & (j <= i) & (j > i - 3) & (ids[:, :, None] == ids[:, None, :])[:, None]
+    return (q @ k.mT * 0.3 + torch.where(keep, 0.0, -1e30).to(q.dtype)).softmax(-1) @ v
+
+
+def one_document(q, k, v):
+    return of_documents(torch.arange(q.shape[-2])[None], q, k, v)
+
+
+def given_documents(q, k, v, positions):
+    return of_documents(positions, q, k, v)
+
+
+@pytest.mark.usefixtures("told")
+def test_what_is_proved_of_a_mask_is_not_loaded() -> None:
+    (program,) = programs(check(one_document, heads(), torch.float32))
+    assert program.loads(program.keep) == ()
+    assert program.empty == "nan"  # each row keeps a key: none is a mean of the values
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]])
+    inputs = {**heads(), "positions": positions}
+    (program,) = programs(check(given_documents, inputs, torch.float32))
+    assert len(program.loads(program.keep)) == 2
+
+
+def sloped(slopes: Tensor, q, k, v):
+    s = q @ k.mT * 0.3 + slopes[:, None, None] * torch.arange(1 - k.shape[-2], 1)
+    return s.to(q.dtype).masked_fill(above(s), torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def powers_of_two(q, k, v):
+    return sloped(1.0 / torch.pow(2, torch.arange(1, 5).float() * 2.0), q, k, v)
+
+
+def powers_put_together(q, k, v):
+    """MPT's, for a number of heads that is no power of two."""
+    slopes = 1.0 / torch.pow(2, torch.arange(1, 9).float() * 0.5)
+    return sloped(torch.cat([slopes[1::2], slopes[::2]])[:4], q, k, v)
+
+
+def any_slopes(q, k, v, slopes):
+    return sloped(slopes, q, k, v)
+
+
+@pytest.mark.usefixtures("told")
+def test_a_finite_mask_is_structure_beside_slopes_known_to_be_small() -> None:
+    for function in (powers_of_two, powers_put_together):
+        (program,) = programs(check(function, heads(), torch.float32))
+        assert program.keep is not None
+    inputs = {**heads(), "slopes": torch.rand(4) * 10}
+    compiled = Compiled(any_slopes)
+    torch.testing.assert_close(compiled(**inputs), any_slopes(**inputs))
+    assert [program.keep for program in programs(compiled)] == [None]

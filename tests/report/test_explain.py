@@ -243,3 +243,33 @@ def test_attention_is_chosen_as_on_the_device_asked_for(
     device: str, window: int, kernel: str
 ) -> None:
     assert _kernels_of_attention(device, window) == [kernel]
+
+
+class Masked(nn.Module):
+    """Attention under a mask that it holds, and writes to first if asked to."""
+
+    def __init__(self, mask: torch.Tensor, *, writes: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.writes = writes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.writes:
+            self.mask.add_(1.0)
+            torch._dynamo.graph_break()
+        return (x @ x.mT + self.mask).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(
+    ("mask", "writes", "variant"),
+    [
+        (torch.full((64, 64), float("-inf")).triu(1), False, "causal"),
+        (torch.full((64, 64), -1e9).triu(1), True, "program+score"),
+        (torch.randn(64, 64), False, "program+score"),
+    ],
+)
+def test_masks_that_modules_hold_are_seen(mask: torch.Tensor, writes: bool, variant: str) -> None:
+    model, before = Masked(mask, writes=writes), mask.clone()
+    report = explain(model, torch.randn(2, 4, 64, 16), compile_kernels=False)
+    assert [found.variant for found in report.rewrites] == [variant]
+    assert torch.equal(model.mask, before)

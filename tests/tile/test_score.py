@@ -229,3 +229,27 @@ def test_a_gather_is_no_way() -> None:
     twice = build.load(1, (i, i), "float")
     program = build.program(build.map("add", build.map("add", build.score(), found), twice))
     assert [use(program, load) for load in program.loads(program.score)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "way"),
+    [
+        (lambda b, i, j, n: (i, b.map("int_trunc_div", j, n)), "part"),
+        (lambda b, i, j, n: (b.index("h"), i, b.map("int_trunc_mod", j, n)), "part"),
+        (lambda b, i, j, n: (b.map("int_trunc_div", j, n),), None),
+        (lambda b, i, j, n: (j, b.map("int_trunc_div", i, n)), None),
+        (lambda b, i, j, n: (i, j, b.map("int_trunc_div", j, n)), None),
+        (lambda b, i, j, n: (i, b.map("int_trunc_div", b.map("sub", j, i), n)), None),
+        (
+            lambda b, i, j, n: (i, b.map("int_trunc_div", j, n), b.map("int_trunc_mod", j, n)),
+            None,
+        ),
+    ],
+)
+def test_parts_of_the_columns_have_a_gradient_of_each_row(subscripts, way) -> None:
+    b = ScoreBuilder()
+    load = b.load(0, subscripts(b, b.index("i"), b.index("j"), b.const(7)), "float")
+    program = b.program(b.map("add", b.score(), load))
+    (load,) = program.loads(program.score)
+    found = use(program, load)
+    assert (found and found.way) == way

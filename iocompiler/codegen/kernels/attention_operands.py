@@ -202,3 +202,47 @@ def operand_diagonals(
     line = Result + ((z.to(tl.int64) * 2) * diagonals + place) * BLOCK_N + column
     tl.store(line, above)
     tl.store(line + diagonals * BLOCK_N, below)
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "columns"], do_not_specialize_on_alignment=["Seed"])
+def operand_parts(
+    Q, K, V, Grad, Lse, Rest, Delta, Seed, Classes, Result,
+    q_strides, k_strides, v_strides, grad_strides, class_strides,
+    operands, strides, numbers, heads, rows, columns,
+    score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
+    gradient: tl.constexpr, GROUP: tl.constexpr, drop: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr,
+    PRECISION: tl.constexpr, SPAN: tl.constexpr, REST: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Elements of their own for each i and each j // SPAN, or (REST) j % SPAN: Result
+    [B, H, S, PARTS] float32, contiguous. The sums are a product with what is 1 where a column is of
+    a part.
+    """
+    across = tl.cdiv(columns, BLOCK_N)
+    down = tl.cdiv(rows, BLOCK_M)
+    m = tl.program_id(0) % down
+    z = tl.program_id(0) // down
+    b = z // heads
+    h = z % heads
+    part = tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    Classes += b * class_strides[0] + h * class_strides[1] + m * class_strides[2]
+    for step in range(across):
+        n = 0 * m + step
+        if tl.load(Classes + n) > 0:
+            tile = _gradients(
+                Q, K, V, Grad, Lse, Rest, Delta, Seed,
+                q_strides, k_strides, v_strides, grad_strides,
+                operands, strides, numbers, b, h, m * BLOCK_M, n * BLOCK_N,
+                heads, rows, columns, score, lift, FACTOR, keep, gradient, GROUP, drop,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PLANES, PRECISION,
+            )  # fmt: skip
+            j = n * BLOCK_N + tl.arange(0, BLOCK_N)
+            place = j % SPAN if REST else j // SPAN
+            shares = (place[:, None] == part[None, :]).to(K.dtype.element_ty)
+            total = tl.dot(tile.to(K.dtype.element_ty), shares, total, input_precision=PRECISION)
+    i = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pointers = Result + (z.to(tl.int64) * rows + i[:, None]) * PARTS + part[None, :]
+    tl.store(pointers, total, mask=(i < rows)[:, None] & (part < PARTS)[None, :])

@@ -13,7 +13,13 @@ from iocompiler.graph.match import graph_pass
 from iocompiler.ops import target
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.reading import alone, contraction, library, results
-from iocompiler.passes.attention.reading.description import Attention, Declined, Mix, Sum
+from iocompiler.passes.attention.reading.description import (
+    Apart,
+    Attention,
+    Declined,
+    Mix,
+    Sum,
+)
 from iocompiler.passes.attention.reading.frame import forward_views
 from iocompiler.passes.attention.reading.recognise import recognise
 from iocompiler.passes.attention.running import forward, inductor, scored, strides
@@ -21,6 +27,7 @@ from iocompiler.passes.attention.running.choice import planned
 from iocompiler.passes.attention.running.scored import ScoredCall
 from iocompiler.passes.attention.sums.joined import Joined, join
 from iocompiler.passes.attention.sums.mixed import Parted, part
+from iocompiler.passes.attention.sums.rejoined import rejoin
 
 _PATTERN = "attention"
 
@@ -128,3 +135,5 @@ def _joining(gm: GraphModule, node: Node, joins: list[Joined]) -> Attention | No
             return recognise(node)
         except Sum as scores:
             joins.append(join(gm, scores.node))
+        except Apart as scores:
+            joins.append(rejoin(gm, scores.node))

@@ -78,15 +78,15 @@ def _order(name: str, difference: sympy.Expr, bounds: Bounds) -> Formula:
     return equal if name == "eq" else negate(equal, bounds)
 
 
-def combine(name: str, left: Value, right: Value, alpha: float) -> Value:
+def combine(
+    name: str, left: Value, right: Value, alpha: float, bounds: Bounds | None = None
+) -> Value:
     """``left (name) alpha * right`` of two numbers of a tensor."""
     if isinstance(left, Select) and not isinstance(right, Select):
-        return select(
-            left.condition,
-            *(combine(name, part, right, alpha) for part in (left.then, left.other)),
-        )
+        parts = (combine(name, part, right, alpha, bounds) for part in (left.then, left.other))
+        return select(left.condition, *parts)
     if isinstance(right, Select) and not isinstance(left, Select):
-        parts = (combine(name, left, part, alpha) for part in (right.then, right.other))
+        parts = (combine(name, left, part, alpha, bounds) for part in (right.then, right.other))
         return select(right.condition, *parts)
     if isinstance(left, Number) and isinstance(right, Number):
         return _numbers(name, left.value, right.value, alpha)
@@ -98,11 +98,11 @@ def combine(name: str, left: Value, right: Value, alpha: float) -> Value:
         times = sympy.Integer(int(alpha))
         table = {"add": a + times * b, "sub": a - times * b, "rsub": b - times * a, "mul": a * b}
         return Index(sympy.expand(table[name]))
-    x, y = magnitude(left), abs(alpha) * magnitude(right)
+    x, y = magnitude(left, bounds), abs(alpha) * magnitude(right, bounds)
     if name == "mul":
         return Unknown(x * y if x and y else 0.0)
     if name == "div":
-        least = abs(right.value) if isinstance(right, Number) else 0.0
+        least = abs(right.value) if isinstance(right, Number) else getattr(right, "least", 0.0)
         return Unknown(x / least if least else math.inf)
     return Unknown(max(x, y) if name in ("minimum", "maximum") else x + y)
 
@@ -151,11 +151,14 @@ def _numbers(name: str, left: float, right: float, alpha: float) -> Value:
 
 
 def power(base: Value, exponent: Value, bounds: Bounds) -> Value:
-    """``base ** exponent`` as a bound, where the exponent's range is known."""
+    """``base ** exponent`` as bounds, where the exponent's range is known."""
+    if not isinstance(base, Number) or base.value <= 0.0:
+        return Unknown()
     whole = affine(exponent)
-    if not isinstance(base, Number) or base.value <= 0.0 or whole is None:
+    most = magnitude(exponent, bounds)
+    given = (-most, most) if whole is None else extremes(whole, bounds)
+    ends = [float(end) for end in given if end is not None and sympy.sympify(end).is_number]
+    if len(ends) < 2 or max(map(abs, ends)) > 64:
         return Unknown()
-    ends = [end for end in extremes(whole, bounds) if end is not None and end.is_number]
-    if len(ends) < 2 or max(abs(float(end)) for end in ends) > 64:
-        return Unknown()
-    return Unknown(max(base.value ** float(end) for end in ends))
+    powers = [base.value**end for end in ends]
+    return Unknown(max(powers), min(powers))

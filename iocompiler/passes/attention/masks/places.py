@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -36,8 +36,14 @@ ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 At: TypeAlias = tuple[sympy.Expr, ...]
 
 
-def moved(node: Node, at: At, bounds: Bounds) -> At | None:
-    """Where the input of a view is read for the element at ``at`` of the view."""
+Part: TypeAlias = Callable[[sympy.Expr, Any, Any], tuple[sympy.Expr, sympy.Expr] | None]
+"""The two places along an axis that is parted, in sizes of these, from that along the whole."""
+
+
+def moved(node: Node, at: At, bounds: Bounds, part: Part | None = None) -> At | None:
+    """Where the input of a view is read for the element at ``at`` of the view; ``part`` parts what
+    is not parted by what it is a sum of.
+    """
     if node.target is aten.slice.Tensor:
         _, dim, start, _, step = view.spelled_out(node)
         start = 0 if start is None else start
@@ -53,11 +59,11 @@ def moved(node: Node, at: At, bounds: Bounds) -> At | None:
     if node.target is aten.expand.default:
         return aligned(views.shape(node.args[0]), at)
     if node.target in (*views.VIEWS, *views.REPEATS):
-        return _through_groups(node, at, bounds)
+        return _through_groups(node, at, bounds, part)
     return None
 
 
-def _through_groups(node: Node, at: At, bounds: Bounds) -> At | None:
+def _through_groups(node: Node, at: At, bounds: Bounds, part: Part | None) -> At | None:
     """Views that permute, insert, drop, merge, part or repeat dims, seen through an axis for each
     dim.
     """
@@ -66,7 +72,7 @@ def _through_groups(node: Node, at: At, bounds: Bounds) -> At | None:
     if source is None:
         return None
     places: dict[Axis, sympy.Expr] = {}
-    if not all(_put(dims[d][0], at[d], places, bounds) for d in range(len(at))):
+    if not all(_put(dims[d][0], at[d], places, bounds, part) for d in range(len(at))):
         return None
     found: list[sympy.Expr] = []
     for group in source:
@@ -77,24 +83,42 @@ def _through_groups(node: Node, at: At, bounds: Bounds) -> At | None:
     return tuple(found)
 
 
-def _put(axis: Axis, at: sympy.Expr, places: dict[Axis, sympy.Expr], bounds: Bounds) -> bool:
+def _put(
+    axis: Axis,
+    at: sympy.Expr,
+    places: dict[Axis, sympy.Expr],
+    bounds: Bounds,
+    part: Part | None,
+) -> bool:
     """Note the place along an axis, or along those it was parted into; false where they mix."""
     places[axis] = at
     if axis.parts is None:
         return True
     outer, inner = axis.parts
-    size = expression(inner.size)
+    pair = _apart(at, expression(inner.size), bounds)
+    if pair is None and part is not None:
+        pair = part(at, outer.size, inner.size)
+    if pair is None:
+        return False
+    return all(
+        _put(each, place, places, bounds, part)
+        for each, place in zip((outer, inner), pair, strict=True)
+    )
+
+
+def _apart(
+    at: sympy.Expr, size: sympy.Expr, bounds: Bounds
+) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """A place as a multiple of a size and a rest that is smaller; None where that is not known."""
     terms = sympy.Add.make_args(sympy.expand(at))
     whole = sum((term for term in terms if (term / size).is_integer), sympy.Integer(0))
     rest = sympy.expand(at - whole)
     low, high = extremes(rest, bounds)
     if low is None or high is None:
-        return False
+        return None
     if not low.is_nonnegative or not (size - 1 - high).is_nonnegative:
-        return False
-    return _put(outer, sympy.expand(whole / size), places, bounds) and _put(
-        inner, rest, places, bounds
-    )
+        return None
+    return sympy.expand(whole / size), rest
 
 
 def zero(extent: Any, place: sympy.Expr) -> sympy.Expr:

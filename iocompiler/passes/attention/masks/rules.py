@@ -40,7 +40,7 @@ from iocompiler.passes.attention.masks.values import (
     select,
 )
 
-LEARNED = 1e3  # what no entry of a learned table of biases exceeds
+PRODUCT = 1e4  # nor a product with positions, or the scores that it is added to would too
 
 
 def _pair(reading: Reading, node: Node, at: At) -> tuple[Value, Value]:
@@ -76,7 +76,7 @@ def _arithmetic(name: str) -> Rule:
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
         if not isinstance(alpha, (int, float)):
             return None
-        return combine(name, plain(left), plain(right), float(alpha))
+        return combine(name, plain(left), plain(right), float(alpha), reading.bounds)
 
     return rule
 
@@ -97,12 +97,20 @@ def _bounded(bound: float) -> Rule:
     return lambda reading, node, at: Unknown(bound)
 
 
+def _same(reading: Reading, node: Node, at: At) -> Value:
+    return reading.operand(node.args[0], at)
+
+
 def _no_larger(reading: Reading, node: Node, at: At) -> Value:
     return Unknown(max(magnitude(reading.operand(each, at)) for each in node.args))
 
 
 def _negated(reading: Reading, node: Node, at: At) -> Value:
     return combine("mul", reading.operand(node.args[0], at), Number(-1.0), 1.0)
+
+
+def _inverse(reading: Reading, node: Node, at: At) -> Value:
+    return combine("div", Number(1.0), plain(reading.operand(node.args[0], at)), 1.0)
 
 
 def _clamp(reading: Reading, node: Node, at: At) -> Value:
@@ -177,11 +185,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_NO_LARGER, _no_larger),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
     "neg": _negated,
+    "reciprocal": _inverse,
     "pow": _power,
     "log": _log,
     "tanh": _bounded(1.0),
     "sigmoid": _bounded(1.0),
-    "embedding": _bounded(LEARNED),
+    "embedding": _bounded(gather.LEARNED),
+    **dict.fromkeys(("einsum", "matmul", "bmm", "mm", "linear"), _bounded(PRODUCT)),
+    **dict.fromkeys(("gather", "index_select"), gather.anywhere),
+    "positive": _same,
     "where": _where,
     "masked_fill": _masked_fill,
     "tril": _tril,
@@ -189,5 +201,6 @@ RULES: dict[str, Rule] = {
     "index": gather.picked,
     "diff": gather.differences,
     "cumsum": gather.cumulated,
+    "cat": gather.joined,
 }
 """Operators by name."""

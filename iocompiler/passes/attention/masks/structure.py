@@ -15,6 +15,7 @@ from torch.fx import Node
 from iocompiler.graph.patterns import HIDES
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.axes import broadcast, extents, indices
+from iocompiler.passes.attention.masks.arithmetic import compare
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.limits import DROWNS
 from iocompiler.passes.attention.masks.values import (
@@ -182,6 +183,8 @@ def _lower(found: Attention) -> AtLeast:
 def _fill(step: Fill, evaluator: Evaluator, bounds: Bounds) -> list[Mask]:
     places = indices(step.dims)
     value = evaluator.element(step.condition, places, bounds)
+    if not isinstance(value, FORMULAS):  # 1 and 0, see `selected`
+        value = compare("ne", value, Number(0.0), bounds)
     formula = value if isinstance(value, FORMULAS) else Opaque((step.condition, places))
     keeps = formula if step.keep else negate(formula, bounds)
     if keeps is True:

@@ -42,9 +42,10 @@ class Select:
 
 @dataclass(frozen=True)
 class Unknown:
-    """Not known, but not larger than ``bound`` either way."""
+    """Not known, but not larger than ``bound`` either way, nor smaller than ``least``."""
 
     bound: float = math.inf
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -172,15 +173,18 @@ def _where(formula: Formula, value: Value) -> Value:
     return value
 
 
-def magnitude(value: Value) -> float:
+def magnitude(value: Value, bounds: Bounds | None = None) -> float:
     """What the value does not exceed, either way; inf where that is not known."""
     if isinstance(value, Number):
         return abs(value.value)
     if isinstance(value, Select):
-        return max(magnitude(value.then), magnitude(value.other))
+        return max(magnitude(value.then, bounds), magnitude(value.other, bounds))
     if isinstance(value, Unknown):
         return value.bound
     if isinstance(value, Index):
+        low, high = extremes(value.expr, bounds or {})
+        if low is not None and high is not None and low.is_number and high.is_number:
+            return max(abs(float(low)), abs(float(high)))
         terms = sympy.Add.make_args(sympy.expand(value.expr))
         return float(sum(abs(t.subs(dict.fromkeys(t.free_symbols, LONGEST))) for t in terms))
     return 1.0

@@ -25,10 +25,10 @@ from iocompiler.passes.attention.masks.places import (
     of_operand,
     whole,
 )
-from iocompiler.passes.attention.masks.values import Bounds
 from iocompiler.passes.attention.programs.element_rules import RULES
 from iocompiler.passes.attention.programs.integers import Integers, NotExpressed
 from iocompiler.passes.attention.programs.loads import Loads
+from iocompiler.passes.attention.programs.partings import Partings
 from iocompiler.passes.attention.reading.constants import constant, number
 from iocompiler.passes.attention.reading.description import Attention, Declined
 from iocompiler.passes.attention.reading.frame import Frame
@@ -49,9 +49,12 @@ class Elements:
     def __init__(self, found: Attention, evaluator: Evaluator) -> None:
         self.build, self.evaluator = ScoreBuilder(), evaluator
         frame, axes = Frame(found), [*found.rows, found.column]
-        self.integers = Integers(self.build, frame, axes)
+        self.bounds = extents(axes)
+        self.partings = Partings(
+            [a for a in (found.row, found.column) if a is not None], self.bounds
+        )
+        self.integers = Integers(self.build, frame, axes, self.partings)
         self.loads = Loads(self.build, self.integers, frame, found, evaluator)
-        self.bounds: Bounds = extents(axes)
         self._found = found
         self._depth = 0
 
@@ -84,14 +87,19 @@ class Elements:
         )
         if found is None or (read_more and not self._is_tile(at)):
             del self.loads.sources[marks[0] :]
+            known = self.decided(node, at) if views.dtype(node) == torch.bool else None
+            if known is not None:
+                return self.build.const(known)
             return self.loads.finite(node, at)  # a row or a column is cheaper made outside
         return found
 
     def _is_tile(self, at: At) -> bool:
         """Whether the place depends on the row and on the column."""
         free = set().union(*(each.free_symbols for each in at)) if at else set()
-        row = self._found.row
-        return self._found.column.index in free and row is not None and row.index in free
+        row, tells = self._found.row, self.partings
+        return (
+            row is not None and tells.has_any(row, free) and tells.has_all(self._found.column, free)
+        )
 
     def literal(self, node: Any, literal: float) -> int:
         if isinstance(node, Node):
@@ -119,9 +127,9 @@ class Elements:
             return self.value(node.args[0], at)
         if node.target in views.CASTS:
             return self.cast(self.value(node.args[0], at), views.dtype(node))
-        place = moved(node, at, self.bounds)
+        place = moved(node, at, self.bounds, self.partings.part)
         if place is not None:
-            return self.value(node.args[0], place)
+            return self.value(node.args[0], tuple(map(self.partings.joined, place)))
         if node.target in ARANGES:
             counted = arange(node, at)
             if counted is None:
@@ -156,6 +164,13 @@ class Elements:
     def operand(self, node: Any, at: At) -> int:
         """The element of a broadcast operand."""
         return self.value(node, of_operand(node, at))
+
+    def decided(self, node: Node, at: At) -> bool | None:
+        """What a condition is at every score, where that is proved: of positions of one document,
+        say, whose numbers a program would have to load.
+        """
+        found = self.evaluator.element(node, at, self.bounds)
+        return found if isinstance(found, bool) else None
 
     def cast(self, value: int, dtype: torch.dtype) -> int:
         """Converted; between floats nothing is rounded."""

@@ -28,6 +28,8 @@ class Elements(Protocol):
 
     def cast(self, value: int, dtype: torch.dtype) -> int: ...
 
+    def decided(self, node: Node, at: At) -> bool | None: ...
+
 
 Rule: TypeAlias = Callable[[Elements, Node, At], int]
 
@@ -99,28 +101,15 @@ def _reversed(elements: Elements, node: Node, at: At) -> int:
 
 def _comparison(fn: str) -> Rule:
     def rule(elements: Elements, node: Node, at: At) -> int:
+        known = elements.decided(node, at)
+        if known is not None:
+            return elements.build.const(known)
         left, right = (elements.operand(each, at) for each in _arguments(node, 2))
         if elements.build.type(left) == "bool" and elements.build.type(right) == "int":
             left = elements.cast(left, torch.int64)
-        if elements.build.ops[left].fn == "where" and elements.build.literal(right) is not None:
-            return _chosen(elements, fn, left, right)
         return elements.build.map(fn, left, right)
 
     return rule
-
-
-def _chosen(elements: Elements, fn: str, left: int, right: int) -> int:
-    """A comparison of a choice between literals: the condition, its opposite, or the same all
-    over.
-    """
-    build = elements.build
-    condition, *branches = build.ops[left].inputs
-    results = [build.literal(build.map(fn, each, right)) for each in branches]
-    if any(not isinstance(each, bool) for each in results):
-        return build.map(fn, left, right)
-    if results[0] == results[1]:
-        return build.const(bool(results[0]))
-    return condition if results[0] else build.map("logical_not", condition)
 
 
 def _logic(fn: str) -> Rule:
@@ -152,6 +141,10 @@ def _bound(fn: str) -> Rule:
         return apply(elements, fn, elements.operand(node.args[0], at), bound)
 
     return rule
+
+
+def _same(elements: Elements, node: Node, at: At) -> int:
+    return elements.operand(node.args[0], at)
 
 
 def _relu(elements: Elements, node: Node, at: At) -> int:
@@ -207,6 +200,7 @@ RULES: dict[str, Rule] = {
     **{name: _logic("and") for name in ("logical_and", "bitwise_and", "__and__")},
     **{name: _logic("or") for name in ("logical_or", "bitwise_or", "__or__")},
     **{name: _logic("logical_not") for name in ("logical_not", "bitwise_not")},
+    "positive": _same,
     "rsub": _reversed,
     "clamp": _clamp,
     "clamp_min": _bound("maximum"),

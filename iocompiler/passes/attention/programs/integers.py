@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import sympy
 
 from iocompiler.passes.attention.dims.axes import Axis, expression
+from iocompiler.passes.attention.programs.partings import Partings
 from iocompiler.passes.attention.reading.frame import Frame
 from iocompiler.tile.score_builder import ScoreBuilder
 
@@ -19,10 +20,14 @@ class Integers:
     """Writes affine expressions into the program ``build``.
 
     Attributes:
+        partings: what rows and columns were parted into.
         numbers: the axes whose sizes are its run-time integers, in order.
     """
 
-    def __init__(self, build: ScoreBuilder, frame: Frame, axes: Sequence[Axis]) -> None:
+    def __init__(
+        self, build: ScoreBuilder, frame: Frame, axes: Sequence[Axis], partings: Partings
+    ) -> None:
+        self.partings = partings
         self._build, self._frame, self._axes = build, frame, axes
         self.numbers: list[Axis] = []
 
@@ -66,7 +71,12 @@ class Integers:
         for axis in self._axes:
             if expression(axis.size) == symbol:
                 return self.number(axis)
-        raise NotExpressed
+        part = self.partings.of(symbol)
+        if part is None:
+            raise NotExpressed
+        found, axis = part
+        name = "int_trunc_div" if axis is found.outer else "int_trunc_mod"
+        return self._build.map(name, self._axis(found.whole), self.number(found.inner))
 
     def _axis(self, axis: Axis) -> int:
         """The index along an axis: b, h, i or j, or a part of b or of h."""

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Dims, Group, extents, index, resolve, size
+from iocompiler.passes.attention.dims.axes import Dims, Group, index, resolve, size
 from iocompiler.passes.attention.masks.evaluate import Evaluator
 from iocompiler.passes.attention.masks.limits import LARGEST, MOST_NEGATIVE, requires_grad
 from iocompiler.passes.attention.masks.places import At
@@ -23,13 +23,23 @@ from iocompiler.passes.attention.reading.frame import Frame
 from iocompiler.tile.score import Type
 from iocompiler.tile.score_builder import ScoreBuilder
 
+_MOST_PARTS = 128
+"""A tile of rows has the gradients of so many parts of the columns in registers."""
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """An operand of the program: a tensor and its dims."""
+    """An operand of the program: a tensor and its dims; and, where it is told apart by a part of
+    the columns alone, the row (or its parts) and that part.
+    """
 
     node: Node
     dims: Dims
+    parts: tuple[Group, Group] | None = None
+
+    def layout(self, frame: Frame) -> Dims:
+        """The dims it is loaded with."""
+        return frame.scores if self.parts is None else (*frame.scores[:2], *self.parts)
 
 
 Source: TypeAlias = Loaded | Distances
@@ -53,7 +63,7 @@ class Loads:
         self._build, self._integers, self._frame = build, integers, frame
         self._found, self._evaluator = found, evaluator
         self._axes = [*found.rows, found.column]
-        self._bounds: Bounds = extents(self._axes)
+        self._bounds: Bounds = integers.partings.bounds
         self.sources: list[Source] = []
 
     def finite(self, node: Node, at: At) -> int:
@@ -79,7 +89,24 @@ class Loads:
         if distances is not None and self._is_head(at, distances.head):
             return self._loaded(distances, views.dtype(node))
         groups = tuple(self._group(x, n) for x, n in zip(at, views.shape(node), strict=True))
-        return self._loaded(Loaded(node, groups), views.dtype(node))
+        return self._loaded(Loaded(node, groups, self._parts(groups)), views.dtype(node))
+
+    def _parts(self, groups: Dims) -> tuple[Group, Group] | None:
+        """The row, or its parts, and the one part of the column that are among the dims."""
+        row, column, partings = self._found.row, self._found.column, self._integers.partings
+        present = {axis for group in groups for axis in group}
+        found = [part for axis in present if (part := partings.of(axis.index)) is not None]
+        if not found:
+            return None
+        of_column = [axis for parting, axis in found if parting.whole is column]
+        if row is None or len(of_column) != 1 or column in present:
+            raise NotExpressed
+        if of_column[0].size > _MOST_PARTS:
+            raise NotExpressed
+        of_row = partings.group(row, present)
+        if (row in present) == (of_row != (row,)):
+            raise NotExpressed  # of no rows, its gradient has no kernel
+        return of_row, (of_column[0],)
 
     def _is_head(self, at: At, dim: int | None) -> bool:
         return dim is None or sympy.expand(index(self._frame.heads) - at[dim]) == 0
@@ -98,9 +125,12 @@ class Loads:
             subscripts = [head, self._build.map("add", apart, last)]
             return self._build.load(place, subscripts, type_)
         present = {axis for group in source.dims for axis in resolve(group)}
-        names = zip("bhij", self._frame.scores, strict=True)
+        names = zip("bhij", source.layout(self._frame), strict=True)
         zero = self._build.const(0)
         subscripts = [self._build.index(n) if present & set(g) else zero for n, g in names]
+        if source.parts is not None:
+            (part,) = source.parts[1]
+            subscripts[3] = self._integers.affine(part.index)
         return self._build.load(place, subscripts, type_)
 
     def _group(self, place: sympy.Expr, extent: Any) -> Group:
@@ -109,6 +139,9 @@ class Loads:
             if not known(extent == 1):
                 raise NotExpressed
             return ()
+        part = self._integers.partings.of(place)
+        if part is not None and known(part[1].size == extent):
+            return (part[1],)
         joined = (*self._frame.batch, *self._frame.heads)
         groups = [(axis,) for axis in self._axes]
         for group in (*groups, self._frame.batch, self._frame.heads, joined):

@@ -43,7 +43,7 @@ class Bias:
 @dataclass(frozen=True)
 class Fill:
     """Where ``condition`` is not ``keep``, the score becomes ``value``; ``dims`` are the
-    condition's.
+    condition's, which is boolean, or with ``keep`` also 1 and 0.
     """
 
     condition: Node
@@ -165,6 +165,16 @@ class Sum(Declined):
 
     def __init__(self, node: Node) -> None:
         super().__init__("the scores are a sum of two contractions")
+        self.node = node
+
+
+class Apart(Declined):
+    """The softmax is over several axes of the scores that ``node`` computes: they may have been
+    parted for a while (`rejoined.rejoin`).
+    """
+
+    def __init__(self, node: Node) -> None:
+        super().__init__("the softmax is over no single axis of the scores")
         self.node = node
 
 

@@ -25,7 +25,7 @@ from iocompiler.passes.attention.reading import (
 from iocompiler.passes.attention.reading.assemble import assemble
 from iocompiler.passes.attention.reading.constants import number
 from iocompiler.passes.attention.reading.contraction import Contraction
-from iocompiler.passes.attention.reading.description import Attention, Beside, Declined
+from iocompiler.passes.attention.reading.description import Apart, Attention, Beside, Declined
 from iocompiler.passes.attention.reading.rows import Softmax
 from iocompiler.passes.attention.reading.scores import Scores
 from iocompiler.passes.attention.reading.weights import Weights
@@ -109,7 +109,7 @@ def _attention(
         near.check_unread(found.softmax.scores)
         return None
     dims = resolved(program.dims)
-    column = _column(dims, found.softmax.dim)
+    column = _column(dims, found.softmax)
     _join(of_weights[1], _along(found.path, dims))
     if resolve((second.contracted,)) != (column,):
         raise Declined("the values are not summed over the softmax's dim")
@@ -188,10 +188,10 @@ def _beside(softmax: Softmax, dims: Dims) -> Beside | None:
     return Beside(of, its, softmax.sink.guards)
 
 
-def _column(dims: Dims, dim: int) -> Axis:
-    group = dims[dim]
+def _column(dims: Dims, softmax: Softmax) -> Axis:
+    group = dims[softmax.dim]
     if len(group) != 1:
-        raise Declined("the softmax is over no single axis of the scores")
+        raise Apart(softmax.scores)
     return group[0]
 
 

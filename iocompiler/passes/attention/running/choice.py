@@ -11,6 +11,7 @@ from iocompiler.graph import view
 from iocompiler.ops import target
 from iocompiler.ops.scored_attention import WIDEST
 from iocompiler.passes.attention.masks.evaluate import Evaluator
+from iocompiler.passes.attention.masks.selected import selected
 from iocompiler.passes.attention.reading.description import Attention, Causal, Declined, Scale
 from iocompiler.passes.attention.running import decode, forward, scored
 from iocompiler.passes.attention.running.scored import ScoredCall
@@ -26,6 +27,7 @@ def planned(found: Attention, evaluator: Evaluator) -> forward.Call | ScoredCall
     """
     call: forward.Call | None = None
     declined: Declined | None = None
+    found = selected(found, evaluator)
     try:
         call = forward.plan(found, evaluator)
     except Declined as reason:

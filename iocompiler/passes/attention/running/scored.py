@@ -208,4 +208,4 @@ def _out_order(anchor: Node, query: torch.Tensor) -> str:
 def _loaded(arranger: Arranger, source: Source, frame: Frame) -> Node:
     if isinstance(source, Distances):
         return source.emit(arranger)
-    return arranger.arranged(source.node, source.dims, frame.scores, widen=False)
+    return arranger.arranged(source.node, source.dims, source.layout(frame), widen=False)

@@ -56,7 +56,7 @@ def join(gm: GraphModule, total: Node) -> Joined:
         Declined: they are not of the same rows and columns, or more would move than now.
     """
     parts = read(gm, total)
-    if not separable(parts):
+    if not separable(parts) or any(map(_is_parted, parts)):
         return _added(gm, total, parts)
     row = row_of(parts)
     try:
@@ -102,6 +102,11 @@ def _added(gm: GraphModule, total: Node, parts: Sequence[Part]) -> Joined:
     before = total.args
     edit.respell(total, total.target, (*sides, *before[2:]), dict(total.kwargs))
     return Joined(total, before, total)
+
+
+def _is_parted(part: Part) -> bool:
+    """Whether its columns are several dims of the scores meanwhile, see `rejoined`."""
+    return len(part.columns.places(part.dims) - part.rows.places(part.dims)) > 1
 
 
 def _is_small(part: Part, total: Node) -> bool:

@@ -77,7 +77,7 @@ def _terms(total: Node) -> list[tuple[Scores, float]]:
 
 def _part(gm: GraphModule, total: Node, found: Scores, factor: float) -> Part:
     dims = resolved(found.dims)
-    _check_place(gm, total, found.nodes)
+    check_place(gm, total, found.nodes)
     if len(dims) != len(views.shape(total)) or len(dims) < 2:
         raise Declined("the scores are widened by a sum")
     factors: list[tuple[Any, bool]] = []
@@ -128,7 +128,7 @@ def batched(part: Part) -> int:
     return len(part.rows.places(part.dims) & part.columns.places(part.dims))
 
 
-def _check_place(gm: GraphModule, total: Node, nodes: Sequence[Node]) -> None:
+def check_place(gm: GraphModule, total: Node, nodes: Sequence[Node]) -> None:
     """Raise `Declined` where the products cannot be computed where the sum is."""
     regions = view.regions(gm)
     if any(regions.get(node) != regions.get(total) for node in nodes):
