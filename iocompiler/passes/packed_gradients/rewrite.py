@@ -84,12 +84,13 @@ def _project(gm: GraphModule, call: Node) -> int:
     arguments = (*view.spelled_out(call), str(found.packing))
     new = rewrite.call(gm, PACKED, arguments, {}, near=call)
     row = shape(new)[-1]
-    shown = {
-        key: _seen(gm, new, torch.Size((*front, row)), call) for key, front in found.fronts.items()
-    }
-    if None in shown.values():
-        rewrite.erase(gm, new)
-        return 0
+    shown: dict[str, Node] = {}
+    for key, front in found.fronts.items():
+        seen = _seen(gm, new, torch.Size((*front, row)), call)
+        if seen is None:
+            rewrite.erase(gm, new)
+            return 0
+        shown[key] = seen
     record(gm, Rewrite(PATTERN, view.where(call), f"three weights' gradients in one, {found.gain}"))
     Whole(gm, call, found, shown).read()
     return 1

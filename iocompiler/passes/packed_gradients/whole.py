@@ -9,7 +9,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite
-from iocompiler.passes.attention.dims.views import shape
 from iocompiler.passes.packed_gradients.projections import Projections, Reader
 
 aten = torch.ops.aten
@@ -32,7 +31,6 @@ class Whole:
     def read(self) -> None:
         """Nobody reads what ``call`` made any more."""
         self._multiply()
-        self._sum()
         for part, readers in enumerate(self.found.readers):
             # what is a view of another comes behind it
             for reader in sorted(readers, key=lambda r: self.place[r.node], reverse=True):
@@ -48,21 +46,6 @@ class Whole:
         made = self._call(aten.mm.default, turned, products[0].args[1], near=near)
         for part, product in enumerate(products):
             rewrite.redirect(self.gm, product, self._part(made, 0, part, near))
-
-    def _sum(self) -> None:
-        """Sums down the columns of the one tensor, for those of each."""
-        together: dict[str, list[tuple[Node, Reader, int]]] = {}
-        for part, readers in enumerate(self.found.readers):
-            for reader in readers:
-                if reader.sums:
-                    key = str((reader.front, reader.user.args[1:], reader.user.kwargs))
-                    together.setdefault(key, []).append((reader.user, reader, part))
-        for group in together.values():
-            near, reader, _ = min(group, key=lambda each: self.place[each[0]])
-            given = (self._shown(reader), *near.args[1:])
-            made = rewrite.call(self.gm, near.target, given, dict(near.kwargs), near=near)
-            for user, _, part in group:
-                rewrite.redirect(self.gm, user, self._part(made, len(shape(made)) - 1, part, near))
 
     def _slice(self, reader: Reader, part: int) -> Node:
         """One of the three, as it is read."""
