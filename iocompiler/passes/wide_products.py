@@ -39,7 +39,7 @@ def wide_products(gm: GraphModule) -> int:
 
 
 def _store_wide(gm: GraphModule, product: Node) -> int:
-    between, casts = _shown(product)
+    between, casts = view.shown(product)
     if not casts or not all(map(_is_returned, casts)) or not _is_liked(product):
         return 0
     there = {product: rewrite.call(gm, WIDE_PRODUCT, product.args, {}, near=product)}
@@ -54,20 +54,6 @@ def _store_wide(gm: GraphModule, product: Node) -> int:
     for cast, new in wide:
         rewrite.redirect(gm, cast, new)
     return 1
-
-
-def _shown(product: Node) -> tuple[list[Node], list[Node]]:
-    """The views of a product, each behind what it is a view of, and what else reads it or them."""
-    between: list[Node] = []
-    others: list[Node] = []
-    waiting = [product]
-    while waiting:
-        node = waiting.pop(0)
-        for user in node.users:
-            shows = view.is_view(user) and user.all_input_nodes == [node] == [user.args[0]]
-            (between if shows else others).append(user)
-            waiting += [user] if shows else []
-    return between, others
 
 
 def _is_returned(node: Node) -> bool:

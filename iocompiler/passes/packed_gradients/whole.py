@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from iocompiler.graph import rewrite
+from iocompiler.graph import rewrite, view
 from iocompiler.passes.packed_gradients.projections import Projections, Reader
 
 aten = torch.ops.aten
@@ -45,7 +45,10 @@ class Whole:
         turned = self._call(aten.permute.default, self._shown(reader), [1, 0], near=near)
         made = self._call(aten.mm.default, turned, products[0].args[1], near=near)
         for part, product in enumerate(products):
+            views, _ = view.shown(product)
             rewrite.redirect(self.gm, product, self._part(made, 0, part, near))
+            for each in views:  # of memory that begins elsewhere
+                rewrite.compute_value(each)
 
     def _slice(self, reader: Reader, part: int) -> Node:
         """One of the three, as it is read."""
