@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
@@ -39,8 +40,8 @@ def library(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 
 
 class Block(nn.Module):
-    """``groups`` heads of keys and values for ``heads`` of queries, by one projection or, ``apart``,
-    by three.
+    """``groups`` heads of keys and values for ``heads`` of queries, of one projection or of three
+    ``apart``.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ def test_gradients_in_one_memory_are_added_up_in_place(mode: str) -> None:
     """Over two batches a step, with a fused optimizer; as float64 does it."""
     torch.manual_seed(1)
     exact = Block(program, apart=True).cuda().double()
-    module = copy.deepcopy(exact).float()
+    module, start = copy.deepcopy(exact).float(), parameters_to_vector(exact.parameters()).detach()
     records: list[Compilation] = []
     run = compiled(module, records, mode=mode)
     draws = torch.randn(4, 2, 2, 192, 4 * WIDTH, device="cuda")
@@ -142,5 +143,5 @@ def test_gradients_in_one_memory_are_added_up_in_place(mode: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert packings(records) == ["bs|hd:qkv"]
-    for one, other in zip(module.parameters(), exact.parameters(), strict=True):
-        assert relative_error(one, other) < 1e-4
+    ours, theirs = (parameters_to_vector(each.parameters()) - start for each in (module, exact))
+    assert relative_error(ours, theirs) < 1e-3
