@@ -161,6 +161,10 @@ def _together(
             raise Otherwise("a gradient is read by more than products and sums down its columns")
         readers.append(like)
     products = [reader.user for reader in found]
+    if any(reader.target is aten.add.Tensor for p in products for reader in view.shown(p)[1]):
+        raise Otherwise(
+            "a weight's gradient is added to another's, which the library does by itself"
+        )
     if _is_written_between(gm, products):
         raise Otherwise("something is written between the products")
     widths = [shape(product)[0] for product in products]
