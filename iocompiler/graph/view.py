@@ -147,6 +147,22 @@ def _storages(node: Node) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors(node) if t.layout is torch.strided}
 
 
+def shown(node: Node) -> tuple[list[Node], list[Node]]:
+    """The views of what a call made, each behind what it is a view of, and what else reads it or
+    them.
+    """
+    views: list[Node] = []
+    others: list[Node] = []
+    waiting = [node]
+    while waiting:
+        source = waiting.pop(0)
+        for user in source.users:
+            shows = is_view(user) and user.all_input_nodes == [source] == [user.args[0]]
+            (views if shows else others).append(user)
+            waiting += [user] if shows else []
+    return views, others
+
+
 def is_contiguous(tensor: torch.Tensor) -> bool:
     """True where row-major strides are certain for every value of the sizes; adds no guard."""
     expected: Any = 1

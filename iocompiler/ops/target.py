@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from iocompiler.cost_model.device import Device, current_device, kin
+from iocompiler.cost_model.device import device as device_named
 
 Capability = tuple[int, int]
 
@@ -78,3 +79,8 @@ def row(x: Tensor) -> Device:
     if _planned.get() is None and x.device.type == "cuda" and torch.cuda.is_available():
         return current_device(x.device)
     return kin(capability(x))
+
+
+def any_row(x: Tensor) -> Device:
+    """The cost model's row of the device that ``x`` will be on: of a CUDA device, or of a CPU."""
+    return row(x) if device_type(x) == "cuda" else device_named("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
@@ -18,7 +18,7 @@ from iocompiler.ops.packed_gradients import DIMS, PACKED, Packing
 from iocompiler.ops.scored_attention import BACKWARD
 from iocompiler.ops.summed_gradients import PACKED_SUMMED, SUMMED
 from iocompiler.passes.attention.dims import views
-from iocompiler.passes.attention.dims.axes import Dims, flat, fresh
+from iocompiler.passes.attention.dims.axes import Dims, flat, fresh, resolve
 from iocompiler.passes.attention.dims.views import shape
 from iocompiler.tile.score import parsed
 
@@ -44,7 +44,8 @@ def summed_gradients(gm: GraphModule) -> int:
         dq, dk, dv, sums_q, sums_k, sums_v = iocompiler.scored_attention_backward_summed(..., 64)
         y = aten.sum.dim_IntList(sums_q, [0, 2]).view(1, 1024)                  # and a cast
 
-    Where all three are in one tensor (`packed_gradients`), so are the sums. Each kernel has a block
+    Where all three are in one tensor (`packed_gradients`), so are the sums; columns of it may be
+    summed by themselves. Each kernel has a block
     of rows in registers when it stores them: the gradients are not read again. Left as they are:
     sums over anything but batch and rows, or of what is computed from a gradient; few rows; library
     kernels; masks under which a row may be the mean of the values.
@@ -54,10 +55,19 @@ def summed_gradients(gm: GraphModule) -> int:
 
 
 class _Sum(NamedTuple):
-    """A sum over batch and rows, and of which gradient."""
+    """A sum over batch and rows, and of which columns of the last dim; None for all."""
 
     node: Node
-    of: int
+    columns: tuple[Any, Any] | None
+
+
+class _Seen(NamedTuple):
+    """A view, what its dims mean, and what those of the whole, or of some columns, do."""
+
+    node: Node
+    dims: Dims
+    start: Dims
+    columns: tuple[Any, Any] | None = None
 
 
 def _of_three(gm: GraphModule, call: Node) -> int:
@@ -65,13 +75,13 @@ def _of_three(gm: GraphModule, call: Node) -> int:
     gradients = [n for n in call.users if n.target is operator.getitem]
     if not rows or len(gradients) != len(call.users):
         return 0
-    found = [_Sum(each, n.args[1]) for n in gradients for each in _sums(n, DIMS)]  # type: ignore[arg-type]
+    found = [(each, n.args[1]) for n in gradients for each in _sums(n, DIMS)]
     if not found:
         return 0
     new = rewrite.call(gm, SUMMED, (*view.spelled_out(call), rows), {}, near=call)
-    for each in found:
-        sums = rewrite.call(gm, operator.getitem, (new, 3 + each.of), {}, near=each.node)
-        _fold(gm, each.node, sums, DIMS)
+    for each, of in found:
+        sums = rewrite.call(gm, operator.getitem, (new, 3 + of), {}, near=each.node)  # type: ignore[operator]
+        _fold(gm, each, sums, DIMS)
     for gradient in gradients:
         again = rewrite.call(gm, operator.getitem, (new, gradient.args[1]), {}, near=gradient)
         rewrite.redirect(gm, gradient, again)
@@ -111,23 +121,41 @@ def _rows(call: Node) -> int:
     return min(tiles.dq.m, tiles.dkv.n)
 
 
-def _sums(node: Node, letters: str) -> Iterator[Node]:
-    """The sums over batch and rows of ``node``, of these dims, through views of it."""
+def _sums(node: Node, letters: str) -> Iterator[_Sum]:
+    """The sums over batch and rows of ``node``, of these dims, through views of it; of columns of
+    the last dim too.
+    """
     start = fresh(shape(node))
-    waiting: list[tuple[Node, Dims]] = [(node, start)]
+    waiting = [_Seen(node, start, start)]
     while waiting:
-        source, dims = waiting.pop()
-        for user in source.users:
-            if user.target in _MOVES and user.args[0] is source:
-                later = views.after(user, dims)
+        seen = waiting.pop()
+        for user in seen.node.users:
+            if user.target is aten.sum.dim_IntList and _is_over(user, seen, letters):
+                yield _Sum(user, seen.columns)
+            elif user.target in _MOVES and user.args[0] is seen.node:
+                later = views.after(user, seen.dims)
                 if later is not None:
-                    waiting.append((user, later))
-            elif user.target is aten.sum.dim_IntList and _is_over(user, dims, start, letters):
-                yield user
+                    waiting.append(seen._replace(node=user, dims=later))
+                elif user.target is aten.slice.Tensor and seen.columns is None:
+                    waiting += _columns(user, seen)
 
 
-def _is_over(node: Node, dims: Dims, start: Dims, letters: str) -> bool:
-    """Whether a sum is over batch and rows, and leaves the rest as it lies."""
+def _columns(node: Node, seen: _Seen) -> Iterator[_Seen]:
+    """A slice along the last dim of the whole."""
+    _, dim, begin, _end, step = view.spelled_out(node)
+    axes, size = resolve(seen.dims[dim]), shape(node)[dim]
+    is_plain = step == 1 and isinstance(begin, int) and begin >= 0
+    if not is_plain or not axes or axes != resolve(seen.start[-1]):
+        return
+    one = fresh([size])
+    dims = [*seen.dims]
+    dims[dim] = one[0]
+    yield _Seen(node, tuple(dims), (*seen.start[:-1], *one), (begin, begin + size))
+
+
+def _is_over(node: Node, seen: _Seen, letters: str) -> bool:
+    """Whether a sum of what is seen is over batch and rows, and leaves the rest as it lies."""
+    dims, start = seen.dims, seen.start
     over, made = view.spelled_out(node)[1], view.tensors(node)[0]
     if not over or made.dtype not in _DTYPES or len(_symbols(made)) > 1:
         return False
@@ -139,9 +167,14 @@ def _is_over(node: Node, dims: Dims, start: Dims, letters: str) -> bool:
     return set(summed) == set(wanted) and left == kept
 
 
-def _fold(gm: GraphModule, node: Node, sums: Node, letters: str) -> None:
-    """The rest of the sum, in the dtype and shape of ``node``."""
+def _fold(gm: GraphModule, found: _Sum, sums: Node, letters: str) -> None:
+    """The rest of the sum, in the dtype and shape of its node."""
+    node = found.node
     made = view.tensors(node)[0]
+    if found.columns is not None:
+        sums = rewrite.call(
+            gm, aten.slice.Tensor, (sums, len(letters) - 1, *found.columns), {}, near=node
+        )
     over = [d for d, x in enumerate(letters) if x in "bs"]
     new = rewrite.call(gm, aten.sum.dim_IntList, (sums, over), {}, near=node)
     if made.dtype != torch.float32:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
@@ -16,6 +14,7 @@ from iocompiler.ops.wide_product import WIDE_PRODUCT
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _HALF = (torch.bfloat16, torch.float16)
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
 _CASTS = (aten._to_copy.default, prims.convert_element_type.default)
 
 
@@ -32,51 +31,41 @@ def wide_products(gm: GraphModule) -> int:
         g = iocompiler.wide_product.default(d, x); y = aten.t.default(g)
 
     The gradients of all weights that autocast casts: a pass over the product and back is saved, and
-    a rounding. Where a kernel reads what is cast, it casts on its own and reads half the bytes.
+    a rounding. Taken are any views between, and products whose parts are returned (one for several
+    weights). Where a kernel reads what is cast, it casts on its own and reads half the bytes.
     Extents that the library does not like stay, for what is done about those.
     """
-    return sum(_store_wide(gm, node) for node in view.calls(gm, *_CASTS))
+    return sum(_store_wide(gm, node) for node in list(view.calls(gm, *_PRODUCTS)))
 
 
-def _store_wide(gm: GraphModule, cast: Node) -> int:
-    made = view.tensors(cast)[0]
-    if made.dtype != torch.float32 or not _is_plain(cast):
+def _store_wide(gm: GraphModule, product: Node) -> int:
+    between, casts = view.shown(product)
+    if not casts or not all(map(_is_returned, casts)) or not _is_liked(product):
         return 0
-    if any(user.op != "output" for user in cast.users):
+    there = {product: rewrite.call(gm, WIDE_PRODUCT, product.args, {}, near=product)}
+    for each in between:
+        arguments = (there[each.args[0]], *each.args[1:])  # type: ignore[index]
+        there[each] = rewrite.call(gm, each.target, arguments, dict(each.kwargs), near=each)
+    wide = [(cast, there[cast.args[0]]) for cast in casts]  # type: ignore[index]
+    if not all(_lie_alike(cast, new) for cast, new in wide):
+        for new in reversed(there.values()):
+            rewrite.erase(gm, new)
         return 0
-    between, product = _behind(cast)
-    if product is None or not _is_liked(product):
-        return 0
-    new = rewrite.call(gm, WIDE_PRODUCT, product.args, {}, near=product)
-    for each in reversed(between):
-        arguments = (new, *each.args[1:])
-        new = rewrite.call(gm, each.target, arguments, dict(each.kwargs), near=each)
-    if not same_sizes(view.tensors(new)[0].stride(), made.stride()):
-        rewrite.erase(gm, new)
-        return 0
-    rewrite.redirect(gm, cast, new)
+    for cast, new in wide:
+        rewrite.redirect(gm, cast, new)
     return 1
 
 
-def _is_plain(cast: Node) -> bool:
-    """Whether it changes the dtype and nothing else."""
-    return cast.target is not aten._to_copy.default or cast.kwargs.keys() == {"dtype"}
+def _is_returned(node: Node) -> bool:
+    """Whether it is a cast to float32 that changes nothing else, and nobody else reads it."""
+    if node.target not in _CASTS or view.tensors(node)[0].dtype != torch.float32:
+        return False
+    plain = node.target is not aten._to_copy.default or node.kwargs.keys() == {"dtype"}
+    return plain and all(user.op == "output" for user in node.users)
 
 
-def _behind(cast: Node) -> tuple[list[Node], Node | None]:
-    """The views between a cast and the product that it is of, last one first, all of which nobody
-    else reads.
-    """
-    between: list[Node] = []
-    node: Any = cast.args[0]
-    while isinstance(node, Node) and node.op == "call_function" and len(node.users) == 1:
-        if node.target in (aten.mm.default, aten.bmm.default):
-            return between, node
-        if not view.is_view(node) or node.all_input_nodes != [node.args[0]]:
-            break
-        between.append(node)
-        node = node.args[0]
-    return between, None
+def _lie_alike(one: Node, other: Node) -> bool:
+    return same_sizes(view.tensors(one)[0].stride(), view.tensors(other)[0].stride())
 
 
 def _is_liked(product: Node) -> bool:

@@ -11,6 +11,8 @@ CASES: dict[str, Case] = {
         wrapped.ddp_around_compiled,
         wrapped.compiled_around_ddp_in_buckets,
         wrapped.compiled_around_ddp_whole,
+        wrapped.gradients_in_one_memory_under_ddp,
+        wrapped.gradients_in_one_memory_sharded,
         wrapped.buffers_under_ddp,
         wrapped.sharded_blocks_compiled,
         wrapped.compiled_around_sharded,

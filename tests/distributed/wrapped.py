@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import iocompiler as ioc
+from iocompiler.compilation import Compilation
 from tests.distributed.training import Batch, Task, as_eager
 
 WIDTH = 16
@@ -34,9 +38,28 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
+class Apart(nn.Module):
+    """Attention of three projections, whose weights' gradients are slices of one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (each(x).unflatten(-1, (2, -1)) for each in (self.query, self.key, self.value))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        mixed = torch.tanh(q @ k.mT).softmax(-1) @ v
+        return x + mixed.transpose(1, 2).flatten(2)
+
+
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(Block(), Block(), nn.Linear(WIDTH, 8))
+
+
+def apart() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Apart(), Apart())
 
 
 def normed() -> nn.Sequential:
@@ -51,6 +74,7 @@ def _mean_square(net: nn.Module, batch: Batch) -> Tensor:
 
 
 BLOCKS = Task(model, lambda draw: (torch.randn(2, 5, WIDTH, generator=draw),), _mean_square)
+APART = Task(apart, BLOCKS.batch, _mean_square)
 NORMED = Task(normed, lambda draw: (torch.randn(24, WIDTH, generator=draw),), _mean_square)
 
 
@@ -77,6 +101,35 @@ def compiled_around_ddp_in_buckets(device: torch.device) -> None:
 def compiled_around_ddp_whole(device: torch.device) -> None:
     with torch._dynamo.config.patch(optimize_ddp=False):
         as_eager(BLOCKS, device, lambda m, b: torch.compile(DistributedDataParallel(m), backend=b))
+
+
+def gradients_in_one_memory_under_ddp(device: torch.device) -> None:
+    """Copied to buckets, or views of them from then on."""
+    for wrap in (DistributedDataParallel, _with_views):
+        records = as_eager(APART, device, partial(_around, wrap))
+        assert all(r.cache == "found" or _packs(r) for r in records), records
+
+
+def _with_views(net: nn.Module) -> nn.Module:
+    return DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+
+def _around(wrap: Callable[[nn.Module], nn.Module], net: nn.Module, b: ioc.Compiler) -> nn.Module:
+    return wrap(torch.compile(net, backend=b))
+
+
+def gradients_in_one_memory_sharded(device: torch.device) -> None:
+    def made(net: nn.Module, b: ioc.Compiler) -> nn.Module:
+        for place in (0, 1):
+            net[place] = torch.compile(net[place], backend=b)
+        return sharded(net, list(net), device)
+
+    records = as_eager(APART, device, made)
+    assert all(r.cache == "found" or _packs(r) for r in records), records
+
+
+def _packs(record: Compilation) -> bool:
+    return any(each.pattern == "packed_gradients" for each in record.rewrites)
 
 
 def buffers_under_ddp(device: torch.device) -> None:

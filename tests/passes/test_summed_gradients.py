@@ -143,6 +143,42 @@ def test_of_one_tensor(name: str, mode: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+def by_parts(packed: Tensor) -> tuple[Tensor, ...]:
+    """As three layers have them, each of its columns of [B * S, 3 * H * D]."""
+    matrix = packed.flatten(0, 1)
+    return tuple(matrix[:, n : n + 64].sum(0, keepdim=True).view(-1) for n in (0, 64, 128))
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_of_columns_of_one_tensor(mode: str) -> None:
+    given = {"packing": "bs|hd:qkv", "mode": mode, "dtype": torch.float32}
+    gm, inputs = traced(lambda packed: by_parts(packed[0]), **given)
+    assert made(gm) == [PACKED_SUMMED]
+    packed, sums = on_aten(gm, inputs)
+    for one, other in zip(sums, by_parts(packed), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+PARTS_DECLINED: dict[str, Summed] = {
+    "every second column": lambda packed: (packed[0].flatten(0, 1)[:, ::2].sum(0),),
+    "columns of columns": lambda packed: (packed[0].flatten(0, 1)[:, 8:][:, 8:].sum(0),),
+    "some rows": lambda packed: (packed[0].flatten(0, 1)[1:, :64].sum(0),),
+    "heads of a tensor of heads": lambda packed: (
+        packed[0].unflatten(2, (12, 16)).flatten(0, 1)[:, 4:8].sum(0),
+    ),
+    "columns summed": lambda packed: (packed[0].flatten(0, 1)[:, :64].sum(1),),
+}
+
+
+@pytest.mark.parametrize("name", PARTS_DECLINED)
+def test_parts_of_one_tensor_declined(name: str) -> None:
+    given = {"packing": "bs|hd:qkv", "dtype": torch.float32}
+    gm, inputs = traced(PARTS_DECLINED[name], **given)
+    assert made(gm) == [PACKED]
+    packed, (found,) = on_aten(gm, inputs)
+    torch.testing.assert_close(found, PARTS_DECLINED[name]((packed,))[0])
+
+
 def test_nothing_to_sum() -> None:
     """Rows are a symbol: none is as good as many."""
     gm, inputs = traced(biases, mode="symbolic", dtype=torch.float32)

@@ -68,6 +68,12 @@ def by_name(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.prims.convert_element_type(torch.mm(a, b), torch.float32)
 
 
+def in_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of two weights, by one product."""
+    product = torch.mm(a, b)
+    return product[:8].float(), product[8:].t().float()
+
+
 TAKEN: dict[str, tuple[Function, list[Tensor], int]] = {
     "returned": (returned, [draw(16, 24), draw(24, 32)], 1),
     "float16": (returned, [draw(16, 24, dtype=FP16), draw(24, 32, dtype=FP16)], 1),
@@ -75,6 +81,7 @@ TAKEN: dict[str, tuple[Function, list[Tensor], int]] = {
     "seen otherwise": (seen_otherwise, [draw(16, 24), draw(24, 32)], 1),
     "operands by columns": (returned, [draw(24, 16).t(), draw(32, 24).t()], 1),
     "batches": (of_batches, [draw(3, 16, 24), draw(3, 24, 32)], 1),
+    "in parts": (in_parts, [draw(16, 24), draw(24, 32)], 1),
     "two": (two, [draw(16, 24), draw(24, 32)], 2),
     "by its name": (by_name, [draw(16, 24), draw(24, 32)], 1),
 }
@@ -146,11 +153,28 @@ def computed_before(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b).neg().float()
 
 
+def a_part_by_a_kernel(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    product = torch.mm(a, b)
+    return product[:8].float(), product[8:].exp().float()
+
+
+def a_part_as_it_is(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    product = torch.mm(a, b)
+    return product[:8].float(), product[8:]
+
+
+def parts_of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Casts pack the columns that they read."""
+    product = torch.mm(a, b)
+    return product[:, :8].float(), product[:, 8:].float()
+
+
 DECLINED: dict[str, tuple[Function, list[Tensor]]] = {
     f.__name__: (f, [draw(16, 24), draw(24, 32)])
     for f in (
         to_double, read_short_too, read_through_a_view_too, by_a_kernel, by_a_kernel_too,
-        with_a_bias, in_other_memory, spread, computed_before,
+        a_part_by_a_kernel, a_part_as_it_is, parts_of_rows, with_a_bias, in_other_memory, spread,
+        computed_before,
     )
 } | {
     "odd rows": (returned, [draw(17, 24), draw(24, 32)]),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -23,7 +23,7 @@ _MOVES = frozenset(views.VIEWS) - {aten.expand.default, aten.slice.Tensor}
 _WRITES = (CAT, ADD, aten.clone.default)
 
 
-class _Otherwise(Exception):
+class Otherwise(Exception):
     """It is not put together so that a `Packing` says how."""
 
 
@@ -47,15 +47,21 @@ def packed(call: Node) -> tuple[Node, Packing] | None:
     """The tensor that the three gradients ``call`` returns are copied into, all that is read of
     them, and where in it they lie; None where there is none, or they lie as no `Packing` says.
     """
-    gradients = {n.args[1]: n for n in call.users if n.target is operator.getitem}
-    if len(call.users) != len(PARTS) or len(gradients) != len(PARTS):
-        return None
-    for root in _copies(gradients[0]):
+    apart = gradients(call)
+    for root in _copies(apart[0]) if apart else []:
         try:
             return root, _packing(call, root)
-        except _Otherwise:
+        except Otherwise:
             continue
     return None
+
+
+def gradients(call: Node) -> list[Node]:
+    """Those of query, key and value; none where one of them is not read."""
+    found = {n.args[1]: n for n in call.users if n.target is operator.getitem}
+    if len(call.users) != len(PARTS) or len(found) != len(PARTS):
+        return []
+    return [found[number] for number in range(len(PARTS))]
 
 
 def _copies(node: Node) -> list[Node]:
@@ -73,16 +79,16 @@ def _copies(node: Node) -> list[Node]:
 def _packing(call: Node, root: Node) -> Packing:
     whole = view.tensors(root)[0]
     if not view.is_contiguous(whole):
-        raise _Otherwise
+        raise Otherwise
     dims = fresh(whole.shape)
     leaves = list(_leaves(root, dims, flat(dims), None))
     if any(leaf.call is not call for leaf in leaves):
-        raise _Otherwise
+        raise Otherwise
     numbers = [leaf.number for leaf in leaves]
     if sorted(numbers) != list(range(len(PARTS))):
-        raise _Otherwise
-    front, back = _common([_letters(leaf) for leaf in leaves])
-    return Packing(front, back, "".join(PARTS[n] for n in numbers))
+        raise Otherwise
+    orders = [letters(leaf.dims, leaf.place.front, leaf.place.back) for leaf in leaves]
+    return packing(orders, "".join(PARTS[n] for n in numbers))
 
 
 def _leaves(node: Node, dims: Dims, memory: Group, place: _Place | None) -> Iterator[_Leaf]:
@@ -95,7 +101,7 @@ def _leaves(node: Node, dims: Dims, memory: Group, place: _Place | None) -> Iter
     while node.target in _MOVES:
         earlier = views.before(node, dims)
         if earlier is None:
-            raise _Otherwise
+            raise Otherwise
         node, dims = _only_read(node.args[0]), earlier
     if node.target is operator.getitem and place is not None:
         call, number = node.args
@@ -103,7 +109,7 @@ def _leaves(node: Node, dims: Dims, memory: Group, place: _Place | None) -> Iter
         return
     found = pieces(node)
     if found is None:
-        raise _Otherwise
+        raise Otherwise
     for piece in found.pieces:
         within = _within(piece, dims, found.dim, memory, place)
         yield from _leaves(_only_read(piece.node), within[0], memory, within[1])
@@ -111,7 +117,7 @@ def _leaves(node: Node, dims: Dims, memory: Group, place: _Place | None) -> Iter
 
 def _only_read(node: object) -> Node:
     if not isinstance(node, Node) or len(readers(node)) != 1:
-        raise _Otherwise
+        raise Otherwise
     return node
 
 
@@ -127,11 +133,11 @@ def _within(
     before, inside = ((), memory) if place is None else place
     inside = resolve(inside)
     if cut not in inside or (place is not None and inside[0] is not cut):
-        raise _Otherwise
+        raise Otherwise
     at, inner, length = inside.index(cut), size(rest), piece.end - piece.start
     count = length // inner
     if not known(count * inner == length) or (piece.flat and rest):
-        raise _Otherwise
+        raise Otherwise
     left: Group = () if known(count == 1) else (Axis(count),)
     group = () if piece.flat else ((*left, *rest),)
     return (
@@ -140,16 +146,22 @@ def _within(
     )
 
 
-def _letters(leaf: _Leaf) -> tuple[str, str]:
-    """The dims of a gradient in the order they lie in outside and inside of its part; those of size
-    1 left out.
+Order: TypeAlias = tuple[str, str]
+"""The letters of a gradient's dims in the order they lie in outside and inside of its part."""
+
+
+def letters(dims: Dims, front: Group, back: Group) -> Order:
+    """Those of a gradient with these dims, whose memory has these axes; those of size 1 left out.
+
+    Raises:
+        Otherwise: the axes are not whole dims, one after the other.
     """
-    groups = dict(zip(DIMS, map(resolve, leaf.dims), strict=True))
+    groups = dict(zip(DIMS, map(resolve, dims), strict=True))
     waiting = {letter: group for letter, group in groups.items() if group}
-    found = tuple(_taken(waiting, resolve(axes)) for axes in leaf.place)
+    found = _taken(waiting, resolve(front)), _taken(waiting, resolve(back))
     if waiting:
-        raise _Otherwise
-    return found[0], found[1]
+        raise Otherwise
+    return found
 
 
 def _taken(waiting: dict[str, Group], axes: Group) -> str:
@@ -158,20 +170,24 @@ def _taken(waiting: dict[str, Group], axes: Group) -> str:
     while axes:
         found = next((x for x, group in waiting.items() if axes[: len(group)] == group), None)
         if found is None:
-            raise _Otherwise
+            raise Otherwise
         letters += found
         axes = axes[len(waiting.pop(found)) :]
     return letters
 
 
-def _common(orders: list[tuple[str, str]]) -> tuple[str, str]:
-    """The one order of all parts: dims of size 1 go where others have them, else outside."""
+def packing(orders: Sequence[Order], parts: str) -> Packing:
+    """The one order of all parts: dims of size 1 go where others have them, else outside.
+
+    Raises:
+        Otherwise: they have not one order, or elements of a row would be stored one by one.
+    """
     front, back = max(orders, key=lambda order: len("".join(order)))
     for order in orders:
         for whole, own in zip((front, back), order, strict=True):
             if [letter for letter in whole if letter in own] != list(own):
-                raise _Otherwise
+                raise Otherwise
     front = "".join(letter for letter in DIMS if letter not in front + back) + front
-    if not back.endswith(DIMS[-1]):  # elements of a row would be stored one by one
-        raise _Otherwise
-    return front, back
+    if not back.endswith(DIMS[-1]):
+        raise Otherwise
+    return Packing(front, back, parts)

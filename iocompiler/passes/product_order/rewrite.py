@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from iocompiler.cost_model.device import Device
-from iocompiler.cost_model.device import device as device_named
 from iocompiler.cost_model.product_order import Order, ProductOrders, Shape
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
@@ -92,7 +90,7 @@ def _reordered(gm: GraphModule, top: Node, chain: Chain) -> int:
     if any(shape is None or not all(shape) for shape in shapes):
         return 0
     tf32 = products_rounded()
-    orders = ProductOrders(shapes, value.dtype, _device(value), tf32)  # type: ignore[arg-type]
+    orders = ProductOrders(shapes, value.dtype, target.any_row(value), tf32)  # type: ignore[arg-type]
     order = orders.cheapest()
     before, after = (orders.seconds(each) * 1e6 for each in (chain.order, order))
     if after > _GAIN * before:
@@ -109,10 +107,6 @@ def _reordered(gm: GraphModule, top: Node, chain: Chain) -> int:
     record(gm, Rewrite(_PATTERN, view.where(top), f"{after:.3g} us for {before:.3g}"))
     edit.redirect(gm, top, new)
     return 1
-
-
-def _device(x: Tensor) -> Device:
-    return target.row(x) if target.device_type(x) == "cuda" else device_named("cpu")
 
 
 def _shape(matrix: Matrix, first: bool) -> Shape | None:
