@@ -27,6 +27,7 @@ from iocompiler.ops.packed_gradients import Packing
 from iocompiler.runtime import attention, embedding_gradient
 from iocompiler.runtime.attention_form import functions
 from iocompiler.runtime.cache import key_of
+from iocompiler.runtime.overlap import waiting_kernels
 from iocompiler.runtime.template_form import Form, TemplateJob, form_of
 from iocompiler.runtime.template_images import image
 from iocompiler.runtime.template_launch import watched
@@ -159,9 +160,11 @@ def test_the_worker_compiles_what_a_launch_of_tritons_would(which: int) -> None:
     kernel, given = launches()[which]
     found = image(form_of(kernel, given, 90))
     source, options = sourced(kernel, given)
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.always_compile = True
+    knobs = triton.knobs
+    with knobs.compilation.scope(), waiting_kernels(knobs, 90) as waits:
+        knobs.compilation.always_compile = True
         expected = triton.compile(source, target=_TARGET, options=options.__dict__)
+    assert waits == [found.metadata["waits"]] == [True]
     assert found.cubin == expected.asm["cubin"]
     entry = _ENTRY.search(expected.asm["ptx"])
     assert entry is not None

@@ -20,6 +20,7 @@ from iocompiler.ops.linear_cross_entropy_rows import (
 from iocompiler.runtime import template_launch
 from iocompiler.runtime.driver import Driver
 from iocompiler.runtime.launch import Image
+from iocompiler.runtime.overlap import ATTRIBUTES
 from iocompiler.runtime.template_form import Form
 from iocompiler.runtime.template_images import image
 from iocompiler.runtime.template_launch import Launch, members, watched
@@ -74,7 +75,7 @@ def test_all_of_a_launch_is_where_the_kernel_reads_it(gpu: Device) -> None:
     launch, tensors = launched(), [memory() for _ in TENSORS]
     launch._run(3, tensors)
     ((config, values),) = gpu.library.launches
-    assert config == (3, 1, 1, 256, 1, 1, config[6], 7, 0, 0)
+    assert config == (3, 1, 1, 256, 1, 1, config[6], 7, *ATTRIBUTES)
     assert config[6] == image(gpu.asked[0]).metadata["shared"] > 0
     assert values[:5] == [x.data_ptr() for x in tensors]
     assert values[5:12] == [100, 101, 102, 103, 104, 105, 106]
