@@ -277,8 +277,8 @@ def attention_backward(
     BLOCK_M_K: tl.constexpr, BLOCK_N_K: tl.constexpr, RANGES_K: tl.constexpr,
     PARTS: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys, or dq of one of queries: those of a group of heads follow each
-    other, so that what they read is read from HBM once. Of PARTS "keys" or "queries", those alone.
+    """dk and dv of a block of keys, or dq of one of queries. Of PARTS "both", those of a group of
+    heads follow each other, so that what they read is read from HBM once.
     """
     of_keys = 0
     if PARTS != "queries":
@@ -290,24 +290,22 @@ def attention_backward(
     b = z // groups
     g = z % groups
     heads = groups * GROUP
-    if PARTS != "queries":  # noqa: SIM102
-        if place < of_keys:
-            _key_block(
-                Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV, SumsK, SumsV,
-                q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
-                sums_k_strides, sums_v_strides,
-                operands, strides, numbers, table_k, table_k_strides, room_k, rows, columns, heads,
-                b, g, place, score, lift, FACTOR, keep, slope, SCALE, drop, GROUP,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M_K, BLOCK_N_K, RANGES_K, PLANES, PRECISION, SUMMED,
-            )  # fmt: skip
-    if PARTS != "keys":  # noqa: SIM102
-        if place >= of_keys:
-            h = g * GROUP + (place - of_keys) % GROUP
-            _query_block(
-                Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ, SumsQ,
-                q_strides, k_strides, v_strides, grad_strides, dq_strides, sums_q_strides,
-                operands, strides, numbers, table_q, table_q_strides, room_q, rows, columns, heads,
-                b, h, g, (place - of_keys) // GROUP,
-                score, lift, FACTOR, keep, slope, SCALE, drop,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M_Q, BLOCK_N_Q, RANGES_Q, PLANES, PRECISION, SUMMED,
-            )  # fmt: skip
+    if PARTS == "keys" or (PARTS == "both" and place < of_keys):
+        _key_block(
+            Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV, SumsK, SumsV,
+            q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
+            sums_k_strides, sums_v_strides,
+            operands, strides, numbers, table_k, table_k_strides, room_k, rows, columns, heads,
+            b, g, place, score, lift, FACTOR, keep, slope, SCALE, drop, GROUP,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M_K, BLOCK_N_K, RANGES_K, PLANES, PRECISION, SUMMED,
+        )  # fmt: skip
+    if PARTS == "queries" or (PARTS == "both" and place >= of_keys):
+        h = g * GROUP + (place - of_keys) % GROUP
+        _query_block(
+            Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ, SumsQ,
+            q_strides, k_strides, v_strides, grad_strides, dq_strides, sums_q_strides,
+            operands, strides, numbers, table_q, table_q_strides, room_q, rows, columns, heads,
+            b, h, g, (place - of_keys) // GROUP,
+            score, lift, FACTOR, keep, slope, SCALE, drop,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M_Q, BLOCK_N_Q, RANGES_Q, PLANES, PRECISION, SUMMED,
+        )  # fmt: skip
