@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from torch.optim.adamw import adamw
 
 from benchmarks.peers import Peer

@@ -1,5 +1,5 @@
-"""Every candidate schedule of the memory-bound kernels and of an AdamW step over 100 tensors, timed:
-is the model's choice the best?
+"""Every candidate schedule of the memory-bound kernels and of AdamW over 100 tensors, timed: is the
+model's choice the best?
 
 One line a kernel: its program kind, the model's choice with its time and rate, the fastest
 candidate with its own, and how many times longer the choice takes. Rates are of the bytes the cost

@@ -1,8 +1,9 @@
 """Schedules worth measuring for a tile program: the chosen one and its legal neighbours.
 
 A neighbour differs in block sizes, in warps, in holding the reduced extent in registers rather
-than walking it, or in walking the blocks of many tensors with few programs. Those a rough model of occupancy expects to be clearly slower are left out; the
-model only prunes, a clock decides.
+than walking it; over many tensors, in a bound of registers or in walking all blocks with few
+programs. Those a rough model of occupancy expects to be clearly slower are left out; the model only
+prunes, a clock decides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _BLOCKS_OF_AN_SM = 32
 # programs of a multiprocessor that walk many tensors: from no more than run at once to many more,
 # so that a program that is done early leaves its place to another
 _WALKING = (8, 32, 128)
-# registers of a thread of which 32 warps of a multiprocessor may have so many
+# registers of a thread that leave room for 32 warps on a multiprocessor
 _BOUND = 64
 # a neighbour modeled this much slower than the chosen schedule is not measured
 _SLOWER = 1.3
@@ -92,7 +93,7 @@ class _Space:
     # --- the neighbours
 
     def neighbours(self, first: Schedule) -> Iterator[Schedule]:
-        if is_flat(self.program):  # its kernel has room for the bodies with a mask and without
+        if is_flat(self.program):  # of the body with a mask, what runs rarely, needs most registers
             yield replace(first, registers=_BOUND)
         for shape in self._shapes(first):
             for warps in _WARPS:
