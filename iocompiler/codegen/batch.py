@@ -3,7 +3,7 @@
 A row of the table is a member: an address for every buffer, the bits of every by-value
 number (as float64 or int64), the rows it folds where it does, and last the member's length.
 ``blocks`` tells each program its member and which block of it. Where the schedule has programs walk
-the blocks, each takes every so manieth of them, until the table says that there is no member.
+the blocks, they take them in turns, each until ``blocks`` has -1 for its member.
 """
 
 from __future__ import annotations

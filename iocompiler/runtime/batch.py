@@ -81,7 +81,7 @@ class BatchLaunch:
         """How many programs a table of blocks is for."""
         if not self._programs:
             return len(blocks)
-        # each has an end of its own in the table: up to half of that may be ends
+        # as many ends stand behind the blocks, of which there are no fewer
         return min(self._programs, len(blocks) // 2)
 
     def _is_captured(self) -> bool:
