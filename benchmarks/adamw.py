@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from benchmarks.peers import Peer
 from tests.accuracy import Comparison, Results, compare
@@ -32,6 +33,21 @@ class AdamW:
     def compulsory_bytes(self) -> int:
         """Parameter, gradient and two moments read; parameter and moments written; bf16."""
         return 7 * 2 * self.count * _ROWS * self.width
+
+    def layouts(self) -> dict[str, tuple[tuple[int, ...], None]]:
+        """Shapes of the arguments of `update`: those of the counts of steps, "step0" and so on, are
+        float32.
+        """
+        kinds = {"p": self.shape, "g": self.shape, "m": self.shape, "v": self.shape, "step": ()}
+        return {f"{k}{i}": (shape, None) for k, shape in kinds.items() for i in range(self.count)}
+
+    def update(self, **given: Tensor) -> None:
+        """One step as a function of its tensors, to be planned with no GPU."""
+        kinds = ([given[f"{k}{i}"] for i in range(self.count)] for k in ("p", "g", "m", "v"))
+        steps = [given[f"step{i}"] for i in range(self.count)]
+        betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # the optimizer's defaults
+        more = {"amsgrad": False, "maximize": False, "capturable": True}
+        adamw(*kinds, [], steps, **_SETTINGS, **betas, **more)
 
     def optimizer(self, device: str, dtype: torch.dtype, seed: int) -> torch.optim.AdamW:
         """Random parameters and gradients, rounded to bf16 whatever ``dtype``."""

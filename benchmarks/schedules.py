@@ -1,4 +1,5 @@
-"""Every candidate schedule of the memory-bound kernels, timed: is the model's choice the best?
+"""Every candidate schedule of the memory-bound kernels and of AdamW over 100 tensors, timed: is the
+model's choice the best?
 
 One line a kernel: its program kind, the model's choice with its time and rate, the fastest
 candidate with its own, and how many times longer the choice takes. Rates are of the bytes the cost
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import timing
+from benchmarks.adamw import WIDTHS as ADAMW_WIDTHS
+from benchmarks.adamw import AdamW
 from benchmarks.harness import first_line, wanted
 from benchmarks.kernel_zoo import KERNELS, Kernel
 from benchmarks.kernels import ROWS, WIDTHS
@@ -39,6 +43,7 @@ from iocompiler.runtime.launch import Image
 from iocompiler.runtime.measure import Bench, GpuBench
 from iocompiler.runtime.subject import Subject
 from iocompiler.runtime.tune import subjects_of
+from iocompiler.runtime.values import size_value
 from iocompiler.tile.traffic import traffic
 
 _KINDS = {"pointwise": "point", "persistent": "whole", "looped": "loop", "rows": "rows"}
@@ -60,6 +65,8 @@ def main() -> None:
                 continue
             rows.append(_row(kernel, bench))
             print(_line(rows[-1]), flush=True)
+            if args.each:
+                print("".join(_each(rows[-1])), end="", flush=True)
     _summary(args, rows, len(work), started)
 
 
@@ -70,6 +77,7 @@ def arguments() -> argparse.Namespace:
     add("--widths", default=",".join(map(str, WIDTHS)), help=f"default {WIDTHS}")
     add("--rows", type=int, default=ROWS, help=f"default {ROWS}")
     add("--most", type=int, default=12, help="candidates of a kernel at most (default 12)")
+    add("--each", action="store_true", help="a line for every candidate too")
     add("--limit", type=float, default=220.0, help="seconds after which the rest is skipped")
     add("--json", metavar="PATH", help="write every candidate's time there")
     return found.parse_args()
@@ -95,26 +103,41 @@ def _planned(
 ) -> Iterator[_Work]:
     # wide kernels last: they take longest to compile, and the limit then costs whole widths
     for width in map(int, args.widths.split(",")):
-        for zoo in KERNELS:
-            if not wanted(zoo.name, args.only) or time.perf_counter() - started > args.limit:
+        for name, plan in _plans(args.rows, width):
+            if not wanted(name, args.only) or time.perf_counter() - started > args.limit:
                 continue
-            for subject in _subjects(zoo, args.rows, width, device):
+            for subject in _subjects(name, width, plan, device):
                 chosen = subject.chosen
                 found = candidates(
                     subject.program, device, subject.sizes, most=args.most, first=chosen
                 )
                 pairs = [(subject, schedule) for schedule in found]
                 built = compiler.submit(bench.compile, pairs) if bench is not None else None
-                yield _Work(zoo.name, width, subject, found, built)
+                yield _Work(name, width, subject, found, built)
 
 
-def _subjects(zoo: Kernel, rows: int, width: int, device: Device) -> list[Subject]:
+def _plans(rows: int, width: int) -> Iterator[tuple[str, Callable[[], Plan]]]:
+    """Each function's name, and what makes its plan."""
+    for zoo in KERNELS:
+        yield zoo.name, partial(plan_of, zoo, rows, width)
+    if width in ADAMW_WIDTHS:
+        yield "adamw", partial(plan_of_adamw, AdamW(width, 100))
+
+
+def _subjects(name: str, width: int, plan: Callable[[], Plan], device: Device) -> list[Subject]:
     try:
-        plan = plan_of(zoo, rows, width)
+        found = plan()
     except Exception as error:
-        print(f"note: {zoo.name} {width}: {type(error).__name__}: {first_line(error)}")
+        print(f"note: {name} {width}: {type(error).__name__}: {first_line(error)}")
         return []
-    return subjects_of(plan, device, {}, shortest=0.0)
+    return subjects_of(found, device, {}, shortest=0.0)
+
+
+def plan_of_adamw(step: AdamW) -> Plan:
+    """Our plan of an optimizer step in bfloat16, made on fake tensors."""
+    layouts = step.layouts()
+    steps = [name for name in layouts if name.startswith("step")]
+    return plan_on_fakes(step.update, layouts, tuple(layouts), wide=steps)
 
 
 def plan_of(zoo: Kernel, rows: int, width: int) -> Plan:
@@ -131,12 +154,14 @@ def plan_on_fakes(
     function: Callable[..., Any],
     layouts: Mapping[str, tuple[tuple[int, ...], tuple[int, ...] | None]],
     fixed: Collection[str],
+    wide: Collection[str] = (),
 ) -> Plan:
     """Our plan of a function of bfloat16 tensors on a GPU, made on fake tensors.
 
     Args:
         layouts: shape and strides (None: dense) of each argument.
         fixed: arguments without a gradient; unless all are, the plan is that of the backward.
+        wide: arguments in float32.
     """
     backward = any(name not in fixed for name in layouts)
     records: list[Compilation] = []
@@ -154,9 +179,11 @@ def plan_on_fakes(
     ):
         warnings.simplefilter("ignore")
         given = {
-            name: _empty(shape, strides).requires_grad_(name not in fixed)
+            name: _empty(shape, strides, torch.float32 if name in wide else torch.bfloat16)
             for name, (shape, strides) in layouts.items()
         }
+        for name, tensor in given.items():
+            tensor.requires_grad_(name not in fixed)
         result: Any = torch.compile(function, backend=backend, dynamic=False)(**given)
         if backward:
             result.backward(torch.empty_like(result))
@@ -166,10 +193,12 @@ def plan_on_fakes(
     return build_plan(flat[name], DEVICES["h200"], name)
 
 
-def _empty(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> torch.Tensor:
+def _empty(
+    shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: torch.dtype
+) -> torch.Tensor:
     if strides is None:
-        return torch.empty(shape, dtype=torch.bfloat16, device="cpu")
-    return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
 
 def _on_fakes(plan: Plan, gm: torch.fx.GraphModule) -> Any:
@@ -183,7 +212,7 @@ def _row(work: _Work, bench: Bench | None) -> dict[str, Any]:
         "name": work.name,
         "width": work.width,
         "kernel": subject.name,
-        "bytes": int(moved.read_bytes) + int(moved.written_bytes),
+        "bytes": size_value(moved.read_bytes + moved.written_bytes, subject.sizes),
         "model": asdict(subject.chosen),
         "candidates": [asdict(s) for s in work.schedules],
     }
@@ -236,11 +265,23 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def _each(row: dict[str, Any]) -> Iterator[str]:
+    """A line for every candidate that was timed, the fastest first; else those there are."""
+    timed = [c for c in row["candidates"] if "us" in c]
+    for c in sorted(timed, key=lambda c: float(c["us"])):
+        rate = row["bytes"] / c["us"] / 1e3
+        words = f"{c['registers']} registers, {c['spills']} bytes of spills"
+        yield f"    {_shown(c['schedule']):22}{c['us']:8.1f} us {rate:5.0f} GB/s  {words}\n"
+    for c in row["candidates"] if not timed else ():
+        yield f"    {_shown(c)}\n"
+
+
 def _shown(schedule: dict[str, Any]) -> str:
-    """ "x2 r1024 w4"."""
+    """ "x2 r1024 w4", and how many programs walk, and their bound of registers ("p264", "b64")."""
     parts = {"x": schedule["x_block"], "y": schedule["y_block"], "r": schedule["r_block"]}
     blocks = [f"{name}{size}" for name, size in parts.items() if size > 1 or name == "x"]
-    return " ".join([*blocks, f"w{schedule['num_warps']}"])
+    more = {"w": schedule["num_warps"], "p": schedule["programs"], "b": schedule["registers"]}
+    return " ".join(blocks + [f"{name}{number}" for name, number in more.items() if number])
 
 
 def _summary(

@@ -2,7 +2,8 @@
 
 A row of the table is a member: an address for every buffer, the bits of every by-value
 number (as float64 or int64), the rows it folds where it does, and last the member's length.
-``blocks`` tells each program its member and which block of it.
+``blocks`` tells each program its member and which block of it. Where the schedule has programs walk
+the blocks, they take them in turns, each until ``blocks`` has -1 for its member.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ def emit_batch(program: TileProgram, schedule: Schedule, name: str) -> str:
     """The source of the kernel ``name`` for a flat program or a fold; `SIGNATURE` has its
     parameters.
     """
-    width = len(program.buffers) + 1 + bool(program.reduced)
     kind = "folded rows" if program.reduced else "pointwise"
     head = [
         "@triton.jit",
@@ -46,20 +46,43 @@ def emit_batch(program: TileProgram, schedule: Schedule, name: str) -> str:
         f'    """{kind} over many tensors: a row has the addresses and length of a member"""',
         "    member = tl.load(blocks_ptr + 2 * tl.program_id(0))",
         "    block = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1)",
-        f"    row = table_ptr + member * {width}",
-        f"    {LENGTH.name} = tl.load(row + {width - 1})",
-        # neither a mask nor unknown alignment keeps whole blocks from moving 16 bytes a thread
-        f"    if (aligned != 0) & ((block + 1) * {schedule.x_block} <= {LENGTH.name}):",
-        *_body(program, schedule, whole=True),
-        "    else:",
-        *_body(program, schedule, whole=False),
+        *(_walk(program, schedule) if schedule.programs else _block(program, schedule, 1)),
     ]
     return "\n".join(head) + "\n"
 
 
-def _body(program: TileProgram, schedule: Schedule, whole: bool) -> list[str]:
+def _walk(program: TileProgram, schedule: Schedule) -> list[str]:
+    """The loop over a program's blocks: which is next is on its way while one is worked on."""
+    return [
+        "    place = blocks_ptr + 2 * tl.program_id(0)",
+        "    while member >= 0:",
+        "        place += 2 * tl.num_programs(0)",
+        "        next_member = tl.load(place)",
+        "        next_block = tl.load(place + 1)",
+        *_block(program, schedule, 2),
+        "        member = next_member",
+        "        block = next_block",
+    ]
+
+
+def _block(program: TileProgram, schedule: Schedule, depth: int) -> list[str]:
+    """The work on the block ``block`` of ``member``, indented ``depth`` times."""
+    width = len(program.buffers) + 1 + bool(program.reduced)
+    indent = "    " * depth
+    return [
+        f"{indent}row = table_ptr + member * {width}",
+        f"{indent}{LENGTH.name} = tl.load(row + {width - 1})",
+        # neither a mask nor unknown alignment keeps whole blocks from moving 16 bytes a thread
+        f"{indent}if (aligned != 0) & ((block + 1) * {schedule.x_block} <= {LENGTH.name}):",
+        *_body(program, schedule, depth + 1, whole=True),
+        f"{indent}else:",
+        *_body(program, schedule, depth + 1, whole=False),
+    ]
+
+
+def _body(program: TileProgram, schedule: Schedule, depth: int, whole: bool) -> list[str]:
     writer = KernelWriter(program, schedule)
-    writer.depth = 2
+    writer.depth = depth
     for place, buffer in enumerate(program.buffers):
         writer.line(_argument(buffer, place, whole and buffer.elements != 1))
     if not program.reduced:

@@ -175,6 +175,9 @@ class _Kernels:
     def _register_batch(self, kernel: _Kernel, step: BatchStep) -> Launcher:
         name = self._claim(f"run_{kernel.name}")
         numbers = quoted(numbers_of(step.program)) + (f", unit={UNIT}" if step.parts else "")
+        for field in ("programs", "registers"):
+            value = getattr(step.schedule, field)
+            numbers += f", {field}={value}" if value else ""
         where = f", where={quoted(kernel.where[0])}" if kernel.where else ""
         warps, stages = step.schedule.num_warps, step.schedule.num_stages
         registration = (

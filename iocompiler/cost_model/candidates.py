@@ -1,8 +1,9 @@
 """Schedules worth measuring for a tile program: the chosen one and its legal neighbours.
 
-A neighbour differs in block sizes, in warps, or in holding the reduced extent in registers rather
-than walking it. Those a rough model of occupancy expects to be clearly slower are left out; the
-model only prunes, a clock decides.
+A neighbour differs in block sizes, in warps, in holding the reduced extent in registers rather
+than walking it; over many tensors, in a bound of registers or in walking all blocks with few
+programs. Those a rough model of occupancy expects to be clearly slower are left out; the model only
+prunes, a clock decides.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from iocompiler.cost_model.kernel import kernel_seconds
 from iocompiler.cost_model.schedule import FIXED_REGISTERS, REGISTERS, choose, points, power_of_two
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
+from iocompiler.tile.flat import is_flat
 from iocompiler.tile.index import product
 from iocompiler.tile.online import levels
 from iocompiler.tile.program import TileProgram
@@ -29,6 +31,11 @@ _SHORTEST_PIECE = 256
 _LATENCY_S = 8e-7
 _WARPS_OF_AN_SM = 64
 _BLOCKS_OF_AN_SM = 32
+# programs of a multiprocessor that walk many tensors: from no more than run at once to many more,
+# so that a program that is done early leaves its place to another
+_WALKING = (8, 32, 128)
+# registers of a thread that leave room for 32 warps on a multiprocessor
+_BOUND = 64
 # a neighbour modeled this much slower than the chosen schedule is not measured
 _SLOWER = 1.3
 # each doubling away from the chosen schedule must promise this much
@@ -53,20 +60,25 @@ def candidates(
     limit = _SLOWER * space.seconds(first)
     others = {s for s in space.neighbours(first) if space.fits(s)} - {first}
     ranked = sorted(others, key=lambda s: (space.seconds(s) * _STEP ** _distance(s, first), str(s)))
-    near = [s for s in ranked if s.kind == first.kind and space.seconds(s) <= limit]
+    near = [s for s in ranked if _way(s) == _way(first) and space.seconds(s) <= limit]
     # the model is least sure of how a row is held: the best of every other way is always measured
-    others_best = {s.kind: s for s in reversed(ranked) if s.kind != first.kind}
+    others_best = {_way(s): s for s in reversed(ranked) if _way(s) != _way(first)}
     kept = near[: most - 1 - len(others_best)] + list(others_best.values())
     kept += [s for s in ranked if s not in kept and space.seconds(s) <= limit]
     return [first, *kept[: most - 1]]
 
 
+def _way(schedule: Schedule) -> tuple[str, bool]:
+    """How the kernel goes about its work."""
+    return schedule.kind, schedule.programs > 0
+
+
 def _distance(a: Schedule, b: Schedule) -> float:
-    """Doublings between two schedules; another kind counts as one, its blocks then not at all."""
+    """Doublings between two schedules; another way counts as one, its blocks then not at all."""
     pairs = [(a.num_warps, b.num_warps), (a.x_block, b.x_block), (a.y_block, b.y_block)]
-    if a.kind == b.kind:
+    if _way(a) == _way(b):
         pairs += [(a.r_block, b.r_block), (max(a.programs, 1), max(b.programs, 1))]
-    steps = float(a.kind != b.kind)
+    steps = float(_way(a) != _way(b))
     return steps + sum(abs(math.log2(one / other)) for one, other in pairs)
 
 
@@ -81,6 +93,8 @@ class _Space:
     # --- the neighbours
 
     def neighbours(self, first: Schedule) -> Iterator[Schedule]:
+        if is_flat(self.program):  # of the body with a mask, what runs rarely, needs most registers
+            yield replace(first, registers=_BOUND)
         for shape in self._shapes(first):
             for warps in _WARPS:
                 yield replace(shape, num_warps=warps, registers=0)
@@ -98,10 +112,20 @@ class _Space:
             if base.kind == "rows" and not self._stores_partial_rows:
                 for each in (1, 2, 4):
                     yield replace(base, programs=each * self.device.sm_count)
+            if is_flat(self.program):
+                yield from self._walking(base)
             if base.kind == "looped":
                 for r in _around(base.r_block):
                     yield replace(base, r_block=r)
                     yield replace(base, r_block=r, x_block=max(1, base.x_block * base.r_block // r))
+
+    def _walking(self, base: Schedule) -> Iterator[Schedule]:
+        """Few programs for all blocks of many tensors, each with two blocks or more."""
+        for x in (base.x_block, 2 * base.x_block):
+            for each in _WALKING:
+                programs = each * self.device.sm_count
+                if 2 * programs * x <= points(self.program.parallel, self.hints):
+                    yield replace(base, x_block=x, programs=programs)
 
     def _other_kind(self, first: Schedule) -> Iterator[Schedule]:
         """A row held by a program of its own, held by one that walks many rows, and walked."""
@@ -184,7 +208,7 @@ class _Space:
         )
 
     def _programs(self, schedule: Schedule) -> int:
-        if schedule.kind == "rows":
+        if schedule.programs:
             return schedule.programs
         across = points(self.program.parallel, self.hints)
         return max(1, -(-across // (schedule.x_block * schedule.y_block)))

@@ -46,7 +46,8 @@ class Schedule:
     - "pointwise": no reduction; a tile of ``x_block`` points of the inner parallel axis group, or
       ``y_block`` x ``x_block`` over two groups where accesses disagree on the contiguous axis.
       With ``programs``, so many walk all tiles of a product with one number, and none of them
-      does anything where that is 1 and the result stands over what is multiplied.
+      does anything where that is 1 and the result stands over what is multiplied; or the tiles
+      of all tensors of a batch.
     - "persistent": a tile of ``x_block`` x ``r_block``, the whole reduced extent in registers.
     - "looped": ``x_block`` x ``r_block`` at a time, one loop over the reduced
       extent per dependent reduction.

@@ -16,9 +16,12 @@ Row = tuple[Any, ...]
 """Addresses (ints) and by-value numbers in the order of the program's buffers, then the length."""
 
 Tables: TypeAlias = "list[torch.Tensor]"
-"""The rows, and for each program its member and which block of it."""
+"""The rows, and for each program its member and which block of it: of programs that walk, the first
+of each, and so on in turns, and behind the last for each of them that there is no member.
+"""
 
 _HOST = torch.device("cpu")  # said wherever tables are made: a default device may be in force
+_NO_MEMBER = -1
 _SETS = 16  # of one launch whose tables are kept
 _RECORDINGS = 4  # of one launch, for which memory on the host is made ready
 
@@ -32,6 +35,7 @@ class BatchLaunch:
         numbers: "f" or "i" (float or integer by value) or "p" (address) for all but the length.
         device: where the table goes.
         unit: lengths that are multiples of it keep what is aligned aligned.
+        programs: as many walk the blocks, if there are more; 0: each block has its own.
 
     Attributes:
         recorded: whether the calls go into CUDA graphs, whose pool may keep nothing of ours: the
@@ -45,9 +49,10 @@ class BatchLaunch:
         numbers: str,
         device: torch.device,
         unit: int = 1,
+        programs: int = 0,
     ):
         self.recorded = False
-        self._unit = unit
+        self._unit, self._programs = unit, programs
         self._launch, self._block, self._device = launch, block, device
         self._pointers = [i for i, kind in enumerate(numbers) if kind == "p"]
         self._row = struct.Struct("<" + "".join("d" if n == "f" else "q" for n in numbers + "i"))
@@ -70,7 +75,14 @@ class BatchLaunch:
 
     def _run(self, stream: int, kept: _Kept) -> None:
         table, blocks = kept.table.data_ptr(), kept.blocks.data_ptr()
-        self._launch()(stream, len(kept.blocks), 1, 1, table, blocks, kept.aligned)
+        self._launch()(stream, self._launched(kept.blocks), 1, 1, table, blocks, kept.aligned)
+
+    def _launched(self, blocks: torch.Tensor) -> int:
+        """How many programs a table of blocks is for."""
+        if not self._programs:
+            return len(blocks)
+        # as many ends stand behind the blocks, of which there are no fewer
+        return min(self._programs, len(blocks) // 2)
 
     def _is_captured(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -141,7 +153,9 @@ class BatchLaunch:
     def _blocks_of(self, lengths: Sequence[int]) -> torch.Tensor:
         # no operator here may run in several threads: they would spin beside the next launches
         counts = [-(-length // self._block) for length in lengths]
-        made = torch.empty(sum(counts), 2, dtype=torch.int32, device=_HOST)
+        ends = min(self._programs, sum(counts))
+        made = torch.empty(sum(counts) + ends, 2, dtype=torch.int32, device=_HOST)
+        made[sum(counts) :] = _NO_MEMBER
         first = 0
         for member, count in enumerate(counts):
             part = made[first : first + count]

@@ -170,7 +170,8 @@ class GpuBench:
         if not isinstance(subject.step, BatchStep):
             return partial(launch, stream, *subject.grid(schedule), *rows[0], *subject.numbers)
         numbers = numbers_of(subject.program)
-        batch = BatchLaunch(lambda: launch, schedule.x_block, numbers, self.device)
+        block, programs = schedule.x_block, schedule.programs
+        batch = BatchLaunch(lambda: launch, block, numbers, self.device, programs=programs)
         table = [(*row, length) for row, length in zip(rows, subject.lengths, strict=True)]
         return partial(batch, stream, table)
 

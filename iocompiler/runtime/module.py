@@ -138,9 +138,12 @@ class Module:
         num_stages: int,
         where: str = "",
         unit: int = 1,
+        programs: int = 0,
+        registers: int = 0,
     ) -> BatchLaunch:
         """Register a kernel over many sets of tensors; parameters as of `BatchLaunch`."""
-        self.kernel(name, signature, num_warps=num_warps, num_stages=num_stages, where=where)
+        fixed: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        self.kernel(name, signature, where=where, registers=registers, **fixed)
         launcher = f"{name}({signature})"
 
         def bound() -> Launch:
@@ -148,7 +151,7 @@ class Module:
                 self.bind()
             return self.bound[launcher]
 
-        self.batches.append(BatchLaunch(bound, block, numbers, self.device, unit))
+        self.batches.append(BatchLaunch(bound, block, numbers, self.device, unit, programs))
         return self.batches[-1]
 
     def product(self, problem: Callable[..., Problem]) -> Callable[..., None]:

@@ -30,6 +30,7 @@ from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sites import SiteKey, sites
 from iocompiler.runtime.tune import rescheduled
+from iocompiler.tile.flat import is_flat
 from iocompiler.tile.program import TileProgram
 
 FORMAT = 1
@@ -79,7 +80,7 @@ class PlanFile:
         for kernel, row in found["kernels"].items():
             key = kernels[kernel]
             try:
-                chosen[key] = _schedule(row, key[1])
+                chosen[key] = _schedule(row, key[1], walks=is_flat(key[0]))
             except ValueError as error:
                 place = f"kernel {kernel!r} of {entry}"
                 raise self._bad(f"{place}: {error}", place) from None
@@ -212,8 +213,8 @@ def _tile(row: Any, product: Product) -> MatmulTile:
     return MatmulTile(**row)
 
 
-def _schedule(row: Any, model: Schedule) -> Schedule:
-    """A schedule as the file has it.
+def _schedule(row: Any, model: Schedule, walks: bool) -> Schedule:
+    """A schedule as the file has it; ``walks``: any number of programs may run the kernel.
 
     Raises:
         ValueError: it is none, or none for a kernel that the model gave the schedule ``model``.
@@ -236,6 +237,6 @@ def _schedule(row: Any, model: Schedule) -> Schedule:
     chosen = Schedule(**row)
     reduces = ("persistent", "looped")
     fits = chosen.kind == model.kind or (chosen.kind in reduces and model.kind in reduces)
-    if not fits or chosen.programs != model.programs:
+    if not fits or (chosen.programs != model.programs and not walks):
         raise ValueError(f"{chosen.kind} with {chosen.programs} programs does not fit this kernel")
     return chosen

@@ -50,6 +50,11 @@ def flat_program(program: TileProgram) -> tuple[TileProgram, Size] | None:
     return TileProgram((Axis("x0", LENGTH),), (), buffers, tuple(ops)), points
 
 
+def is_flat(program: TileProgram) -> bool:
+    """Whether it is a flat program that reduces nothing, over tensors of any length."""
+    return not program.reduced and [axis.size for axis in program.parallel] == [LENGTH]
+
+
 @dataclass(frozen=True)
 class Fold:
     """What a folding program computes of one set of partial rows.

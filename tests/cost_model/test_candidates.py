@@ -10,10 +10,12 @@ from iocompiler.cost_model.candidates import MOST, candidates
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.cost_model.schedule import choose
 from iocompiler.plan.data import Schedule
+from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.program import Buffer, TileProgram
 from tests.codegen.cases import CASES
 from tests.codegen.programs import BF16, rows, softmax
 from tests.cost_model.test_schedule import columns, is_legal
+from tests.runtime.plans import binary
 
 H200 = DEVICES["h200"]
 
@@ -58,6 +60,24 @@ def test_a_walk_over_rows_has_several_counts_of_programs() -> None:
     first = Schedule("rows", x_block=1, r_block=4096, num_warps=8, programs=264)
     found = candidates(row_softmax(8192, 4096), H200, first=first, most=24)
     assert {s.programs for s in found if s.kind == "rows"} >= {264, 528}
+
+
+def test_many_tensors_are_walked_by_few_programs_where_there_is_enough_to_walk() -> None:
+    program = binary("add", LENGTH)
+    found = candidates(program, H200, {LENGTH.name: 1 << 27})
+    assert found[0] == choose(program, H200, {LENGTH.name: 1 << 27})
+    assert [s.programs > 0 for s in found] == [False] * (MOST - 1) + [True]
+    assert replace(found[0], registers=64) in found
+    everything = candidates(program, H200, {LENGTH.name: 1 << 27}, most=200)
+    assert len({s.programs for s in everything}) == 4
+    for points in (1 << 12, 1 << 20):
+        few = candidates(program, H200, {LENGTH.name: points}, most=200)
+        assert {s.programs for s in few} == {0}
+
+
+def test_points_of_one_tensor_are_not_walked() -> None:
+    found = candidates(binary("add", 1 << 27), H200, most=200)
+    assert {(s.programs, s.registers) for s in found} == {(0, 0)}
 
 
 def test_a_column_sum_never_reads_single_elements() -> None:

@@ -48,6 +48,23 @@ def test_every_block_of_every_member_has_a_program() -> None:
     assert table.tolist() == [[16, 32, 300], [48, 64, 1], [80, 96, 128]]
 
 
+@pytest.mark.parametrize("programs", [1, 2, 5, 100])
+def test_programs_that_walk_find_every_block_and_their_end(programs: int) -> None:
+    recorder = Recorder()
+    cpu = torch.device("cpu")
+    launch = BatchLaunch(lambda: recorder, 128, "pp", cpu, programs=programs)
+    launch(0, [(16, 32, 300), (48, 64, 1), (80, 96, 128)])
+    launched = recorder.calls[0][1]
+    assert launched == min(programs, 5)
+    blocks = [tuple(row) for row in tables(launch)[1].tolist()]
+    walked = []
+    for program in range(launched):
+        while blocks[program][0] >= 0:
+            walked.append(blocks[program])
+            program += launched
+    assert sorted(walked) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
+
+
 def test_a_member_without_elements_has_no_program() -> None:
     launch, recorder = launch_of("p")
     launch(0, [(16, 0), (32, 5)])

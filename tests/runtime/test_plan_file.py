@@ -17,7 +17,7 @@ from iocompiler import engines
 from iocompiler.backend import Compiler
 from iocompiler.codegen.module import emit_module
 from iocompiler.compilation import Compilation
-from iocompiler.plan.data import KernelStep, Plan
+from iocompiler.plan.data import BatchStep, KernelStep, Plan
 from iocompiler.runtime.plan_file import fingerprint
 
 
@@ -107,6 +107,19 @@ def test_a_schedule_changed_by_hand_is_replayed(path: Path) -> None:
     assert f"num_warps={wanted}" in texts[1]
     assert texts[0] != texts[1]
     assert record.cache.startswith("not cached: ")
+
+
+def activations(x: Tensor, w: Tensor) -> Tensor:
+    """Two equal kernels over different tensors, in one launch."""
+    return (x.tanh() @ w.tanh()).sum(-1)
+
+
+def test_programs_that_walk_many_tensors_are_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    compiled(path, activations)
+    edited(path, lambda data: some_kernel(data).update(programs=7))
+    steps = compiled(path, activations).plans["forward"].steps
+    assert [s.schedule.programs for s in steps if isinstance(s, BatchStep)] == [7]
 
 
 def test_another_graph_is_added(path: Path) -> None:

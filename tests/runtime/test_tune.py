@@ -240,22 +240,47 @@ def test_the_plan_computes_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
     assert changed
 
 
-def test_a_batch_is_measured() -> None:
-    base = binary("add", LENGTH)
-    sizes = (LARGE, LARGE // 2)
+BATCHED = (LARGE, LARGE // 2)
+
+
+def batched() -> Plan:
+    """Two additions in one launch."""
+    base, sizes = binary("add", LENGTH), BATCHED
     members = tuple(((f"x{n}", f"x{n}", f"a{n}"), n) for n in sizes)
     outputs = tuple((f"a{n}", spec(n)) for n in sizes)
-    chosen = candidates(base, H200, {"n": sum(sizes)})
-    step = BatchStep("adds", base, chosen[0], members, outputs)
+    step = BatchStep("adds", base, batch_options()[0], members, outputs)
     inputs: dict[str, Any] = {f"x{n}": spec(n) for n in sizes}
-    graph = plan(inputs, [step], tuple(Ref(f"a{n}") for n in sizes))
-    after, (record,) = tuned(graph, FakeBench(by_rank(chosen)))
+    return plan(inputs, [step], tuple(Ref(f"a{n}") for n in sizes))
+
+
+def batch_options() -> list[Schedule]:
+    return candidates(binary("add", LENGTH), H200, {"n": sum(BATCHED)})
+
+
+def test_a_batch_is_measured() -> None:
+    chosen = batch_options()
+    after, (record,) = tuned(batched(), FakeBench(by_rank(chosen)))
     assert record.kernel == "adds"
     assert schedule_of(after) == chosen[-1]
+    assert f"programs={chosen[-1].programs}" in emit_module(after, "tuned")
 
 
+TUNED: list[tuple[Callable[[], Plan], Callable[[], list[Schedule]], Callable[[Schedule], bool]]] = [
+    (large, lambda: options(large()), lambda s: s != options(large())[0]),
+    (batched, batch_options, lambda s: s.programs > 0),
+    (batched, batch_options, lambda s: s.registers > 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "all_options", "fast"), TUNED, ids=["kernel", "a walk", "a bound of registers"]
+)
 def test_a_tuned_kernel_is_compiled_as_the_module_compiles_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    make: Callable[[], Plan],
+    all_options: Callable[[], list[Schedule]],
+    fast: Callable[[Schedule], bool],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
 ) -> None:
     """Else the winner would be compiled a second time when the plan is loaded."""
     subjects: list[Subject] = []
@@ -265,7 +290,8 @@ def test_a_tuned_kernel_is_compiled_as_the_module_compiles_it(
             subjects.extend(subject for subject, _ in wanted)
             return super().compile(wanted)
 
-    after, (record,) = tuned(large(), Keeping(by_rank(options(large()))))
+    after, (record,) = tuned(make(), Keeping(lambda s: 1.0 if fast(s) else 2.0))
+    assert fast(record.chosen)
     asked: dict[str, Job] = {}
 
     def keep(jobs: dict[str, Job], cache: Any) -> dict[str, Image]:

@@ -23,7 +23,8 @@ from iocompiler.plan.data import BatchStep, Plan, Schedule
 from iocompiler.runtime.batch import BatchLaunch, Row
 from iocompiler.runtime.load import load_text
 from iocompiler.tile.flat import flat_program, folds
-from iocompiler.tile.program import TileProgram
+from iocompiler.tile.index import Affine, Axis
+from iocompiler.tile.program import Buffer, Builder, TileProgram
 from tests.codegen.kernels import batch_kernel_of
 from tests.runtime.text_engine import bind
 from tests.tile.test_flat import column_sums, scaled
@@ -38,22 +39,43 @@ def launch(program: TileProgram, schedule: Schedule, rows: list[Row], unit: int 
         kernel[x, y, z](kept.table, kept.blocks, aligned)
 
     cpu = torch.device("cpu")
-    batch = BatchLaunch(lambda: run, schedule.x_block, numbers_of(program), cpu, unit)
+    numbers, programs = numbers_of(program), schedule.programs
+    batch = BatchLaunch(lambda: run, schedule.x_block, numbers, cpu, unit, programs)
     batch(0, rows)
 
 
+@pytest.mark.parametrize("programs", [0, 1, 3, 100])
 @pytest.mark.parametrize("lengths", [(16, 48), (16, 5, 33), (1,)])
-def test_pointwise(lengths: tuple[int, ...]) -> None:
+def test_pointwise(lengths: tuple[int, ...], programs: int) -> None:
     found = flat_program(scaled((8,)))
     assert found is not None
     members = [(torch.randn(n), torch.randn(1), torch.full((n,), torch.nan)) for n in lengths]
     launch(
         found[0],
-        Schedule("pointwise", x_block=16),
+        Schedule("pointwise", x_block=16, programs=programs),
         [(*(t.data_ptr() for t in m), m[0].numel()) for m in members],
     )
     for x, s, out in members:
         torch.testing.assert_close(out, x * s)
+
+
+def test_each_block_is_worked_on_once() -> None:
+    """What stands in place would be another number the second time."""
+    found = flat_program(in_place())
+    assert found is not None
+    members = [torch.arange(n, dtype=torch.float32) for n in (5, 40, 16)]
+    rows: list[Row] = [(t.data_ptr(), t.numel()) for t in members]
+    launch(found[0], Schedule("pointwise", x_block=16, programs=2), rows)
+    for tensor in members:
+        torch.testing.assert_close(tensor, 2.0 * torch.arange(len(tensor)))
+
+
+def in_place() -> TileProgram:
+    """``a = a + a``."""
+    build, at = Builder(), Affine.of("x0")
+    value = build.load("a", at, torch.float32)
+    build.store("a", at, build.map("add", value, value))
+    return build.program((Axis("x0", 8),), (), (Buffer("a", torch.float32, "inout", 8),))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of NaN, which is meant
