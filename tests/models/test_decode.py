@@ -4,6 +4,7 @@ themselves, and how often something is compiled.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -50,10 +51,15 @@ def decoded(model: Any, forward: Any, kind: str) -> tuple[torch.Tensor, list[tor
     mask[0, :2] = 0  # padded on the left
     logits = []
     with torch.no_grad():
-        model(input_ids=ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], past_key_values=cache)
+        # its name from transformers 5.24 on, and before
+        named = (
+            "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
+        )
+        given = {named: cache}
+        model(input_ids=ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], **given)
         for at in range(PROMPT, PROMPT + STEPS):
             seen = mask if static else mask[:, : at + 1].contiguous()
-            out = forward(input_ids=ids[:, at : at + 1], attention_mask=seen, past_key_values=cache)
+            out = forward(input_ids=ids[:, at : at + 1], attention_mask=seen, **given)
             logits.append(out.logits.double())
     left = [x.double() for layer in cache.layers for x in (layer.keys, layer.values)]
     return torch.stack(logits), left
