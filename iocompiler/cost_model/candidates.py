@@ -73,6 +73,23 @@ def _way(schedule: Schedule) -> tuple[str, bool]:
     return schedule.kind, schedule.programs > 0
 
 
+def walks_rows(program: TileProgram) -> bool:
+    """Whether any number of programs may walk the rows of a merged program, each held whole."""
+    if not program.reduced or not isinstance(product([a.size for a in program.reduced]), int):
+        return False
+    if _stores_partial_rows(program) or _writes_in_place(program):
+        return False
+    return not any(op.kind == "scan" for op in program.ops) and rows_contiguous(program)
+
+
+def _writes_in_place(program: TileProgram) -> bool:
+    return any(b.role == "inout" for b in program.buffers)
+
+
+def _stores_partial_rows(program: TileProgram) -> bool:
+    return any(op.fn == "partial" for op in program.ops)
+
+
 def _distance(a: Schedule, b: Schedule) -> float:
     """Doublings between two schedules; another way counts as one, its blocks then not at all."""
     pairs = [(a.num_warps, b.num_warps), (a.x_block, b.x_block), (a.y_block, b.y_block)]
@@ -138,8 +155,7 @@ class _Space:
         if first.kind != "persistent":
             yield whole
         many = points(self.program.parallel, self.hints) > 4 * self.device.sm_count
-        plain = not any(op.kind == "scan" for op in self.program.ops) and not self._writes_in_place
-        if first.kind != "rows" and plain and many and rows_contiguous(self.program):
+        if first.kind != "rows" and many and walks_rows(self.program):
             yield replace(whole, kind="rows", x_block=1, programs=2 * self.device.sm_count)
         # a walk reads again what it has already written in place
         if first.kind != "looped" and not self._writes_in_place:
@@ -149,11 +165,11 @@ class _Space:
 
     @property
     def _writes_in_place(self) -> bool:
-        return any(b.role == "inout" for b in self.program.buffers)
+        return _writes_in_place(self.program)
 
     @property
     def _stores_partial_rows(self) -> bool:
-        return any(op.fn == "partial" for op in self.program.ops)
+        return _stores_partial_rows(self.program)
 
     # --- what is pruned
 

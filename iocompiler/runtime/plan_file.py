@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from iocompiler.codegen.module import kernel_names
+from iocompiler.cost_model.candidates import walks_rows
 from iocompiler.cost_model.schedule import REGISTERS
 from iocompiler.errors import BadPlanFile
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
@@ -30,7 +31,9 @@ from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sites import SiteKey, sites
 from iocompiler.runtime.tune import rescheduled
+from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.flat import is_flat
+from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
 
 FORMAT = 1
@@ -80,7 +83,7 @@ class PlanFile:
         for kernel, row in found["kernels"].items():
             key = kernels[kernel]
             try:
-                chosen[key] = _schedule(row, key[1], walks=is_flat(key[0]))
+                chosen[key] = _schedule(row, *key)
             except ValueError as error:
                 place = f"kernel {kernel!r} of {entry}"
                 raise self._bad(f"{place}: {error}", place) from None
@@ -213,11 +216,11 @@ def _tile(row: Any, product: Product) -> MatmulTile:
     return MatmulTile(**row)
 
 
-def _schedule(row: Any, model: Schedule, walks: bool) -> Schedule:
-    """A schedule as the file has it; ``walks``: any number of programs may run the kernel.
+def _schedule(row: Any, program: TileProgram, model: Schedule) -> Schedule:
+    """A schedule as the file has it.
 
     Raises:
-        ValueError: it is none, or none for a kernel that the model gave the schedule ``model``.
+        ValueError: it is none, or none for the program that the model gave the schedule ``model``.
     """
     if not isinstance(row, dict) or set(row) != set(_FIELDS):
         raise ValueError(f"a schedule has the fields {', '.join(_FIELDS)}")
@@ -235,8 +238,17 @@ def _schedule(row: Any, model: Schedule, walks: bool) -> Schedule:
         least, most = REGISTERS[0], REGISTERS[-1]
         raise ValueError(f"registers is {row['registers']}, not 0 or {least} to {most}")
     chosen = Schedule(**row)
-    reduces = ("persistent", "looped")
-    fits = chosen.kind == model.kind or (chosen.kind in reduces and model.kind in reduces)
-    if not fits or (chosen.programs != model.programs and not walks):
+    merged = merge_axes(program)
+    walked = walks_rows(merged)
+    reduces = {"persistent", "looped", *(["rows"] if walked else [])}
+    fits = chosen.kind == model.kind or {chosen.kind, model.kind} <= reduces
+    if walked:
+        fits = fits and (chosen.kind == "rows") == (chosen.programs > 0)
+    elif not is_flat(program):
+        fits = fits and chosen.programs == model.programs
+    if not fits:
         raise ValueError(f"{chosen.kind} with {chosen.programs} programs does not fit this kernel")
+    width = product([axis.size for axis in merged.reduced])
+    if chosen.kind in ("persistent", "rows") and isinstance(width, int) and chosen.r_block < width:
+        raise ValueError(f"r_block is {chosen.r_block}, less than a row of {width}")
     return chosen

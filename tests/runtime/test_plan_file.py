@@ -109,6 +109,14 @@ def test_a_schedule_changed_by_hand_is_replayed(path: Path) -> None:
     assert record.cache.startswith("not cached: ")
 
 
+def test_programs_that_walk_rows_are_replayed(path: Path) -> None:
+    """As max-autotune may find them, where each row had a program of its own."""
+    change = {"kind": "rows", "programs": 7, "x_block": 1, "r_block": 128}
+    edited(path, lambda data: some_kernel(data).update(change))
+    steps = [s for s in compiled(path).plans["forward"].steps if isinstance(s, KernelStep)]
+    assert (steps[0].schedule.kind, steps[0].schedule.programs) == ("rows", 7)
+
+
 def activations(x: Tensor, w: Tensor) -> Tensor:
     """Two equal kernels over different tensors, in one launch."""
     return (x.tanh() @ w.tanh()).sum(-1)
@@ -174,8 +182,10 @@ def test_another_device_is_an_error(path: Path) -> None:
         ({"x_block": 0}, ("x_block is 0",)),
         ({"x_block": "4"}, ("x_block is '4'",)),
         ({"kind": "spiral"}, ("'spiral'", "persistent")),
-        ({"kind": "rows"}, ("rows", "does not fit")),
+        ({"kind": "rows"}, ("rows", "0 programs", "does not fit")),
         ({"programs": 7}, ("7 programs",)),
+        ({"kind": "persistent", "r_block": 32}, ("r_block is 32", "a row of 96")),
+        ({"kind": "rows", "programs": 7, "r_block": 32}, ("r_block is 32", "a row of 96")),
         ({"clusters": 2}, ("fields", "num_stages")),
     ],
 )
