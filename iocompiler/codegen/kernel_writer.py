@@ -144,7 +144,7 @@ class KernelWriter:
         }
 
     def address_spans(self, index: Affine) -> set[str]:
-        found = self.directions(n for n in index.names if not n.startswith("%"))
+        found = self.directions(index.axes)
         for value in index.values:
             found |= self.spans(value)
         return found

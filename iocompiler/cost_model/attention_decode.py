@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from iocompiler.cost_model.attention_tiles import Tile, padded
 from iocompiler.cost_model.device import Device
+from iocompiler.tile.index import power_of_two
 
 MOST_QUERIES = 16
 _MOST_WAVES = 8
@@ -66,7 +67,7 @@ def tile(work: Decode) -> Tile:
     wide = max(work.width, work.value_width)
     for bytes_each, widest, most, n, stages in _TILES:
         if work.bytes <= bytes_each and wide <= widest:
-            m = max(16, 1 << (work.packed - 1).bit_length())
+            m = max(16, power_of_two(work.packed))
             return Tile(min(m, most), n, _WARPS, stages)
     raise LookupError(f"heads of {wide} elements of {work.bytes} bytes")
 

@@ -6,6 +6,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+from iocompiler.tile.index import power_of_two
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_operands import use
 
@@ -141,4 +142,4 @@ def padded(width: int) -> int:
     """The width of a tile that holds heads of ``width``."""
     # operands narrower than a line of shared memory were read past their end beside pipelined
     # loads (heads of 40 and 24 elements, Triton 3.6 on an H200)
-    return max(64, 1 << (width - 1).bit_length())
+    return max(64, power_of_two(width))

@@ -15,11 +15,11 @@ from functools import cached_property
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.schedule import FIXED_REGISTERS, REGISTERS, choose, points, power_of_two
+from iocompiler.cost_model.schedule import FIXED_REGISTERS, REGISTERS, choose, points
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.flat import is_flat
-from iocompiler.tile.index import product
+from iocompiler.tile.index import power_of_two, product
 from iocompiler.tile.online import levels
 from iocompiler.tile.program import TileProgram
 
@@ -126,7 +126,7 @@ class _Space:
                     yield replace(base, x_block=x, y_block=y)
             if base.kind == "rows" and base.num_stages > 2:
                 yield replace(base, num_stages=1)  # loads in flight may cost registers that spill
-            if base.kind == "rows" and not self._stores_partial_rows:
+            if base.kind == "rows" and not _stores_partial_rows(self.program):
                 for each in (1, 2, 4):
                     yield replace(base, programs=each * self.device.sm_count)
             if is_flat(self.program):
@@ -147,7 +147,11 @@ class _Space:
     def _other_kind(self, first: Schedule) -> Iterator[Schedule]:
         """A row held by a program of its own, held by one that walks many rows, and walked."""
         width = product([a.size for a in self.program.reduced])
-        if not self.program.reduced or not isinstance(width, int) or self._stores_partial_rows:
+        if (
+            not self.program.reduced
+            or not isinstance(width, int)
+            or _stores_partial_rows(self.program)
+        ):
             return
         whole = replace(first, kind="persistent", r_block=power_of_two(width), programs=0)
         if first.kind == "looped":
@@ -158,18 +162,10 @@ class _Space:
         if first.kind != "rows" and many and walks_rows(self.program):
             yield replace(whole, kind="rows", x_block=1, programs=2 * self.device.sm_count)
         # a walk reads again what it has already written in place
-        if first.kind != "looped" and not self._writes_in_place:
+        if first.kind != "looped" and not _writes_in_place(self.program):
             for piece in (1024, 2048, 4096):
                 if _SHORTEST_PIECE <= piece < first.r_block:
                     yield replace(whole, kind="looped", r_block=piece)
-
-    @property
-    def _writes_in_place(self) -> bool:
-        return _writes_in_place(self.program)
-
-    @property
-    def _stores_partial_rows(self) -> bool:
-        return _stores_partial_rows(self.program)
 
     # --- what is pruned
 

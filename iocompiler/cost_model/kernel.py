@@ -90,7 +90,7 @@ def _unread_bytes(merged: TileProgram) -> Size:
     for op in merged.ops:
         if op.kind not in ("load", "store") or op.index is None:
             continue
-        names = {n for n in op.index.names if not n.startswith("%")}
+        names = set(op.index.axes)
         contiguous = [n for n in names if op.index.coefficient(n) == 1]
         both_ways = names & reduced and names - reduced
         if both_ways and contiguous and (contiguous[0] in reduced) != along_rows:

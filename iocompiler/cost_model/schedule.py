@@ -13,7 +13,7 @@ from dataclasses import replace
 from iocompiler.cost_model.device import Device
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
-from iocompiler.tile.index import Size, product
+from iocompiler.tile.index import Size, power_of_two, product
 from iocompiler.tile.program import TileProgram
 
 LONGEST_PERSISTENT_ROW = 16384
@@ -64,11 +64,6 @@ def at_hint(size: Size, hints: Mapping[str, int]) -> int:
 
 def points(axes: tuple[object, ...], hints: Mapping[str, int]) -> int:
     return at_hint(product([a.size for a in axes]), hints)  # type: ignore[attr-defined]
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two not below a size."""
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def _warps(elements: int, each: int) -> int:

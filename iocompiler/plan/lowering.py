@@ -238,7 +238,7 @@ class Lowering:
     def varies(self, value: int) -> frozenset[str]:
         while len(self._varies) <= value:
             op = self.builder.ops[len(self._varies)]
-            names = {n for n in (op.index.names if op.index else ()) if not n.startswith("%")}
+            names = set(op.index.axes if op.index else ())
             for read in op.reads:
                 names |= self._varies[read]
             if op.kind == "reduce":

@@ -14,6 +14,7 @@ from torch import Tensor
 from iocompiler.cost_model.attention_tiles import Tile
 from iocompiler.runtime.attention_form import Form
 from iocompiler.runtime.template_launch import Launch
+from iocompiler.tile.index import power_of_two
 from iocompiler.tile.score import ScoreProgram
 from iocompiler.tile.score_blocks import Grid
 from iocompiler.tile.score_tables import Table, table, table_shape
@@ -136,7 +137,7 @@ def lists(
         short=int(scores[length] % tile[length] != 0),
         DOWN=folds[0],
         ACROSS=folds[1],
-        BLOCK=max(16, 1 << (across - 1).bit_length()),
+        BLOCK=max(16, power_of_two(across)),
         num_warps=1,
     )
     order = Launch(_kernels().order_rows, ("Table",), rows=down, room=across, BLOCK=_ORDERED)

@@ -11,6 +11,7 @@ from iocompiler.runtime import attention
 from iocompiler.runtime.attention import Problem, RowSums
 from iocompiler.runtime.attention_form import Form
 from iocompiler.runtime.template_launch import Launch, tile_arguments
+from iocompiler.tile.index import power_of_two
 from iocompiler.tile.score_operands import Use, use
 
 
@@ -69,8 +70,9 @@ def _of_one_load(
         parts = operand.shape[found.dims.index("p")]
         result = made((batch, heads, rows, parts), dtype=torch.float32)
         span = found.span(problem.program, problem.numbers)
-        fixed = {"SPAN": span, "REST": found.is_rest, "PARTS": parts, "BLOCK_P": _padded(parts)}
-        run(_kernels().operand_parts, batch * heads * down, result, **fixed)
+        fixed = {"SPAN": span, "REST": found.is_rest, "PARTS": parts}
+        block = max(16, power_of_two(parts))  # the least columns of a product's tile
+        run(_kernels().operand_parts, batch * heads * down, result, BLOCK_P=block, **fixed)
     else:
         along = found.way == "row"
         result = made((batch, heads, rows if along else columns), dtype=torch.float32)
@@ -100,11 +102,6 @@ def _distances(result: Tensor) -> Tensor:
     n = result.shape[4]
     above, below = result.flatten(3).unbind(2)
     return torch.nn.functional.pad(above, (n, 0)) + torch.nn.functional.pad(below, (0, n))
-
-
-def _padded(parts: int) -> int:
-    """The columns of a product's tile that holds so many."""
-    return max(16, 1 << (parts - 1).bit_length())
 
 
 def _kernels() -> Any:

@@ -39,7 +39,7 @@ def _in_memory_order(program: TileProgram) -> TileProgram:
         return program
     axes = {axis.name: axis for axis in program.parallel}
     indices = [op.index for op in program.ops if op.index is not None]
-    orders = {_order(index) for index in indices if axes.keys() == set(_own(index))}
+    orders = {_order(index) for index in indices if axes.keys() == set(index.axes)}
     order = orders.pop() if len(orders) == 1 else None
     if order is None:
         return program
@@ -48,16 +48,11 @@ def _in_memory_order(program: TileProgram) -> TileProgram:
 
 def _order(index: Affine) -> tuple[str, ...] | None:
     """The axes by their strides, the largest first; None where these are not known to differ."""
-    strides = {name: index.coefficient(name) for name in _own(index)}
+    strides = {name: index.coefficient(name) for name in index.axes}
     known = {name: size for name, size in strides.items() if isinstance(size, int) and size > 0}
     if len(set(known.values())) < len(strides):
         return None
     return tuple(sorted(known, key=lambda name: -known[name]))
-
-
-def _own(index: Affine) -> tuple[str, ...]:
-    """The axes that it varies over."""
-    return tuple(name for name in index.names if not name.startswith("%"))
 
 
 def _mergeable(program: TileProgram, outer: Axis, inner: Axis) -> bool:
@@ -142,7 +137,7 @@ def _memory(program: TileProgram) -> list[Op]:
 
 
 def _axes_of(op: Op) -> tuple[str, ...]:
-    return _own(op.index) if op.index is not None else ()
+    return op.index.axes if op.index is not None else ()
 
 
 @dataclass(frozen=True)

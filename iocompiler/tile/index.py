@@ -72,6 +72,11 @@ class Affine:
         return tuple(n for n, _ in self.terms)
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes this index varies over by itself."""
+        return tuple(n for n in self.names if not n.startswith("%"))
+
+    @property
     def values(self) -> tuple[int, ...]:
         """Positions of the program's own values this index reads (indirect indexing)."""
         return tuple(int(n[1:]) for n in self.names if n.startswith("%"))
@@ -115,3 +120,8 @@ def ceil_div(size: Size, block: int) -> Size:
     if isinstance(size, int):
         return -(-size // block)
     return size if block == 1 else sympy.floor((size + block - 1) / block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two not below a size."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -95,7 +95,7 @@ class TileProgram:
         reduced = {a.name for a in self.reduced}
         found: list[frozenset[str]] = []
         for op in self.ops:
-            names = {n for n in (op.index.names if op.index else ()) if not n.startswith("%")}
+            names = set(op.index.axes if op.index else ())
             for read in op.reads:
                 names |= found[read]
             if op.kind == "reduce":

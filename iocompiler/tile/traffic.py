@@ -67,7 +67,7 @@ def _distinct(program: TileProgram, buffer: str, kind: str) -> list[Size]:
 
 
 def _access(program: TileProgram, op: Op) -> Size:
-    names = {n for n in op.index.names if not n.startswith("%")} if op.index is not None else set()
+    names = set(op.index.axes if op.index is not None else ())
     for value in op.index.values if op.index is not None else ():
         names |= program.varies[value]
     return product([a.size for a in program.axes if a.name in names])
