@@ -187,7 +187,7 @@ def backward(
     """
     sums = row_sums(problem.form, grad, out, lse, of_lse)
     beside = columns if columns is not None and _are_made(problem, columns) else None
-    for parts in _launches(problem.form):
+    for parts in problem.form.once("launches", _launches, problem.form):
         gradients(problem, grad, sums, results, parts, beside)
     if problem.program.empty == "uniform":
         _add_uniform(results[2], grad, lse)
