@@ -45,10 +45,10 @@ def summed_gradients(gm: GraphModule) -> int:
         y = aten.sum.dim_IntList(sums_q, [0, 2]).view(1, 1024)                  # and a cast
 
     Where all three are in one tensor (`packed_gradients`), so are the sums; columns of it may be
-    summed by themselves. Each kernel has a block
-    of rows in registers when it stores them: the gradients are not read again. Left as they are:
-    sums over anything but batch and rows, or of what is computed from a gradient; few rows; library
-    kernels; masks under which a row may be the mean of the values.
+    summed by themselves. Each kernel has a block of rows in registers when it stores them: the
+    gradients are not read again. Left as they are: sums over anything but batch and rows, or of
+    what is computed from a gradient; few rows; library kernels; masks under which a row may be the
+    mean of the values.
     """
     apart = sum(_of_three(gm, node) for node in list(view.calls(gm, BACKWARD)))
     return apart + sum(_of_one(gm, node) for node in list(view.calls(gm, PACKED)))

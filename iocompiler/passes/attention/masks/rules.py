@@ -40,7 +40,7 @@ from iocompiler.passes.attention.masks.values import (
     select,
 )
 
-PRODUCT = 1e4  # nor a product with positions, or the scores that it is added to would too
+PRODUCT = 1e4  # what no product with positions exceeds, or the scores it is added to would too
 
 
 def _pair(reading: Reading, node: Node, at: At) -> tuple[Value, Value]:

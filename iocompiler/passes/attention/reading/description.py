@@ -168,13 +168,16 @@ class Sum(Declined):
         self.node = node
 
 
+NO_AXIS = "the softmax is over no single axis of the scores"
+
+
 class Apart(Declined):
     """The softmax is over several axes of the scores that ``node`` computes: they may have been
-    parted for a while (`rejoined.rejoin`).
+    parted for a while (`rejoined.rejoin`), or are for good.
     """
 
     def __init__(self, node: Node) -> None:
-        super().__init__("the softmax is over no single axis of the scores")
+        super().__init__(NO_AXIS)
         self.node = node
 
 

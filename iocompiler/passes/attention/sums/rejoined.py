@@ -15,7 +15,7 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph.sizes import known
 from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.reading import scores
-from iocompiler.passes.attention.reading.description import Declined
+from iocompiler.passes.attention.reading.description import NO_AXIS, Declined
 from iocompiler.passes.attention.sums.joined import Joined
 from iocompiler.passes.attention.sums.parts import check_place
 
@@ -26,7 +26,6 @@ _COPYING: dict[Any, Any] = {
     aten.view_as.default: aten.reshape_as.default,
 }
 """For views of what need not lie as the scores do."""
-_NO_AXIS = "the softmax is over no single axis of the scores"
 
 
 def rejoin(gm: GraphModule, last: Node) -> Joined:
@@ -44,7 +43,7 @@ def rejoin(gm: GraphModule, last: Node) -> Joined:
     parted, terms = _sum(_stages(whole)[-1])
     before = next((n for n in _stages(parted)[1:] if views.alike(n, whole)), None)
     if not terms or before is None:
-        raise Declined(_NO_AXIS)
+        raise Declined(NO_AXIS)
     check_place(gm, whole, [parted, before])
     total = _together(gm, terms, near=whole)
     calls = _calls(total, parted, whole)
@@ -78,7 +77,7 @@ def _sum(node: Node) -> tuple[Node, list[tuple[Node, bool]]]:
         subtracts = node.target is aten.sub.Tensor
         plain = len(node.args) == 2 and not node.kwargs and all(map(views.is_tensor, sides))
         if len(places) != 1 or not plain or (subtracts and places == [1]):
-            raise Declined(_NO_AXIS)
+            raise Declined(NO_AXIS)
         terms.append((sides[1 - places[0]], subtracts))
         node = sides[places[0]]
     return node, terms[::-1]
