@@ -238,17 +238,21 @@ def _schedule(row: Any, program: TileProgram, model: Schedule) -> Schedule:
         least, most = REGISTERS[0], REGISTERS[-1]
         raise ValueError(f"registers is {row['registers']}, not 0 or {least} to {most}")
     chosen = Schedule(**row)
-    merged = merge_axes(program)
+    _check_fits(chosen, merge_axes(program), model)
+    return chosen
+
+
+def _check_fits(chosen: Schedule, merged: TileProgram, model: Schedule) -> None:
+    """Raise `ValueError` where no kernel of the merged program can be made so."""
     walked = walks_rows(merged)
     reduces = {"persistent", "looped", *(["rows"] if walked else [])}
     fits = chosen.kind == model.kind or {chosen.kind, model.kind} <= reduces
     if walked:
         fits = fits and (chosen.kind == "rows") == (chosen.programs > 0)
-    elif not is_flat(program):
+    elif not is_flat(merged):
         fits = fits and chosen.programs == model.programs
     if not fits:
         raise ValueError(f"{chosen.kind} with {chosen.programs} programs does not fit this kernel")
     width = product([axis.size for axis in merged.reduced])
     if chosen.kind in ("persistent", "rows") and isinstance(width, int) and chosen.r_block < width:
         raise ValueError(f"r_block is {chosen.r_block}, less than a row of {width}")
-    return chosen
