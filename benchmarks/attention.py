@@ -72,21 +72,19 @@ def copy_rate(quick: bool) -> float:
     return timing.copy_bandwidth(2**24 if quick else 2**30, quick)
 
 
-def device() -> str:
-    return "cuda" if timing.on_gpu() else "cpu"
-
-
 def inputs(case: Case, size: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """q, k, v that lie as a projection leaves them, [B, S, H, D], or k and v as in a cache, [B, H,
     S, D]; and the case's own.
     """
     torch.manual_seed(0)
     shape = (size.batch, size.length, size.heads, size.width)
-    made = {name: torch.randn(shape, device=device()).to(dtype).transpose(1, 2) for name in "qkv"}
+    made = {
+        name: torch.randn(shape, device=timing.device()).to(dtype).transpose(1, 2) for name in "qkv"
+    }
     if case.queries:
         made["q"] = made["q"][:, :, -case.queries :].contiguous()
         made |= {name: made[name][:, :: case.members].contiguous() for name in "kv"}
-    made |= case.extra(size, device())
+    made |= case.extra(size, timing.device())
     for name in ("q", "k", "v", *case.learned):
         made[name].requires_grad_()
     return made
@@ -236,7 +234,7 @@ def _check(case: Case, train: bool, ours: Peer, row: Row) -> None:
             given,
             ours.compile,
             dtype=torch.bfloat16,
-            device=device(),
+            device=timing.device(),
             train=train,
         )
     )

@@ -114,7 +114,7 @@ def _kernel(
 def _calls(
     case: Case, size: Sizes, kernel: str, tiles: tuple[tuple[int, int, int, int], ...]
 ) -> Iterator[tuple[Tile, Callable[[], object]]]:
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     shape = (size.batch, size.length, size.heads, size.width)
     q, k, v, grad, out = (
         torch.randn(shape, device=device).bfloat16().transpose(1, 2) for _ in range(5)

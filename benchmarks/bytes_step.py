@@ -82,7 +82,7 @@ def _inductor(args: argparse.Namespace) -> tuple[dict[str, Any], Step | None]:
 
 
 def _subject(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    device, bf16 = "cuda" if timing.on_gpu() else "cpu", torch.bfloat16
+    device, bf16 = timing.device(), torch.bfloat16
     if case := _MODULES.get(args.name):
         return case.module(args.quick, device).to(bf16), case.inputs(args.quick, device, seed=1)
     model = MODELS[args.name]

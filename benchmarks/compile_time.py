@@ -115,7 +115,7 @@ def _process(args: argparse.Namespace, child: str, caches: Path) -> tuple[float,
 def _child(args: argparse.Namespace) -> None:
     """In the new process: build, call once, print the seconds."""
     name, phase, peer = args.child.split(",")
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     model, train = MODELS[name], phase == "train"
     module = model.module(args.attention, args.quick, device).to(torch.bfloat16).train(train)
     inputs = model.inputs(args.quick, device, torch.bfloat16, seed=1)

@@ -111,7 +111,7 @@ def build(case: Case, quick: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
         config = transformers.Gemma2Config if gemma else transformers.LlamaConfig
         config = config(**(sizes | small if quick else sizes))
         kind = transformers.Gemma2ForCausalLM if gemma else transformers.LlamaForCausalLM
-    with torch.device("cuda" if timing.on_gpu() else "cpu"):
+    with torch.device(timing.device()):
         return kind(config).to(dtype).eval()
 
 

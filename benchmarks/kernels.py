@@ -87,7 +87,7 @@ def _row(session: Session, kernel: Kernel, rows: int, width: int, copy: float) -
 def _measure(
     session: Session, kernel: Kernel, peer: Peer, row: Row, rows: int, width: int, copy: float
 ) -> None:
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     compiled = peer.compile(kernel.function)
     if session.args.check and peer.name == "ours":
         row["check"] = verdict(_check(kernel, compiled, rows, width, device))
@@ -173,7 +173,7 @@ def _adamw_row(session: Session, adamw: AdamW, copy: float) -> None:
 
 
 def _measure_adamw(session: Session, adamw: AdamW, peer: Peer, row: Row, copy: float) -> None:
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     if session.args.check and peer.name == "ours":
         row["check"] = verdict(adamw.check(peer, device))
     step = peer.compile(adamw.optimizer(device, torch.bfloat16, seed=0).step)

@@ -109,10 +109,10 @@ def problem(shape: tuple[int, ...], loss: Loss = loss) -> Problem:
     """Of rows, width, classes and, where it is taught, the teacher's width."""
     rows, width, vocabulary, *taught = shape
     torch.manual_seed(0)
-    how: dict[str, Any] = {"device": _device(), "dtype": torch.bfloat16}
+    how: dict[str, Any] = {"device": timing.device(), "dtype": torch.bfloat16}
     x = torch.randn(rows, width, **how).requires_grad_()
     weight = (torch.randn(vocabulary, width, **how) / width**0.5).requires_grad_()
-    target = torch.randint(0, vocabulary, (rows,), device=_device())
+    target = torch.randint(0, vocabulary, (rows,), device=timing.device())
     teacher: list[Tensor] = []
     for other in taught:
         teacher += [torch.randn(rows, other, **how), torch.randn(vocabulary, other, **how)]
@@ -120,10 +120,6 @@ def problem(shape: tuple[int, ...], loss: Loss = loss) -> Problem:
     name = " x ".join(map(str, (rows, width, vocabulary)))
     name = f"distilled {name}, teacher {taught[0]}" if taught else name
     return Problem(name, loss, (x, weight, target, *teacher))
-
-
-def _device() -> str:
-    return "cuda" if timing.on_gpu() else "cpu"
 
 
 def main() -> None:
@@ -247,7 +243,7 @@ def _check(given: Problem, row: Row) -> None:
             {"x": x, "target": target, **taught},
             peers.PEERS["ours"].compile,
             dtype=torch.bfloat16,
-            device=_device(),
+            device=timing.device(),
         )
     )
 

@@ -59,12 +59,8 @@ NAMES = (*peers.PEERS, CHUNKER, *INSTEAD)
 
 
 def chosen(names: str) -> tuple[str, ...]:
-    """The peers of a comma-separated list; a wrong name exits with those that exist."""
-    wanted = tuple(name for name in names.split(",") if name)
-    for name in wanted:
-        if name not in NAMES:
-            raise SystemExit(f"no peer {name!r}; the peers are {', '.join(NAMES)}")
-    return wanted
+    """The names of a comma-separated list; a wrong one exits with those that exist."""
+    return peers.known(names, NAMES)
 
 
 @contextmanager

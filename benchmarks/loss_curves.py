@@ -115,7 +115,7 @@ def _variant(session: Session, training: Training, variant: Variant, eager: list
 
 def train(training: Training, variant: Variant, peer: Peer, seed: int) -> Curve:
     """The loss of each step. Weights and batches depend on the seed alone, not on the peer."""
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     tokens, vocabulary = characters(TEXT.read_text())
     torch.manual_seed(seed)
     model = GPT(vocabulary, training.width, training.heads, training.layers, training.length)

@@ -212,7 +212,7 @@ def _listed(results: Results) -> list[Tensor]:
 
 def _wrong(product: Product, ways: Mapping[MatmulTile, Built]) -> dict[MatmulTile, str]:
     """Of each kernel that errs more against float64 than eager may, by how much."""
-    generator = torch.Generator(_place()).manual_seed(1)
+    generator = torch.Generator(timing.device()).manual_seed(1)
     given = [_random(shape, strides, generator) for shape, strides in product.layouts]
     exact = _listed(product.function(*(x.double() for x in given)))
     eager = _listed(product.function(*given))
@@ -230,12 +230,8 @@ def _wrong(product: Product, ways: Mapping[MatmulTile, Built]) -> dict[MatmulTil
 
 
 def _random(shape: tuple[int, ...], strides: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    tensor = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device=_place())
+    tensor = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device=timing.device())
     return tensor.normal_(generator=generator)
-
-
-def _place() -> str:
-    return "cuda" if timing.on_gpu() else "cpu"
 
 
 def shown(tile: MatmulTile) -> str:

@@ -108,7 +108,7 @@ def _row(session: Session, model: Model, phase: str) -> None:
 
 
 def _measure(args: argparse.Namespace, model: Model, phase: str, peer: Peer, row: Row) -> None:
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     train = phase != "forward"
     module = prepared(args.setup, model.module(args.attention, args.quick, device)).train(train)
     inputs = model.inputs(args.quick, device, dtype_of(args.setup), seed=1)
@@ -157,7 +157,7 @@ def forward(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Callable
 
 def _check(args: argparse.Namespace, model: Model, train: bool, ours: Peer, row: Row) -> None:
     """Loss, logits and every gradient at the timed size against float64, dropout off."""
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
 
     def build() -> nn.Module:
         return without_dropout(model.module(args.attention, args.quick, device, seed=2))

@@ -59,7 +59,7 @@ def phases(args: argparse.Namespace) -> tuple[str, ...]:
 def _row(session: Session, case: Case, phase: str) -> None:
     row: Row = {"name": f"{case.name} {phase}"}
     session.table.rows.append(row)
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     for peer in session.peers:
         if session.args.check and peer.name == "ours":
             check = partial(_check, session.args, case, phase == "step", peer, row, device)

@@ -3,7 +3,7 @@ timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +58,14 @@ DEFAULT_PEERS = ("eager", "inductor", "ours")
 
 def chosen(names: str) -> tuple[Peer, ...]:
     """The peers of a comma-separated list; a wrong name exits with those that exist."""
-    wanted = [name for name in names.split(",") if name]
+    return tuple(PEERS[name] for name in known(names, PEERS))
+
+
+def known(names: str, among: Collection[str]) -> tuple[str, ...]:
+    """The names of a comma-separated list; one that is not ``among`` the peers exits with those
+    that are."""
+    wanted = tuple(name for name in names.split(",") if name)
     for name in wanted:
-        if name not in PEERS:
-            raise SystemExit(f"no peer {name!r}; the peers are {', '.join(PEERS)}")
-    return tuple(PEERS[name] for name in wanted)
+        if name not in among:
+            raise SystemExit(f"no peer {name!r}; the peers are {', '.join(among)}")
+    return wanted

@@ -123,7 +123,7 @@ def _measure(session: Session, case: Case, count: int) -> None:
 
 def recorded(case: Case, quick: bool) -> Step:
     """One training step compiled by us: its graphs, arguments and results."""
-    device = "cuda" if timing.on_gpu() else "cpu"
+    device = timing.device()
     step = Step()
 
     def engine(plan: Plan, gm: GraphModule) -> Run:

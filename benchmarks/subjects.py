@@ -18,7 +18,7 @@ Step = Callable[[], Any]
 
 def model_step(model: Model, train: bool, peer: Peer, quick: bool) -> Step:
     """In bfloat16, attention written plainly: forward and backward, or forward alone."""
-    device = _device()
+    device = timing.device()
     module = model.module("eager", quick, device).to(torch.bfloat16).train(train)
     inputs = model.inputs(quick, device, torch.bfloat16, seed=1)
     function = peer.compile(module)
@@ -29,11 +29,7 @@ def model_step(model: Model, train: bool, peer: Peer, quick: bool) -> Step:
 
 def module_step(case: Case, peer: Peer, quick: bool) -> Step:
     """Forward and backward."""
-    device = _device()
+    device = timing.device()
     module = case.module(quick, device).to(case.dtype)
     inputs = case.inputs(quick, device, seed=1)
     return modules.training_step(module, peer.compile(module), inputs)
-
-
-def _device() -> str:
-    return "cuda" if timing.on_gpu() else "cpu"

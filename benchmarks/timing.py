@@ -32,6 +32,11 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def device() -> str:
+    """Where benchmarks run."""
+    return "cuda" if on_gpu() else "cpu"
+
+
 def device_name() -> str:
     return torch.cuda.get_device_name() if on_gpu() else "cpu"
 
@@ -160,10 +165,11 @@ def _batch(calls: Sequence[Call], queue_s: float) -> float:
 def copy_bandwidth(bytes_each: int, quick: bool = False) -> float:
     """Bytes/s of a device-to-device copy of ``bytes_each`` (read plus written), timed as `batches`
     times kernels."""
-    device = "cuda" if on_gpu() else "cpu"
     count = max(2, -(-l2_bytes() * 5 // (2 * bytes_each)))
     pairs = [
-        tuple(torch.empty(bytes_each, dtype=torch.uint8, device=device).random_() for _ in range(2))
+        tuple(
+            torch.empty(bytes_each, dtype=torch.uint8, device=device()).random_() for _ in range(2)
+        )
         for _ in range(count)
     ]
     time_ = batches(
