@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
@@ -34,7 +34,7 @@ from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import Plan
 from iocompiler.report.build import Part, build_report
 from iocompiler.report.copies import copied
-from iocompiler.report.fakes import Retarget, double, double_inputs
+from iocompiler.report.fakes import Doubles, Retarget, double, double_inputs
 from iocompiler.report.kernels import Kernels
 from iocompiler.report.ledger import Lost, Report
 
@@ -57,6 +57,7 @@ def explain(
 
     The model and its inputs are doubled by fake tensors: neither is changed or moved, and nothing
     is read but the masks that modules hold, whose values are looked at as when they are compiled.
+    Where a single random number decides what runs (layers that are dropped), it is 0.5.
 
     Args:
         model: a module or function on tensors; its own mode (train or eval) is kept.
@@ -84,7 +85,7 @@ def explain(
         "on_compiled": records.append,
     }
     breaks = Counter(torch._dynamo.utils.counters["graph_break"])
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Doubles(allow_non_fake_inputs=True)
     try:
         double_model = double(model, mode)
         arguments, keywords = double_inputs((inputs, kwargs), mode)
@@ -196,9 +197,7 @@ def _name(model: Any) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """Its kind and first line; of a branch on a tensor (in training, layers may be left out by a
-    random number), where it stands.
-    """
+    """Its kind and first line; of a branch on a tensor, where it stands."""
     if not isinstance(error, DataDependentOutputException):
         return cause_of(error)
     frames = traceback.extract_tb(error.__traceback__)

@@ -25,6 +25,19 @@ from iocompiler.graph.match import Stage
 Memo = dict[int, Any]
 
 
+class Doubles(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Of a running program, a single number drawn from [0, 1) is 0.5 to what branches on it: a
+    layer that may be left out is, if that is the likelier; all else has no value.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made: Any = super().__torch_dispatch__(func, types, args, kwargs)
+        traced = torch._guards.TracingContext.try_get() is not None
+        if func is torch.ops.aten.rand.default and not traced and made.numel() == 1:
+            made.constant = torch.full(made.shape, 0.5, dtype=made.dtype)
+        return made
+
+
 def double(model: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any]:
     """A copy of a module, bound method or function whose tensors are fake; the original is not
     changed. They hold what it does, to who asks for it (`graph/held.py`).

@@ -115,11 +115,35 @@ def test_programs_that_fail_say_why():
 
 
 def test_a_branch_on_a_tensor_is_named_by_its_line() -> None:
-    def model(x: torch.Tensor) -> torch.Tensor:
-        return x.sin() if torch.rand([]) < 0.1 else x.cos()
+    def given(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if x[0] < 0.1 else x.cos()
 
-    with pytest.raises(CannotExplain, match=r"value of a tensor at test_explain.py:\d+"):
-        explain(model, torch.randn(3))
+    def one_of_many(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if torch.rand(3)[0] < 0.1 else x.cos()
+
+    for model in (given, one_of_many):
+        with pytest.raises(CannotExplain, match=r"value of a tensor at test_explain.py:\d+"):
+            explain(model, torch.randn(3))
+
+
+@pytest.mark.parametrize(("rate", "contracted"), [(0.1, 1), (0.9, 0)])
+def test_layers_that_a_random_number_drops_are_there_if_that_is_likelier(
+    rate: float, contracted: int
+) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            dropped = torch.rand([]) < rate
+            return x.exp() if dropped else self.layer(x)
+
+    model, x = Dropping(), torch.randn(64, 32)
+    state = torch.get_rng_state()
+    report = explain(model, x, compile_kernels=False)
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(contractions(report)) == contracted
 
 
 def test_graph_breaks_stand_in_the_report():
