@@ -20,3 +20,14 @@ def heads_together(heads: int, bytes_each: int, device: Device) -> int:
     fitting = max(1, device.l2_bytes // _SHARE // max(1, bytes_each))
     turns = -(-heads // fitting)
     return -(-heads // turns)
+
+
+def rows_ahead(heads: int, device: Device) -> int:
+    """How many rows of blocks of each head start before heads take turns, longest first: with those
+    of the other heads, one program a multiprocessor. What is many times as long as the others (a
+    row that sees all) would end long after them, begun in the last turn.
+
+    Args:
+        heads: all that there are, at least one.
+    """
+    return -(-device.sm_count // heads)

@@ -167,8 +167,8 @@ def _forward_run(form: Form, strides: tuple[int, ...], mean: Tensor) -> Run:
         attention_forward, (*form.tensors, "Out", "Lse", "Rest", "Mean", "table"),
         out_strides=strides, mean_strides=mean.stride(), heads=heads, rows=rows,
         columns=form.key.shape[2], EMPTY=form.program.empty, KEPT=form.functions.KEPT,
-        **form.order("forward"), **found.arguments, **form.strides, **form.common,
-        **tile_arguments(tile),
+        **form.order("forward", listed=found.listed), **found.arguments, **form.strides,
+        **form.common, **tile_arguments(tile),
     )  # fmt: skip
     return Run(launch, batch * heads * -(-rows // tile.m), (found,))
 
@@ -252,7 +252,8 @@ def _backward_run(form: Form, strides: _Strides, summed: int, parts: Parts) -> R
         attention_backward,
         (*form.tensors, *READ, "DQ", "DK", "DV", "SumsQ", "SumsK", "SumsV", "table_q", "table_k"),
         groups=groups, rows=rows, columns=keys, PARTS=parts, SUMMED=summed, **named, **form.slopes,
-        **form.order(parts), **_part("q", of_queries, found[0]), **_part("k", of_keys, found[1]),
+        **form.order(parts, listed=any(each.listed for each in found)),
+        **_part("q", of_queries, found[0]), **_part("k", of_keys, found[1]),
         **form.strides, **form.common,
         **launch_options(of_queries if parts == "queries" else of_keys),
     )  # fmt: skip

@@ -37,6 +37,11 @@ class Visits:
     proved: Tensor | None
     lists: Lists | None
 
+    @property
+    def listed(self) -> bool:
+        """Whether rows have lists of blocks, not ranges of them."""
+        return not self.arguments["RANGES"]
+
 
 @dataclass(frozen=True, eq=False)
 class Lists:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.codegen.score_functions import module_text
-from iocompiler.cost_model.attention_order import heads_together
+from iocompiler.cost_model.attention_order import heads_together, rows_ahead
 from iocompiler.cost_model.attention_tiles import Row, chosen, padded
 from iocompiler.cost_model.device import DEVICES, Device, current_device, kin
 from iocompiler.ops.target import Capability, planned
@@ -171,10 +171,12 @@ class Form:
         inputs = {"q": self.query, "k": self.key, "v": self.value}
         return {f"{name}_strides": x.stride for name, x in inputs.items()}
 
-    def order(self, programs: Literal["forward"] | Parts) -> dict[str, int]:
-        """How many heads take turns (`heads_together`).
+    def order(self, programs: Literal["forward"] | Parts, *, listed: bool) -> dict[str, int]:
+        """How many heads take turns (`heads_together`), and how many of the rows of each start
+        before them (`rows_ahead`).
 
         Args:
+            listed: rows of blocks differ in length as they will: their blocks are listed.
             programs: those of a "forward", each of one head, walk over the keys that the heads of a
                 group share. Those of a backward are of a group: of its "keys", over the queries of
                 all its heads, of its "queries", over keys, or of "both".
@@ -188,7 +190,9 @@ class Form:
             read += columns * each
         if programs == "forward":
             heads, read = heads * self.group, columns * each // self.group
-        return {"together": heads_together(heads, read, device_row(self.device, self.planned))}
+        device = device_row(self.device, self.planned)
+        ahead = rows_ahead(heads, device) if listed else 0
+        return {"together": heads_together(heads, read, device), "ahead": ahead}
 
     @property
     def slopes(self) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""How many heads of an attention take turns."""
+"""How many heads of an attention take turns, and what starts before."""
 
 from __future__ import annotations
 
 import pytest
 
-from iocompiler.cost_model.attention_order import heads_together
+from iocompiler.cost_model.attention_order import heads_together, rows_ahead
 from iocompiler.cost_model.device import DEVICES
 
 H200 = DEVICES["h200"]
@@ -22,3 +22,8 @@ H200 = DEVICES["h200"]
 )
 def test_as_many_as_fit_in_turns_alike(heads: int, bytes_each: int, expected: int) -> None:
     assert heads_together(heads, bytes_each, H200) == expected
+
+
+@pytest.mark.parametrize(("heads", "expected"), [(1, 132), (64, 3), (132, 1), (1000, 1)])
+def test_a_program_a_multiprocessor_starts_ahead(heads: int, expected: int) -> None:
+    assert rows_ahead(heads, H200) == expected

@@ -51,13 +51,14 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["heads", "rows", "columns", "room", "together"],
+    do_not_specialize=["heads", "rows", "columns", "room", "together", "ahead"],
     do_not_specialize_on_alignment=["Seed"],
 )
 def attention_forward(
     Q, K, V, Mean, Out, Lse, Rest, Seed,
     q_strides, k_strides, v_strides, mean_strides, out_strides,
     operands, strides, numbers, table, table_strides, heads, rows, columns, room, together,
+    ahead,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     drop: tl.constexpr, KEPT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -70,7 +71,7 @@ def attention_forward(
     EMPTY is "uniform".
     """
     blocks = tl.cdiv(rows, BLOCK_M)
-    z, place = place_of(blocks, together)
+    z, place = place_of(blocks, together, tl.minimum(ahead, blocks))
     b = z // heads
     h = z % heads
     g = h // GROUP

@@ -34,6 +34,7 @@ from iocompiler.codegen.kernels.attention_parts import (
 )
 from iocompiler.codegen.kernels.attention_table import (
     in_turn,
+    part_of,
     place_of,
     row_in_order,
     table_entry,
@@ -260,7 +261,7 @@ def _key_block(
 
 
 @triton.jit(
-    do_not_specialize=["groups", "rows", "columns", "room_q", "room_k", "together"],
+    do_not_specialize=["groups", "rows", "columns", "room_q", "room_k", "together", "ahead"],
     do_not_specialize_on_alignment=["Seed"],
 )
 def attention_backward(
@@ -268,7 +269,7 @@ def attention_backward(
     q_strides, k_strides, v_strides, grad_strides, dq_strides, dk_strides, dv_strides,
     sums_q_strides, sums_k_strides, sums_v_strides,
     operands, strides, numbers, table_q, table_q_strides, table_k, table_k_strides,
-    groups, rows, columns, room_q, room_k, together,
+    groups, rows, columns, room_q, room_k, together, ahead,
     score: tl.constexpr, lift: tl.constexpr, FACTOR: tl.constexpr, keep: tl.constexpr,
     slope: tl.constexpr, SCALE: tl.constexpr, drop: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -280,17 +281,20 @@ def attention_backward(
     """dk and dv of a block of keys, or dq of one of queries. Of PARTS "both", those of a group of
     heads follow each other, so that what they read is read from HBM once.
     """
-    of_keys = 0
-    if PARTS != "queries":
-        of_keys = tl.cdiv(columns, BLOCK_N_K)
-    blocks = of_keys
-    if PARTS != "keys":
-        blocks += GROUP * tl.cdiv(rows, BLOCK_M_Q)
-    z, place = place_of(blocks, together)
+    of_keys = tl.cdiv(columns, BLOCK_N_K)
+    of_queries = tl.cdiv(rows, BLOCK_M_Q)
+    ahead = tl.minimum(ahead, tl.minimum(of_keys, of_queries))
+    if PARTS == "keys":
+        z, place = place_of(of_keys, together, ahead)
+    elif PARTS == "queries":
+        z, place = place_of(GROUP * of_queries, together, GROUP * ahead)
+    else:
+        z, place = place_of(of_keys + GROUP * of_queries, together, (1 + GROUP) * ahead)
+    of_key, place = part_of(place, of_keys, ahead, GROUP, PARTS)
     b = z // groups
     g = z % groups
     heads = groups * GROUP
-    if PARTS == "keys" or (PARTS == "both" and place < of_keys):
+    if PARTS == "keys" or (PARTS == "both" and of_key):
         _key_block(
             Q, K, V, Grad, Lse, Rest, Delta, Seed, DK, DV, SumsK, SumsV,
             q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
@@ -299,13 +303,13 @@ def attention_backward(
             b, g, place, score, lift, FACTOR, keep, slope, SCALE, drop, GROUP,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M_K, BLOCK_N_K, RANGES_K, PLANES, PRECISION, SUMMED,
         )  # fmt: skip
-    if PARTS == "queries" or (PARTS == "both" and place >= of_keys):
-        h = g * GROUP + (place - of_keys) % GROUP
+    if PARTS == "queries" or (PARTS == "both" and not of_key):
+        h = g * GROUP + place % GROUP
         _query_block(
             Q, K, V, Grad, Lse, Rest, Delta, Seed, DQ, SumsQ,
             q_strides, k_strides, v_strides, grad_strides, dq_strides, sums_q_strides,
             operands, strides, numbers, table_q, table_q_strides, room_q, rows, columns, heads,
-            b, h, g, (place - of_keys) // GROUP,
+            b, h, g, place // GROUP,
             score, lift, FACTOR, keep, slope, SCALE, drop,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M_Q, BLOCK_N_Q, RANGES_Q, PLANES, PRECISION, SUMMED,
         )  # fmt: skip

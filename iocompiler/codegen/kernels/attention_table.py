@@ -16,16 +16,41 @@ import triton.language as tl
 
 
 @triton.jit
-def place_of(blocks, together):
+def place_of(blocks, together, ahead):
     """(head, which of its ``blocks`` rows, counted from the one that comes first) of this program.
 
-    So many heads take turns with their rows as fit in L2 ``together``: programs that take long all
-    start early, and short ones end the kernel.
+    The first rows of all heads, ``ahead`` of each, start before all others; then so many heads take
+    turns with the rest as fit in L2 ``together``. Programs that take long so start early, and short
+    ones end the kernel.
     """
-    first = tl.program_id(0) // (blocks * together) * together
-    turn = tl.program_id(0) - first * blocks
-    heads = tl.minimum(together, tl.num_programs(0) // blocks - first)
-    return first + turn % heads, turn // heads
+    heads = tl.num_programs(0) // blocks
+    program = tl.program_id(0) - heads * ahead
+    left = tl.maximum(blocks - ahead, 1)
+    first = tl.maximum(program, 0) // (left * together) * together
+    turn = program - first * left
+    taking = tl.minimum(together, heads - first)
+    early = program < 0
+    return (
+        tl.where(early, tl.program_id(0) % heads, first + turn % taking),
+        tl.where(early, tl.program_id(0) // heads, ahead + turn // taking),
+    )
+
+
+@triton.jit
+def part_of(place, of_keys, ahead, GROUP: tl.constexpr, PARTS: tl.constexpr):
+    """(whether a program is of keys or of queries, its place among these). Of PARTS "both" the
+    first rows of both, ``ahead`` of keys and of the queries of each of GROUP heads, come before the
+    other keys, the other queries last.
+    """
+    of_key = place < of_keys
+    if PARTS == "both":
+        queries = ahead * GROUP
+        early = place < ahead
+        of_key = early | ((place >= ahead + queries) & (place < of_keys + queries))
+        key = tl.where(early, place, place - queries)
+        query = tl.where(place < ahead + queries, place - ahead, place - of_keys)
+        place = tl.where(of_key, key, query)
+    return of_key, place
 
 
 @triton.jit

@@ -74,10 +74,13 @@ def test_odd_sizes_and_groups(name: str, shape: Shape) -> None:
     assert not problems(name, shape, torch.float32, tiles=TILES)
 
 
-@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize(("together", "ahead"), [(1, 0), (4, 0), (4, 1), (2, 2), (1, 99)])
 @pytest.mark.parametrize("name", ["alibi", "block mask"])
-def test_heads_take_turns(name: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_take_turns(
+    name: str, together: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention_form, "heads_together", lambda *_: together)
+    monkeypatch.setattr(attention_form, "rows_ahead", lambda *_: ahead)
     monkeypatch.setattr(attention_form, "_forms", {})
     assert not problems(name, (2, 3, 1, 40, 33, 16, 16), torch.float32, tiles=TILES)
 
