@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from iocompiler.runtime import reference
 from tests.codegen.kernels import run_kernel
+from tests.plan import graphs
 from tests.plan.graphs import Planned, relative_error
 from tests.plan.test_lower import FUNCTIONS, rand
 
@@ -71,6 +72,28 @@ def test_gradients(name: str) -> None:
 
     for got, want in zip(gradients(Planned()(fn)), gradients(fn), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "programs"), [(2, 2), (3, 3), (4, 4), (7, 4), (9, 3), (64, 4), (500, 8)]
+)
+def test_sums_down_the_columns_by_few_programs(
+    rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than rows, as many, one a multiprocessor and two, where there are four."""
+    monkeypatch.setattr(graphs, "H200", replace(graphs.H200, sm_count=4))
+    x, w, b = (rand(*shape).requires_grad_() for shape in ((rows, 24), (24,), (24,)))
+    weights = torch.randn(rows, 24)
+
+    def gradients(run, *leaves):
+        return torch.autograd.grad((run(*leaves) * weights.to(leaves[0])).sum(), leaves)
+
+    norm, planned = lambda x, w, b: F.layer_norm(x, (24,), w, b), Planned()
+    found = gradients(planned(norm), x, w, b)
+    assert [s.schedule.programs for s in planned.kernels if s.schedule.kind == "rows"] == [programs]
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    for got, want in zip(found, gradients(norm, *wide), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
