@@ -24,6 +24,7 @@ from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import power_of_two, product
 from iocompiler.tile.ops import compute_dtype
 from iocompiler.tile.program import TileProgram
+from iocompiler.tile.rows import reads_again
 from iocompiler.tile.traffic import traffic
 
 _CROWDED = 0.7
@@ -79,7 +80,7 @@ def _walk(
     # weights are counted too: where they are not kept, they are read ahead as the rows are
     loads = sum(tile_loads(program)) + sum(_weights(program))
     fits = fits_ahead(schedule, loads, device, beside * device.sm_count)
-    if fits and not _crowded(program, x * block, warps, device):
+    if fits and not reads_again(program) and not _crowded(program, x * block, warps, device):
         return replace(schedule, num_stages=3)
     return schedule
 
