@@ -8,6 +8,7 @@ from iocompiler.codegen import expressions
 from iocompiler.codegen.kernel_writer import KernelWriter
 from iocompiler.codegen.row_tile import fold_tile, name_parallel, name_reduced, tile
 from iocompiler.tile.program import Op
+from iocompiler.tile.rows import reads_again
 
 _LANES = 32
 _MOST_REGISTERS = 255
@@ -33,7 +34,8 @@ def write_rows(writer: KernelWriter) -> None:
         not (program.varies[i] & by_row) and not _after(program.ops, i, columns)
         for i in range(len(program.ops))
     ]
-    held = _has_registers_to_spare(writer)
+    again = reads_again(program)
+    held = not again and _has_registers_to_spare(writer)
     for position, op in enumerate(program.ops):
         settled = fixed[position] and (held or not program.varies[position])
         settled = settled and all(f"%{read}" in writer.names for read in op.reads)
@@ -45,16 +47,64 @@ def write_rows(writer: KernelWriter) -> None:
     writer.line(f"for first in {writer.steps(bounds)}:")
     writer.depth += 1
     name_parallel(writer, "first")
-    for position, op in enumerate(program.ops):
+    if again:
+        _write_passes(writer, columns, partial)
+    else:
+        _write_pass(writer, columns, partial)
+    writer.depth -= 1
+    for position in sorted(partial):
+        _store_partial(writer, position)
+
+
+def _write_pass(writer: KernelWriter, columns: list[int], partial: set[int]) -> None:
+    """A row is loaded once and stays in registers."""
+    for position, op in enumerate(writer.program.ops):
         if position in columns:
             _accumulate_column(writer, position)
         elif op.kind == "reduce":
             fold_tile(writer, position, op)
         elif position not in partial and f"%{position}" not in writer.names:
             writer.write(position)
-    writer.depth -= 1
-    for position in sorted(partial):
-        _store_partial(writer, position)
+
+
+def _write_passes(writer: KernelWriter, columns: list[int], partial: set[int]) -> None:
+    """A row is loaded for each level of its reductions, and for the rest: not from memory, but from
+    a cache, and registers hold little of it while the reductions are under way. All is loaded
+    before any of it is stored, which may be in its place.
+    """
+    ops = writer.program.ops
+    along = {i for i, op in enumerate(ops) if op.kind == "reduce"} - set(columns)
+    level: list[int] = []
+    for position, op in enumerate(ops):
+        level.append(max((level[read] for read in op.reads), default=0) + (position in along))
+    for number in sorted({level[position] for position in along}):
+        folds = [position for position in sorted(along) if level[position] == number]
+        _write_needed(writer, folds)  # a fold waits for all warps: no load comes after it
+        for position in folds:
+            fold_tile(writer, position, ops[position])
+        for position in range(len(ops)):
+            if "r" in writer.spans(position):
+                writer.names.pop(f"%{position}", None)
+        writer.readings += 1
+    for position in columns:
+        _write_needed(writer, [position])
+        _accumulate_column(writer, position)
+    stores = [i for i, op in enumerate(ops) if op.kind == "store" and i not in partial]
+    _write_needed(writer, stores)
+    for position in stores:
+        writer.write(position)
+
+
+def _write_needed(writer: KernelWriter, targets: list[int]) -> None:
+    """Write what the targets read and has no name."""
+    wanted, waiting = set[int](), list(targets)
+    while waiting:
+        for read in writer.program.ops[waiting.pop()].reads:
+            if read not in wanted and f"%{read}" not in writer.names:
+                wanted.add(read)
+                waiting.append(read)
+    for position in sorted(wanted):
+        writer.write(position)
 
 
 def _has_registers_to_spare(writer: KernelWriter) -> bool:

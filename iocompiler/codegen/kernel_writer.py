@@ -16,6 +16,7 @@ from iocompiler.tile.ops import REDUCES
 from iocompiler.tile.program import Op, TileProgram
 
 _WORD = re.compile(r"\w+")
+_AGAIN = ("evict_last", "evict_first")  # by turns, of what is loaded for the third and second time
 _REDUCERS = {"max": "_maximum", "min": "_minimum", "prod": "_multiply", "any": "_either"}
 
 
@@ -36,6 +37,7 @@ class KernelWriter:
         self.flat: dict[str, tuple[Axis, ...]] = {}  # flat positions and the axes that span them
         self._axis_names: set[str] = set()  # of lines that may go unread
         self.rank = 2  # dimensions of the tile
+        self.readings = 0  # of the row, that are done: what is loaded now was loaded in them
 
     # --- text
 
@@ -188,13 +190,15 @@ class KernelWriter:
             spans |= self.spans(mask_value)
         mask = self._mask(spans, self.value(mask_value) if mask_value is not None else None)
         address = self._address(op)
+        # of two equal loads Triton makes one, and holds its value
+        policy = f", eviction_policy='{_AGAIN[self.readings % 2]}'" if self.readings else ""
         if not mask:
-            return f"tl.load({op.buffer}_ptr + {address})"
+            return f"tl.load({op.buffer}_ptr + {address}{policy})"
         if mask_value is not None and not self.spans(mask_value) <= self.address_spans(op.index):
             # a load has the shape of its addresses
             address += f" + ({self.value(mask_value)}).to(tl.int32) * 0"
         other = expressions.constant(op.value if mask_value is not None else 0, op.dtype)
-        return f"tl.load({op.buffer}_ptr + {address}, {mask}, other={other})"
+        return f"tl.load({op.buffer}_ptr + {address}, {mask}, other={other}{policy})"
 
     def _address(self, op: Op) -> str:
         assert op.index is not None

@@ -15,7 +15,9 @@ from functools import cached_property
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.kernel import kernel_seconds
-from iocompiler.cost_model.schedule import FIXED_REGISTERS, REGISTERS, choose, points
+from iocompiler.cost_model.row_schedule import kept_words
+from iocompiler.cost_model.schedule import choose
+from iocompiler.cost_model.tiles import FIXED_REGISTERS, REGISTERS, points
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.flat import is_flat
@@ -238,16 +240,7 @@ class _Space:
         words = max(1, len(self._wide_loads))
         if schedule.kind != "rows":
             return words
-        sums = sum(op.kind == "reduce" and op.over == "parallel" for op in self.program.ops)
-        return words + sums + self._weights
-
-    @cached_property
-    def _weights(self) -> int:
-        """Loads that are the same for every row, which a program that walks rows keeps."""
-        reduced = {a.name for a in self.program.reduced}
-        varies = self.program.varies
-        loads = [i for i, op in enumerate(self.program.ops) if op.kind == "load"]
-        return sum(bool(varies[i]) and varies[i] <= reduced for i in loads)
+        return words + kept_words(self.program)
 
     def _passes(self, schedule: Schedule) -> float:
         """How often a walk reads its row; a row read again comes from L2 in good part."""

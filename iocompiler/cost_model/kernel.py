@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.roofline import BURST, TRANSCENDENTAL_FLOPS
-from iocompiler.cost_model.schedule import choose, points
+from iocompiler.cost_model.schedule import choose
+from iocompiler.cost_model.tiles import points
 from iocompiler.tile.arrange import merge_axes, rows_contiguous
 from iocompiler.tile.index import Axis, Size, product
 from iocompiler.tile.program import TileProgram

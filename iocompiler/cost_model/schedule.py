@@ -11,24 +11,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from iocompiler.cost_model.device import Device
+from iocompiler.cost_model.row_schedule import row_schedule
+from iocompiler.cost_model.tiles import (
+    FIXED_REGISTERS,
+    at_hint,
+    fits_ahead,
+    points,
+    tile_loads,
+    warps_for,
+)
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
-from iocompiler.tile.index import Size, power_of_two, product
+from iocompiler.tile.index import power_of_two, product
 from iocompiler.tile.program import TileProgram
 
 LONGEST_PERSISTENT_ROW = 16384
-_DEFAULT_HINT = 1024
 # A reduction this low is done at once by a program of few columns.
 _LOW_REDUCTION = 1024
 # A row from which weights read anew for every row weigh as much as the row.
 _LONG_ROW = 8192
-# Of a multiprocessor's shared memory, what loads in flight may take; reductions need some too.
-_SHARED_FOR_LOADS = 0.87
-REGISTERS = range(32, 256)  # of a thread, where a schedule bounds them
-FIXED_REGISTERS = 24  # of a thread, for addresses, masks and loop counters
-_CROWDED = 0.7
-# Operations on each element in the backward of a layer norm, and one more.
-_MAPS_OF_A_NORM = 10
 # Columns of a scan: as many as fill a memory line in half precision, and a sector.
 _LINE_COLUMNS, _FEWEST_COLUMNS = 64, 16
 # Elements a program scans at once.
@@ -44,7 +45,7 @@ def choose(
     hints = hints or {}
     merged = merge_axes(program)
     if any(op.kind == "reduce" and op.over == "parallel" for op in program.ops):
-        return _rows(merged, device)
+        return row_schedule(merged, device, hints)
     # a reduction of a single element has no axis, and is one all the same
     if not program.reduced and not any(op.kind in ("reduce", "scan") for op in program.ops):
         return _pointwise(merged, device, hints)
@@ -53,22 +54,6 @@ def choose(
     if any(op.kind == "scan" for op in program.ops):
         return _column_scan(merged, device, hints)
     return _column_reduction(merged, device, hints)
-
-
-def at_hint(size: Size, hints: Mapping[str, int]) -> int:
-    """A size at the hinted values of its symbols."""
-    if isinstance(size, int):
-        return size
-    return int(size.subs({s: hints.get(s.name, _DEFAULT_HINT) for s in size.free_symbols}))
-
-
-def points(axes: tuple[object, ...], hints: Mapping[str, int]) -> int:
-    return at_hint(product([a.size for a in axes]), hints)  # type: ignore[attr-defined]
-
-
-def _warps(elements: int, each: int) -> int:
-    """Warps for a tile of ``elements`` with about ``each`` elements a thread."""
-    return max(1, min(16, power_of_two(max(1, elements // (32 * each)))))
 
 
 # --- pointwise
@@ -80,13 +65,13 @@ def _pointwise(program: TileProgram, device: Device, hints: Mapping[str, int]) -
         x = min(64, power_of_two(at_hint(tiling.x[0].size, hints)))
         y = min(64, power_of_two(at_hint(tiling.y.size, hints)))
         return Schedule(
-            "pointwise", x_block=max(x, 1), y_block=max(y, 1), num_warps=_warps(x * y, 16)
+            "pointwise", x_block=max(x, 1), y_block=max(y, 1), num_warps=warps_for(x * y, 16)
         )
     total = points(program.parallel, hints)
     block = 1024
     while block > 128 and total < block * device.sm_count * 2:
         block //= 2
-    return Schedule("pointwise", x_block=block, num_warps=_warps(block, 8))
+    return Schedule("pointwise", x_block=block, num_warps=warps_for(block, 8))
 
 
 # --- rows
@@ -99,7 +84,7 @@ def _row_reduction(program: TileProgram, device: Device, hints: Mapping[str, int
         block = power_of_two(width)
         x = max(1, min(2048 // block, power_of_two(rows), 64))
         draws = block >= _LONG_ROW and any(op.kind == "rand" for op in program.ops)
-        warps = _warps(x * block, 64 if draws and block > _LONG_ROW else 16)
+        warps = warps_for(x * block, 64 if draws and block > _LONG_ROW else 16)
         schedule = Schedule("persistent", x_block=x, r_block=block, num_warps=warps)
         weighted = _rereads_much(program)
         if not draws and not weighted:
@@ -113,11 +98,11 @@ def _row_reduction(program: TileProgram, device: Device, hints: Mapping[str, int
             return replace(schedule, registers=shared)
         if weighted:
             piece = min(4096, block // 4)
-            return Schedule("looped", x_block=1, r_block=piece, num_warps=_warps(piece, 8))
+            return Schedule("looped", x_block=1, r_block=piece, num_warps=warps_for(piece, 8))
         return schedule
     block = min(4096, max(64, power_of_two(at_hint(width, hints))))
     x = max(1, min(2048 // block, power_of_two(rows)))
-    return Schedule("looped", x_block=x, r_block=block, num_warps=_warps(x * block, 8))
+    return Schedule("looped", x_block=x, r_block=block, num_warps=warps_for(x * block, 8))
 
 
 def _rereads_much(program: TileProgram) -> bool:
@@ -144,7 +129,7 @@ def _held(program: TileProgram, each: int) -> int:
     """Registers of a thread that holds ``each`` elements of a row, of what it reads as it lies in
     memory, or of what it makes of that in float32.
     """
-    return FIXED_REGISTERS + each * max(4, sum(_tile_loads(program))) // 4
+    return FIXED_REGISTERS + each * max(4, sum(tile_loads(program))) // 4
 
 
 # --- columns
@@ -165,13 +150,13 @@ def _column_reduction(
     while low and x > 8 and -(-width // x) < device.sm_count:
         x //= 2
     r = max(1, min(elements // x, power_of_two(at_hint(height, hints))))
-    warps = _warps(x * r, 16 if low else 32)
+    warps = warps_for(x * r, 16 if low else 32)
     schedule = Schedule("looped", x_block=x, r_block=r, num_warps=warps)
     if isinstance(height, int) and power_of_two(height) <= r:
         return replace(schedule, kind="persistent", r_block=power_of_two(height))
-    loads = _tile_loads(program)
+    loads = tile_loads(program)
     small = replace(schedule, x_block=min(x, 64), r_block=min(r, 32), num_warps=4, num_stages=3)
-    if x >= 64 and len(loads) > 1 and _fits_ahead(small, sum(loads), device, 2 * device.sm_count):
+    if x >= 64 and len(loads) > 1 and fits_ahead(small, sum(loads), device, 2 * device.sm_count):
         return small  # a tile computed from several tensors: small ones, the next on their way
     return schedule
 
@@ -184,85 +169,7 @@ def _column_scan(program: TileProgram, device: Device, hints: Mapping[str, int])
         x //= 2
     height = at_hint(product([a.size for a in program.reduced]), hints)
     r = max(1, min(_SCANNED // x, power_of_two(height)))
-    return Schedule("looped", x_block=x, r_block=r, num_warps=_warps(x * r, 16))
-
-
-def _fits_ahead(schedule: Schedule, bytes_a_point: int, device: Device, programs: int) -> bool:
-    """Whether shared memory holds the tiles of two further steps, with so many programs at once."""
-    ahead = 2 * schedule.x_block * schedule.r_block * bytes_a_point
-    return ahead <= _SHARED_FOR_LOADS * device.shared_bytes_per_sm * device.sm_count // programs
-
-
-def _tile_loads(program: TileProgram) -> list[int]:
-    """Bytes of an element of each load that differs along rows and along columns."""
-    both = ({a.name for a in program.parallel}, {a.name for a in program.reduced})
-    return [
-        op.dtype.itemsize
-        for position, op in enumerate(program.ops)
-        if op.kind == "load" and all(program.varies[position] & names for names in both)
-    ]
-
-
-# --- rows with column sums
-
-
-def _rows(program: TileProgram, device: Device) -> Schedule:
-    width = product([a.size for a in program.reduced])
-    assert isinstance(width, int), "a row with column sums has a static length"
-    block = power_of_two(width)
-    tile, each = (2048, 16) if _holds_much(program) else (4096, 32)
-    x = max(1, min(tile // block, 16))
-    programs = row_programs(program, device)
-    warps = _warps(x * block, each if x * block <= tile else 32)
-    schedule = Schedule("rows", x, r_block=block, num_warps=warps, num_stages=1, programs=programs)
-    # weights are counted too: where they are not kept, they are read ahead as the rows are
-    loads = sum(_tile_loads(program)) + _weight_bytes(program)
-    fits = _fits_ahead(schedule, loads, device, programs)
-    if fits and not _crowded(program, x * block, warps, device):
-        return replace(schedule, num_stages=3)
-    return schedule
-
-
-def _holds_much(program: TileProgram) -> bool:
-    """Whether more is computed for each element than the backward of a norm is: dropout, the
-    gradient that goes around it, an activation's. Half the rows at once then spill nothing, and are
-    up to a fifth faster (BERT's and GPT-2's, H100).
-    """
-    both = ({a.name for a in program.parallel}, {a.name for a in program.reduced})
-    computed = sum(
-        op.kind == "map" and all(program.varies[position] & names for names in both)
-        for position, op in enumerate(program.ops)
-    )
-    return computed > _MAPS_OF_A_NORM
-
-
-def _crowded(program: TileProgram, elements: int, warps: int, device: Device) -> bool:
-    """Whether a row that waits for its reductions, beside the sums down the columns, leaves too few
-    registers for the rest: loads in flight only add to the spills (layer norm backward at 16384).
-    """
-    each = elements / (32 * warps)
-    held = sum(op.kind == "reduce" for op in program.ops)
-    most = min(REGISTERS[-1], device.registers_per_sm // (32 * warps))
-    return held * each > _CROWDED * most
-
-
-def _weight_bytes(program: TileProgram) -> int:
-    """Bytes an element of a row of what is loaded the same for every row."""
-    reduced = {a.name for a in program.reduced}
-    return sum(
-        op.dtype.itemsize
-        for position, op in enumerate(program.ops)
-        if op.kind == "load" and program.varies[position] and program.varies[position] <= reduced
-    )
-
-
-def row_programs(program: TileProgram, device: Device) -> int:
-    """How many programs walk the rows of a program with column sums: as many as run at once. Two an
-    SM hide each other's latency; more only add partial rows to fold.
-    """
-    width = product([a.size for a in program.reduced])
-    alone = isinstance(width, int) and width > _LONG_ROW
-    return device.sm_count if alone else 2 * device.sm_count
+    return Schedule("looped", x_block=x, r_block=r, num_warps=warps_for(x * r, 16))
 
 
 # --- reductions with few results

@@ -53,7 +53,8 @@ class Schedule:
       extent per dependent reduction.
     - "rows": like persistent with ``x_block`` rows, but ``programs`` programs walk all
       rows and accumulate reductions ``over="parallel"``; each writes one partial row
-      (stores with ``fn="partial"``).
+      (stores with ``fn="partial"``). A row that registers do not hold through its own reductions
+      is loaded again after them (`tile/rows.py`).
 
     Loops of a "looped" or "rows" kernel keep ``num_stages - 1`` steps of loads in flight through
     shared memory where it is 3 or more. ``registers`` is the most a thread may have, so that

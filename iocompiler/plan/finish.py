@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from iocompiler.cost_model.device import Device
-from iocompiler.cost_model.schedule import choose, row_programs, split_factor
+from iocompiler.cost_model.row_schedule import row_programs
+from iocompiler.cost_model.schedule import choose, split_factor
 from iocompiler.plan.data import KernelStep, TensorSpec
-from iocompiler.plan.sizes import value_at
-from iocompiler.tile.index import product
 from iocompiler.tile.program import TileProgram
 from iocompiler.tile.rows import column_reductions, split_rows
 from iocompiler.tile.split import split_reduction
@@ -21,9 +20,8 @@ def finish(
     """The scheduled kernels for the work of ``step``; workspaces between them are on ``place``."""
     program = step.program
     if column_reductions(program):
-        rows = value_at(product([a.size for a in program.parallel]), hints)
-        programs = min(max(rows, 1), row_programs(program, device))
-        return _two(step, split_rows(program, programs), device, hints, place, programs)
+        walked = split_rows(program, row_programs(program, device, hints))
+        return _two(step, walked, device, hints, place)
     parts = split_factor(program, device, hints)
     if parts > 1:
         halves = split_reduction(program, parts)
@@ -38,7 +36,6 @@ def _two(
     device: Device,
     hints: Mapping[str, int],
     place: str,
-    programs: int = 0,
 ) -> list[KernelStep]:
     """Two steps passing workspaces named after the step's first result."""
     first, second = halves
@@ -55,8 +52,6 @@ def _two(
     steps: list[KernelStep] = []
     for program, suffix, extra in ((first, "", workspaces), (second, "_fold", [])):
         schedule = choose(program, device, hints)
-        if programs and not suffix:
-            schedule = replace(schedule, programs=programs)
         outputs = [
             (names[b.name], made[names[b.name]])
             for b in program.buffers

@@ -99,13 +99,9 @@ def _rescheduled(
     step: KernelStep, before: TileProgram, device: Device, hints: Mapping[str, int]
 ) -> KernelStep:
     """With the model's schedule, if that was what it had for its program ``before``; one that was
-    measured stays. Its partial rows are as many as they were.
+    measured stays.
     """
-    programs = step.schedule.programs
-    model, now = (
-        replace(choose(program, device, hints), programs=programs)
-        for program in (before, step.program)
-    )
+    model, now = (choose(program, device, hints) for program in (before, step.program))
     return replace(step, schedule=now) if step.schedule == model else step
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from iocompiler.codegen.module import kernel_names
 from iocompiler.cost_model.candidates import walks_rows
-from iocompiler.cost_model.schedule import REGISTERS
+from iocompiler.cost_model.tiles import REGISTERS
 from iocompiler.errors import BadPlanFile
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
 from iocompiler.plan.fold import folded

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from iocompiler.codegen.signature import signature
 from iocompiler.plan.data import Schedule
@@ -14,7 +15,8 @@ from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.program import Buffer, Builder, TileProgram
 from tests.codegen.cases import CASES
 from tests.codegen.compiling import compiled, instructions
-from tests.codegen.programs import F32, R0, X0, X1, axes, ins, outs
+from tests.codegen.programs import BF16, F32, R0, X0, X1, axes, ins, outs
+from tests.plan.graphs import Planned
 
 RUNS = [
     pytest.param(name, schedule, id=f"{name}-{schedule.kind}-{schedule.x_block}x{schedule.r_block}")
@@ -31,6 +33,22 @@ def test_case(name: str, schedule: Schedule, capability: int) -> None:
     assert built.cubin
     assert built.metadata["spills"] == 0
     assert 0 < built.metadata["registers"] <= 255
+
+
+@pytest.mark.slow
+def test_a_row_that_is_read_again_does_not_spill() -> None:
+    """A layer norm's backward at 16384 columns: both sums down the columns, in 128 registers."""
+    planned = Planned()
+    x, w, b = (torch.randn(*shape, 16384, dtype=BF16) for shape in ((4,), (), ()))
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    planned(lambda x, w, b: F.layer_norm(x, (16384,), w, b))(*leaves).sum().backward()
+    (walk,) = (s for s in planned.kernels if s.schedule.kind == "rows")
+    assert walk.schedule.num_warps == 16
+    built = compiled(walk.program, walk.schedule)
+    assert built.metadata["spills"] == 0
+    # of 32 elements a thread of three tensors, 8 at once, and again after the reductions
+    loads = [line for line in instructions(built).splitlines() if "LDG.E" in line]
+    assert sum(".128" in line for line in loads) == 2 * 3 * 32 // 8
 
 
 def test_aligned_rows_are_read_sixteen_bytes_at_once() -> None:

@@ -10,7 +10,8 @@ import torch
 from iocompiler.codegen.triton import emit, grid
 from iocompiler.cost_model.candidates import candidates
 from iocompiler.cost_model.device import DEVICES
-from iocompiler.cost_model.schedule import REGISTERS, choose, split_factor
+from iocompiler.cost_model.schedule import choose, split_factor
+from iocompiler.cost_model.tiles import REGISTERS
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine
 from iocompiler.tile.program import Builder, TileProgram

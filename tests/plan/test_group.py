@@ -29,11 +29,12 @@ def test_softmax_with_mask_and_scale_is_one_kernel() -> None:
     assert len(kernels_of(fn, torch.randn(4, 16, 16), mask)) == 1
 
 
-def test_layer_norm_backward_reads_its_input_once() -> None:
+@pytest.mark.parametrize(("width", "dtype"), [(32, torch.float32), (16384, torch.bfloat16)])
+def test_layer_norm_backward_reads_its_input_once(width: int, dtype: torch.dtype) -> None:
     planned = Planned()
-    x = torch.randn(64, 32, requires_grad=True)
-    w, b = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
-    planned(lambda x, w, b: F.layer_norm(x, (32,), w, b))(x, w, b).sum().backward()
+    x = torch.randn(64, width, dtype=dtype, requires_grad=True)
+    w, b = (torch.randn(width, dtype=dtype, requires_grad=True) for _ in range(2))
+    planned(lambda x, w, b: F.layer_norm(x, (width,), w, b))(x, w, b).sum().backward()
     backward = [s for s in planned.plans[1].steps if isinstance(s, KernelStep)]
     # dx and the partial sums of dw and db in one pass, then one kernel to fold the partials
     assert [s.schedule.kind == "rows" for s in backward] == [True, False]

@@ -9,7 +9,7 @@ from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.interpret import run
 from iocompiler.tile.program import Buffer, Builder, TileProgram
-from iocompiler.tile.rows import RowsTooLong, check_rows, split_rows
+from iocompiler.tile.rows import RowsTooLong, check_rows, reads_again, split_rows
 
 X, R = Affine.of("x0"), Affine.of("r0")
 
@@ -61,6 +61,62 @@ def test_rows_too_long_for_registers_are_declined() -> None:
     check_rows(program(4, 16384))  # a tile of 16384, 12 bytes an element
     with pytest.raises(RowsTooLong, match=r"16385 elements .* 393216 bytes"):
         check_rows(program(4, 16385))  # one of 32768
+
+
+def products(width: int, sums: int, dtype: torch.dtype, in_place: bool = False) -> TileProgram:
+    """x times the sum of its row, and so many sums down the columns of multiples of x."""
+    build = Builder()
+    x = build.load("x", X * width + R, dtype)
+    wide = build.cast(x, torch.float32)
+    along = build.reduce("sum", wide, torch.float32)
+    build.store("x" if in_place else "out", X * width + R, build.map("mul", wide, along))
+    for number in range(sums):
+        value = build.map("mul", wide, build.const(number + 2.0, torch.float32))
+        down = build.reduce("sum", value, torch.float32, over="parallel")
+        build.store(f"down{number}", R, down)
+    buffers = [Buffer("x", dtype, "inout" if in_place else "in", 4 * width)]
+    buffers += [] if in_place else [Buffer("out", dtype, "out", 4 * width)]
+    buffers += [Buffer(f"down{n}", torch.float32, "out", width) for n in range(sums)]
+    return build.program((Axis("x0", 4),), (Axis("r0", width),), tuple(buffers))
+
+
+@pytest.mark.parametrize(
+    ("width", "sums", "again"),
+    [
+        (16384, 0, False),  # no sums down the columns: another kind of kernel
+        (16384, 2, False),  # 2 + 3 x 4 bytes an element are held
+        (16384, 3, True),  # of 2 + 4 x 4 all but one reduction's
+        (8192, 6, False),
+        (8193, 3, True),  # a tile of 16384
+    ],
+)
+def test_rows_that_are_not_held_through_their_reductions_are_read_again(
+    width: int, sums: int, again: bool
+) -> None:
+    found = products(width, sums, torch.bfloat16)
+    check_rows(found)
+    assert reads_again(found) is again
+    if sums:
+        assert reads_again(split_rows(found, 2)[0]) is again
+
+
+@pytest.mark.parametrize(
+    ("width", "sums", "dtype", "in_place"),
+    [
+        (16384, 3, torch.float32, False),  # 16 bytes an element: nothing is left
+        (16384, 4, torch.bfloat16, False),
+        (8192, 7, torch.bfloat16, False),
+        (32768, 2, torch.bfloat16, False),
+        (16384, 3, torch.bfloat16, True),  # another element may be there already
+    ],
+)
+def test_rows_that_cannot_be_read_again_are_declined(
+    width: int, sums: int, dtype: torch.dtype, in_place: bool
+) -> None:
+    found = products(width, sums, dtype, in_place)
+    assert not reads_again(found)
+    with pytest.raises(RowsTooLong, match="bytes of registers"):
+        check_rows(found)
 
 
 def test_a_column_sum_of_a_column_sum_is_declined() -> None:

@@ -15,13 +15,21 @@ import torch.nn.functional as F
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
+from iocompiler.plan.data import KernelStep
 from iocompiler.runtime import reference
+from iocompiler.tile.rows import reads_again
 from tests.codegen.kernels import run_kernel
+from tests.plan import graphs
 from tests.plan.graphs import Planned, relative_error
 from tests.plan.test_lower import FUNCTIONS, rand
 
 # libdevice has no interpreter
 NOT_INTERPRETED = {"powers", "remainder", "gelu"}
+
+
+def two_layer_norms(x, shape, w, b):
+    """The second's gradient is what the first's rows wait for: reductions on reductions."""
+    return F.layer_norm(F.layer_norm(x, shape, w, b), shape, w, b)
 
 
 pytestmark = [
@@ -71,6 +79,46 @@ def test_gradients(name: str) -> None:
 
     for got, want in zip(gradients(Planned()(fn)), gradients(fn), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "programs"), [(2, 2), (3, 3), (4, 4), (7, 4), (9, 3), (64, 4), (500, 8)]
+)
+def test_sums_down_the_columns_by_few_programs(
+    rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than rows, as many, one a multiprocessor and two, where there are four."""
+    monkeypatch.setattr(graphs, "H200", replace(graphs.H200, sm_count=4))
+    (walk,) = norm_backward(F.layer_norm, rows, 24)
+    assert walk.schedule.programs == programs
+
+
+@pytest.mark.parametrize("rows", [2, 5, 300])
+@pytest.mark.parametrize(("norm", "registers"), [(F.layer_norm, 220), (two_layer_norms, 320)])
+def test_rows_read_again(norm, registers: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at 16384 columns, with as much less to hold them: a row of 24 in a tile of 32."""
+    monkeypatch.setattr("iocompiler.tile.rows._REGISTERS", registers)
+    (walk,) = norm_backward(norm, rows, 24)
+    assert reads_again(walk.program)
+
+
+def norm_backward(norm, rows: int, width: int) -> list[KernelStep]:
+    """Hold the gradients of a norm against float64; the kernels with sums both ways."""
+    x, w, b = (rand(*shape).requires_grad_() for shape in ((rows, width), (width,), (width,)))
+    weights = torch.randn(rows, width)
+
+    def gradients(run, *leaves):
+        return torch.autograd.grad((run(*leaves) * weights.to(leaves[0])).sum(), leaves)
+
+    def normed(x, w, b):
+        return norm(x, (width,), w, b)
+
+    planned = Planned()
+    found = gradients(planned(normed), x, w, b)
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    for got, want in zip(found, gradients(normed, *wide), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    return [step for step in planned.kernels if step.schedule.kind == "rows"]
 
 
 @pytest.mark.parametrize(
