@@ -79,14 +79,14 @@ def _product(row: Any) -> Problem:
     for name in _EXTENTS:
         if type(given[name]) is not int or given[name] < 1:
             raise ValueError(f"{name} is {given[name]!r}, not a number")
-    for name in set(_STRIDES) & set(given):
+    for name in filter(given.__contains__, _STRIDES):
         strides = given[name]
         if not isinstance(strides, list) or [type(each) for each in strides] != [int] * 3:
             raise ValueError(f"{name} is {strides!r}, not three strides")
         given[name] = tuple(strides)
     if type(given["bias"]) is not bool:
         raise ValueError(f"bias is {given['bias']!r}, not true or false")
-    for name in {"dtype", "stored"} & set(given):
+    for name in filter(given.__contains__, ("dtype", "stored")):
         if given[name] not in _DTYPES:
             raise ValueError(f"there is no {name} {given[name]!r}: {', '.join(_DTYPES)}")
         given[name] = _DTYPES[given[name]]

@@ -34,9 +34,9 @@ _EPILOGUE_BIAS = 4
 _SUMS_POINTER, _SUMS_LEADING = 11, 12  # the epilogue's "auxiliary" matrix
 _EPILOGUE_GELU_AND_SUMS = 32 | 128
 _REDUCED_IN_FLOAT32 = 2
-"""Partial sums are added in float32, by a kernel behind the product: half as exact, where the
-library adds them in the result's dtype, is not what a float32 sum promises. Without the two other
-ways no sum depends on which of its parts are done first."""
+"""Partial sums are added in float32: half as exact, where the library adds them in the result's
+dtype, is not what a float32 sum promises. (By NVIDIA's word, whatever the algorithm, one version
+gives the same bits each time on one kind of GPU.)"""
 _CONFIGURATION = (*(c_uint32,) * 7, *(ctypes.c_uint16,) * 2)
 """Types of an algorithm's attributes, which count from 0, in the order of `Algorithm`'s fields."""
 

@@ -19,13 +19,12 @@ from iocompiler.cost_model.cost import Contraction, Cost
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.roofline import time as modeled
 from iocompiler.plan.data import AtenStep, Plan
-from iocompiler.plan.library_product import Algorithm, LibraryProduct, Problem
+from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.runtime.cache import Cache, key_of
 from iocompiler.runtime.measure import DoesNotFit
 from iocompiler.runtime.products import asked
 from iocompiler.runtime.tune import SHORTEST_S
-from iocompiler.runtime.values import size_value, size_values
-from iocompiler.tile.index import Size
+from iocompiler.runtime.values import in_numbers
 
 # the library's first algorithm stays where the best is not faster by more: some are by 2 % alone
 TIE = 1.005
@@ -112,24 +111,8 @@ def problems_of(plan: Plan, hints: Mapping[str, int]) -> list[Problem]:
     made; those of sizes without a hint are left out.
     """
     products = [step.product for step in plan.steps if isinstance(step, AtenStep) and step.product]
-    known = [p for p in products if set(p.size_symbols) <= set(hints)]
-    return [in_numbers(product, hints) for product in known]
-
-
-def in_numbers(product: LibraryProduct[Size], sizes: Mapping[str, int]) -> Problem:
-    """The product of these sizes, as a module has it when it runs."""
-
-    def numbers(strides: tuple[Size, Size, Size]) -> tuple[int, int, int]:
-        batch, row, column = size_values(strides, sizes)
-        return batch, row, column
-
-    extents = product.batch, product.m, product.n, product.k
-    batch, m, n, k = (size_value(extent, sizes) for extent in extents)
-    added, sums = (s if s is None else numbers(s) for s in (product.added, product.sums))
-    return Problem(
-        batch, m, n, k, product.dtype, numbers(product.a), numbers(product.b),
-        numbers(product.out), added, product.bias, sums, product.stored,
-    )  # fmt: skip
+    found = [in_numbers(product, hints) for product in products]
+    return [problem for problem in found if problem is not None]
 
 
 def _worth_it(problems: Iterable[Problem], device: Device) -> list[Problem]:
