@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.plan.library_product import Algorithm, Problem
+from iocompiler.tile.traffic import VECTOR_BYTES
 
 _algorithms: ContextVar[Mapping[Problem, Algorithm] | None] = ContextVar("algorithms", default=None)
 _note: ContextVar[Callable[[Problem], object] | None] = ContextVar("note", default=None)
@@ -64,11 +65,18 @@ def noted(note: Callable[[Problem], object]) -> Iterator[None]:
 
 
 def _problem(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> Problem | None:
-    """The product; None where it is not of one dtype, or a bias has gaps."""
+    """The product; None where it is not of one dtype, or may be rounded before a bias is added
+    (`plan/addressed.py`).
+    """
     given = [a, b, out, *([] if bias is None else [bias])]
-    if len({x.dtype for x in given}) > 1 or (bias is not None and bias.stride(0) != 1):
-        return None
     left, right, lying = ((0, x.stride(0), x.stride(1)) for x in (a, b, out))
+    if len({x.dtype for x in given}) > 1:
+        return None
+    if bias is not None:
+        lines = [stride for stride in (*left, *right, *lying) if stride != 1]
+        vector = VECTOR_BYTES // out.element_size()
+        if bias.stride(0) != 1 or any(stride % vector for stride in lines):
+            return None
     added = lying if add else None if bias is None else (0, 0, 1)
     return Problem(
         1, a.shape[0], b.shape[1], a.shape[1], out.dtype, left, right, lying, added

@@ -28,8 +28,8 @@ from iocompiler.runtime.values import in_numbers
 
 # the library's first algorithm stays where the best is not faster by more: some are by 2 % alone
 TIE = 1.005
-# measuring takes at most so long; a model's 30 products take about a second
-LONGEST_S = 4.0
+# no further product is begun after so long; each takes a tenth of a second at most, or three turns
+LONGEST_S = 3.0
 
 
 @dataclass(frozen=True)
