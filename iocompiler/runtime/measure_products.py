@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -31,6 +31,9 @@ _LEAST_REPEATS = 3
 _ENOUGH_S = 0.1
 # host time of a call that sets addresses, in launches
 _LAUNCHES = 2
+
+Given: TypeAlias = list[torch.Tensor | None]
+"""The memory of a, b, out, added, bias, sums."""
 
 
 class GpuProductBench:
@@ -68,19 +71,22 @@ class GpuProductBench:
         self._used = True
         try:
             with torch.no_grad(), torch.cuda.device(self.index):
-                sets = self._argument_sets(problem)
-                samples = _samples([self._calls(problem, a, sets) for a in algorithms])
+                sets = self.argument_sets(problem)
+                return in_turns([self.calls(problem, a, sets) for a in algorithms])
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(str(error)) from error
-        return [statistics.median(found) if found else None for found in samples]
 
     def release(self) -> None:
         """Give the memory of the operands back to the driver."""
         if self._used:
             torch.cuda.empty_cache()
 
-    def _argument_sets(self, problem: Problem) -> list[list[torch.Tensor | None]]:
-        """a, b, out, added, bias, sums, as many times as it takes to go round the L2 cache."""
+    def argument_sets(self, problem: Problem) -> list[Given]:
+        """As many as it takes to go round the L2 cache.
+
+        Raises:
+            DoesNotFit: not one fits into the memory that is free.
+        """
         buffers = _buffers(problem)
         one = sum(int(b.elements) * b.dtype.itemsize for b in buffers if b is not None)
         free = torch.cuda.mem_get_info(self.index)[0]
@@ -96,9 +102,7 @@ class GpuProductBench:
             for seed in range(max(count, 1))
         ]
 
-    def _calls(
-        self, problem: Problem, algorithm: Algorithm, sets: list[list[torch.Tensor | None]]
-    ) -> list[Call]:
+    def calls(self, problem: Problem, algorithm: Algorithm, sets: list[Given]) -> list[Call]:
         """One launch for each set of operands."""
         described = asked(problem)
         assert described is not None
@@ -111,8 +115,10 @@ class GpuProductBench:
         ]
 
 
-def _samples(calls: list[list[Call]]) -> list[list[float]]:
-    """Seconds of each batch of an algorithm's calls; none where the library refuses one."""
+def in_turns(calls: list[list[Call]]) -> list[float | None]:
+    """Seconds of a call of each way, the median of several batches; None where the library refuses
+    it.
+    """
     samples: list[list[float]] = [[] for _ in calls]
 
     def turn() -> float:
@@ -132,11 +138,11 @@ def _samples(calls: list[list[Call]]) -> list[list[float]]:
     taken = turn()
     for _ in range(max(_LEAST_REPEATS, min(REPEATS, int(_ENOUGH_S / max(taken, 1e-9)))) - 1):
         turn()
-    return samples
+    return [statistics.median(found) if found else None for found in samples]
 
 
 def _buffers(of: Problem) -> list[Buffer | None]:
-    """The memory of a, b, out, added, bias, sums."""
+    """What `Given` consists of."""
 
     def buffer(name: str, rows: int, columns: int, strides: Any, role: Any = "in") -> Buffer:
         dtype = of.stored if of.stored and name == "out" else of.dtype

@@ -135,9 +135,13 @@ def _seconds(of: Problem, device: Device) -> float:
 
 
 def title(of: Problem) -> str:
-    """As "8192 x 3072 x 768 bfloat16, bias, GELU": rows, columns, inner extent."""
+    """As "8192 x 3072 x 768 bfloat16 nt, bias, GELU": rows, columns, inner extent, and which
+    operands lie by columns ("t").
+    """
     batch = f"{of.batch} of " if of.batch > 1 else ""
-    extents = f"{batch}{of.m} x {of.n} x {of.k} {str(of.dtype).removeprefix('torch.')}"
+    lying = "".join("n" if strides[2] == 1 else "t" for strides in (of.a, of.b))
+    dtype = str(of.dtype).removeprefix("torch.")
+    extents = f"{batch}{of.m} x {of.n} x {of.k} {dtype} {lying}"
     words = {
         "in float32": of.stored is not None,
         "bias": of.biased,

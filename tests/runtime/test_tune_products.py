@@ -113,7 +113,7 @@ def test_the_fastest_is_kept_and_equal_products_are_measured_once() -> None:
     assert after.algorithms == ((LAYER, THIRD),)
     assert after.steps == chain().steps
     assert (record.chosen, record.model, record.gain) == (THIRD, FIRST, 9.0)
-    assert record.kernel == "4096 x 1024 x 1024 bfloat16"
+    assert record.kernel == "4096 x 1024 x 1024 bfloat16 nn"
     assert set(record.seconds) == {FIRST, SECOND, THIRD}
 
 
