@@ -27,7 +27,7 @@ from iocompiler.runtime.values import storage_elements
 from iocompiler.tile.program import Buffer
 
 # batches of one algorithm, of a product that takes long; and how long all batches may take
-_LEAST_REPEATS = 3
+_LEAST_REPEATS = 5
 _ENOUGH_S = 0.1
 # host time of a call that sets addresses, in launches
 _LAUNCHES = 2
