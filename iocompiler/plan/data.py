@@ -297,7 +297,7 @@ class Plan:
     name is the size symbol. ``placed``: results that take the memory of what is dead, or lie behind
     another of their step, which then has room for all (`memory.py`). ``algorithms``: of a library's
     products, those of which another algorithm was measured to be faster than the first that the
-    library proposes.
+    library proposes; inside of operators, all that were measured.
     """
 
     inputs: tuple[tuple[str, TensorSpec | None], ...]

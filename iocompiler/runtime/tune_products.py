@@ -75,7 +75,7 @@ def tune_products(
     bench: ProductBench,
     cache: Cache | None,
     machine: str = "",
-    inside: Iterable[Problem] = (),
+    inside: Sequence[Problem] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Plan, tuple[Selection, ...]]:
     """The plan with the fastest algorithms of its products (`Plan.algorithms`), and what was
@@ -86,7 +86,8 @@ def tune_products(
         hints: an example value for every size symbol: measured is the product of these sizes, and
             no other is made by its algorithm.
         machine: the name of the GPU, for the cache.
-        inside: the products inside of the plan's operators.
+        inside: the products inside of the plan's operators; what was measured makes them even
+            where it is the library's first, as aten, whose they are else, may take another.
     """
     start = clock()
     found: list[Selection] = []
@@ -99,7 +100,12 @@ def tune_products(
                 _remember(cache, key, selection)
         if selection is not None:
             found.append(selection)
-    chosen = tuple((each.problem, each.chosen) for each in found if each.chosen != each.model)
+    others = set(inside)
+    chosen = tuple(
+        (each.problem, each.chosen)
+        for each in found
+        if each.chosen != each.model or each.problem in others
+    )
     return dataclasses.replace(plan, algorithms=chosen), tuple(found)
 
 

@@ -306,6 +306,11 @@ def test_products_inside_of_operators_are_measured(monkeypatch: pytest.MonkeyPat
     after, found = tuned(graph, bench, inside=inside)
     assert {each.problem for each in found} == set(inside) == set(bench.timed)
     assert dict(after.algorithms) == dict.fromkeys(inside, THIRD)
+    own = replace(inside[0], m=4096)
+    graph = chain()
+    after, found = tuned(graph, FakeBench({FIRST: 1.0}), inside=[own], machine="b")
+    assert after.algorithms == ((own, FIRST),), "aten may take another"
+    assert {each.problem for each in found} == {own, LAYER}
 
 
 def summed() -> Plan:
