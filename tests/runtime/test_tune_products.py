@@ -215,3 +215,30 @@ def test_only_max_autotune_on_a_gpu_measures(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert engines.with_algorithms(chain(), GraphModule({}, Graph()), options) == (chain(), ())
+
+
+def test_max_autotune_measures_a_plan_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own products and, by what `ahead` finds, those inside of its operators."""
+    own = replace(LAYER, m=4096, added=LAYER.out)
+
+    class OnAGpu(FakeBench):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__({SECOND: 1.0})
+            assert device.type == "cuda"
+
+        def release(self) -> None:
+            released.append(self.timed)
+
+    released: list[list[Problem]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(engines, "device_row", lambda gm, options: H100)
+    monkeypatch.setattr("iocompiler.runtime.measure_products.GpuProductBench", OnAGpu)
+    monkeypatch.setattr("iocompiler.runtime.ahead.multiplied", lambda *given: [own])
+    gm, options = GraphModule({}, Graph()), Options(mode="max-autotune")
+    after, found = engines.with_algorithms(chain(), gm, options)
+    assert dict(after.algorithms) == {LAYER: SECOND, own: SECOND}
+    assert {each.chosen for each in found} == {SECOND}
+    assert released == [[LAYER, own]]
+    assert engines.with_algorithms(chain(), gm, Options(mode="default")) == (chain(), ())
