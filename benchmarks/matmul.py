@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import matmul_algorithms, timing
 from benchmarks.harness import Skipped, device_error, first_line, note, wanted
 from benchmarks.matmul_zoo import PARTS, Product, Results
 from benchmarks.schedules import plan_on_fakes
@@ -52,6 +52,9 @@ COLUMNS = (
 
 def main() -> None:
     args = arguments()
+    if args.part == matmul_algorithms.PART:
+        matmul_algorithms.run(args)
+        return
     gpu = timing.on_gpu()
     device = current_device(torch.device("cuda")) if gpu else DEVICES["h200"]
     bench = GpuRegionBench(torch.device("cuda")) if gpu else None
@@ -64,11 +67,13 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     found = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = found.add_argument
-    add("--part", default="epilogues", help=f"comma-separated: {', '.join(PARTS)}")
+    parts = f"comma-separated: {', '.join(PARTS)}; or {matmul_algorithms.PART}"
+    add("--part", default="epilogues", help=f"{parts} (`benchmarks/matmul_algorithms.py`)")
     add("--only", default="", help="comma-separated: products whose name contains one of these")
     add("--most", type=int, default=8, help="tiles of a product at most (default 8)")
     add("--ahead", type=int, default=4, help="products compiled ahead of the clock (default 4)")
     add("--limit", type=float, default=400.0, help="seconds after which the rest is skipped")
+    add("--quick", action="store_true", help="small models, for a CPU (algorithms alone)")
     add("--no-check", dest="check", action="store_false", help="time without comparing")
     add("--json", metavar="PATH", help="write every tile's time there")
     return found.parse_args()

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from iocompiler.recompute.trade import Trade
     from iocompiler.runtime.tune import Tuned
     from iocompiler.runtime.tune_matmul import Folding
+    from iocompiler.runtime.tune_products import Selection
 
-    Measured: TypeAlias = Tuned | Folding
+    Measured: TypeAlias = Tuned | Folding | Selection
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Compilation:
         flat: the flat graphs themselves, under the same names.
         fallbacks: what runs on aten, or unrecorded, and why.
         recorded: names of the flat graphs that are replayed as CUDA graphs.
-        tuned: what was measured of the kernels of each flat graph, and of its products with the
-            kernels behind them, under mode="max-autotune".
+        tuned: what was measured of the kernels of each flat graph, of its products with the kernels
+            behind them, and of a library's algorithms for its products, under
+            mode="max-autotune".
         trade: memory for time, where the option memory_budget bounds the step.
         changed: sites changed by passes that do more than respell.
         passes: the table of passes, with sites and milliseconds.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,10 +61,7 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Me
     where that was faster, and the measurements; as the model has it where the options do not ask
     for it, or nothing can be measured: without a GPU, or inside a CUDA graph.
     """
-    device = torch.device(plan.device)
-    if options.mode != "max-autotune" or options.engine != "auto" or device.type != "cuda":
-        return by_price(plan, gm, options), ()
-    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+    if not _measures(plan, options):
         return by_price(plan, gm, options), ()
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -74,7 +72,7 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Me
     from iocompiler.runtime.tune import tune
     from iocompiler.runtime.tune_matmul import tune_matmuls
 
-    hints, row = size_hints(gm), device_row(gm, options)
+    device, hints, row = torch.device(plan.device), size_hints(gm), device_row(gm, options)
     with unset_fake_temporarily():
         name = torch.cuda.get_device_name(device)
         bench, regions = GpuBench(device), GpuRegionBench(device)
@@ -83,6 +81,39 @@ def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[Me
         plan, foldings = tune_matmuls(plan, row, hints, regions, default_cache(), name)
         regions.release()
         return plan, (*kernels, *foldings)
+
+
+def _measures(plan: Plan, options: Options) -> bool:
+    """Whether ways to run the plan are timed."""
+    on_gpu = torch.device(plan.device).type == "cuda"
+    if options.mode != "max-autotune" or options.engine != "auto" or not on_gpu:
+        return False
+    return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+
+
+def with_algorithms(
+    plan: Plan, gm: GraphModule, options: Options
+) -> tuple[Plan, tuple[Measured, ...]]:
+    """A settled plan with the fastest of the library's algorithms for its products, and the
+    measurements; with the library's own choice where the options do not ask for them.
+    """
+    if not _measures(plan, options):
+        return plan, ()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from iocompiler.plan.build import size_hints
+    from iocompiler.runtime.ahead import multiplied
+    from iocompiler.runtime.cache import default_cache
+    from iocompiler.runtime.measure_products import GpuProductBench
+    from iocompiler.runtime.tune_products import tune_products
+
+    device, hints, row = torch.device(plan.device), size_hints(gm), device_row(gm, options)
+    with unset_fake_temporarily():
+        name, bench = torch.cuda.get_device_name(device), GpuProductBench(device)
+        inside = multiplied(plan, device, hints)
+        found = tune_products(plan, row, hints, bench, default_cache(), name, inside)
+        bench.release()
+        return found
 
 
 def by_price(plan: Plan, gm: GraphModule, options: Options) -> Plan:
@@ -125,10 +156,15 @@ def scheduled(
         chosen = with_activations(chosen, device, hints)
         return shared_memory(addressed(in_place(chosen, donated)), hints, donated)
 
+    def measured_plan() -> tuple[Plan, Plan, tuple[Measured, ...]]:
+        """As it was chosen, as it runs, and what was measured."""
+        chosen, kernels = tuned(plan, gm, options)
+        settled, products = with_algorithms(settle(chosen), gm, options)
+        return replace(chosen, algorithms=settled.algorithms), settled, (*kernels, *products)
+
     if not options.plan:
-        chosen, measured = tuned(plan, gm, options)
-        chosen = settle(chosen)
-        return chosen, measured, load(chosen, gm, options, name)
+        _, settled, measured = measured_plan()
+        return settled, measured, load(settled, gm, options, name)
     from iocompiler.runtime.plan_file import PlanFile
 
     file, device = PlanFile(Path(options.plan)), device_row(gm, options).name
@@ -139,8 +175,7 @@ def scheduled(
             return replayed_plan, (), ready(load(replayed_plan, gm, options, name))
         except Exception as error:
             raise file.refused(name, error) from error
-    chosen, measured = tuned(plan, gm, options)
-    settled = settle(chosen)
+    chosen, settled, measured = measured_plan()
     run = ready(load(settled, gm, options, name))
     file.add(chosen, plan, name, device)
     return settled, measured, run

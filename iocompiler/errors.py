@@ -196,6 +196,12 @@ class FallbackWarning(UserWarning):
     """
 
 
+class AlgorithmWarning(UserWarning):
+    """A library proposes for a product no longer the algorithm that was measured; the message names
+    both.
+    """
+
+
 class BudgetWarning(UserWarning):
     """No way to run a training step keeps within the memory budget; the message has the bytes."""
 

@@ -20,6 +20,7 @@ from iocompiler.codegen.replays import form_of, replayed
 from iocompiler.codegen.signature import parameters
 from iocompiler.codegen.statements import Statements
 from iocompiler.codegen.values import Values
+from iocompiler.ops import library
 from iocompiler.plan.contents import made, references, regions
 from iocompiler.plan.data import (
     Argument,
@@ -41,10 +42,15 @@ from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
 
 
-def _callable(target: str) -> str:
-    """An operator as text: of ours the function behind it, of others its overload."""
+def _callable(target: str, measured: bool) -> str:
+    """An operator as text: of ours the function behind it, of others its overload. ``measured``:
+    whether products inside of it may have algorithms of their own.
+    """
     namespace, name, *_ = target.split(".")
-    return f'function("{name}")' if namespace == "iocompiler" else f"torch.ops.{target}"
+    if namespace != "iocompiler":
+        return f"torch.ops.{target}"
+    run = f'function("{name}")'
+    return f"module.multiplying({run})" if measured and library.multiplies(name) else run
 
 
 def _needs_stream(step: Step) -> bool:
@@ -303,7 +309,8 @@ class Body:
         known = self._shared.operators
         if target not in known:
             known[target] = self._names.claim(target.removesuffix(".default").replace(".", "_"))
-            self._shared.globals.append(f"{known[target]} = {_callable(target)}")
+            run = _callable(target, self._shared.measured)
+            self._shared.globals.append(f"{known[target]} = {run}")
         return known[target]
 
     def _function(self, region: Region) -> None:

@@ -33,12 +33,14 @@ class Launchers(Protocol):
 class Shared:
     """What the functions of a module have in common: its ``globals``, operators by their names
     there, what does their calls again by the form of these, the functions that others pass to
-    operators, and how often all of them call aten, and a library for a product.
+    operators, whether algorithms of products were measured, and how often all of them call aten,
+    and a library for a product.
     """
 
     globals: list[str] = field(default_factory=list)
     operators: dict[str, str] = field(default_factory=dict)
     replayed: dict[str, str] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
+    measured: bool = False
     aten_calls: int = 0
     products: int = 0

@@ -8,7 +8,7 @@ kernel with the prelude and runs the call cell alone, so loading a file runs no 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from iocompiler.codegen.pytext import Names, helpers_for, quoted, size_text, tup
 from iocompiler.codegen.values import symbols
 from iocompiler.plan.contents import all_steps
 from iocompiler.plan.data import BatchStep, KernelStep, MatmulStep, Plan, TensorSpec
-from iocompiler.plan.library_product import LibraryProduct
+from iocompiler.plan.library_product import Algorithm, LibraryProduct
 from iocompiler.tile.index import Size
 
 _ABOUT = '''\
@@ -52,7 +52,8 @@ _OURS = "from iocompiler.ops.registered import function\n"
 
 _READERS = "from iocompiler.runtime.last_reader import is_last_reader\n"
 
-_PROBLEMS = "from iocompiler.runtime.products import Problem\n"
+_PROBLEMS = "from iocompiler.plan.library_product import Problem\n"
+_MEASURED = "from iocompiler.plan.library_product import Algorithm, Problem\n"
 
 _MAIN = """\
 if __name__ == "__main__":
@@ -76,7 +77,7 @@ def emit_module(plan: Plan, name: str) -> str:
     """
     names = Names(symbols(plan))
     kernels = _Kernels(names)
-    shared = Shared()
+    shared = Shared(measured=bool(plan.algorithms))
     body = Body(plan, names, kernels, shared)
     launches = sum(
         isinstance(step, (KernelStep, MatmulStep, BatchStep)) for step in all_steps(plan)
@@ -97,15 +98,16 @@ def emit_module(plan: Plan, name: str) -> str:
     functions = [*shared.functions, body.text]
     imports = "import math\n\n" if any("math." in text for text in functions) else ""
     launchers = [*kernels.launchers.values(), *kernels.products.values()]
-    made = shared.globals + [launcher.registration for launcher in launchers]
-    ours = any(' = function("' in line for line in made)
+    measured = [_algorithms_text(plan.algorithms)] if plan.algorithms else []
+    made = measured + shared.globals + [launcher.registration for launcher in launchers]
+    ours = any('function("' in line for line in shared.globals)
     over = any(isinstance(step, KernelStep) and step.over for step in plan.steps)
     setup = _SETUP.format(
         device=plan.device,
         imports=imports,
         operators=_OURS if ours else "",
         readers=_READERS if over else "",
-        problems=_PROBLEMS if kernels.products else "",
+        problems=_MEASURED if measured else _PROBLEMS if kernels.products else "",
     )
     setup += "".join(line + "\n" for line in made)
     cells += [setup, *functions, _example_inputs(plan), _MAIN]
@@ -168,7 +170,8 @@ class _Kernels:
         """The name of the launch function of a library's product: equal ones have one."""
         if product not in self.products:
             name = self._claim(f"run_{title}")
-            registration = f"{name} = module.product(\n{_problem_text(product)})"
+            given = f"lambda {', '.join(product.size_symbols)}".rstrip()
+            registration = f"{name} = module.product(\n    {given}: {_problem_text(product)},\n)"
             self.products[product] = Launcher(name, registration, (1, 1, 1))
         return self.products[product].name
 
@@ -232,7 +235,7 @@ class _Kernels:
 
 
 def _problem_text(product: LibraryProduct[Size]) -> str:
-    """The function of the sizes that gives the problem in numbers, as an argument on its lines."""
+    """The problem, on lines within a call's."""
     sizes = {"batch": product.batch, "m": product.m, "n": product.n, "k": product.k}
     strides = {"a": product.a, "b": product.b, "out": product.out}
     if product.added is not None:
@@ -243,10 +246,12 @@ def _problem_text(product: LibraryProduct[Size]) -> str:
     lies = ", ".join(f"{name}={tuple_text(each)}" for name, each in strides.items())
     lies += ", bias=True" * product.bias
     lies += f", stored={product.stored}" if product.stored else ""
-    given = f"lambda {', '.join(product.size_symbols)}".rstrip()
-    return (
-        f"    {given}: Problem(\n        {shape}, dtype={product.dtype},\n        {lies},\n    ),\n"
-    )
+    return f"Problem(\n        {shape}, dtype={product.dtype},\n        {lies},\n    )"
+
+
+def _algorithms_text(measured: Iterable[tuple[LibraryProduct[int], Algorithm]]) -> str:
+    rows = "".join(f"    {_problem_text(of)}:\n    {found},\n" for of, found in measured)
+    return f"module.algorithms({{\n{rows}}})"
 
 
 def _signature_text(signature: str) -> str:

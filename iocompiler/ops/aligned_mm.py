@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import library
+from iocompiler.ops.multiply import multiply
 
 # Parts begin at multiples of this many elements.
 STEP = 64
@@ -75,10 +76,8 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         for columns in _parts(b.shape[1]):
             part, added = out[rows, columns], None if bias is None else bias[columns]
             depths = _parts(a.shape[1])
-            if len(depths) == 1 and added is not None:  # in the product's epilogue, where whole
-                torch.addmm(added, a[rows], b[:, columns], out=part)
-            elif len(depths) == 1:
-                torch.mm(a[rows], b[:, columns], out=part)
+            if len(depths) == 1:  # a bias in the product's epilogue, where whole
+                multiply(a[rows], b[:, columns], part, bias=added)
             else:
                 part.copy_(_in_depths(a[rows], b[:, columns], depths, added))
 
@@ -114,4 +113,4 @@ def _aligned_mm_fake(a: Tensor, b: Tensor, bias: Tensor | None, row: int) -> Ten
     return _empty(a, b, row)
 
 
-library.implement("aligned_mm", _aligned_mm, _aligned_mm_fake)
+library.implement("aligned_mm", _aligned_mm, _aligned_mm_fake, multiplies=True)

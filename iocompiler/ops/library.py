@@ -11,6 +11,7 @@ _LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[
 _functions: dict[str, Callable[..., Any]] = {}
 _launching: set[str] = set()
 _replayed: set[str] = set()
+_multiplying: set[str] = set()
 
 
 def define(schema: str, *tags: torch.Tag) -> Any:
@@ -26,6 +27,7 @@ def implement(
     *,
     launches: bool = False,
     replays: bool = False,
+    multiplies: bool = False,
 ) -> None:
     """What an operator does on any device, and on fake tensors.
 
@@ -35,6 +37,8 @@ def implement(
         replays: whether it may do that alone: what it does then follows from its arguments but for
             addresses (`runtime/replayed.py`), and is by torch's operators or
             `template_launch.Launch`.
+        multiplies: whether it calls `multiply.multiply`. It must then run on tensors without memory
+            too.
     """
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"iocompiler::{name}", fake, lib=_LIBRARY)
@@ -43,6 +47,8 @@ def implement(
         _launching.add(name)
     if replays:
         _replayed.add(name)
+    if multiplies:
+        _multiplying.add(name)
 
 
 def compose(name: str, run: Callable[..., Any]) -> None:
@@ -72,3 +78,8 @@ def launches(name: str) -> bool:
 def replays(name: str) -> bool:
     """Whether what an operator does is worth watching (`implement`)."""
     return name in _replayed
+
+
+def multiplies(name: str) -> bool:
+    """Whether an operator has products of its own (`implement`)."""
+    return name in _multiplying

@@ -16,6 +16,7 @@ from iocompiler.ops.linear_cross_entropy_products import (
     wide,
     with_zeros,
 )
+from iocompiler.ops.multiply import multiply
 from iocompiler.ops.target import on_gpu
 
 
@@ -53,7 +54,7 @@ class Head:
     def take(self, some: slice, d: Tensor) -> None:
         """Add what the gradient of these logits comes to; chunks come in order, the first first."""
         if self._dx is not None:
-            torch.mm(d, self._weight, out=self._dx[some])
+            multiply(d, self._weight, self._dx[some])
         if self._dweight is not None:
             add_outer(d, self._x[some], self._dweight, first=not some.start)
         if self._dbias is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops.linear_cross_entropy_walk import ALIGNED, LINE
+from iocompiler.ops.multiply import multiply
 
 # Chunks are multiples of this many rows: of the library's smaller tiles.
 ROWS = 128
@@ -22,20 +23,15 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> N
     A bias costs nothing where ``logits`` is contiguous; else aten writes it there first, and the
     product reads it back.
     """
-    if bias is None:
-        torch.mm(x, weight.t(), out=logits)
-    else:
-        torch.addmm(bias, x, weight.t(), out=logits)
+    multiply(x, weight.t(), logits, bias=bias)
 
 
 def add_outer(d: Tensor, x: Tensor, dweight: Tensor, *, first: bool) -> None:
     """Add d [rows, N] transposed @ x [rows, D] to ``dweight`` [N, D]; the ``first`` is written."""
     if dweight.dtype != x.dtype:
         dweight.copy_(d.t() @ x) if first else dweight.add_(d.t() @ x)
-    elif first:
-        torch.mm(d.t(), x, out=dweight)
     else:
-        dweight.addmm_(d.t(), x)
+        multiply(d.t(), x, dweight, add=not first)
 
 
 def with_zeros(x: Tensor, rows: int) -> Tensor:

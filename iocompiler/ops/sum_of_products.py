@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iocompiler.ops import library
+from iocompiler.ops.multiply import multiply
 
 SUM_OF_PRODUCTS = library.define(
     "sum_of_products(Tensor[] lefts, Tensor[] rights) -> Tensor", torch.Tag.pt2_compliant_tag
@@ -24,9 +25,9 @@ def _sum_of_products(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
     """lefts [M, K_i], rights [K_i, N] of one dtype; the result [M, N] is contiguous. It is rounded
     to the dtype once a product, which adding rounded products does twice.
     """
-    total = torch.mm(lefts[0], rights[0])
-    for left, right in zip(lefts[1:], rights[1:], strict=True):
-        total.addmm_(left, right)
+    total = _sum_of_products_fake(lefts, rights)
+    for place, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        multiply(left, right, total, add=place > 0)
     return total
 
 
@@ -34,4 +35,4 @@ def _sum_of_products_fake(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
     return lefts[0].new_empty((lefts[0].shape[0], rights[0].shape[1]))
 
 
-library.implement("sum_of_products", _sum_of_products, _sum_of_products_fake)
+library.implement("sum_of_products", _sum_of_products, _sum_of_products_fake, multiplies=True)

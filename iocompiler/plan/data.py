@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from iocompiler.plan.library_product import LibraryProduct
+from iocompiler.plan.library_product import Algorithm, LibraryProduct
 from iocompiler.plan.place import Place
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.flat import LENGTH, PARTS
@@ -296,7 +296,9 @@ class Plan:
 
     ``inputs`` are (name, spec) in call order, with spec None for a number and for a size, whose
     name is the size symbol. ``placed``: results that take the memory of what is dead, or lie behind
-    another of their step, which then has room for all (`memory.py`).
+    another of their step, which then has room for all (`memory.py`). ``algorithms``: of a library's
+    products, those of which another algorithm was measured to be faster than the first that the
+    library proposes; inside of operators, all that were measured.
     """
 
     inputs: tuple[tuple[str, TensorSpec | None], ...]
@@ -305,6 +307,7 @@ class Plan:
     device: str
     unfused: tuple[Unfused, ...] = ()
     placed: tuple[tuple[str, Place], ...] = ()
+    algorithms: tuple[tuple[LibraryProduct[int], Algorithm], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,25 @@ Strides: TypeAlias = tuple[Size, Size, Size]
 S = TypeVar("S")
 
 
+@dataclass(frozen=True, order=True)
+class Algorithm:
+    """One of cuBLASLt's algorithms by its configuration, in NVIDIA's numbers, which tell algorithms
+    apart among those that one version of the library proposes for a product. ``twin``: how many
+    with the same numbers it proposes before this one.
+    """
+
+    id: int
+    tile: int
+    split_k: int
+    reduction: int
+    swizzling: int
+    custom: int
+    stages: int
+    inner_shape: int
+    cluster_shape: int
+    twin: int = 0
+
+
 @dataclass(frozen=True)
 class LibraryProduct(Generic[S]):
     """``out[b, i, j] = sum over k of a[b, i, k] * b[b, k, j] + added[b, i, j]``, sums in float32.
@@ -56,6 +75,10 @@ class LibraryProduct(Generic[S]):
         beside = (*(self.added or ()), *(self.sums or ()))
         found = {name for size in (*sizes, *beside) for name in _symbols(size)}
         return tuple(sorted(found))
+
+
+Problem: TypeAlias = LibraryProduct[int]
+"""A product in numbers."""
 
 
 def _symbols(size: object) -> list[str]:

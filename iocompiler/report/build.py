@@ -19,6 +19,7 @@ from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Pl
 from iocompiler.report.crossing import at_extents, crossing
 from iocompiler.report.ledger import Edge, Kernel, Report, Resources, Template
 from iocompiler.report.words import show_schedule, show_spec, show_tile
+from iocompiler.runtime.values import in_numbers
 from iocompiler.tf32 import products_rounded, rounded
 from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer, TileProgram
@@ -206,9 +207,17 @@ def _called(
         time_us=time(cost, device, dtype, part.hints, tf32) * 1e6,
         tile=step.reason,
         layout=", ".join(show_spec(spec) for spec in results[:4]),
-        source=f"torch.ops.{step.target}" + (", by addresses" if step.product else ""),
+        source=_source(step, part),
         formula=_formula(moved),
     )
+
+
+def _source(step: AtenStep, part: Part) -> str:
+    found = f"torch.ops.{step.target}"
+    if step.product is None:
+        return found
+    measured = in_numbers(step.product, part.hints) in dict(part.plan.algorithms)
+    return f"{found}, by addresses" + (", algorithm measured" if measured else "")
 
 
 def _formula(moved: Size) -> str:

@@ -1,4 +1,5 @@
-"""Templates compiled ahead: those that the calls of a plan will launch.
+"""Templates compiled ahead: those that the calls of a plan will launch; and the products that they
+will ask a library for.
 
 Which these are, the operators say themselves: their own Python runs on tensors that have no memory,
 and its launches are noted. What cannot run so is compiled when it is first launched.
@@ -9,7 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from iocompiler.ops import library
+from iocompiler.ops.multiply import noted
 from iocompiler.plan.contents import made, regions
 from iocompiler.plan.data import AtenStep, Plan, TensorSpec, ViewStep
+from iocompiler.plan.library_product import Problem
 from iocompiler.runtime.template_form import Form
 from iocompiler.runtime.template_images import prepare
 from iocompiler.runtime.template_launch import Launch, watched
 from iocompiler.runtime.values import resolve, size_value, size_values, storage_elements
 from iocompiler.tile.index import Size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,48 @@ def by_call(
         device: the CPU where the plan's GPU is not here: it is then the one planned for
             (`ops.target`).
     """
+
+    def forms(run: Callable[[], None]) -> tuple[Form, ...]:
+        found: dict[Form, None] = {}
+
+        def note(launch: Launch, tensors: Mapping[str, Any]) -> None:
+            found[launch.form(tensors, capability)] = None
+
+        with watched(note):
+            run()
+        return tuple(found)
+
+    return _each_call(plan, library.launches, device, hints, forms)
+
+
+def multiplied(plan: Plan, device: torch.device, hints: Mapping[str, int]) -> list[Problem]:
+    """The products inside of the operators that the plan calls, one a call of `multiply`: equal
+    ones stand there as often as they are made.
+
+    Args:
+        hints: values of the plan's size symbols; calls that read others are left out.
+    """
+
+    def problems(run: Callable[[], None]) -> list[Problem]:
+        found: list[Problem] = []
+        with noted(found.append), watched(lambda launch, tensors: None):
+            run()
+        return found
+
+    each = _each_call(plan, library.multiplies, device, hints, problems)
+    return [problem for _, problems in each for problem in problems]
+
+
+def _each_call(
+    plan: Plan,
+    wanted: Callable[[str], bool],
+    device: torch.device,
+    hints: Mapping[str, int],
+    look: Callable[[Callable[[], None]], T],
+) -> list[tuple[AtenStep, T]]:
+    """The calls of ``wanted`` operators, and what ``look`` finds of each, given a function that
+    runs the operator's Python without memory, until it fails.
+    """
     # of what an operator keeps for later calls (tables of blocks) the tensors are real
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -70,30 +118,22 @@ def by_call(
         with mode:
             return memory(place, device, hints)
 
-    known: dict[str, tuple[Form, ...]] = {}  # equal layers have equal calls
-    found: list[tuple[AtenStep, tuple[Form, ...]]] = []
+    def run(name: str, given: Any) -> None:
+        args, kwargs = tree_map_only(Place, fake, given)
+        with contextlib.suppress(Exception):
+            library.function(name)(*args, **kwargs)
+
+    known: dict[str, T] = {}  # equal layers have equal calls
+    found: list[tuple[AtenStep, T]] = []
     with unset_fake_temporarily(), torch.no_grad():
-        for name, step, places in calls(plan, library.launches):
+        for name, step, places in calls(plan, wanted):
             with contextlib.suppress(KeyError):
                 given = resolve((step.args, dict(step.kwargs)), places, hints, device)
                 call = repr((name, given))
                 if call not in known:
-                    known[call] = _forms(name, tree_map_only(Place, fake, given), capability)
+                    known[call] = look(partial(run, name, given))
                 found.append((step, known[call]))
     return found
-
-
-def _forms(name: str, given: Any, capability: int) -> tuple[Form, ...]:
-    """What an operator launches; of one that fails, what it launched before."""
-    found: dict[Form, None] = {}
-
-    def note(launch: Launch, tensors: Mapping[str, Any]) -> None:
-        found[launch.form(tensors, capability)] = None
-
-    args, kwargs = given
-    with contextlib.suppress(Exception), watched(note):
-        library.function(name)(*args, **kwargs)
-    return tuple(found)
 
 
 def calls(

@@ -11,14 +11,18 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from iocompiler.plan.library_product import Algorithm
+
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
 _STORED = {**TYPES, torch.float32: _FLOAT32}
+MOST_PROPOSED = 6
+"""Algorithms that the library is asked for, where it is asked for more than one."""
 WORKSPACE = 32 * 2**20
 """Bytes an algorithm may ask for: what torch gives the library on a Hopper."""
 
@@ -31,7 +35,10 @@ _SUMS_POINTER, _SUMS_LEADING = 11, 12  # the epilogue's "auxiliary" matrix
 _EPILOGUE_GELU_AND_SUMS = 32 | 128
 _REDUCED_IN_FLOAT32 = 2
 """Partial sums are added in float32: half as exact, where the library adds them in the result's
-dtype, is not what a float32 sum promises."""
+dtype, is not what a float32 sum promises. (By NVIDIA's word, whatever the algorithm, one version
+gives the same bits each time on one kind of GPU.)"""
+_CONFIGURATION = (*(c_uint32,) * 7, *(ctypes.c_uint16,) * 2)
+"""Types of an algorithm's attributes, which count from 0, in the order of `Algorithm`'s fields."""
 
 
 class Refused(Exception):
@@ -98,6 +105,8 @@ class Prepared:
     kept: tuple[Any, ...]
     set_bias: Callable[[int], None]
     set_sums: Callable[[int], None]
+    proposed: bool
+    """Whether the algorithm is the one that was asked for, if one was."""
 
     def run(self, stream: int, a: int, b: int, c: int, d: int, workspace: int) -> int:
         """Queue it; returns the library's status, 0 for success. ``c`` is ``d`` where nothing is
@@ -137,7 +146,20 @@ def library() -> Any:
     found.cublasLtMatmulAlgoGetHeuristic.argtypes = [c_void_p] * 7 + [
         c_int, POINTER(_Result), POINTER(c_int),
     ]  # fmt: skip
+    found.cublasLtMatmulAlgoConfigGetAttribute.argtypes = [
+        c_void_p, c_int, c_void_p, c_size_t, POINTER(c_size_t),
+    ]  # fmt: skip
+    found.cublasLtGetVersion.restype = c_size_t
     return found
+
+
+def version() -> int:
+    """The library's, as it counts them.
+
+    Raises:
+        Refused: there is none.
+    """
+    return int(library().cublasLtGetVersion())
 
 
 @functools.cache
@@ -148,20 +170,64 @@ def _handle(device: int) -> c_void_p:
     return handle
 
 
-def prepared(of: Description, device: int, choice: int = 0) -> Prepared:
+def prepared(of: Description, device: int, algorithm: Algorithm | None = None) -> Prepared:
     """A product ready to be called on CUDA device ``device``. What the library made for it is given
     back with it.
 
     Args:
-        choice: which of the algorithms the library proposes, best first by its own estimate.
+        algorithm: of those that the library proposes; by default, and where it does not propose
+            that, its first one, which is the best by its own estimate. `Prepared.proposed` says so.
 
     Raises:
-        Refused: the library is missing or has no such algorithm.
+        Refused: the library is missing or has no algorithm.
     """
     lib, handle = library(), _handle(device)
+    made: list[c_void_p] = []
+    try:
+        described = _described(lib, of, made)
+        count = 1 if algorithm is None else MOST_PROPOSED
+        results = _proposed(lib, handle, described, of.alignment, count)
+    except Refused:
+        _destroy(lib, made)
+        raise
+    chosen = results.get(algorithm) if algorithm is not None else None
+    result = chosen or next(iter(results.values()))
+    description, a, b, c, d = described
+    found = Prepared(
+        lib.cublasLtMatmul, handle, description, a, b, c, d, _ONE if of.c is not None else _ZERO,
+        ctypes.cast(byref(result.algorithm), c_void_p), result.workspace, (result,),
+        functools.partial(_set_address, lib, description, _BIAS_POINTER),
+        functools.partial(_set_address, lib, description, _SUMS_POINTER),
+        algorithm is None or chosen is not None,
+    )  # fmt: skip
+    # not when the process ends: the library may be gone by then
+    weakref.finalize(found, _destroy, lib, made).atexit = False
+    return found
+
+
+def proposed(of: Description, device: int) -> tuple[Algorithm, ...]:
+    """The algorithms that the library proposes for a product, best first by its own estimate.
+
+    Raises:
+        Refused: the library is missing or has no algorithm.
+    """
+    lib, handle = library(), _handle(device)
+    made: list[c_void_p] = []
+    try:
+        described = _described(lib, of, made)
+        return tuple(_proposed(lib, handle, described, of.alignment, MOST_PROPOSED))
+    finally:
+        _destroy(lib, made)
+
+
+def _described(lib: Any, of: Description, made: list[c_void_p]) -> tuple[c_void_p, ...]:
+    """The descriptions of a product and of a, b, c, d; ``made``: what the library makes for it, the
+    product's first.
+    """
     description = c_void_p()
     code = lib.cublasLtMatmulDescCreate(byref(description), _COMPUTE_FLOAT32, _FLOAT32)
     _succeeded(code, "describing a product")
+    made.append(description)
 
     def describe(attribute: int, value: Any) -> None:
         code = lib.cublasLtMatmulDescSetAttribute(
@@ -180,40 +246,31 @@ def prepared(of: Description, device: int, choice: int = 0) -> Prepared:
     if of.sums is not None:
         describe(_SUMS_POINTER, some)
         describe(_SUMS_LEADING, c_int64(of.sums.leading))
-    a, b = (_layout(lib, m, of, of.dtype) for m in (of.a, of.b))
-    d = _layout(lib, of.d, of, of.stored or of.dtype)
-    c = _layout(lib, of.c, of, of.dtype) if of.c is not None else d
-    result = _algorithm(lib, handle, (description, a, b, c, d), of.alignment, choice)
-    set_bias = functools.partial(_set_address, lib, description, _BIAS_POINTER)
-    set_sums = functools.partial(_set_address, lib, description, _SUMS_POINTER)
-    beta = _ONE if of.c is not None else _ZERO
-    algorithm = ctypes.cast(byref(result.algorithm), c_void_p)
-    found = Prepared(
-        lib.cublasLtMatmul, handle, description, a, b, c, d, beta, algorithm, result.workspace,
-        (result,), set_bias, set_sums,
-    )  # fmt: skip
-    layouts = [a, b, d] if c is d else [a, b, c, d]
-    # not when the process ends: the library may be gone by then
-    weakref.finalize(found, _destroy, lib, description, layouts).atexit = False
-    return found
+
+    a, b = (_layout(lib, m, of, of.dtype, made) for m in (of.a, of.b))
+    d = _layout(lib, of.d, of, of.stored or of.dtype, made)
+    c = _layout(lib, of.c, of, of.dtype, made) if of.c is not None else d
+    return description, a, b, c, d
 
 
-def _destroy(lib: Any, description: c_void_p, layouts: Sequence[c_void_p]) -> None:
-    lib.cublasLtMatmulDescDestroy(description)
-    for layout in layouts:
-        lib.cublasLtMatrixLayoutDestroy(layout)
+def _destroy(lib: Any, made: Sequence[c_void_p]) -> None:
+    for place, each in enumerate(made):
+        (lib.cublasLtMatrixLayoutDestroy if place else lib.cublasLtMatmulDescDestroy)(each)
 
 
 def _set_address(lib: Any, description: c_void_p, attribute: int, address: int) -> None:
     lib.cublasLtMatmulDescSetAttribute(description, attribute, byref(c_void_p(address)), 8)
 
 
-def _layout(lib: Any, matrix: Matrix, of: Description, dtype: torch.dtype) -> c_void_p:
+def _layout(
+    lib: Any, matrix: Matrix, of: Description, dtype: torch.dtype, made: list[c_void_p]
+) -> c_void_p:
     layout = c_void_p()
     code = lib.cublasLtMatrixLayoutCreate(
         byref(layout), _STORED[dtype], matrix.rows, matrix.columns, matrix.leading
     )
     _succeeded(code, "describing a matrix")
+    made.append(layout)
     if of.batch > 1:
         for attribute, value in (
             (_BATCH_COUNT, c_int32(of.batch)),
@@ -226,9 +283,14 @@ def _layout(lib: Any, matrix: Matrix, of: Description, dtype: torch.dtype) -> c_
     return layout
 
 
-def _algorithm(
-    lib: Any, handle: c_void_p, described: tuple[c_void_p, ...], alignment: int, choice: int
-) -> _Result:
+def _proposed(
+    lib: Any, handle: c_void_p, described: tuple[c_void_p, ...], alignment: int, most: int
+) -> dict[Algorithm, _Result]:
+    """Of at most so many algorithms, best first, those that the library can run.
+
+    Raises:
+        Refused: there is none.
+    """
     preference = c_void_p()
     _succeeded(lib.cublasLtMatmulPreferenceCreate(byref(preference)), "asking for an algorithm")
     asked: list[tuple[int, Any]] = [
@@ -242,16 +304,35 @@ def _algorithm(
                 preference, attribute, byref(value), ctypes.sizeof(value)
             )
             _succeeded(code, "asking for an algorithm")
-        results, count = (_Result * (choice + 1))(), c_int()
+        results, count = (_Result * most)(), c_int()
         code = lib.cublasLtMatmulAlgoGetHeuristic(
-            handle, *described, preference, choice + 1, results, byref(count)
+            handle, *described, preference, most, results, byref(count)
         )
     finally:
         lib.cublasLtMatmulPreferenceDestroy(preference)
     _succeeded(code, "asking for an algorithm")
-    if count.value <= choice or results[choice].state:
-        raise Refused(f"{count.value} algorithms")
-    return _Result.from_buffer_copy(results[choice])
+    found: dict[Algorithm, _Result] = {}
+    for result in results[: count.value]:
+        algorithm = _configuration(lib, result)
+        asked_for = algorithm.split_k < 2 or algorithm.reduction in (0, _REDUCED_IN_FLOAT32)
+        if not result.state and asked_for:
+            while algorithm in found:
+                algorithm = replace(algorithm, twin=algorithm.twin + 1)
+            found[algorithm] = _Result.from_buffer_copy(result)
+    if not found:
+        raise Refused(f"{count.value} algorithms, none that can be run")
+    return found
+
+
+def _configuration(lib: Any, result: _Result) -> Algorithm:
+    """Attributes that this version of the library does not have are 0."""
+    numbers = [kind() for kind in _CONFIGURATION]
+    for attribute, number in enumerate(numbers):
+        lib.cublasLtMatmulAlgoConfigGetAttribute(
+            byref(result.algorithm), attribute, byref(number), ctypes.sizeof(number),
+            byref(c_size_t()),
+        )  # fmt: skip
+    return Algorithm(*(number.value for number in numbers))
 
 
 def _succeeded(code: int, action: str) -> None:

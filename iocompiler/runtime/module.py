@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.pytext import helpers_for
+from iocompiler.ops.multiply import using
+from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.runtime.batch import BatchLaunch
 from iocompiler.runtime.cache import default_cache, key_of
 from iocompiler.runtime.compile import Job
 from iocompiler.runtime.kernels import KernelSpec, cells, compiled_images
 from iocompiler.runtime.launch import Image, Launch, Signature, make_launch
-from iocompiler.runtime.products import Problem, Product
+from iocompiler.runtime.products import Product
 from iocompiler.runtime.replayed import Replayed
 from iocompiler.runtime.values import laid_out, storage_elements
 
@@ -54,6 +56,7 @@ class Module:
         self.bound: dict[str, Launch] = {}
         self.batches: list[BatchLaunch] = []
         self.namespace: dict[str, Any] = {}
+        self._algorithms: dict[Problem, Algorithm] = {}
         self._binder, self._allocate = binder, allocate
         self._compiling: tuple[int, Future[None]] = 0, Future()  # the process, and when it is done
         self._override = bool(device)
@@ -158,7 +161,15 @@ class Module:
         """Register a library's product; the function returned is `Product.run`."""
         on_gpu = self.device.type == "cuda"
         device = torch.device("cuda", self.device_index) if on_gpu else self.device
-        return Product(problem, device).run
+        return Product(problem, device, self._algorithms).run
+
+    def algorithms(self, found: Mapping[Problem, Algorithm]) -> None:
+        """Register which algorithms make which products, the module's own and operators'."""
+        self._algorithms.update(found)
+
+    def multiplying(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """An operator whose products inside are made by these algorithms."""
+        return using(self._algorithms)(run)
 
     def replayed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """What does an operator's calls of one form again: `Replayed`; on a CPU, the operator."""

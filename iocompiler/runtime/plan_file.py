@@ -4,7 +4,10 @@
         "kernels": {"forward_gelu": {"kind": "pointwise", "x_block": 1024, ...}}}}}
 
 Beside "kernels", "matmuls" has the tiles of the products that are folded with a kernel behind them
-(`plan/fold.py`), by site; there is none where none is.
+(`plan/fold.py`), by site, and "products" the library's algorithms that were measured to be faster
+than the one it proposes first, each with its product in numbers; there are none where none is. An
+algorithm that the library does not propose any more is the one choice that is not replayed: its
+first one runs, with a warning (`AlgorithmWarning`).
 
 A graph is known by its plan but for the schedules. One that the file does not have is added to it
 once it is compiled; one that it has is neither measured nor chosen for anew. What cannot be
@@ -28,8 +31,10 @@ from iocompiler.cost_model.tiles import REGISTERS
 from iocompiler.errors import BadPlanFile
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
 from iocompiler.plan.fold import folded
+from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sites import SiteKey, sites
+from iocompiler.runtime.algorithm_rows import algorithm_rows, algorithms_of
 from iocompiler.runtime.tune import rescheduled
 from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.flat import is_flat
@@ -56,8 +61,8 @@ class PlanFile:
     path: Path
 
     def replayed(self, plan: Plan, name: str, device: str) -> Plan | None:
-        """``plan`` with the schedules and tiles of the file; None where the file does not have its
-        graph.
+        """``plan`` with the schedules, tiles and algorithms of the file; None where the file does
+        not have its graph.
 
         Args:
             name: of the flat graph. device: the row it is planned for.
@@ -87,7 +92,15 @@ class PlanFile:
             except ValueError as error:
                 place = f"kernel {kernel!r} of {entry}"
                 raise self._bad(f"{place}: {error}", place) from None
-        return self._folded(rescheduled(plan, chosen), found.get("matmuls", {}), entry)
+        plan = self._folded(rescheduled(plan, chosen), found.get("matmuls", {}), entry)
+        return dataclasses.replace(plan, algorithms=self._algorithms(found.get("products"), entry))
+
+    def _algorithms(self, rows: Any, entry: str) -> tuple[tuple[Problem, Algorithm], ...]:
+        try:
+            return algorithms_of([] if rows is None else rows)
+        except ValueError as error:
+            place = f'"products" of {entry}'
+            raise self._bad(f"{place}: {error}", place) from None
 
     def _folded(self, plan: Plan, rows: Any, entry: str) -> Plan:
         there = {site.name: site.key for site in sites(plan)} if rows else {}
@@ -104,7 +117,7 @@ class PlanFile:
         return folded(plan, tiles)
 
     def add(self, plan: Plan, model: Plan, name: str, device: str) -> None:
-        """Write the schedules and tiles of ``plan`` down, beside those of other graphs.
+        """Write the schedules, tiles and algorithms of ``plan`` down, beside those of other graphs.
 
         Args:
             model: the plan as the planner made it, nothing folded, after whose kernels the file
@@ -123,7 +136,9 @@ class PlanFile:
         matmuls = {s.name: _row(tiles[s.key]) for s in there if s.key in tiles}
         graphs = self._graphs()  # read again: another process may have added its own
         entry = {"graph": name, "device": device, "kernels": kernels}
-        graphs[fingerprint(model, name)] = entry | ({"matmuls": matmuls} if matmuls else {})
+        products = algorithm_rows(plan.algorithms)
+        further = {"matmuls": matmuls, "products": products}
+        graphs[fingerprint(model, name)] = entry | {key: of for key, of in further.items() if of}
         text = json.dumps({"format": FORMAT, "graphs": graphs}, indent=1) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 What a product needs but addresses is found once for its sizes and how its addresses are aligned;
 where cuBLASLt is missing or has no algorithm, aten does it, on tensors made of the addresses.
+The algorithm is the first that the library proposes, or one that was measured to be faster.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from iocompiler.errors import AlgorithmWarning
 from iocompiler.ops.biased_addmm import biased_addmm
 from iocompiler.ops.wide_product import wide_product
-from iocompiler.plan.library_product import LibraryProduct
+from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
 from iocompiler.tile.traffic import VECTOR_BYTES
@@ -29,9 +32,6 @@ _ALIGNED = 256
 """Bytes; the library asks for no more."""
 _MOST_SIZES = 1024
 """That a product is prepared for at a time: lengths may go on changing for as long as it lives."""
-
-
-Problem: TypeAlias = LibraryProduct[int]
 
 
 def supported(problem: Problem) -> bool:
@@ -119,10 +119,17 @@ class Product:
     Args:
         problem: it, by the sizes that `run` is given.
         device: the CUDA device it runs on, which is current at every run; a CPU in tests.
+        algorithms: of problems, those that were measured to be faster than the library's first one.
     """
 
-    def __init__(self, problem: Callable[..., Problem], device: torch.device):
+    def __init__(
+        self,
+        problem: Callable[..., Problem],
+        device: torch.device,
+        algorithms: Mapping[Problem, Algorithm] | None = None,
+    ):
         self._problem, self._device = problem, device
+        self._algorithms = {} if algorithms is None else algorithms
         self._runs: dict[tuple[int, ...], _Run] = {}
 
     def run(
@@ -143,30 +150,66 @@ class Product:
     def _first(self, key: tuple[int, ...], alignment: int, sizes: tuple[int, ...]) -> _Run:
         if len(self._runs) >= _MOST_SIZES:
             self._runs.clear()
-        run = self._runs[key] = _prepare(self._problem(*sizes), alignment, self._device)
+        problem = self._problem(*sizes)
+        algorithm = self._algorithms.get(problem)
+        run = self._runs[key] = _prepare(problem, alignment, self._device, algorithm)
         return run
+
+
+def run_with(
+    algorithm: Algorithm, problem: Problem, device: torch.device, stream: int, a: int, b: int,
+    out: int, added: int = 0,
+) -> None:  # fmt: skip
+    """Queue a product, of addresses as `Product.run` takes them, by this algorithm."""
+    low = (a | b | out | added) & (_ALIGNED - 1)
+    run = _prepare(problem, low & -low or _ALIGNED, device, algorithm)
+    run(stream, a, b, out, added, 0, 0)
 
 
 _Run: TypeAlias = Callable[[int, int, int, int, int, int, int], None]
 
 
 @functools.lru_cache(maxsize=4096)
-def _prepare(problem: Problem, alignment: int, device: torch.device) -> _Run:
+def _prepare(
+    problem: Problem, alignment: int, device: torch.device, algorithm: Algorithm | None = None
+) -> _Run:
     """What queues a product: ``run(stream, a, b, out, added, bias, sums)``."""
     on_aten = functools.partial(_by_aten, problem, device)
-    # lines that begin amid a vector: a product may be rounded before a bias is added
-    takes = device.type == "cuda" and not (problem.biased and alignment % VECTOR_BYTES)
-    described = describe(problem, alignment) if takes else None
+    described = asked(problem, alignment) if device.type == "cuda" else None
     if described is None:
         return on_aten
     try:
-        found = cublaslt.prepared(described[0], torch.cuda._utils._get_device_index(device, True))
+        found = cublaslt.prepared(described[0], device_index(device), algorithm)
     except Refused:
         return on_aten
-    return _on_library(found, described[1], problem, on_aten)
+    if not found.proposed and alignment == _ALIGNED:  # as it was measured
+        warnings.warn(
+            f"iocompiler: cuBLASLt no longer proposes the algorithm that was measured for a "
+            f"product, its first one runs: {problem}, {algorithm}",
+            AlgorithmWarning,
+            stacklevel=2,
+        )
+    return on_library(found, described[1], problem, on_aten)
 
 
-def _on_library(found: Prepared, swapped: bool, problem: Problem, on_aten: _Run) -> _Run:
+def asked(problem: Problem, alignment: int = _ALIGNED) -> tuple[Description, bool] | None:
+    """`describe`, of what the library rounds once: it may round a product with lines that begin
+    amid a vector before it adds a bias.
+    """
+    if problem.biased and alignment % VECTOR_BYTES:
+        return None
+    return describe(problem, alignment)
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a CUDA device; of the current one where it has none."""
+    return int(torch.cuda._utils._get_device_index(device, True))
+
+
+def on_library(found: Prepared, swapped: bool, problem: Problem, on_aten: _Run) -> _Run:
+    """What queues a prepared product as `describe` has it; ``on_aten``: what the library refuses at
+    a call is given to.
+    """
     size, queue, lock = found.workspace, found.run, threading.Lock()
     memory: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
     adds_matrix, biased = problem.matrix is not None, problem.biased

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from iocompiler.plan.data import Argument, Plan, Ref, TensorSpec
+from iocompiler.plan.library_product import LibraryProduct, Problem
 from iocompiler.tile.index import Size
 
 
@@ -27,6 +28,26 @@ def size_value(size: Size, sizes: Mapping[str, int]) -> int:
 
 def size_values(sizes: tuple[Size, ...], values: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(size_value(s, values) for s in sizes)
+
+
+def in_numbers(product: LibraryProduct[Size], sizes: Mapping[str, int]) -> Problem | None:
+    """The product of these sizes, as a module has it when it runs; None where it depends on
+    another.
+    """
+    if not set(product.size_symbols) <= set(sizes):
+        return None
+
+    def numbers(strides: tuple[Size, Size, Size]) -> tuple[int, int, int]:
+        batch, row, column = size_values(strides, sizes)
+        return batch, row, column
+
+    extents = product.batch, product.m, product.n, product.k
+    batch, m, n, k = (size_value(extent, sizes) for extent in extents)
+    added, sums = (s if s is None else numbers(s) for s in (product.added, product.sums))
+    return Problem(
+        batch, m, n, k, product.dtype, numbers(product.a), numbers(product.b),
+        numbers(product.out), added, product.bias, sums, product.stored,
+    )  # fmt: skip
 
 
 def input_sizes(plan: Plan, args: list[Any]) -> dict[str, int]:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from iocompiler.plan.library_product import Problem
 from iocompiler.runtime import cublaslt, products
 from iocompiler.runtime.cublaslt import Description, Matrix
-from iocompiler.runtime.products import Problem, Product, describe, supported
+from iocompiler.runtime.products import Product, describe, supported
 
 ROWS, COLUMNS = "rows", "columns"
 BF16 = torch.bfloat16
@@ -251,7 +252,7 @@ class Library:
 def on_library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., None]]:
     guards = types.SimpleNamespace(_empty_strided_cuda=torch.empty_strided)
     monkeypatch.setattr(torch._C._dynamo, "guards", guards)
-    return products._on_library
+    return products.on_library
 
 
 def test_the_addresses_of_a_gelu(on_library: Callable[..., Callable[..., None]]) -> None:
