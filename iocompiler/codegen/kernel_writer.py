@@ -247,12 +247,9 @@ class KernelWriter:
         if threshold is not None:
             return f"(bits_{inputs[0]} >= {threshold})"
         operands = [self.value(i) for i in inputs]
-        if op.fn == "div" and self.program.ops[inputs[1]].kind == "const":
-            found = expressions.divided(
-                self.tensor(inputs[0]), self.program.ops[inputs[1]].value, op.dtype
-            )
-            if found:
-                return found
+        known = self._by_what_is_known(op)
+        if known:
+            return known
         if all(self.program.ops[i].kind == "const" for i in inputs[:1]) and op.fn not in ("where",):
             # functions of tl need a tensor: a literal alone is made one
             operands[0] = self.tensor(inputs[0])
@@ -260,6 +257,26 @@ class KernelWriter:
             operands[1:] = [self.tensor(i) for i in inputs[1:]]
         operands = [o if _atomic(o) else f"({o})" for o in operands]
         return expressions.mapped(op.fn, operands, self.program.ops[inputs[-1]].dtype)
+
+    def _by_what_is_known(self, op: Op) -> str:
+        """A quotient whose divisor is a number or the same for many elements, or a power of a
+        number, in fewer steps; "" for the rest.
+        """
+        first, last = (self.program.ops[i] for i in (op.inputs[0], op.inputs[-1]))
+        if op.fn == "pow" and first.kind == "const":
+            return expressions.powered(first.value, self.tensor(op.inputs[1]), op.dtype)
+        if op.fn not in ("div", "coarse_div"):
+            return ""
+        dividend, coarse = self.tensor(op.inputs[0]), op.fn == "coarse_div"
+        if last.kind == "const":
+            return expressions.divided(dividend, last.value, op.dtype, coarse)
+        if not coarse or not self.spans(op.inputs[1]) < self.spans(op.inputs[0]):
+            return ""
+        divisor = self.value(op.inputs[1])
+        scale, inverse = (f"{name}_{op.inputs[1]}" for name in ("range", "inverse"))
+        self.line(f"{scale} = _range({divisor})")
+        self.line(f"{inverse} = _inverse({divisor} * {scale})")
+        return f"{dividend} * {scale} * {inverse}"
 
     def _threshold(self, op: Op) -> int | None:
         """What the bits of a random number must reach for the number to reach a constant; None for

@@ -99,6 +99,44 @@ def _inverse(x):
 
 
 @triton.jit
+def _range(divisor):
+    """A power of two, times which a divisor has an inverse that is no denormal number: 1 where it
+    is neither above 2^64 nor below 2^-64.
+    """
+    size = tl.abs(divisor)
+    small, large = 18446744073709551616.0, 5.421010862427522e-20
+    return tl.where(size < large, small, tl.where(size > small, large, 1.0))
+
+
+@triton.jit
+def _coarse_sqrt(x):
+    """The root within 2^-23 of it, that of denormal numbers too."""
+    if _ASSEMBLES:
+        found = tl.inline_asm_elementwise(
+            "sqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        found = tl.sqrt(x)
+    return found
+
+
+@triton.jit
+def _power_of(exponent, high, low):
+    """2^(exponent (high + low)) within 4 ulp, 0 below 2^-126: a power of a number known before, of
+    which the logarithm is in two parts.
+    """
+    if _ASSEMBLES:
+        product = exponent * high
+        rest = tl.fma(exponent, low, tl.fma(exponent, high, -product))
+        rest = tl.where(tl.abs(product) < 1024.0, rest, 0.0)  # of infinities there is none
+        found = tl.exp2(product) * tl.fma(rest, 0.6931471805599453, 1.0)
+    else:  # the interpreter rounds twice in a multiply-add
+        wide = exponent.to(tl.float64)
+        found = tl.exp2(wide * high + wide * low).to(tl.float32)
+    return found
+
+
+@triton.jit
 def _power(x):
     """2^x within 2 ulp, 0 below 2^-126: one instruction, as `_inverse` is."""
     if _ASSEMBLES:
