@@ -259,8 +259,8 @@ class KernelWriter:
         return expressions.mapped(op.fn, operands, self.program.ops[inputs[-1]].dtype)
 
     def _by_what_is_known(self, op: Op) -> str:
-        """A quotient whose divisor is a number or the same for many elements, or a power of a
-        number, in fewer steps; "" for the rest.
+        """A coarse quotient, one by a number, or a power of a number, in few steps; "" for the rest.
+        The inverse of a divisor that many elements share is found once for them.
         """
         first, last = (self.program.ops[i] for i in (op.inputs[0], op.inputs[-1]))
         if op.fn == "pow" and first.kind == "const":
@@ -270,7 +270,7 @@ class KernelWriter:
         dividend, coarse = self.tensor(op.inputs[0]), op.fn == "coarse_div"
         if last.kind == "const":
             return expressions.divided(dividend, last.value, op.dtype, coarse)
-        if not coarse or not self.spans(op.inputs[1]) < self.spans(op.inputs[0]):
+        if not coarse:
             return ""
         divisor = self.value(op.inputs[1])
         scale, inverse = (f"{name}_{op.inputs[1]}" for name in ("range", "inverse"))

@@ -100,12 +100,12 @@ def _inverse(x):
 
 @triton.jit
 def _range(divisor):
-    """A power of two, times which a divisor has an inverse that is no denormal number: 1 where it
-    is neither above 2^64 nor below 2^-64.
+    """A power of two, times which a divisor is at least 1/2 and below 4 (a denormal number: below
+    1), and so has an inverse: 2^-126 where it is above 2^126, infinite or NaN, 2^126 of zero.
     """
-    size = tl.abs(divisor)
-    small, large = 18446744073709551616.0, 5.421010862427522e-20
-    return tl.where(size < large, small, tl.where(size > small, large, 1.0))
+    # (exponent ^ ones) - 2 is 253 - exponent, of the kind that is one addition with a bound
+    exponent = ~divisor.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.maximum(exponent - 0x01000000, 0x00800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
