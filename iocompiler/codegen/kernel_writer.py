@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from iocompiler.codegen import expressions
+from iocompiler.codegen.quotients import in_few_steps
 from iocompiler.plan.data import Schedule
 from iocompiler.tile import philox
 from iocompiler.tile.index import Affine, Axis, Size, product, row_major
@@ -247,9 +248,9 @@ class KernelWriter:
         if threshold is not None:
             return f"(bits_{inputs[0]} >= {threshold})"
         operands = [self.value(i) for i in inputs]
-        known = self._by_what_is_known(op)
-        if known:
-            return known
+        short = in_few_steps(self, op)
+        if short:
+            return short
         if all(self.program.ops[i].kind == "const" for i in inputs[:1]) and op.fn not in ("where",):
             # functions of tl need a tensor: a literal alone is made one
             operands[0] = self.tensor(inputs[0])
@@ -257,26 +258,6 @@ class KernelWriter:
             operands[1:] = [self.tensor(i) for i in inputs[1:]]
         operands = [o if _atomic(o) else f"({o})" for o in operands]
         return expressions.mapped(op.fn, operands, self.program.ops[inputs[-1]].dtype)
-
-    def _by_what_is_known(self, op: Op) -> str:
-        """A coarse quotient, one by a number, or a power of a number, in few steps; "" for the rest.
-        The inverse of a divisor that many elements share is found once for them.
-        """
-        first, last = (self.program.ops[i] for i in (op.inputs[0], op.inputs[-1]))
-        if op.fn == "pow" and first.kind == "const":
-            return expressions.powered(first.value, self.tensor(op.inputs[1]), op.dtype)
-        if op.fn not in ("div", "coarse_div"):
-            return ""
-        dividend, coarse = self.tensor(op.inputs[0]), op.fn == "coarse_div"
-        if last.kind == "const":
-            return expressions.divided(dividend, last.value, op.dtype, coarse)
-        if not coarse:
-            return ""
-        divisor = self.value(op.inputs[1])
-        scale, inverse = (f"{name}_{op.inputs[1]}" for name in ("range", "inverse"))
-        self.line(f"{scale} = _range({divisor})")
-        self.line(f"{inverse} = _inverse({divisor} * {scale})")
-        return f"{dividend} * {scale} * {inverse}"
 
     def _threshold(self, op: Op) -> int | None:
         """What the bits of a random number must reach for the number to reach a constant; None for

@@ -8,7 +8,8 @@ infinities, NaN and denormal numbers as they should be.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,13 +20,16 @@ _EXACT = {coarse: exact for exact, coarse in COARSE.items()}
 _SHORT = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 # functions that a relative error of an operand goes through without growing
 _FACTORS = frozenset({"mul", "neg", "abs", "where", "rsqrt", *COARSE, *_EXACT})
-# those with no step: where the exact 2 has the value 2, so has what is nearly 2
-_SMOOTH = _FACTORS | {
-    *("add", "sub", "maximum", "minimum", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p"),
-    *("sin", "cos", "sinh", "cosh", "tanh", "atan", "asin", "acos", "erf", "erfc"),
-    *("normal_cdf", "normal_pdf", "sigmoid"),
+# those of numbers above zero alone
+_ROOTS = frozenset({"sqrt", "coarse_sqrt", "rsqrt"})
+_LOGARITHMS = frozenset({"log", "log2", "log10"})
+# those of all numbers, and with no step: where the exact 2 has the value 2, so has what is nearly 2
+_SMOOTH = (_FACTORS - _ROOTS) | {
+    *("add", "sub", "maximum", "minimum", "exp", "exp2", "expm1", "sin", "cos", "sinh", "cosh"),
+    *("tanh", "atan", "erf", "erfc", "normal_cdf", "normal_pdf", "sigmoid"),
 }
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+_POSITIVE = frozenset({"sqrt", "coarse_sqrt", "rsqrt", "abs", "exp", "exp2", "sigmoid"})
 # factors behind each other, each with an error of its own: 2^-19 together
 _MOST_FACTORS = 8
 
@@ -39,37 +43,32 @@ def settled(program: TileProgram) -> TileProgram:
     """The program with coarse rows where they are not noticed, and only there.
 
     An exact quotient or root becomes coarse where all that reads it rounds it to a short float, at
-    once or multiplied: ``(x / y).to(bfloat16)``. A coarse one becomes exact where something with a
-    step reads it, of which 1.9999999 and 2 are far apart (``floor``), or where it is compared: what
-    a backward computes again must be what the forward had, to the bit.
+    once or multiplied: ``(x / y).to(bfloat16)``. A coarse one becomes exact
+
+    - where what reads it has a step or an end there may be no number behind: 1.9999999 and 2 are
+      far apart for ``floor``, and 1 and 1.0000001 for ``sqrt(1 - x)``;
+    - where it is compared: what a backward computes again must be to the bit what the forward had.
     """
     if not any(op.fn in COARSE or op.fn in _EXACT for op in program.ops):
         return program
-    readers = _readers(program)
-    compared, smooth, factors = _compared(program, readers), *_fates(program, readers)
+    compared, fates = _compared(program), _fates(program)
     ops = list(program.ops)
     for position, op in enumerate(ops):
-        if op.fn in _EXACT and (compared[position] or not smooth[position]):
+        if op.fn in _EXACT and (compared[position] or not fates[position].smooth):
             ops[position] = replace(op, fn=_EXACT[op.fn])
-        elif op.fn in COARSE and op.dtype == torch.float32 and not compared[position]:
-            if factors[position] <= _MOST_FACTORS:
-                ops[position] = replace(op, fn=COARSE[op.fn])
+        few = fates[position].factors <= _MOST_FACTORS and not compared[position]
+        if op.fn in COARSE and op.dtype == torch.float32 and few:
+            ops[position] = replace(op, fn=COARSE[op.fn])
     return replace(program, ops=tuple(ops))
 
 
-def _readers(program: TileProgram) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in program.ops]
-    for position, op in enumerate(program.ops):
-        for read in op.reads:
-            found[read].append(position)
-    return found
-
-
-def _compared(program: TileProgram, readers: list[list[int]]) -> list[bool]:
+def _compared(program: TileProgram) -> list[bool]:
     """Whether a value, or what is made of it, is compared or looked for among others."""
     found = [False] * len(program.ops)
     for position in reversed(range(len(program.ops))):
-        found[position] = any(found[r] or _compares(program.ops[r]) for r in readers[position])
+        op = program.ops[position]
+        for read in op.reads:
+            found[read] |= found[position] or _compares(op)
     return found
 
 
@@ -79,33 +78,75 @@ def _compares(op: Op) -> bool:
     return op.kind == "map" and op.fn in _COMPARISONS
 
 
-def _fates(program: TileProgram, readers: list[list[int]]) -> tuple[list[bool], list[float]]:
-    """Of each value, whether all it reaches before it is rounded to a short float is smooth; and
-    how many factors are on the way to there, infinitely many where it is anything else.
+@dataclass(frozen=True)
+class _Fate:
+    """What becomes of a value until it is rounded to a short float.
+
+    ``smooth``: an error that is small beside it stays small; ``steady``: also one that is not, as
+    a sum's may be whose terms nearly cancel. ``factors`` are behind each other, infinitely many
+    where it is not multiplied alone.
     """
-    smooth = [False] * len(program.ops)
-    factors = [float("inf")] * len(program.ops)
+
+    smooth: bool = True
+    steady: bool = True
+    factors: float = 0
+
+    def and_also(self, other: _Fate) -> _Fate:
+        """Of a value that something else reads, too."""
+        smooth, steady = self.smooth and other.smooth, self.steady and other.steady
+        return _Fate(smooth, steady, max(self.factors, other.factors))
+
+
+_NOWHERE = _Fate(False, False, math.inf)
+
+
+def _fates(program: TileProgram) -> list[_Fate]:
+    positive = _not_negative(program)
+    found = [_Fate()] * len(program.ops)
     for position in reversed(range(len(program.ops))):
-        reading = [(r, program.ops[r]) for r in readers[position]]
-        smooth[position] = bool(reading) and all(
-            _rounds(op) or (_is_smooth(op) and smooth[r]) for r, op in reading
-        )
-        steps = [_steps(op, factors[r]) for r, op in reading]
-        factors[position] = max(steps, default=float("inf"))
-    return smooth, factors
+        op = program.ops[position]
+        of_positives = op.fn == "add" and all(positive[i] for i in op.inputs)
+        for place, read in enumerate(op.reads):
+            fate = _Fate() if _rounds(op) else _before(op, place, found[position], of_positives)
+            found[read] = found[read].and_also(fate)
+    return found
 
 
-def _steps(op: Op, behind: float) -> float:
-    if _rounds(op):
-        return 0
-    return 1 + behind if op.kind == "map" and op.fn in _FACTORS else float("inf")
+def _before(op: Op, place: int, behind: _Fate, of_positives: bool) -> _Fate:
+    """The fate of the operand at ``place`` of an operation, whose result's is ``behind``."""
+    if op.kind in ("reduce", "scan"):
+        return _Fate(behind.steady, behind.steady, math.inf) if _adds(op) else _NOWHERE
+    if op.kind != "map":
+        return _NOWHERE
+    ends = op.fn in _ROOTS or op.fn in _LOGARITHMS or (place == 1 and op.fn.endswith("div"))
+    steady = op.fn in _SMOOTH and not ends and behind.steady
+    if op.fn in _FACTORS or of_positives:
+        return _Fate(behind.smooth, steady, behind.factors + 1)
+    return _Fate(steady or (op.fn in _LOGARITHMS and behind.steady), steady, math.inf)
 
 
 def _rounds(op: Op) -> bool:
     return op.kind == "cast" and op.dtype in _SHORT
 
 
-def _is_smooth(op: Op) -> bool:
-    if op.kind in ("reduce", "scan"):
-        return op.fn in ("sum", "prod", "cumsum", "cumprod")
-    return op.kind == "map" and op.fn in _SMOOTH
+def _adds(op: Op) -> bool:
+    return op.fn in ("sum", "cumsum")
+
+
+def _not_negative(program: TileProgram) -> list[bool]:
+    """Which values are known to be zero or above (or NaN)."""
+    found: list[bool] = []
+    for op in program.ops:
+        known = [found[i] for i in op.inputs]
+        if op.kind == "const":
+            found.append(isinstance(op.value, (int, float)) and op.value >= 0)
+        elif op.kind in ("reduce", "scan", "cast"):
+            found.append(all(known) and op.dtype.is_floating_point)
+        elif op.kind != "map":
+            found.append(False)
+        elif op.fn == "mul" and op.inputs[0] == op.inputs[1]:
+            found.append(True)
+        else:
+            through = op.fn in ("mul", "div", "coarse_div", "add") and all(known)
+            found.append(op.fn in _POSITIVE or through)
+    return found
