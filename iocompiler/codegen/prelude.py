@@ -128,11 +128,12 @@ def _power_of(exponent, high, low):
     if _ASSEMBLES:
         product = exponent * high
         rest = tl.fma(exponent, low, tl.fma(exponent, high, -product))
-        rest = tl.where(tl.abs(product) < 1024.0, rest, 0.0)  # of infinities there is none
+        rest = tl.where(tl.abs(product) < 1024.0, rest, 0.0)  # of an infinity there is none
         found = tl.exp2(product) * tl.fma(rest, 0.6931471805599453, 1.0)
     else:  # the interpreter rounds twice in a multiply-add
         wide = exponent.to(tl.float64)
-        found = tl.exp2(wide * high + wide * low).to(tl.float32)
+        rest = tl.where(tl.abs(exponent) < float("inf"), wide * low, 0.0)
+        found = tl.exp2(wide * high + rest).to(tl.float32)
     return found
 
 
