@@ -251,7 +251,7 @@ CASES: dict[str, Case] = {
     "coarse_sqrt of special values": unary("coarse_sqrt", F32, torch.sqrt, SPECIAL),
     **{
         f"coarsely divided by {kind}": coarsely_divided(kind)
-        for kind in ("an element", "one number", "0.3", "0.0")
+        for kind in ("an element", "one number", "an argument", "0.3", "0.0")
     },
     **{f"powers of {base}": known_power(base) for base in (0.9, 0.999, 2.0, 10000.0, 1.0, 0.0)},
     "normal_cdf of special values": unary("normal_cdf", F32, torch.special.ndtr, SPECIAL),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from iocompiler.tile.index import Affine
@@ -26,9 +28,9 @@ def divided(divisor: float) -> Case:
 
 
 def coarsely_divided(kind: str) -> Case:
-    """out = a / b: of every element of two rows, by one number that is loaded, or by a literal."""
+    """out = a / b: of any two elements, by one number (loaded, or passed by value), by a literal."""
     build = Builder()
-    literal = kind not in ("an element", "one number")
+    literal = kind not in ("an element", "one number", "an argument")
     index = X0 if kind == "an element" else Affine()
     divisor = build.const(float(kind), F32) if literal else build.load("b", index, F32)
     quotient = build.map("coarse_div", build.load("a", X0, F32), divisor)
@@ -37,8 +39,9 @@ def coarsely_divided(kind: str) -> Case:
     # the largest, the smallest normal and denormal numbers, and quotients of them that are neither
     edges = torch.cat([edges, torch.tensor([3.4e38, -2e38, 1.2e-38, 3e-39, -1e-44, 1e-45])])
     a, b = (each.reshape(-1) for each in torch.meshgrid(edges, edges, indexing="ij"))
-    divisors = {"an element": b, "one number": torch.tensor([3e-39])}.get(kind)
-    given = {"a": a} if divisors is None else {"a": a, "b": divisors}
+    one = {"one number": torch.tensor([3e-39]), "an argument": torch.tensor([3e38])}
+    divisors = one.get(kind, b)
+    given = {"a": a} if literal else {"a": a, "b": divisors}
     count = a.numel()
     by = float(kind) if literal else 0.0
 
@@ -46,9 +49,11 @@ def coarsely_divided(kind: str) -> Case:
         wide = t["b"].double() if "b" in t else by
         return {"out": (t["a"].double() / wide).float()}
 
-    buffers = {name: (F32, tensor.numel()) for name, tensor in given.items()}
+    buffers = ins(**{name: (F32, tensor.numel()) for name, tensor in given.items()})
+    if kind == "an argument":
+        buffers = (buffers[0], replace(buffers[1], role="scalar"))
     return Case(
-        build.program(axes(count), (), ins(**buffers) + outs(out=(F32, count))),
+        build.program(axes(count), (), buffers + outs(out=(F32, count))),
         lambda: given,
         expected,
         pointwise(16),
