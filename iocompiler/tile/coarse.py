@@ -43,7 +43,8 @@ def settled(program: TileProgram) -> TileProgram:
     """The program with coarse rows where they are not noticed, and only there.
 
     An exact quotient or root becomes coarse where all that reads it rounds it to a short float, at
-    once or multiplied: ``(x / y).to(bfloat16)``. A coarse one becomes exact
+    once or multiplied: ``(x / y).to(bfloat16)``, or is coarse in its turn: x / c.sqrt() for a
+    float32 number c, where x has bfloat16. A coarse one becomes exact
 
     - where what reads it has a step or an end there may be no number behind: 1.9999999 and 2 are
       far apart for ``floor``, and 1 and 1.0000001 for ``sqrt(1 - x)``;
@@ -51,7 +52,8 @@ def settled(program: TileProgram) -> TileProgram:
     """
     if not any(op.fn in COARSE or op.fn in _EXACT for op in program.ops):
         return program
-    compared, fates = _compared(program), _fates(program)
+    compared = _compared(program)
+    fates = _fates(program, compared)
     ops = list(program.ops)
     for position, op in enumerate(ops):
         if op.fn in _EXACT and (compared[position] or not fates[position].smooth):
@@ -100,14 +102,16 @@ class _Fate:
 _NOWHERE = _Fate(False, False, math.inf)
 
 
-def _fates(program: TileProgram) -> list[_Fate]:
+def _fates(program: TileProgram, compared: list[bool]) -> list[_Fate]:
     positive = _not_negative(program)
     found = [_Fate()] * len(program.ops)
     for position in reversed(range(len(program.ops))):
-        op = program.ops[position]
+        op, behind = program.ops[position], found[position]
+        if op.fn in _EXACT and behind.smooth and not compared[position]:
+            behind = replace(behind, factors=0)  # eager rounds it here
         of_positives = op.fn == "add" and all(positive[i] for i in op.inputs)
         for place, read in enumerate(op.reads):
-            fate = _Fate() if _rounds(op) else _before(op, place, found[position], of_positives)
+            fate = _Fate() if _rounds(op) else _before(op, place, behind, of_positives)
             found[read] = found[read].and_also(fate)
     return found
 

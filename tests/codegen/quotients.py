@@ -28,7 +28,7 @@ def divided(divisor: float) -> Case:
 
 
 def coarsely_divided(kind: str) -> Case:
-    """out = a / b: of any two elements, by one number (loaded, or passed by value), by a literal."""
+    """out = a / b: of any two elements, by one (loaded, or passed by value), by a literal."""
     build = Builder()
     literal = kind not in ("an element", "one number", "an argument")
     index = X0 if kind == "an element" else Affine()

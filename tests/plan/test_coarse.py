@@ -89,7 +89,9 @@ def test_float32_is_as_eager_has_it(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_a_step_of_adamw(dtype: torch.dtype) -> None:
-    """The corrections of its bias are float32 whatever the parameters are: exact."""
+    """The corrections of its bias are float32 whatever the parameters are, which are divided by
+    them alone: by what is rounded to bfloat16.
+    """
     step = AdamW(width=64, count=1)
     layouts = step.layouts()
     wide = [name for name in layouts if dtype == F32 or name.startswith("step")]
@@ -97,5 +99,5 @@ def test_a_step_of_adamw(dtype: torch.dtype) -> None:
     ops = [op for each in plan.steps if isinstance(each, KernelStep) for op in each.program.ops]
     kinds = [op.fn for op in ops if op.fn.endswith(("div", "sqrt"))]
     coarse = [fn for fn in kinds if fn.startswith("coarse")]
-    assert len(coarse) == (4 if dtype == BF16 else 0)
-    assert {"div", "sqrt"} <= set(kinds)
+    assert len(kinds) == 7
+    assert len(coarse) == (7 if dtype == BF16 else 0)

@@ -149,6 +149,13 @@ def test_a_long_chain_of_factors_has_errors_that_add_up() -> None:
     assert not coarse(settled(program("div", _through(*["neg"] * 9))))
 
 
+@pytest.mark.parametrize(("behind", "is_coarse"), [("add", True), ("floor", False)])
+def test_float32_by_which_is_divided_coarsely(behind: str, is_coarse: bool) -> None:
+    """x / sqrt(y) + 1: eager rounds the quotient; not where that is exact in the end."""
+    body = lambda b, q, x: _through(behind)(b, b.map("coarse_div", x, q), x)
+    assert coarse(settled(program("sqrt", body))) == is_coarse
+
+
 def test_one_of_two_readers_decides() -> None:
     both = lambda b, q, x: b.map("mul", q, b.map("floor", q))
     assert not coarse(settled(program("coarse_div", both)))
