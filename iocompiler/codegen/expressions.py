@@ -171,7 +171,7 @@ def powered(base: Constant, exponent: str, dtype: torch.dtype) -> str:
     """A power of a number, by its logarithm; "" where that is none, or is not short of float64."""
     if not isinstance(base, (int, float)) or dtype != torch.float32:
         return ""
-    value = torch.tensor(base, dtype=dtype).item()
+    value = torch.tensor(float(base), dtype=dtype).item()
     if not 2.0**-126 <= value < math.inf or value == 1.0:
         return ""
     exact = math.log2(value)

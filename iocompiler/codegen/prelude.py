@@ -103,7 +103,7 @@ def _range(divisor):
     """A power of two, times which a divisor is at least 1/2 and below 4 (a denormal number: below
     1), and so has an inverse: 2^-126 where it is above 2^126, infinite or NaN, 2^126 of zero.
     """
-    # (exponent ^ ones) - 2 is 253 - exponent, of the kind that is one addition with a bound
+    # inverted it is 255 less itself, and 253 less itself is that of the power
     exponent = ~divisor.to(tl.int32, bitcast=True) & 0x7F800000
     return tl.maximum(exponent - 0x01000000, 0x00800000).to(tl.float32, bitcast=True)
 
