@@ -167,11 +167,24 @@ def mapped(fn: str, operands: list[str], dtype: torch.dtype) -> str:
     return template.format(*operands)
 
 
-def divided(operand: str, divisor: Constant, dtype: torch.dtype) -> str:
+def powered(base: Constant, exponent: str, dtype: torch.dtype) -> str:
+    """A power of a number, by its logarithm; "" where that is none, or is not short of float64."""
+    if not isinstance(base, (int, float)) or dtype != torch.float32:
+        return ""
+    value = torch.tensor(float(base), dtype=dtype).item()
+    if not 2.0**-126 <= value < math.inf or value == 1.0:
+        return ""
+    exact = math.log2(value)
+    high = torch.tensor(exact, dtype=dtype).item()
+    return f"_power_of({exponent}, {high!r}, {exact - high!r})"
+
+
+def divided(operand: str, divisor: Constant, dtype: torch.dtype, coarse: bool = False) -> str:
     """A quotient by a number, of the same bits and in fewer steps; "" where it is left as it is.
 
     A product with the inverse of a power of two is rounded as the quotient is. Of other numbers
     `_quotient` of the prelude corrects it; not of what has no bit but ones, where that is no proof.
+    If ``coarse``, it need not be of the same bits: the product is all.
     """
     if not isinstance(divisor, (int, float)) or not dtype.is_floating_point:
         return ""
@@ -180,7 +193,7 @@ def divided(operand: str, divisor: Constant, dtype: torch.dtype) -> str:
         return ""
     mantissa = abs(math.frexp(value)[0])
     inverse = torch.tensor(1.0 / value, dtype=dtype).item()
-    if mantissa == 0.5:
+    if mantissa == 0.5 or coarse:
         return f"{operand} * {constant(inverse, dtype)}"
     if dtype != torch.float32 or mantissa == 1 - 2.0**-24:
         return ""

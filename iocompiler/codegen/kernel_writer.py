@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from iocompiler.codegen import expressions
+from iocompiler.codegen.quotients import in_few_steps
 from iocompiler.plan.data import Schedule
 from iocompiler.tile import philox
 from iocompiler.tile.index import Affine, Axis, Size, product, row_major
@@ -251,12 +252,9 @@ class KernelWriter:
         if threshold is not None:
             return f"(bits_{inputs[0]} >= {threshold})"
         operands = [self.value(i) for i in inputs]
-        if op.fn == "div" and self.program.ops[inputs[1]].kind == "const":
-            found = expressions.divided(
-                self.tensor(inputs[0]), self.program.ops[inputs[1]].value, op.dtype
-            )
-            if found:
-                return found
+        short = in_few_steps(self, op)
+        if short:
+            return short
         if all(self.program.ops[i].kind == "const" for i in inputs[:1]) and op.fn not in ("where",):
             # functions of tl need a tensor: a literal alone is made one
             operands[0] = self.tensor(inputs[0])

@@ -99,6 +99,45 @@ def _inverse(x):
 
 
 @triton.jit
+def _range(divisor):
+    """A power of two, times which a divisor is at least 1/2 and below 4 (a denormal number: below
+    1), and so has an inverse: 2^-126 where it is above 2^126, infinite or NaN, 2^126 of zero.
+    """
+    # inverted it is 255 less itself, and 253 less itself is that of the power
+    exponent = ~divisor.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.maximum(exponent - 0x01000000, 0x00800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _coarse_sqrt(x):
+    """The root within 2^-23 of it, that of denormal numbers too."""
+    if _ASSEMBLES:
+        found = tl.inline_asm_elementwise(
+            "sqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        found = tl.sqrt(x)
+    return found
+
+
+@triton.jit
+def _power_of(exponent, high, low):
+    """2^(exponent (high + low)) within 4 ulp, 0 below 2^-126: a power of a number known before, of
+    which the logarithm is in two parts.
+    """
+    if _ASSEMBLES:
+        product = exponent * high
+        rest = tl.fma(exponent, low, tl.fma(exponent, high, -product))
+        rest = tl.where(tl.abs(product) < 1024.0, rest, 0.0)  # of an infinity there is none
+        found = tl.exp2(product) * tl.fma(rest, 0.6931471805599453, 1.0)
+    else:  # the interpreter rounds twice in a multiply-add
+        wide = exponent.to(tl.float64)
+        rest = tl.where(tl.abs(exponent) < float("inf"), wide * low, 0.0)
+        found = tl.exp2(wide * high + rest).to(tl.float32)
+    return found
+
+
+@triton.jit
 def _power(x):
     """2^x within 2 ulp, 0 below 2^-126: one instruction, as `_inverse` is."""
     if _ASSEMBLES:

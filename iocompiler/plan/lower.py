@@ -22,6 +22,7 @@ from iocompiler.plan.rules.placing import place_written
 from iocompiler.plan.sizes import equal, normal, size_of
 from iocompiler.plan.space import output_index, root_space, settled
 from iocompiler.plan.views import Index, NotAffine, SplitAxis
+from iocompiler.tile import coarse
 from iocompiler.tile.index import Affine, Axis, Size
 from iocompiler.tile.program import Buffer, TileProgram, loads_first
 
@@ -157,7 +158,8 @@ def _finish(lowering: Lowering, outputs: tuple[Node, ...]) -> Lowered:
     program = lowering.builder.program(
         lowering.space.part(reduced=False), lowering.space.part(reduced=True), tuple(buffers)
     )
-    return _canonical(loads_first(program), {name: node for node, name in lowering.names.items()})
+    program = loads_first(coarse.settled(program))
+    return _canonical(program, {name: node for node, name in lowering.names.items()})
 
 
 def _on_accelerator(outputs: tuple[Node, ...]) -> bool:

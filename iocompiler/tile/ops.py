@@ -79,6 +79,8 @@ MAPS: dict[str, MapRow] = {
     "log10": MapRow(_LIB.format("log10"), torch.log10, 12),
     "log1p": MapRow(_LIB.format("log1p"), torch.log1p, 12),
     "sqrt": MapRow("tl.sqrt_rn({0})", torch.sqrt, 8),
+    # where it is rounded to a short float (`tile/coarse.py`)
+    "coarse_sqrt": MapRow("_coarse_sqrt({0})", torch.sqrt, 8),
     "rsqrt": MapRow("tl.rsqrt({0})", torch.rsqrt, 8),
     "sin": MapRow("tl.sin({0})", torch.sin, 16),
     "cos": MapRow("tl.cos({0})", torch.cos, 16),
@@ -109,6 +111,7 @@ MAPS: dict[str, MapRow] = {
     "sub": MapRow("{0} - {1}", torch.sub),
     "mul": MapRow("{0} * {1}", torch.mul),
     "div": MapRow("tl.div_rn({0}, {1})", torch.true_divide, 4),
+    "coarse_div": MapRow("{0} / {1}", torch.true_divide, 4),  # as of "coarse_sqrt"
     "pow": MapRow("libdevice.pow({0}, {1})", torch.pow, 32),
     "fmod": MapRow("libdevice.fmod({0}, {1})", torch.fmod, 8),
     "atan2": MapRow("libdevice.atan2({0}, {1})", torch.atan2, 32),

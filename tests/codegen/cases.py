@@ -10,7 +10,6 @@ from tests.codegen.handwritten import (
     compared_random_numbers,
     concatenated,
     counted,
-    divided,
     empty,
     full_sum,
     gather,
@@ -48,6 +47,7 @@ from tests.codegen.programs import (
     unary,
     variance,
 )
+from tests.codegen.quotients import coarsely_divided, divided, known_power
 
 INF, NAN = float("inf"), float("nan")
 SPECIAL = torch.tensor([0.5, -1.5, NAN, INF, -INF, 0.0, -0.0, 2.5, 3.0])
@@ -248,6 +248,12 @@ CASES: dict[str, Case] = {
         f"divided by {divisor}": divided(divisor)
         for divisor in (4096.0, 0.125, 3.0, -2.0, 2.0**-126, 0.0)
     },
+    "coarse_sqrt of special values": unary("coarse_sqrt", F32, torch.sqrt, SPECIAL),
+    **{
+        f"coarsely divided by {kind}": coarsely_divided(kind)
+        for kind in ("an element", "one number", "an argument", "0.3", "0.0")
+    },
+    **{f"powers of {base}": known_power(base) for base in (0.9, 0.999, 2.0, 10000.0, 1.0, 0.0)},
     "normal_cdf of special values": unary("normal_cdf", F32, torch.special.ndtr, SPECIAL),
     "normal_cdf": unary("normal_cdf", F32, torch.special.ndtr, torch.linspace(-6, 6, 97)),
     "normal_pdf": unary("normal_pdf", F32, density, torch.linspace(-6, 6, 97)),

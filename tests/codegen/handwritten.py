@@ -228,22 +228,6 @@ def compared_random_numbers(p: float) -> Case:
     )
 
 
-def divided(divisor: float) -> Case:
-    """out = a / divisor, to the last bit, infinite and denormal numbers too."""
-    build = Builder()
-    quotient = build.map("div", build.load("a", X0, F32), build.const(divisor, F32))
-    build.store("out", X0, quotient)
-    edges = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-45, 3e-39, -5e-40, 3.4e38]
-    values = torch.tensor([*edges, 1.0, 3.0, 1e-3, 12345.678])
-    return Case(
-        build.program(axes(13), (), ins(a=(F32, 13)) + outs(out=(F32, 13))),
-        lambda: {"a": values},
-        lambda t: {"out": t["a"] / divisor},
-        pointwise(4),
-        exact=True,
-    )
-
-
 def in_place(fn: str = "") -> Case:
     """a += factor * b, the factor passed by value."""
     build = Builder()

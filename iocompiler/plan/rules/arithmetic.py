@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from iocompiler.plan.lowering import Lowering, Rule, Unsupported
 from iocompiler.plan.views import Index
+from iocompiler.tile.coarse import COARSE, may_be_coarse
 from iocompiler.tile.ops import compute_dtype
 
 
@@ -27,6 +28,11 @@ def operands_dtype(node: Node) -> torch.dtype:
     return compute_dtype(dtype)
 
 
+def as_rounded(fn: str, node: Node) -> str:
+    """The row of a quotient or root that is the node's own result, which eager rounds."""
+    return COARSE.get(fn, fn) if may_be_coarse(node.meta["val"].dtype) else fn
+
+
 def keyword(node: Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -37,7 +43,7 @@ def arithmetic(fn: str, arity: int, on_bool: str | None = None) -> Rule:
         values = [low.operand(a, node, index, mask, dtype) for a in node.args[:arity]]
         if dtype == torch.bool and on_bool is not None:
             return low.builder.map(on_bool, *values)
-        return low.builder.map(fn, *values)
+        return low.builder.map(as_rounded(fn, node), *values)
 
     return rule
 
@@ -127,6 +133,8 @@ def div(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     dtype = result_dtype(node)
     a, b = (low.operand(x, node, index, mask, dtype) for x in node.args[:2])
     rounding = node.kwargs.get("rounding_mode")
+    if rounding is None and dtype.is_floating_point:
+        return low.builder.map(as_rounded("div", node), a, b)
     return _quotient(low, a, b, rounding)
 
 
@@ -135,8 +143,7 @@ def _quotient(low: Lowering, a: int, b: int, rounding: Any) -> int:
     if build.dtype(a).is_floating_point:
         if rounding == "floor":
             return _float_floor_div(low, a, b)
-        quotient = build.map("div", a, b)
-        return quotient if rounding is None else build.map(rounding, quotient)
+        return build.map(rounding, build.map("div", a, b))
     if rounding == "trunc":
         return build.map("int_trunc_div", a, b)
     return _floor_div(low, a, b)
@@ -210,7 +217,7 @@ def power(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     base, exponent = node.args[:2]
     x = low.operand(base, node, index, mask, dtype)
     if isinstance(exponent, (int, float)) and not isinstance(exponent, bool):
-        special = _constant_power(low, x, exponent, dtype)
+        special = _constant_power(low, x, exponent, node)
         if special is not None:
             return special
     if not dtype.is_floating_point:
@@ -218,8 +225,8 @@ def power(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     return build.map("pow", x, low.operand(exponent, node, index, mask, dtype))
 
 
-def _constant_power(low: Lowering, x: int, exponent: float, dtype: torch.dtype) -> int | None:
-    build = low.builder
+def _constant_power(low: Lowering, x: int, exponent: float, node: Node) -> int | None:
+    build, dtype = low.builder, low.builder.dtype(x)
     if exponent == 1:
         return x
     if exponent == 2:
@@ -234,9 +241,9 @@ def _constant_power(low: Lowering, x: int, exponent: float, dtype: torch.dtype) 
     if exponent == 0:
         return build.const(1.0, dtype)
     if exponent == 0.5:
-        return build.map("sqrt", x)
+        return build.map(as_rounded("sqrt", node), x)
     if exponent == -0.5:
         return build.map("rsqrt", x)
     if exponent == -1:
-        return build.map("div", build.const(1.0, dtype), x)
+        return build.map(as_rounded("div", node), build.const(1.0, dtype), x)
     return None

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from iocompiler.plan.lowering import Lowering, Rule, Unsupported
-from iocompiler.plan.rules.arithmetic import keyword, result_dtype
+from iocompiler.plan.rules.arithmetic import as_rounded, keyword, result_dtype
 from iocompiler.plan.views import Index
 from iocompiler.tile.ops import compute_dtype
 from iocompiler.tile.program import Builder
@@ -56,9 +56,8 @@ def relu(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
 
 def reciprocal(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     dtype = result_dtype(node)
-    return low.builder.map(
-        "div", low.builder.const(1.0, dtype), low.operand(node.args[0], node, index, mask, dtype)
-    )
+    value = low.operand(node.args[0], node, index, mask, dtype)
+    return low.builder.map(as_rounded("div", node), low.builder.const(1.0, dtype), value)
 
 
 def square(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
