@@ -23,11 +23,13 @@ def heads_together(heads: int, bytes_each: int, device: Device) -> int:
 
 
 def rows_ahead(heads: int, device: Device) -> int:
-    """How many rows of blocks of each head start before heads take turns, longest first: with those
-    of the other heads, one program a multiprocessor. What is many times as long as the others (a
-    row that sees all) would end long after them, begun in the last turn.
+    """How many rows of blocks of each head start before heads take turns, longest first: what is
+    many times as long as the others (a row that sees all) would end long after them, begun in the
+    last turn. One at least, and with those of the other heads no more than half as many programs as
+    there are multiprocessors: they read the keys of all heads. (A flat butterfly of 64 heads, on an
+    H100: 149 us with one row, 152 with three, 157 with eight, 155 with none.)
 
     Args:
         heads: all that there are, at least one.
     """
-    return -(-device.sm_count // heads)
+    return max(1, device.sm_count // (2 * heads))

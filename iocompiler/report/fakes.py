@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
@@ -30,7 +31,11 @@ class Doubles(FakeTensorMode):  # type: ignore[no-untyped-call]
     layer that may be left out is, if that is the likelier; all else has no value.
     """
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):  # they ask for the very class
+            return func.python_key_table[FakeTensorMode](self, *args, **(kwargs or {}))
         made: Any = super().__torch_dispatch__(func, types, args, kwargs)
         traced = torch._guards.TracingContext.try_get() is not None
         if func is torch.ops.aten.rand.default and not traced and made.numel() == 1:

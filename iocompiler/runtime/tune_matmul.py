@@ -34,7 +34,7 @@ from iocompiler.tile.index import Size
 # measuring may take this many times as long as compiling a tile for each site took, and so long at
 # least
 _PATIENCE = 4.0
-_LEAST_S = 10.0
+_LEAST_S = 5.0
 # the part of that time in which tiles are compiled; the rest is for the clock
 _COMPILING = 0.6
 _DEFAULT_SIZE = 1024

@@ -29,7 +29,7 @@ from iocompiler.runtime.values import in_numbers
 # the library's first algorithm stays where the best is not faster by more: some are by 2 % alone
 TIE = 1.005
 # no further product is begun after so long; each takes a tenth of a second at most, or six turns
-LONGEST_S = 3.0
+LONGEST_S = 2.0
 
 
 @dataclass(frozen=True)
