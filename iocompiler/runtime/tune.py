@@ -33,7 +33,7 @@ SHORTEST_S = 5e-6
 # the model's choice stays where the best is not faster by more
 TIE = 1.02
 # measuring may take this many times as long as compiling the model's choices took
-_PATIENCE = 3.0
+_PATIENCE = 2.0
 # and this long at least: they may have come from the cache
 _LEAST_S = 2.0
 # the part of that time in which candidates are compiled; the rest is for the clock
@@ -81,7 +81,7 @@ def tune(
     """The plan with the fastest schedules found, and what was measured.
 
     A schedule that does not compile, spills registers, or cannot be launched is not kept. Compiling
-    and timing together take at most about four times what compiling the model's choices takes;
+    and timing together take at most about three times what compiling the model's choices takes;
     kernels are taken in the order of the time the model gives them, and what is not reached keeps
     the model's choice.
 
@@ -182,7 +182,7 @@ def _measured(
         for s in subjects
         if rank < len(found[s.name]) and found[s.name][rank] != s.chosen
     ]
-    at_once = 2 * worker_count()
+    at_once = worker_count()
     for place in range(0, len(others), at_once):
         if clock() - start > _COMPILING * allowed:
             break

@@ -33,7 +33,7 @@ from iocompiler.tile.index import Size
 
 # measuring may take this many times as long as compiling a tile for each site took, and so long at
 # least
-_PATIENCE = 4.0
+_PATIENCE = 3.0
 _LEAST_S = 5.0
 # the part of that time in which tiles are compiled; the rest is for the clock
 _COMPILING = 0.6
@@ -205,7 +205,7 @@ def _measured(
     ]
     built = dict(zip(first, bench.load([plans[each] for each in first]), strict=True))
     allowed = max(_LEAST_S, _PATIENCE * (clock() - start))
-    at_once = 2 * worker_count()
+    at_once = worker_count()
     for place in range(0, len(others), at_once):
         if clock() - start > _COMPILING * allowed:
             break
