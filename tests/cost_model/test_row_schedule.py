@@ -26,9 +26,12 @@ BF16, F32 = torch.bfloat16, torch.float32
 ROWS = sympy.Symbol("s0", integer=True, positive=True)
 
 
-def backward(rows: Size, width: int, dtype: torch.dtype = BF16, sums: int = 2) -> TileProgram:
+def backward(
+    rows: Size, width: int, dtype: torch.dtype = BF16, sums: int = 2, *, more: int = 0
+) -> TileProgram:
     """dx = dy * w - x * (sum of dy * w * x along the row), and sums down the columns of dy * x and
-    dy (the gradients of weight and bias), and of dx (that of the bias before it).
+    dy (the gradients of weight and bias), and of dx (that of the bias before it); of sin(dx), if
+    ``more``, that often.
     """
     build, at, r = Builder(), Affine.of("x0") * width + Affine.of("r0"), Affine.of("r0")
     x, dy, w = (
@@ -38,6 +41,8 @@ def backward(rows: Size, width: int, dtype: torch.dtype = BF16, sums: int = 2) -
     scaled = build.map("mul", dy, w)
     along = build.reduce("sum", build.map("mul", scaled, x), F32)
     dx = build.map("sub", scaled, build.map("mul", x, along))
+    for _ in range(more):
+        dx = build.map("sin", dx)
     build.store("dx", at, build.cast(dx, dtype))
     for number, value in enumerate((build.map("mul", dy, x), dy, dx)[:sums]):
         total = build.reduce("sum", value, F32, over="parallel")
@@ -83,6 +88,13 @@ def test_half_the_partial_rows_where_they_are_much_and_rows_are_long(
     assert (programs == 132) == (saved > 0.05 and width > 2048)
     # as many rows at once on a multiprocessor, and as many warps
     assert (x_block * programs, warps * programs) == (132 * (8192 // power_of_two(width)), 132 * 8)
+
+
+def test_short_rows_of_what_holds_much_have_one_program_too() -> None:
+    """Half the rows at a time, so that a thread has 16 elements of them, not 32."""
+    chosen = row_schedule(backward(4096, 1024, more=8), H100, {})
+    assert (chosen.programs, chosen.x_block, chosen.num_warps) == (132, 4, 8)
+    assert row_schedule(backward(8192, 1024, more=8), H100, {}).programs == 264
 
 
 def test_one_program_where_the_registers_hold_no_second() -> None:
