@@ -32,8 +32,8 @@ _CROWDED = 0.7
 _MAPS_OF_A_NORM = 10
 # Of the bytes that two programs a multiprocessor move, the share that one must do with. Over 4096
 # rows of 4096 elements a layer norm's backward takes 0.91 of the time by one, of 2048 as long, of
-# 1024 and 768 half as long again. Those of BERT-large's layer, which hold much, are faster by one: its
-# step takes 0.774 of Inductor's time, for 0.793 (H100).
+# 1024 and 768 half as long again. Those of BERT-large's layer, which hold much, are faster by
+# one: its step takes 0.774 of Inductor's time, for 0.793 (H100).
 _ALONE = 0.95
 
 

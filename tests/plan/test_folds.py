@@ -233,7 +233,7 @@ def test_what_waits_adds_no_more_than_the_bound_to_the_peak(
         return scheduled_peak(*planned.plans, handed_over, {}), len(folds)
 
     apart, many = peak(0)
-    bound = 45_000  # of two blocks
+    bound = 75_000  # of two blocks
     together, few = peak(bound)
     assert (many, few) == (4, 3)
     assert together <= apart + bound
