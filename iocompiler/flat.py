@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from iocompiler import engines
+from iocompiler import engines, scheduling
 from iocompiler.awaited import awaited, ready
 from iocompiler.compilation import Compilation, Fallback
 from iocompiler.errors import ForwardOnAten
@@ -22,6 +22,7 @@ from iocompiler.graph.findings import findings
 from iocompiler.graph.printer import show
 from iocompiler.observe import dump_text
 from iocompiler.options import Options
+from iocompiler.patience import Patience
 from iocompiler.pipeline import Pipeline
 from iocompiler.plan.data import Plan
 from iocompiler.runtime import libraries, tangents
@@ -36,6 +37,7 @@ class FlatGraphs:
     Attributes:
         place: where the disk cache will have them.
         undisturbed: what a backward that is compiled later is compiled in.
+        patience: of what is measured of all of them.
         optional: the tangents that need not come, once the forward is compiled.
         handed_over: the results of the forward by name, among them what the backward takes.
     """
@@ -47,6 +49,7 @@ class FlatGraphs:
     folder: Path | None
     place: Slot
     undisturbed: Callable[[], AbstractContextManager[None]]
+    patience: Patience
     optional: list[int] = field(default_factory=list)
     handed_over: dict[str, int] = field(default_factory=dict)
 
@@ -148,7 +151,9 @@ class FlatGraphs:
         plan = build_plan(flat, device, name)
         if self.options.no_fallback is not None:
             check_fallbacks(plan, flat, self.options.no_fallback)
-        plan, measured, run = engines.scheduled(plan, flat, self.options, name, own)
+        plan, measured, run = scheduling.scheduled(
+            plan, flat, self.options, name, own, self.patience
+        )
         if measured:
             self.compilation.tuned[label] = measured
         self.compilation.plans[label] = plan

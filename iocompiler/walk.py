@@ -30,6 +30,7 @@ from iocompiler.ops import target
 from iocompiler.ops.decompositions import table
 from iocompiler.ops.partition import partition
 from iocompiler.options import Options
+from iocompiler.patience import Patience
 from iocompiler.pipeline import Observer, Pipeline
 from iocompiler.runtime import libraries, tangents
 from iocompiler.runtime.graph_cache import Slot, slot
@@ -64,7 +65,7 @@ def compile_graph(
     require_supported()
     folder = dump_folder(options.dump) if options.dump else None
     attempts = Attempts(options, compilation)
-    walk = _Walk(options, pipeline, compilation, attempts, folder)
+    walk = _Walk(options, pipeline, compilation, attempts, folder, Patience())
     return walk.compile(gm, example_inputs)
 
 
@@ -75,6 +76,7 @@ class _Walk:
     compilation: Compilation
     attempts: Attempts
     folder: Path | None
+    patience: Patience
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
         with self._undisturbed():
@@ -155,6 +157,7 @@ class _Walk:
             self.folder,
             place,
             self._undisturbed,
+            self.patience,
         )
         compiled = differentiated(
             graph,

@@ -7,6 +7,7 @@ second compilation, in this process or another, measures nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ def tune(
     bench: Bench,
     cache: Cache | None,
     machine: str = "",
+    most: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Plan, tuple[Tuned, ...]]:
     """The plan with the fastest schedules found, and what was measured.
@@ -88,12 +90,13 @@ def tune(
     Args:
         hints: an example value for every size symbol.
         machine: the name of the GPU, for the cache.
+        most: seconds that this may take, whatever compiling takes.
     """
     subjects = subjects_of(plan, device, hints, SHORTEST_S)
     keys = {s.name: _cache_key(s, device, machine) for s in subjects}
     known: dict[str, Tuned | None] = {s.name: _remembered(cache, keys[s.name], s) for s in subjects}
     missing = [s for s in subjects if known[s.name] is None]
-    for measured in _measured(missing, device, bench, clock):
+    for measured in _measured(missing, device, bench, most, clock):
         known[measured.kernel] = measured
         _remember(cache, keys[measured.kernel], measured)
     chosen = {
@@ -169,13 +172,16 @@ def _measured(
     subjects: list[Subject],
     device: Device,
     bench: Bench,
+    most: float,
     clock: Callable[[], float],
 ) -> Iterator[Tuned]:
+    if most <= 0:
+        return
     start = clock()
     found = {s.name: candidates(s.program, device, s.sizes, first=s.chosen) for s in subjects}
     built: dict[str, _Built] = {s.name: {} for s in subjects}
     _compile([(s, s.chosen) for s in subjects], bench, built)
-    allowed = max(_LEAST_S, _PATIENCE * (clock() - start))
+    allowed = min(most, max(_LEAST_S, _PATIENCE * (clock() - start)))
     others = [
         (s, found[s.name][rank])
         for rank in range(max(map(len, found.values()), default=0))

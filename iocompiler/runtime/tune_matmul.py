@@ -9,6 +9,7 @@ kept in the cache under the region's text.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def tune_matmuls(
     bench: RegionBench,
     cache: Cache | None,
     machine: str = "",
+    most: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Plan, tuple[Folding, ...]]:
     """The plan with every site folded for which that was measured to be faster, and what was
@@ -101,6 +103,7 @@ def tune_matmuls(
     Args:
         hints: an example value for every size symbol.
         machine: the name of the GPU, for the cache.
+        most: seconds that this may take, whatever compiling takes.
     """
     found = {site.key: _Subject.of(plan, site, hints) for site in reversed(sites(plan))}
     modeled = {each.site.key: each for each in priced(plan, device, hints)}
@@ -108,7 +111,7 @@ def tune_matmuls(
     keys = {s.name: s.cache_key(device, machine) for s in subjects}
     known = {s.name: _remembered(cache, keys[s.name], s.name) for s in subjects}
     missing = [s for s in subjects if known[s.name] is None]
-    tried = _measured(missing, device, bench, clock)
+    tried = _measured(missing, device, bench, most, clock)
     for name, measured in tried.items():
         known[name] = measured
         if measured is not None:
@@ -186,10 +189,11 @@ def _measured(
     subjects: list[_Subject],
     device: Device,
     bench: RegionBench,
+    most: float,
     clock: Callable[[], float],
 ) -> dict[str, Folding | None]:
     """By name, what was found of the sites that were reached: None where nothing could be."""
-    if not subjects:
+    if not subjects or most <= 0:
         return {}
     start = clock()
     tiles = {s.name: s.tiles(device) for s in subjects}
@@ -204,7 +208,7 @@ def _measured(
         if rank < len(tiles[s.name])
     ]
     built = dict(zip(first, bench.load([plans[each] for each in first]), strict=True))
-    allowed = max(_LEAST_S, _PATIENCE * (clock() - start))
+    allowed = min(most, max(_LEAST_S, _PATIENCE * (clock() - start)))
     at_once = worker_count()
     for place in range(0, len(others), at_once):
         if clock() - start > _COMPILING * allowed:

@@ -76,6 +76,7 @@ def tune_products(
     cache: Cache | None,
     machine: str = "",
     inside: Sequence[Problem] = (),
+    most: float = LONGEST_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Plan, tuple[Selection, ...]]:
     """The plan with the fastest algorithms of its products (`Plan.algorithms`), and what was
@@ -88,13 +89,14 @@ def tune_products(
         machine: the name of the GPU, for the cache.
         inside: the products inside of the plan's operators; what was measured makes them even
             where it is the library's first, as aten, whose they are else, may take another.
+        most: seconds after which none is begun, if that is sooner.
     """
     start = clock()
     found: list[Selection] = []
     for problem in _worth_it([*problems_of(plan, hints), *inside], device):
         key = key_of("algorithm", repr(problem), repr(device), machine, bench.version)
         selection = _remembered(cache, key, problem)
-        if selection is None and clock() - start < LONGEST_S:
+        if selection is None and clock() - start < min(most, LONGEST_S):
             selection = _fastest(problem, bench)
             if selection is not None:
                 _remember(cache, key, selection)

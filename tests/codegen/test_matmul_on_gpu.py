@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import iocompiler as ioc
-from iocompiler import engines
+from iocompiler import engines, scheduling
 from iocompiler.compilation import Compilation
 from iocompiler.cost_model.device import current_device
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.options import Options
+from iocompiler.patience import Patience
 from iocompiler.plan.data import MatmulStep, Plan
 from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile
@@ -79,7 +80,9 @@ def run_folded(
     """The result with every site folded, where measurements choose otherwise, and their number."""
     count = 0
 
-    def tuned(plan: Plan, gm: GraphModule, options: Options) -> tuple[Plan, tuple[()]]:
+    def tuned(
+        plan: Plan, gm: GraphModule, options: Options, patience: Patience
+    ) -> tuple[Plan, tuple[()]]:
         nonlocal count
         row = engines.device_row(gm, options)
         chosen = {site.key: pick(candidates(*site.key, row, most=1000)) for site in sites(plan)}
@@ -88,7 +91,7 @@ def run_folded(
 
     torch._dynamo.reset()
     backend = ioc.Compiler(strict=True, cache=False)
-    with torch.no_grad(), patch.object(engines, "tuned", tuned):
+    with torch.no_grad(), patch.object(scheduling, "tuned", tuned):
         return torch.compile(f, backend=backend, dynamic=dynamic)(*given), count
 
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule
 
-from iocompiler import engines
+from iocompiler import scheduling
 from iocompiler.errors import BadPlanFile
-from iocompiler.options import Options
 from iocompiler.plan.data import Plan
 from iocompiler.runtime.algorithm_rows import algorithm_rows, algorithms_of
 from iocompiler.runtime.plan_file import PlanFile
@@ -91,12 +89,12 @@ def test_a_compilation_replays_them(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Measured when the file is made, and read from it from then on."""
     measured: list[Plan] = []
 
-    def stand_in(graph: Plan, gm: GraphModule, options: Options) -> Any:
+    def stand_in(graph: Plan, *given: Any) -> Any:
         measured.append(graph)
         record = Selection(title(LAYER), SECOND, FIRST, {FIRST: 2.0, SECOND: 1.0}, LAYER)
         return replace(graph, algorithms=((LAYER, SECOND),)), (record,)
 
-    monkeypatch.setattr(engines, "with_algorithms", stand_in)
+    monkeypatch.setattr(scheduling, "with_algorithms", stand_in)
     path = tmp_path / "plan.json"
     first, again = compiled(path), compiled(path)
     assert len(measured) == 2

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
-from iocompiler import engines
+from iocompiler import scheduling
 from iocompiler.backend import Compiler
 from iocompiler.codegen.module import emit_module
 from iocompiler.compilation import Compilation
@@ -141,11 +141,11 @@ def test_another_graph_is_added(path: Path) -> None:
 def test_what_is_in_the_file_is_not_measured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
-    def measuring(plan: Plan, graph: GraphModule, options: Any) -> tuple[Plan, tuple[()]]:
+    def measuring(plan: Plan, *given: Any) -> tuple[Plan, tuple[()]]:
         measured.append("measured")
         return plan, ()
 
-    monkeypatch.setattr(engines, "tuned", measuring)
+    monkeypatch.setattr(scheduling, "tuned", measuring)
     compiled(path, mode="max-autotune")
     assert not measured
     compiled(path, lambda x, w: torch.tanh(x @ w), mode="max-autotune")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-from iocompiler import engines
+from iocompiler import scheduling
 from iocompiler.codegen.module import emit_module
 from iocompiler.cost_model.candidates import candidates
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.options import Options
+from iocompiler.patience import Patience
 from iocompiler.plan.data import BatchStep, KernelStep, Plan, Ref, Schedule
 from iocompiler.runtime import module as module_file
 from iocompiler.runtime.cache import default_cache
@@ -321,7 +322,7 @@ def test_only_what_runs_on_a_gpu_is_measured(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     graph = dataclasses.replace(large(), device="cuda:0")
-    assert engines.tuned(graph, GraphModule({}, Graph()), options) == (graph, ())
+    assert scheduling.tuned(graph, GraphModule({}, Graph()), options, Patience()) == (graph, ())
 
 
 # --- arguments

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
-from iocompiler import engines
+from iocompiler import engines, scheduling
 from iocompiler.cost_model.device import DEVICES, Device
 from iocompiler.cost_model.matmul_tiles import candidates
 from iocompiler.errors import BadPlanFile
 from iocompiler.options import Options
+from iocompiler.patience import Patience
 from iocompiler.plan.apart import apart, together
 from iocompiler.plan.data import AtenStep, KernelStep, MatmulStep, Plan
 from iocompiler.plan.fold import folded
@@ -344,11 +345,13 @@ def test_a_tile_that_is_none(plan: Plan, tmp_path: Path, change: Any, reason: st
 
 def test_by_price_only_on_a_device_that_was_measured(plan: Plan) -> None:
     empty = GraphModule({}, Graph())
-    assert engines.by_price(plan, empty, Options(device="a100")) is plan
+    assert scheduling.by_price(plan, empty, Options(device="a100")) is plan
 
 
 def test_by_price_on_a_device_that_was_measured(plan: Plan) -> None:
-    after, measured = engines.tuned(plan, GraphModule({}, Graph()), Options(device="h200"))
+    after, measured = scheduling.tuned(
+        plan, GraphModule({}, Graph()), Options(device="h200"), Patience()
+    )
     assert len(steps(after)) == 2
     assert not measured
 
@@ -385,7 +388,14 @@ def test_schedules_first_then_products(plan: Plan, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engines, "device_row", lambda gm, options: H200)
     on_gpu = dataclasses.replace(plan, device="cuda:0")
     options = Options(mode="max-autotune")
-    after, measured = engines.tuned(on_gpu, GraphModule({}, Graph()), options)
+    patience = Patience()
+    nothing = scheduling.tuned(on_gpu, GraphModule({}, Graph()), options, patience)
+    assert not nothing[1], "a compilation that did nothing else yet may not measure"
+    assert nothing[0] == scheduling.by_price(on_gpu, GraphModule({}, Graph()), options)
+    released.clear()
+    patience.started -= 100.0
+    after, measured = scheduling.tuned(on_gpu, GraphModule({}, Graph()), options, patience)
+    assert patience.spent > 0
     assert released == ["schedules", "regions"]
     assert len(steps(after)) == 2
     kinds = [type(record).__name__ for record in measured]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-from iocompiler import engines
+from iocompiler import engines, scheduling
 from iocompiler.codegen.module import emit_module
 from iocompiler.options import Options
+from iocompiler.patience import Patience
 from iocompiler.plan.addressed import addressed
 from iocompiler.plan.data import AtenStep, Ref, Step
 from iocompiler.plan.library_product import Algorithm, Problem
@@ -115,6 +116,9 @@ def test_what_takes_most_time_comes_first_and_time_is_bounded() -> None:
     _, found = tuned(chain(layers=8), bench, inside=[short, deep], clock=lambda: next(now))
     assert bench.timed == [LAYER, deep]
     assert len(found) == 2
+    bench = faster()
+    assert tune_products(chain(), H100, {}, bench, None, most=0.0) == (chain(), ())
+    assert not bench.timed
     again, now = faster(), iter([0.0, 5.0])
     _, found = tuned(chain(layers=8), again, inside=[short, deep], clock=lambda: next(now))
     assert not again.timed
@@ -214,7 +218,8 @@ def test_only_max_autotune_on_a_gpu_measures(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert engines.with_algorithms(chain(), GraphModule({}, Graph()), options) == (chain(), ())
+    gm = GraphModule({}, Graph())
+    assert scheduling.with_algorithms(chain(), gm, options, Patience()) == (chain(), ())
 
 
 def test_max_autotune_measures_a_plan_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +242,11 @@ def test_max_autotune_measures_a_plan_as_it_runs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("iocompiler.runtime.measure_products.GpuProductBench", OnAGpu)
     monkeypatch.setattr("iocompiler.runtime.ahead.multiplied", lambda *given: [own])
     gm, options = GraphModule({}, Graph()), Options(mode="max-autotune")
-    after, found = engines.with_algorithms(chain(), gm, options)
+    patience = Patience()
+    patience.started -= 100.0
+    after, found = scheduling.with_algorithms(chain(), gm, options, patience)
     assert dict(after.algorithms) == {LAYER: SECOND, own: SECOND}
     assert {each.chosen for each in found} == {SECOND}
     assert released == [[LAYER, own]]
-    assert engines.with_algorithms(chain(), gm, Options(mode="default")) == (chain(), ())
+    options = Options(mode="default")
+    assert scheduling.with_algorithms(chain(), gm, options, Patience()) == (chain(), ())
