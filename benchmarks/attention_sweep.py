@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.attention_inputs import inputs, sizes
 from benchmarks.attention_zoo import CASES, Case, Sizes, program
 from benchmarks.harness import first_line, wanted
 from iocompiler.cost_model.attention_tiles import Row, Tile, row
@@ -59,8 +60,6 @@ def sweep(args: argparse.Namespace) -> None:
     """Print the time of each tile for each row, and the best; of decoding, of each number of parts
     the keys are read in.
     """
-    from benchmarks.attention import sizes
-
     for case in CASES:
         if not wanted(case.name, args.only):
             continue
@@ -72,8 +71,6 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def _parts(args: argparse.Namespace, case: Case) -> None:
-    from benchmarks.attention import inputs, sizes
-
     given = {name: x.detach() for name, x in inputs(case, sizes(args, case)).items()}
     q, k, v = (given.pop(name) for name in "qkv")
     score, operands = program(case, q.shape[3]), tuple(given.values())

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from benchmarks import attention, timing
+from benchmarks.attention_inputs import sizes
 from benchmarks.attention_zoo import CASES as ATTENTIONS
 from benchmarks.harness import Session, wanted
 from benchmarks.model_zoo import MODELS
@@ -45,7 +46,7 @@ def subjects(args: argparse.Namespace) -> dict[str, Makers]:
     peers, quick = chosen(args.peers), args.quick
     (case,) = (case for case in ATTENTIONS if case.name == WINDOW)
     (layer,) = (case for case in MODULES if case.name == LAYER)
-    size = attention.sizes(args, case)
+    size = sizes(args, case)
 
     def windowed(compile_: attention.Compile) -> Callable[[], Step]:
         return lambda: attention.training_step(case, size, compile_)[0]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from iocompiler.codegen.expressions import divided, powered
-from iocompiler.tile.program import Op
-
-if TYPE_CHECKING:
-    from iocompiler.codegen.kernel_writer import KernelWriter
+from iocompiler.tile.program import Op, TileProgram
 
 
-def in_few_steps(writer: KernelWriter, op: Op) -> str:
+class Writer(Protocol):
+    """Of a `KernelWriter`, what is asked of it here."""
+
+    program: TileProgram
+
+    def line(self, text: str) -> None: ...
+
+    def value(self, position: int) -> str: ...
+
+    def tensor(self, position: int) -> str: ...
+
+
+def in_few_steps(writer: Writer, op: Op) -> str:
     """The text of a quotient by a number, a coarse quotient or a power of a number; "" for all
     else. What a coarse one needs of its divisor alone is written before, in the divisor's shape:
     many elements that share one share that, too.
