@@ -123,10 +123,13 @@ class _Space:
 
     def _shapes(self, first: Schedule) -> Iterator[Schedule]:
         for base in (first, *self._other_kind(first)):
+            ahead = base.kind == "rows" and base.num_stages > 2
             for x in _around(base.x_block):
                 for y in _around(base.y_block) if base.y_block > 1 else (base.y_block,):
                     yield replace(base, x_block=x, y_block=y)
-            if base.kind == "rows" and base.num_stages > 2:
+                if ahead:
+                    yield replace(base, x_block=x, num_stages=base.num_stages + 1)
+            if ahead:
                 yield replace(base, num_stages=1)  # loads in flight may cost registers that spill
             if base.kind == "rows" and not _stores_partial_rows(self.program):
                 for each in (1, 2, 4):
@@ -209,7 +212,8 @@ class _Space:
         blocks = max(1, min(resident // schedule.num_warps, _BLOCKS_OF_AN_SM))
         programs = self._programs(schedule)
         slots = min(programs, blocks * device.sm_count)
-        flying = slots * _tile(schedule) * self._point_bytes
+        ahead = schedule.num_stages - 1 if schedule.kind == "rows" else 1
+        flying = slots * _tile(schedule) * self._point_bytes * max(1, ahead)
         everything = points(self.program.axes, self.hints) * self._point_bytes
         share = min(1.0, flying / min(_LATENCY_S * device.memory_rate, max(everything, 1)))
         waves = programs / slots

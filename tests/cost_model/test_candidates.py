@@ -62,6 +62,16 @@ def test_a_walk_over_rows_has_several_counts_of_programs() -> None:
     assert {s.programs for s in found if s.kind == "rows"} >= {264, 528}
 
 
+def test_a_walk_with_loads_in_flight_has_more_of_them_and_fewer_rows() -> None:
+    """Which is as many bytes in flight: what a thread holds is less."""
+    first = Schedule("rows", x_block=4, r_block=1024, num_warps=4, num_stages=3, programs=264)
+    found = candidates(row_softmax(4096, 1024), H200, first=first)
+    assert replace(first, x_block=2, num_stages=4) in found
+    assert replace(first, num_stages=1) in found
+    plain = candidates(row_softmax(4096, 1024), H200, first=replace(first, num_stages=2))
+    assert {s.num_stages for s in plain if s.kind == "rows"} == {2}
+
+
 def test_many_tensors_are_walked_by_few_programs_where_there_is_enough_to_walk() -> None:
     program = binary("add", LENGTH)
     found = candidates(program, H200, {LENGTH.name: 1 << 27})
