@@ -82,7 +82,7 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "programs"), [(2, 2), (3, 3), (4, 4), (7, 4), (9, 3), (64, 4), (500, 8)]
+    ("rows", "programs"), [(2, 2), (3, 3), (4, 4), (7, 4), (9, 5), (64, 8), (500, 8)]
 )
 def test_sums_down_the_columns_by_few_programs(
     rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
