@@ -29,11 +29,11 @@ from benchmarks.table import Row, Table, geometric_mean
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
 from iocompiler.cost_model.device import DEVICES, Device, current_device
+from iocompiler.ops.library_product import Problem
 from iocompiler.ops.target import planned_for
 from iocompiler.pipeline import DEFAULT
 from iocompiler.plan.build import size_hints
 from iocompiler.plan.data import Plan
-from iocompiler.plan.library_product import Problem
 from iocompiler.report.explain import retargeted
 from iocompiler.report.fakes import double, double_inputs
 from iocompiler.runtime.ahead import multiplied

@@ -21,6 +21,7 @@ from iocompiler.codegen.signature import parameters
 from iocompiler.codegen.statements import Statements
 from iocompiler.codegen.values import Values
 from iocompiler.ops import library
+from iocompiler.ops.library_product import LibraryProduct
 from iocompiler.plan.contents import made, references, regions
 from iocompiler.plan.data import (
     Argument,
@@ -35,7 +36,6 @@ from iocompiler.plan.data import (
     TensorSpec,
     ViewStep,
 )
-from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.plan.memory import WITH_OUT, takes_out
 from iocompiler.tile.flat import PARTS
 from iocompiler.tile.index import Size

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from iocompiler.ops.library_product import LibraryProduct
 from iocompiler.plan.data import BatchStep, KernelStep, MatmulStep
-from iocompiler.plan.library_product import LibraryProduct
 from iocompiler.tile.index import Size
 
 

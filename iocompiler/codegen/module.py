@@ -25,9 +25,9 @@ from iocompiler.codegen.matmul import (
 )
 from iocompiler.codegen.pytext import Names, helpers_for, quoted, size_text, tuple_text
 from iocompiler.codegen.values import symbols
+from iocompiler.ops.library_product import Algorithm, LibraryProduct
 from iocompiler.plan.contents import all_steps
 from iocompiler.plan.data import BatchStep, KernelStep, MatmulStep, Plan, TensorSpec
-from iocompiler.plan.library_product import Algorithm, LibraryProduct
 from iocompiler.tile.index import Size
 
 _ABOUT = '''\
@@ -52,8 +52,8 @@ _OURS = "from iocompiler.ops.registered import function\n"
 
 _READERS = "from iocompiler.runtime.last_reader import is_last_reader\n"
 
-_PROBLEMS = "from iocompiler.plan.library_product import Problem\n"
-_MEASURED = "from iocompiler.plan.library_product import Algorithm, Problem\n"
+_PROBLEMS = "from iocompiler.ops.library_product import Problem\n"
+_MEASURED = "from iocompiler.ops.library_product import Algorithm, Problem\n"
 
 _MAIN = """\
 if __name__ == "__main__":

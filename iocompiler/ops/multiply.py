@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from iocompiler.plan.library_product import Algorithm, Problem
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.tile.traffic import VECTOR_BYTES
 
 _algorithms: ContextVar[Mapping[Problem, Algorithm] | None] = ContextVar("algorithms", default=None)

@@ -17,11 +17,11 @@ import torch
 
 from iocompiler.ops.addmm_gelu import ADDMM_GELU
 from iocompiler.ops.biased_addmm import BIASED_ADDMM
+from iocompiler.ops.library_product import LibraryProduct, Strides
 from iocompiler.ops.wide_product import WIDE_PRODUCT
 from iocompiler.plan.contents import made
 from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec
 from iocompiler.plan.factors import Factors, factors_of
-from iocompiler.plan.library_product import LibraryProduct, Strides
 from iocompiler.plan.memory import takes_out
 from iocompiler.plan.sizes import equal, is_multiple, nonnegative
 from iocompiler.tile.index import Size

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from iocompiler.plan.library_product import Algorithm, LibraryProduct
+from iocompiler.ops.library_product import Algorithm, LibraryProduct
 from iocompiler.plan.place import Place
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.tile.flat import LENGTH, PARTS

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from iocompiler.ops import library
+from iocompiler.ops.library_product import Problem
 from iocompiler.ops.multiply import noted
 from iocompiler.plan.contents import made, regions
 from iocompiler.plan.data import AtenStep, Plan, TensorSpec, ViewStep
-from iocompiler.plan.library_product import Problem
 from iocompiler.runtime.template_form import Form
 from iocompiler.runtime.template_images import prepare
 from iocompiler.runtime.template_launch import Launch, watched

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from iocompiler.plan.library_product import Algorithm, LibraryProduct, Problem
+from iocompiler.ops.library_product import Algorithm, LibraryProduct, Problem
 
 _ALGORITHM = tuple(field.name for field in dataclasses.fields(Algorithm))
 _PRODUCT = tuple(field.name for field in dataclasses.fields(LibraryProduct))

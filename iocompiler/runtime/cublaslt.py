@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from iocompiler.plan.library_product import Algorithm
+from iocompiler.ops.library_product import Algorithm
 
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68

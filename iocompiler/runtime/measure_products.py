@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from iocompiler.plan.library_product import Algorithm, Problem
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Refused
 from iocompiler.runtime.measure import (

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from iocompiler.codegen.pytext import helpers_for
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.ops.multiply import using
-from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.runtime.batch import BatchLaunch
 from iocompiler.runtime.cache import default_cache, key_of
 from iocompiler.runtime.compile import Job

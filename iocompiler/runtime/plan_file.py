@@ -29,9 +29,9 @@ from iocompiler.codegen.module import kernel_names
 from iocompiler.cost_model.candidates import walks_rows
 from iocompiler.cost_model.tiles import REGISTERS
 from iocompiler.errors import BadPlanFile
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
 from iocompiler.plan.fold import folded
-from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sites import SiteKey, sites
 from iocompiler.runtime.algorithm_rows import algorithm_rows, algorithms_of

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from iocompiler.errors import AlgorithmWarning
 from iocompiler.ops.biased_addmm import biased_addmm
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.ops.wide_product import wide_product
-from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
 from iocompiler.tile.traffic import VECTOR_BYTES

@@ -18,8 +18,8 @@ from typing import Protocol
 from iocompiler.cost_model.cost import Contraction, Cost
 from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.roofline import time as modeled
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.plan.data import AtenStep, Plan
-from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.runtime.cache import Cache, key_of
 from iocompiler.runtime.measure import DoesNotFit
 from iocompiler.runtime.products import asked

@@ -10,8 +10,8 @@ from typing import Any
 import sympy
 import torch
 
+from iocompiler.ops.library_product import LibraryProduct, Problem
 from iocompiler.plan.data import Argument, Plan, Ref, TensorSpec
-from iocompiler.plan.library_product import LibraryProduct, Problem
 from iocompiler.tile.index import Size
 
 

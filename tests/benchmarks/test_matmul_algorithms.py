@@ -16,7 +16,7 @@ from benchmarks import matmul_algorithms
 from benchmarks.matmul_algorithms import by_aten, measure, rows
 from benchmarks.model_zoo import MODELS
 from iocompiler.cost_model.device import DEVICES
-from iocompiler.plan.library_product import Algorithm, Problem
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.runtime.measure_products import _buffers
 from iocompiler.runtime.products import supported
 from iocompiler.runtime.stimulus import tensor_for

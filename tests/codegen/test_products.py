@@ -101,7 +101,7 @@ def test_text() -> None:
         """
     )
     assert "2 launches, 0 aten calls, 2 products of a library on cuda:0." in text
-    assert "from iocompiler.plan.library_product import Problem\n" in text
+    assert "from iocompiler.ops.library_product import Problem\n" in text
     registered = """\
         run_addmm = module.product(
             lambda: Problem(

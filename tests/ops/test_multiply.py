@@ -11,9 +11,9 @@ from torch import Tensor
 
 from iocompiler.codegen.module import emit_module
 from iocompiler.ops import sum_of_products
+from iocompiler.ops.library_product import Problem
 from iocompiler.ops.multiply import multiply, noted, using
 from iocompiler.plan.data import AtenStep, Plan, Ref
-from iocompiler.plan.library_product import Problem
 from iocompiler.runtime import products
 from iocompiler.runtime.ahead import multiplied
 from iocompiler.runtime.load import load_text

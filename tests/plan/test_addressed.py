@@ -11,9 +11,9 @@ import sympy
 import torch
 
 from iocompiler.ops.biased_addmm import BIASED_ADDMM
+from iocompiler.ops.library_product import LibraryProduct, Problem
 from iocompiler.plan.addressed import addressed, library_product
 from iocompiler.plan.data import AtenStep, Plan, Ref, Region, Step, TensorSpec
-from iocompiler.plan.library_product import LibraryProduct, Problem
 from iocompiler.runtime.products import Product, supported
 from iocompiler.runtime.values import size_value, storage_elements
 from iocompiler.tile.index import Size, product

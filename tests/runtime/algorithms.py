@@ -11,9 +11,9 @@ import torch
 
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.ops import linear_cross_entropy
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.plan.addressed import addressed
 from iocompiler.plan.data import AtenStep, Plan, Ref, Step
-from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.runtime import products
 from iocompiler.runtime.cache import default_cache
 from iocompiler.runtime.tune_products import Selection, tune_products

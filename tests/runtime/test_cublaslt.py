@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from iocompiler.errors import AlgorithmWarning
-from iocompiler.plan.library_product import Algorithm
+from iocompiler.ops.library_product import Algorithm
 from iocompiler.runtime import cublaslt, products
 from iocompiler.runtime.cublaslt import MOST_PROPOSED, Refused, prepared, proposed
 from iocompiler.runtime.products import asked

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from iocompiler.plan.library_product import Problem
+from iocompiler.ops.library_product import Problem
 from iocompiler.runtime import measure_products
 from iocompiler.runtime.cublaslt import Refused
 from iocompiler.runtime.measure import DoesNotFit

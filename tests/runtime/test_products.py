@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iocompiler.plan.library_product import Problem
+from iocompiler.ops.library_product import Problem
 from iocompiler.runtime import cublaslt, products
 from iocompiler.runtime.cublaslt import Description, Matrix
 from iocompiler.runtime.products import Product, describe, supported

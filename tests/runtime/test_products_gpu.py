@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iocompiler.plan.library_product import Problem
+from iocompiler.ops.library_product import Problem
 from iocompiler.runtime.products import Product, describe, supported
 from iocompiler.runtime.values import storage_elements
 from tests.accuracy import assert_near_exact

@@ -13,11 +13,11 @@ from torch.fx import Graph, GraphModule
 
 from iocompiler import engines, scheduling
 from iocompiler.codegen.module import emit_module
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.options import Options
 from iocompiler.patience import Patience
 from iocompiler.plan.addressed import addressed
 from iocompiler.plan.data import AtenStep, Ref, Step
-from iocompiler.plan.library_product import Algorithm, Problem
 from iocompiler.report.build import Part, build_report
 from iocompiler.runtime.ahead import multiplied
 from iocompiler.runtime.load import load_text

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iocompiler.backend import Compiler
 from iocompiler.compilation import Compilation
-from iocompiler.plan.library_product import Algorithm, Problem
+from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.runtime import products
 from iocompiler.runtime.tune_products import Selection
 from tests.accuracy import assert_near_exact
