@@ -13,6 +13,7 @@ from iocompiler.cost_model.device import Device
 from iocompiler.cost_model.tiles import (
     FIXED_REGISTERS,
     REGISTERS,
+    across_tile,
     at_hint,
     fits_ahead,
     points,
@@ -22,9 +23,8 @@ from iocompiler.cost_model.tiles import (
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes
 from iocompiler.tile.index import power_of_two, product
-from iocompiler.tile.ops import compute_dtype
 from iocompiler.tile.program import TileProgram
-from iocompiler.tile.rows import reads_again
+from iocompiler.tile.rows import column_reductions, folded_bytes, reads_again
 from iocompiler.tile.traffic import traffic
 
 _CROWDED = 0.7
@@ -102,8 +102,7 @@ def kept_words(program: TileProgram) -> int:
     """What a program that walks rows keeps for each of their columns: its sum, and what is the same
     for every row.
     """
-    sums = sum(op.kind == "reduce" and op.over == "parallel" for op in program.ops)
-    return sums + len(_weights(program))
+    return len(column_reductions(program)) + len(_weights(program))
 
 
 def _stored_rows(program: TileProgram) -> int:
@@ -115,10 +114,8 @@ def _stored_rows(program: TileProgram) -> int:
 
 def _walked_bytes(program: TileProgram, programs: int, hints: Mapping[str, int]) -> int:
     """Bytes to and from memory, those of the partial rows, which are read again, among them."""
-    sums = [op for op in program.ops if op.kind == "reduce" and op.over == "parallel"]
-    row = sum(compute_dtype(op.dtype).itemsize for op in sums)
-    columns = points(program.reduced, hints)
-    return at_hint(traffic(program).bytes, hints) + 2 * programs * columns * row
+    row = points(program.reduced, hints) * folded_bytes(program, "parallel")
+    return at_hint(traffic(program).bytes, hints) + 2 * programs * row
 
 
 def _holds_much(program: TileProgram) -> bool:
@@ -126,12 +123,7 @@ def _holds_much(program: TileProgram) -> bool:
     gradient that goes around it, an activation's. Half the rows at once then spill nothing, and are
     up to a fifth faster (BERT's and GPT-2's, H100).
     """
-    both = ({a.name for a in program.parallel}, {a.name for a in program.reduced})
-    computed = sum(
-        op.kind == "map" and all(program.varies[position] & names for names in both)
-        for position, op in enumerate(program.ops)
-    )
-    return computed > _MAPS_OF_A_NORM
+    return len(across_tile(program, "map")) > _MAPS_OF_A_NORM
 
 
 def _crowded(program: TileProgram, elements: int, warps: int, device: Device) -> bool:

@@ -24,6 +24,7 @@ from iocompiler.plan.data import Schedule
 from iocompiler.tile.arrange import merge_axes, pointwise_tiling, rows_contiguous
 from iocompiler.tile.index import power_of_two, product
 from iocompiler.tile.program import TileProgram
+from iocompiler.tile.rows import column_reductions
 
 LONGEST_PERSISTENT_ROW = 16384
 # A reduction this low is done at once by a program of few columns.
@@ -44,7 +45,7 @@ def choose(
     """
     hints = hints or {}
     merged = merge_axes(program)
-    if any(op.kind == "reduce" and op.over == "parallel" for op in program.ops):
+    if column_reductions(program):
         return row_schedule(merged, device, hints)
     # a reduction of a single element has no axis, and is one all the same
     if not program.reduced and not any(op.kind in ("reduce", "scan") for op in program.ops):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from iocompiler.cost_model.device import Device
 from iocompiler.plan.data import Schedule
 from iocompiler.tile.index import Size, power_of_two, product
-from iocompiler.tile.program import TileProgram
+from iocompiler.tile.program import Op, TileProgram
 
 _DEFAULT_HINT = 1024
 # Of a multiprocessor's shared memory, what loads in flight may take; reductions need some too.
@@ -42,9 +42,14 @@ def fits_ahead(schedule: Schedule, bytes_a_point: int, device: Device, programs:
 
 def tile_loads(program: TileProgram) -> list[int]:
     """Bytes of an element of each load that differs along rows and along columns."""
+    return [op.dtype.itemsize for op in across_tile(program, "load")]
+
+
+def across_tile(program: TileProgram, kind: str) -> list[Op]:
+    """The operations of a kind that differ along rows and along columns."""
     both = ({a.name for a in program.parallel}, {a.name for a in program.reduced})
     return [
-        op.dtype.itemsize
+        op
         for position, op in enumerate(program.ops)
-        if op.kind == "load" and all(program.varies[position] & names for names in both)
+        if op.kind == kind and all(program.varies[position] & names for names in both)
     ]

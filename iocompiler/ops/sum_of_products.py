@@ -25,14 +25,14 @@ def _sum_of_products(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
     """lefts [M, K_i], rights [K_i, N] of one dtype; the result [M, N] is contiguous. It is rounded
     to the dtype once a product, which adding rounded products does twice.
     """
-    total = _sum_of_products_fake(lefts, rights)
+    total = _result(lefts, rights)
     for place, (left, right) in enumerate(zip(lefts, rights, strict=True)):
         multiply(left, right, total, add=place > 0)
     return total
 
 
-def _sum_of_products_fake(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
+def _result(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
     return lefts[0].new_empty((lefts[0].shape[0], rights[0].shape[1]))
 
 
-library.implement("sum_of_products", _sum_of_products, _sum_of_products_fake, multiplies=True)
+library.implement("sum_of_products", _sum_of_products, _result, multiplies=True)

@@ -182,14 +182,7 @@ def prepared(of: Description, device: int, algorithm: Algorithm | None = None) -
         Refused: the library is missing or has no algorithm.
     """
     lib, handle = library(), _handle(device)
-    made: list[c_void_p] = []
-    try:
-        described = _described(lib, of, made)
-        count = 1 if algorithm is None else MOST_PROPOSED
-        results = _proposed(lib, handle, described, of.alignment, count)
-    except Refused:
-        _destroy(lib, made)
-        raise
+    described, results, made = _asked(of, device, 1 if algorithm is None else MOST_PROPOSED)
     chosen = results.get(algorithm) if algorithm is not None else None
     result = chosen or next(iter(results.values()))
     description, a, b, c, d = described
@@ -211,13 +204,27 @@ def proposed(of: Description, device: int) -> tuple[Algorithm, ...]:
     Raises:
         Refused: the library is missing or has no algorithm.
     """
+    _, results, made = _asked(of, device, MOST_PROPOSED)
+    _destroy(library(), made)
+    return tuple(results)
+
+
+def _asked(
+    of: Description, device: int, most: int
+) -> tuple[tuple[c_void_p, ...], dict[Algorithm, _Result], list[c_void_p]]:
+    """`_described`, at most so many algorithms for it, and what is to be given back (`_destroy`).
+
+    Raises:
+        Refused: the library is missing or has no algorithm.
+    """
     lib, handle = library(), _handle(device)
     made: list[c_void_p] = []
     try:
         described = _described(lib, of, made)
-        return tuple(_proposed(lib, handle, described, of.alignment, MOST_PROPOSED))
-    finally:
+        return described, _proposed(lib, handle, described, of.alignment, most), made
+    except Exception:
         _destroy(lib, made)
+        raise
 
 
 def _described(lib: Any, of: Description, made: list[c_void_p]) -> tuple[c_void_p, ...]:

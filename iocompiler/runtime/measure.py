@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from iocompiler.runtime.stimulus import index_limits, number_for, tensor_for
 from iocompiler.runtime.subject import Subject
 
 REPEATS = 7
+# of what takes long
+_LEAST_REPEATS = 5
 MOST_SETS = 24
 # how often the sets of arguments together cover the L2 cache
 COVER_L2 = 3
@@ -48,21 +51,53 @@ class Bench(Protocol):
         """Seconds of each, None for one that cannot be launched."""
 
 
-class GpuBench:
-    """Compiles in the worker processes and times on a CUDA device.
-
-    Every launch reads and writes other memory than the last ones did, so caches are cold; the
-    device sleeps while the host queues the launches, so that host time does not count. Schedules
-    take turns.
+class OnGpu:
+    """What times calls on a CUDA device: every one reads and writes other memory than the last ones
+    did, so caches are cold.
     """
 
     def __init__(self, device: torch.device):
         self.index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", self.index)
         properties: Any = torch.cuda.get_device_properties(self.index)
-        self._capability = 10 * properties.major + properties.minor
         self._l2_bytes = int(properties.L2_cache_size)
         self._used = False
+
+    def release(self) -> None:
+        """Give the memory of the arguments back to the driver: the program wants it in other
+        pieces.
+        """
+        if self._used:
+            torch.cuda.empty_cache()
+
+    def _sets(self, one: int, least: int = 2, beside: int = 0) -> int:
+        """How many sets of arguments, of ``one`` bytes each, it takes to go round the L2 cache.
+
+        Args:
+            least: so many, where they fit.
+            beside: so many more must fit: results and what is between.
+
+        Raises:
+            DoesNotFit: not one fits into the memory that is free.
+        """
+        free = torch.cuda.mem_get_info(self.index)[0]
+        most = int(SHARE_OF_MEMORY * free) // max(one, 1) - beside
+        if most < 1:
+            raise DoesNotFit(f"{one} bytes of arguments, {free} are free")
+        return min(MOST_SETS, most, max(least, -(-COVER_L2 * self._l2_bytes // max(one, 1))))
+
+
+class GpuBench(OnGpu):
+    """Compiles in the worker processes and times on a CUDA device.
+
+    The device sleeps while the host queues the launches, so that host time does not count.
+    Schedules take turns.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        major, minor = torch.cuda.get_device_capability(self.index)
+        self._capability = 10 * major + minor
 
     def compile(self, wanted: Sequence[tuple[Subject, Schedule]]) -> list[Image | None]:
         with ThreadPoolExecutor(worker_count()) as threads:
@@ -86,22 +121,9 @@ class GpuBench:
         self._used = True
         with torch.no_grad(), torch.cuda.device(self.index):
             sets = self._argument_sets(subject)
-            calls = [self._calls(subject, schedule, image, sets) for schedule, image in built]
-            samples: list[list[float]] = [[] for _ in built]
-            for _ in range(REPEATS + 1):
-                for found, batch in zip(samples, calls, strict=True):
-                    if batch:
-                        found.append(batch_seconds(batch))
-            del sets, calls
-        # the first round loads code and maps memory
-        return [statistics.median(found[1:]) if found else None for found in samples]
-
-    def release(self) -> None:
-        """Give the memory of the arguments back to the driver: the program wants it in other
-        pieces.
-        """
-        if self._used:
-            torch.cuda.empty_cache()
+            return in_turns(
+                [self._calls(subject, schedule, image, sets) for schedule, image in built]
+            )
 
     def _argument_sets(self, subject: Subject) -> list[list[list[torch.Tensor]]]:
         """For each set, for each member of a batch (a plain kernel is one), its tensors."""
@@ -111,11 +133,6 @@ class GpuBench:
             for sizes in members
             for elements, b in zip(sizes, subject.program.buffers, strict=True)
         )
-        free = torch.cuda.mem_get_info(self.index)[0]
-        most = int(SHARE_OF_MEMORY * free) // max(one, 1)
-        if most < 1:
-            raise DoesNotFit(f"{one} bytes of arguments, {free} are free")
-        count = min(MOST_SETS, most, max(2, -(-COVER_L2 * self._l2_bytes // max(one, 1))))
         limits = index_limits(subject.program, subject.sizes)
         return [
             [
@@ -125,7 +142,7 @@ class GpuBench:
                 ]
                 for sizes in members
             ]
-            for seed in range(count)
+            for seed in range(self._sets(one))
         ]
 
     def _members(self, subject: Subject) -> list[list[int]]:
@@ -174,6 +191,42 @@ class GpuBench:
         batch = BatchLaunch(lambda: launch, block, numbers, self.device, programs=programs)
         table = [(*row, length) for row, length in zip(rows, subject.lengths, strict=True)]
         return partial(batch, stream, table)
+
+
+def in_turns(
+    calls: Sequence[list[Call]],
+    launches: int = 1,
+    failing: tuple[type[Exception], ...] = (),
+    enough_s: float = math.inf,
+) -> list[float | None]:
+    """Seconds of a call of each way, the median of several batches of its calls; None where it has
+    none.
+
+    Args:
+        calls: of each way; emptied where one is ``failing``.
+        launches: as of `batch_seconds`.
+        enough_s: after so long there are fewer batches.
+    """
+    samples: list[list[float]] = [[] for _ in calls]
+
+    def turn() -> float:
+        taken = 0.0
+        for found, batch in zip(samples, calls, strict=True):
+            try:
+                found += [batch_seconds(batch, launches)] if batch else []
+                taken += found[-1] * len(batch) if batch else 0.0
+            except failing:
+                batch.clear()
+                found.clear()
+        return taken
+
+    turn()  # loads code and maps memory
+    for found in samples:
+        found.clear()
+    taken = turn()
+    for _ in range(max(_LEAST_REPEATS, int(min(REPEATS, enough_s / max(taken, 1e-9)))) - 1):
+        turn()
+    return [statistics.median(found) if found else None for found in samples]
 
 
 def batch_seconds(calls: Sequence[Call], launches: int = 1) -> float:

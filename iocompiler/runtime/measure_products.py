@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -10,24 +9,15 @@ from typing import Any, TypeAlias
 import torch
 
 from iocompiler.ops.library_product import Algorithm, Problem
-from iocompiler.runtime import cublaslt
+from iocompiler.runtime import cublaslt, measure
 from iocompiler.runtime.cublaslt import Refused
-from iocompiler.runtime.measure import (
-    COVER_L2,
-    MOST_SETS,
-    REPEATS,
-    SHARE_OF_MEMORY,
-    Call,
-    DoesNotFit,
-    batch_seconds,
-)
+from iocompiler.runtime.measure import Call, DoesNotFit, OnGpu
 from iocompiler.runtime.products import asked, on_library
 from iocompiler.runtime.stimulus import tensor_for
 from iocompiler.runtime.values import storage_elements
 from iocompiler.tile.program import Buffer
 
-# batches of one algorithm, of a product that takes long; and how long all batches may take
-_LEAST_REPEATS = 5
+# how long all batches of all algorithms may take
 _ENOUGH_S = 0.1
 # host time of a call that sets addresses, in launches
 _LAUNCHES = 2
@@ -36,17 +26,13 @@ Given: TypeAlias = list[torch.Tensor | None]
 """The memory of a, b, out, added, bias, sums."""
 
 
-class GpuProductBench:
+class GpuProductBench(OnGpu):
     """Asks cuBLASLt for its algorithms and times their launches by address, each on other memory
     than the last ones; algorithms take turns.
     """
 
     def __init__(self, device: torch.device):
-        self.index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", self.index)
-        properties: Any = torch.cuda.get_device_properties(self.index)
-        self._l2_bytes = int(properties.L2_cache_size)
-        self._used = False
+        super().__init__(device)
         try:
             self.version = cublaslt.version()
         except Refused:  # it proposes nothing either
@@ -76,11 +62,6 @@ class GpuProductBench:
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(str(error)) from error
 
-    def release(self) -> None:
-        """Give the memory of the operands back to the driver."""
-        if self._used:
-            torch.cuda.empty_cache()
-
     def argument_sets(self, problem: Problem) -> list[Given]:
         """As many as it takes to go round the L2 cache.
 
@@ -89,17 +70,12 @@ class GpuProductBench:
         """
         buffers = _buffers(problem)
         one = sum(int(b.elements) * b.dtype.itemsize for b in buffers if b is not None)
-        free = torch.cuda.mem_get_info(self.index)[0]
-        most = int(SHARE_OF_MEMORY * free) // max(one, 1)
-        if most < 1:
-            raise DoesNotFit(f"{one} bytes of operands, {free} are free")
-        count = min(MOST_SETS, most, -(-COVER_L2 * self._l2_bytes // max(one, 1)))
         return [
             [
                 None if b is None else tensor_for(b, int(b.elements), None, self.device, seed)
                 for b in buffers
             ]
-            for seed in range(max(count, 1))
+            for seed in range(self._sets(one, least=1))
         ]
 
     def calls(self, problem: Problem, algorithm: Algorithm, sets: list[Given]) -> list[Call]:
@@ -115,30 +91,12 @@ class GpuProductBench:
         ]
 
 
-def in_turns(calls: list[list[Call]]) -> list[float | None]:
-    """Seconds of a call of each way, the median of several batches; None where the library refuses
-    it.
-    """
-    samples: list[list[float]] = [[] for _ in calls]
+def _refused(*addresses: int) -> None:
+    raise Refused("a call")
 
-    def turn() -> float:
-        taken = 0.0
-        for found, batch in zip(samples, calls, strict=True):
-            try:
-                found += [batch_seconds(batch, _LAUNCHES)] if batch else []
-                taken += found[-1] * len(batch) if batch else 0.0
-            except Refused:
-                batch.clear()
-                found.clear()
-        return taken
 
-    turn()  # loads code and maps memory
-    for found in samples:
-        found.clear()
-    taken = turn()
-    for _ in range(max(_LEAST_REPEATS, min(REPEATS, int(_ENOUGH_S / max(taken, 1e-9)))) - 1):
-        turn()
-    return [statistics.median(found) if found else None for found in samples]
+in_turns = partial(measure.in_turns, launches=_LAUNCHES, failing=(Refused,), enough_s=_ENOUGH_S)
+"""Seconds of a launch of each way; None where the library refuses it."""
 
 
 def _buffers(of: Problem) -> list[Buffer | None]:
@@ -157,7 +115,3 @@ def _buffers(of: Problem) -> list[Buffer | None]:
         buffer("bias", 1, n, (0, 0, 1)) if of.bias else None,
         None if of.sums is None else buffer("sums", m, n, of.sums, "out"),
     ]
-
-
-def _refused(*addresses: int) -> None:
-    raise Refused("a call")

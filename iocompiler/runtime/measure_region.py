@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,14 +13,7 @@ from iocompiler.errors import CompileError, LaunchError
 from iocompiler.plan.data import KernelStep, MatmulStep, Plan, TensorSpec
 from iocompiler.runtime.compile import worker_count
 from iocompiler.runtime.load import load
-from iocompiler.runtime.measure import (
-    COVER_L2,
-    MOST_SETS,
-    REPEATS,
-    SHARE_OF_MEMORY,
-    DoesNotFit,
-    batch_seconds,
-)
+from iocompiler.runtime.measure import Call, DoesNotFit, OnGpu, in_turns
 from iocompiler.runtime.stimulus import index_limits, tensor_for
 from iocompiler.runtime.tune_matmul import Built
 from iocompiler.runtime.values import size_values, storage_elements
@@ -31,17 +23,10 @@ from iocompiler.tile.program import Buffer
 _LAUNCHES = 4
 
 
-class GpuRegionBench:
+class GpuRegionBench(OnGpu):
     """Loads plans as programs are loaded, compiling them in the worker processes, and times their
     calls on a CUDA device: each on other arguments than the last ones.
     """
-
-    def __init__(self, device: torch.device):
-        self.index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", self.index)
-        properties: Any = torch.cuda.get_device_properties(self.index)
-        self._l2_bytes = int(properties.L2_cache_size)
-        self._used = False
 
     def load(self, plans: Sequence[Plan]) -> list[Built | None]:
         with ThreadPoolExecutor(worker_count()) as threads:
@@ -68,49 +53,24 @@ class GpuRegionBench:
         torch.cuda.empty_cache()  # what was timed before lies in other pieces
         try:
             with torch.no_grad(), torch.cuda.device(self.index):
-                samples = self._samples(plan, built, sizes)
+                sets = self._argument_sets(plan, sizes)
+                calls: list[list[Call]] = [
+                    [partial(_call, run, given) for given in sets] for run in built
+                ]
+                return in_turns(calls, _LAUNCHES, (LaunchError,))
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(str(error)) from error
-        # the first round loads code and maps memory
-        return [statistics.median(found[1:]) if len(found) > 1 else None for found in samples]
-
-    def _samples(
-        self, plan: Plan, built: Sequence[Built], sizes: Mapping[str, int]
-    ) -> list[list[float]]:
-        """Seconds of each batch of calls; none of a way that cannot be launched."""
-        sets = self._argument_sets(plan, sizes)
-        calls = [[partial(_call, run, given) for given in sets] for run in built]
-        samples: list[list[float]] = [[] for _ in built]
-        for _ in range(REPEATS + 1):
-            for found, batch in zip(samples, calls, strict=True):
-                try:
-                    found += [batch_seconds(batch, _LAUNCHES)] if batch else []
-                except LaunchError:
-                    batch.clear()
-                    found.clear()
-        return samples
-
-    def release(self) -> None:
-        """Give the memory of the arguments back to the driver."""
-        if self._used:
-            torch.cuda.empty_cache()
 
     def _argument_sets(self, plan: Plan, sizes: Mapping[str, int]) -> list[list[Any]]:
         specs = [spec for _, spec in plan.inputs if spec is not None]
         one = sum(_elements(spec, sizes) * spec.dtype.itemsize for spec in specs)
-        free = torch.cuda.mem_get_info(self.index)[0]
-        # results and what is between stand beside them
-        most = int(SHARE_OF_MEMORY * free) // max(one, 1) - 1
-        if most < 1:
-            raise DoesNotFit(f"{one} bytes of arguments, {free} are free")
-        count = min(MOST_SETS, most, max(2, -(-COVER_L2 * self._l2_bytes // max(one, 1))))
         limits = _limits(plan, sizes)
         return [
             [
                 self._argument(name, spec, sizes, limits.get(name), seed)
                 for name, spec in plan.inputs
             ]
-            for seed in range(count)
+            for seed in range(self._sets(one, beside=1))
         ]
 
     def _argument(

@@ -61,7 +61,7 @@ def reads_again(program: TileProgram) -> bool:
         return False
     if any(buffer.role == "inout" for buffer in program.buffers):
         return False
-    taken = _loaded(program) + _folded(program, "parallel")
+    taken = _loaded(program) + folded_bytes(program, "parallel")
     width = power_of_two(int(product([a.size for a in program.reduced])))
     return taken * width <= _SHARE_READ_AGAIN * 4 * _REGISTERS
 
@@ -79,7 +79,7 @@ def _held(program: TileProgram) -> int:
     A layer norm backward in bfloat16 at 16384 elements, with one of its two column sums, holds 18:
     it spilled, and ran at 45 % of a copy on an H200; an RMS norm's 14 ran at 91 %.
     """
-    return _loaded(program) + _folded(program, "parallel") + _folded(program, "reduced")
+    return _loaded(program) + folded_bytes(program, "parallel") + folded_bytes(program, "reduced")
 
 
 def _loaded(program: TileProgram) -> int:
@@ -92,7 +92,7 @@ def _loaded(program: TileProgram) -> int:
     return sum(loads.values())
 
 
-def _folded(program: TileProgram, over: str) -> int:
+def folded_bytes(program: TileProgram, over: str) -> int:
     """Bytes an element that the reductions over these axes take."""
     folds = [op for op in program.ops if op.kind == "reduce" and op.over == over]
     return sum(compute_dtype(op.dtype).itemsize for op in folds)

@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 
+from iocompiler.options import Options
 from iocompiler.plan.contents import all_steps
 from iocompiler.plan.data import (
     ConstantStep,
@@ -29,6 +30,15 @@ from iocompiler.runtime.values import size_value
 from iocompiler.tile.index import Affine, Axis, Size, product
 from iocompiler.tile.interpret import run
 from iocompiler.tile.program import Buffer, Builder, TileProgram
+
+UNMEASURED = (
+    Options(mode="max-autotune", engine="reference"),
+    Options(mode="max-autotune", engine=lambda plan, gm: None),
+    Options(mode="default"),
+    Options(mode="reduce-overhead"),
+    Options(mode="max-autotune"),
+)
+"""Under which nothing is timed; the last one where the device of a plan is not here."""
 
 S0 = sympy.Symbol("s0", integer=True, positive=True)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from iocompiler.ops.library_product import Problem
-from iocompiler.runtime import measure_products
+from iocompiler.runtime import measure, measure_products
 from iocompiler.runtime.cublaslt import Refused
 from iocompiler.runtime.measure import DoesNotFit
 from iocompiler.runtime.measure_products import GpuProductBench, in_turns
@@ -29,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         order.append(name)
         return float(taken)
 
-    monkeypatch.setattr(measure_products, "batch_seconds", seconds)
+    monkeypatch.setattr(measure, "batch_seconds", seconds)
     return order
 
 
@@ -43,12 +43,12 @@ def test_the_median_of_all_batches_but_the_first(clock: list[str]) -> None:
     found = in_turns([way("a", 9.0, 1e-5, 3e-5, 2e-5), way("b", 0.0, 4e-5)])
     assert found == [2e-5, 4e-5]
     assert clock == ["a", "b"] * (len(clock) // 2)
-    assert len(clock) == 2 * (measure_products.REPEATS + 1)
+    assert len(clock) == 2 * (measure.REPEATS + 1)
 
 
 def test_what_takes_long_is_called_less_often(clock: list[str]) -> None:
     assert in_turns([way("a", 0.05)]) == [0.05]
-    assert 3 < len(clock) < measure_products.REPEATS + 1
+    assert 3 < len(clock) < measure.REPEATS + 1
 
 
 def test_what_the_library_refuses_has_no_time(clock: list[str]) -> None:

@@ -31,7 +31,7 @@ from iocompiler.tile.flat import LENGTH
 from iocompiler.tile.index import Affine, Axis
 from iocompiler.tile.program import Buffer, Builder, TileProgram
 from tests.plan.graphs import Planned
-from tests.runtime.plans import S0, binary, kernel, plan, spec
+from tests.runtime.plans import S0, UNMEASURED, binary, kernel, plan, spec
 
 H200 = DEVICES["h200"]
 LARGE = 1 << 24
@@ -308,15 +308,7 @@ def test_a_tuned_kernel_is_compiled_as_the_module_compiles_it(
     assert subjects[0].job(record.chosen, 90) in asked.values()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        Options(mode="max-autotune", engine="reference"),
-        Options(mode="max-autotune", engine=lambda plan, gm: None),
-        Options(mode="default"),
-        Options(mode="max-autotune"),  # the plan of a device that is not here
-    ],
-)
+@pytest.mark.parametrize("options", UNMEASURED)
 def test_only_what_runs_on_a_gpu_is_measured(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ from tests.runtime.algorithms import (
     mm,
     tuned,
 )
-from tests.runtime.plans import S0, interpreter, on_a_gpu, plan
+from tests.runtime.plans import S0, UNMEASURED, interpreter, on_a_gpu, plan
 
 
 def test_the_fastest_is_kept_and_equal_products_are_measured_once() -> None:
@@ -205,15 +205,7 @@ def test_a_report_says_so() -> None:
         assert [k.source.endswith("algorithm measured") for k in found.kernels] == [said] * 3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        Options(mode="max-autotune", engine="reference"),
-        Options(mode="default"),
-        Options(mode="reduce-overhead"),
-        Options(mode="max-autotune"),  # the plan of a device that is not here
-    ],
-)
+@pytest.mark.parametrize("options", UNMEASURED)
 def test_only_max_autotune_on_a_gpu_measures(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
