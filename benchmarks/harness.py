@@ -11,11 +11,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import peers
-from benchmarks.caches import fresh_caches
+from benchmarks.caches import caches_in, fresh_caches
 from benchmarks.peers import Peer
 from benchmarks.table import Row, Table, geometric_mean, ratio
 from benchmarks.timing import on_gpu
@@ -49,6 +51,11 @@ def parser(
         action="store_false",
         help="time without comparing to float64 first",
     )
+    add(
+        "--caches",
+        metavar="FOLDER",
+        help="keep caches there, for the next command: first calls then find what is in them",
+    )
     add("--json", metavar="PATH", help="write every number there")
     return found
 
@@ -81,9 +88,7 @@ class Session:
         started = time.perf_counter()
         try:
             self._raise_if_over()
-            # small sizes share one cache: on a CPU the C++ compiler is what takes long
-            caches = contextlib.nullcontext() if self.args.quick else fresh_caches()
-            with caches, warnings.catch_warnings(record=True) as caught:
+            with self._caches(), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 work()
             for warning in caught:
@@ -95,6 +100,12 @@ class Session:
         fresh()
         self.table.write(self.args.json)  # a group that is stopped keeps what it measured
         print(f"  {row['name']} {label}: {time.perf_counter() - started:.1f} s", flush=True)
+
+    def _caches(self) -> contextlib.AbstractContextManager[Any]:
+        if self.args.caches:
+            return caches_in(Path(self.args.caches))
+        # small sizes share one cache: on a CPU the C++ compiler is what takes long
+        return contextlib.nullcontext() if self.args.quick else fresh_caches()
 
     @property
     def seconds_left(self) -> float:
@@ -165,11 +176,27 @@ def add_ratio(row: Row, unit: str = "ms") -> None:
     row["ours/inductor"] = ratio(row.get(f"ours {unit}"), row.get(f"inductor {unit}"))
 
 
-def add_geometric_mean(table: Table) -> None:
-    values = [row.get("ours/inductor") for row in table.rows]
+def add_best(row: Row) -> None:
+    """Which peer is the fastest, and our time over its."""
+    theirs = {name: ms for name, ms in times(row).items() if not name.startswith("ours")}
+    if theirs:
+        row["best peer"] = min(theirs, key=lambda name: theirs[name])
+        row["ours/best"] = ratio(row.get("ours ms"), min(theirs.values()))
+
+
+def times(row: Row) -> dict[str, float]:
+    """The peers' times (ms) in a row, where they were measured."""
+    found = {name: row.get(f"{name} ms") for name in peers.PEERS}
+    return {name: float(ms) for name, ms in found.items() if isinstance(ms, (int, float))}
+
+
+def add_geometric_mean(table: Table, of: str = "ours/inductor", only: str = "") -> None:
+    """Of a column, over the rows whose name has ``only`` in it."""
+    values = [row.get(of) for row in table.rows if only in str(row.get("name"))]
     measured = [v for v in values if v is not None]
-    table.summary["geometric mean of ours/inductor"] = geometric_mean(measured)
-    table.summary["rows with both"] = f"{len(measured)} of {len(values)}"
+    label = f" of {only}" if only else ""
+    table.summary[f"geometric mean of {of}{label}"] = geometric_mean(measured)
+    table.summary[f"rows with {of}{label}"] = f"{len(measured)} of {len(values)}"
 
 
 def columns(names: tuple[Peer, ...], *units: str) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.harness import (
     Session,
+    add_best,
     add_geometric_mean,
     add_ratio,
     columns,
@@ -33,7 +34,8 @@ PHASES = ("forward", "step")
 def main() -> None:
     args = arguments()
     peers = chosen(args.peers)
-    shown = ["name", *columns(peers, "ms"), "ours/inductor", *columns(peers, "device ms", "GiB")]
+    shown = ["name", *columns(peers, "ms"), "ours/inductor", "ours/best"]
+    shown += columns(peers, "device ms", "GiB")
     shown += [*columns(tuple(p for p in peers if p.backend), "first s"), "check"]
     session = Session(args, Table("modules", shown))
     for case in CASES:
@@ -67,6 +69,7 @@ def _row(session: Session, case: Case, phase: str) -> None:
         measure = partial(_measure, session.args, case, phase == "step", peer, row, device)
         session.attempt(row, peer.name, measure)
     add_ratio(row)
+    add_best(row)
 
 
 def _measure(

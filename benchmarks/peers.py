@@ -4,7 +4,7 @@ timed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ Function = Callable[..., Any]
 @dataclass(frozen=True)
 class Peer:
     """``backend`` None is eager; "iocompiler" is resolved by `ours`, with or without the package
-    installed."""
+    installed. ``attention`` is the one that models are written with, where it is not the table's.
+    """
 
     name: str
     backend: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    attention: str = ""
 
     def compile(self, function: Function) -> Function:
         """The function as this peer runs it; nothing is compiled before its first call."""
@@ -52,6 +54,10 @@ PEERS = {
         Peer("ours-autotune", "iocompiler", {"mode": "max-autotune"}),
         Peer("ours-aten", "iocompiler", {"options": {"engine": "aten"}}),
     )
+}
+PEERS |= {
+    f"{name}-sdpa": replace(PEERS[name], name=f"{name}-sdpa", attention="sdpa")
+    for name in ("eager", "inductor", "inductor-autotune")
 }
 DEFAULT_PEERS = ("eager", "inductor", "ours")
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import times
 from benchmarks.peers import Peer
 from benchmarks.table import Row, ratio
 
@@ -48,18 +49,15 @@ def beside_best(rows: Sequence[Row]) -> Row:
 
     A peer of ours is one whose name begins with "ours"; what was not measured does not count.
     """
-    times = {
-        (str(key)[: -len(" ms")], str(row["name"])): float(value)
-        for row in rows
-        for key, value in row.items()
-        if key.endswith(" ms") and not key.endswith("spread ms") and isinstance(value, (int, float))
+    found_times = {
+        (peer, str(row["name"])): time for row in rows for peer, time in times(row).items()
     }
-    theirs = {at: time for at, time in times.items() if not at[0].startswith("ours")}
+    theirs = {at: time for at, time in found_times.items() if not at[0].startswith("ours")}
     if not theirs:
         return {}
     best = min(theirs, key=lambda at: theirs[at])
     found: Row = {"best peer": f"{best[0]}, {best[1]}, {theirs[best]:.3g} ms"}
-    for (peer, row), time in times.items():
+    for (peer, row), time in found_times.items():
         if peer.startswith("ours"):
             found[f"{peer}, {row}, over the best peer"] = ratio(time, theirs[best])
     return found

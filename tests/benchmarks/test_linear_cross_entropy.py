@@ -23,7 +23,14 @@ HAS_FUNCTION = hasattr(F, "linear_cross_entropy")
 
 
 def _session(**more: Any) -> Session:
-    settings = {"quick": True, "limit": 100.0, "only": "", "json": None, "check": False}
+    settings = {
+        "quick": True,
+        "limit": 100.0,
+        "only": "",
+        "json": None,
+        "check": False,
+        "caches": None,
+    }
     settings |= {"steps": 3, "budget": 0.01, "chunks": ()}
     return Session(argparse.Namespace(**{**settings, **more}), Table("t", group.COLUMNS))
 

@@ -38,7 +38,9 @@ def test_rows_are_budgets_and_the_first_is_what_nothing_bounds(
     monkeypatch.setattr("benchmarks.timing.on_gpu", lambda: False)
     monkeypatch.setattr(memory, "explain", explained)
     monkeypatch.setattr(memory, "BUDGETS", (None, 0.5))
-    args = argparse.Namespace(quick=True, limit=100.0, peers="ours", json=None, only="")
+    args = argparse.Namespace(
+        quick=True, limit=100.0, peers="ours", json=None, only="", caches=None
+    )
     session = Session(args, Table("t", ["name"]))
     sizes = Sizes(vocabulary=17, width=16, heads=2, layers=1, length=8, batch=2)
     memory._ours(session, sizes, [])

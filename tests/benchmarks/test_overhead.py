@@ -15,7 +15,14 @@ from benchmarks.table import Table
 
 
 def _args(**more: Any) -> argparse.Namespace:
-    settings = {"quick": True, "limit": 100.0, "only": "", "json": None, "flex": True}
+    settings = {
+        "quick": True,
+        "limit": 100.0,
+        "only": "",
+        "json": None,
+        "flex": True,
+        "caches": None,
+    }
     settings |= {"steps": 3, "budget": 0.01, "peers": "eager", "length": 64, "width": 16}
     return argparse.Namespace(**{**settings, **more})
 

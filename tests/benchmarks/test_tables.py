@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from pathlib import Path
 
 import pytest
 
 from benchmarks import results
-from benchmarks.harness import Session, add_geometric_mean, add_ratio, verdict, wanted
+from benchmarks.harness import Session, add_best, add_geometric_mean, add_ratio, verdict, wanted
 from benchmarks.peers import PEERS, Peer, chosen
-from benchmarks.table import Table, geometric_mean, markdown
+from benchmarks.table import Row, Table, geometric_mean, markdown
 from benchmarks.timing import summary
 from tests.accuracy import Comparison
 
 
 def _session(limit: float = 100.0, path: str | None = None) -> Session:
-    args = argparse.Namespace(quick=True, limit=limit, peers="eager", json=path)
+    args = argparse.Namespace(quick=True, limit=limit, peers="eager", json=path, caches=None)
     return Session(args, Table("t", ["name", "eager ms"]))
 
 
@@ -69,8 +70,39 @@ def test_ratio_and_geometric_mean_leave_out_what_was_not_measured() -> None:
     add_geometric_mean(table)
     assert [row["ours/inductor"] for row in table.rows] == [2.0, 0.125, None]
     assert table.summary["geometric mean of ours/inductor"] == pytest.approx(0.5)
-    assert table.summary["rows with both"] == "2 of 3"
+    assert table.summary["rows with ours/inductor"] == "2 of 3"
     assert geometric_mean([]) is None
+
+
+def test_the_best_peer_is_none_of_ours_and_what_was_measured() -> None:
+    row: Row = {"name": "bert train", "ours ms": 3.0, "eager ms": 9.0, "inductor-sdpa ms": 6.0}
+    row |= {"inductor ms": None, "eager spread ms": 0.1, "ours-autotune ms": 2.0}
+    add_best(row)
+    assert (row["best peer"], row["ours/best"]) == ("inductor-sdpa", 0.5)
+    alone: Row = {"name": "bert train", "ours ms": 3.0}
+    add_best(alone)
+    assert "ours/best" not in alone
+
+    table = Table("t", ["name"], [row, {"name": "bert forward", "ours/best": 0.25}, alone])
+    add_geometric_mean(table, "ours/best", only="train")
+    assert table.summary["geometric mean of ours/best of train"] == 0.5
+    assert table.summary["rows with ours/best of train"] == "1 of 2"
+
+
+def test_caches_that_are_kept_are_found_again(tmp_path: Path) -> None:
+    session, row = _session(), {"name": "row"}
+    session.args.caches = str(tmp_path)
+    place = tmp_path / "inductor" / "made"
+
+    def makes() -> None:
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        folder.mkdir(exist_ok=True)
+        (folder / "made").touch()
+
+    session.attempt(row, "one", makes)
+    session.attempt(row, "two", lambda: row.update({"found": place.exists()}))
+    assert row["found"]
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") != str(tmp_path / "inductor")
 
 
 def test_a_verdict_names_the_worst_tensor() -> None:
