@@ -246,6 +246,7 @@ def _problem_text(product: LibraryProduct[Size]) -> str:
     lies = ", ".join(f"{name}={tuple_text(each)}" for name, each in strides.items())
     lies += ", bias=True" * product.bias
     lies += f", stored={product.stored}" if product.stored else ""
+    lies += f', activation="{product.activation}"' if product.activation else ""
     return f"Problem(\n        {shape}, dtype={product.dtype},\n        {lies},\n    )"
 
 

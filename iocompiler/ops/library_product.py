@@ -5,7 +5,7 @@ numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -13,6 +13,8 @@ from iocompiler.tile.index import Size
 
 Strides: TypeAlias = tuple[Size, Size, Size]
 S = TypeVar("S")
+Activation: TypeAlias = Literal["gelu", "relu"]
+"""What an epilogue computes: a GELU is that by tanh."""
 
 
 @dataclass(frozen=True, order=True)
@@ -40,9 +42,9 @@ class LibraryProduct(Generic[S]):
 
     Strides are in elements, from one matrix, row, column to the next. ``added`` is a bias of n
     elements, with strides (0, 0, 1), or a matrix; with ``bias``, it is a matrix, and a bias of n
-    elements is added too. With ``sums``, all this goes there, rounded, and ``out`` is its GELU by
-    tanh, which may be that of what is not rounded yet. ``stored`` is the result's dtype where it is
-    not ``dtype``, that of the operands; nothing is added then.
+    elements is added too. With an ``activation``, ``out`` is that of all this, which may not be
+    rounded yet; with ``sums`` too, the sums go there, rounded. ``stored`` is the result's dtype
+    where it is not ``dtype``, that of the operands; nothing is added then.
     """
 
     batch: S
@@ -57,6 +59,7 @@ class LibraryProduct(Generic[S]):
     bias: bool = False
     sums: tuple[S, S, S] | None = None
     stored: torch.dtype | None = None
+    activation: Activation | None = None
 
     @property
     def biased(self) -> bool:

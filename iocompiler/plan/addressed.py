@@ -17,7 +17,7 @@ import torch
 
 from iocompiler.ops.addmm_gelu import ADDMM_GELU
 from iocompiler.ops.biased_addmm import BIASED_ADDMM
-from iocompiler.ops.library_product import LibraryProduct, Strides
+from iocompiler.ops.library_product import Activation, LibraryProduct, Strides
 from iocompiler.ops.wide_product import WIDE_PRODUCT
 from iocompiler.plan.contents import made
 from iocompiler.plan.data import AtenStep, Plan, Step, TensorSpec
@@ -30,6 +30,7 @@ from iocompiler.tile.traffic import VECTOR_BYTES
 DTYPES = (torch.bfloat16, torch.float16)
 """Of whose products no switch of torch's changes what is computed: float32 has TF32."""
 _TARGETS = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
+_ALONE = "aten._addmm_activation.default"
 ACTIVATED = str(ADDMM_GELU)
 BIAS: Strides = (0, 0, 1)
 """Those of what is added to every row."""
@@ -64,6 +65,11 @@ def library_product(
         return _biased(step, specs, device)
     if step.target == str(WIDE_PRODUCT):
         return _wide(step, specs, device)
+    if step.target == _ALONE:
+        found = library_product(_without_activation(step), specs, device)
+        if found is None or found.added != BIAS:
+            return None
+        return replace(found, activation=_activation(step))
     if step.target not in _TARGETS or not takes_out(step, device):
         return None
     factors = factors_of(step, specs)
@@ -82,7 +88,16 @@ def _activated(
     found = library_product(replace(plain, is_tuple=False), specs, device)
     if found is None or name is None or spec != activation[1] or found.added not in (None, BIAS):
         return None
-    return replace(found, sums=found.out)
+    return replace(found, sums=found.out, activation="gelu")
+
+
+def _without_activation(step: AtenStep) -> AtenStep:
+    others = tuple((key, value) for key, value in step.kwargs if key != "use_gelu")
+    return replace(step, target="aten.addmm.default", kwargs=others)
+
+
+def _activation(step: AtenStep) -> Activation:
+    return "gelu" if dict(step.kwargs).get("use_gelu", False) else "relu"
 
 
 def _biased(

@@ -2,7 +2,7 @@
 
     {"product": {"batch": 1, "m": 8192, "n": 768, "k": 3072, "dtype": "bfloat16",
                  "a": [0, 3072, 1], "b": [0, 1, 3072], "out": [0, 768, 1], "added": [0, 0, 1],
-                 "bias": false, "sums": null, "stored": null},
+                 "bias": false, "sums": null, "stored": null, "activation": null},
      "algorithm": {"id": 66, "tile": 20, "split_k": 1, ...}}
 
 Fields are those of `LibraryProduct` and `Algorithm`.
@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from iocompiler.ops.library_product import Algorithm, LibraryProduct, Problem
+from iocompiler.ops.library_product import Activation, Algorithm, LibraryProduct, Problem
 
 _ALGORITHM = tuple(field.name for field in dataclasses.fields(Algorithm))
 _PRODUCT = tuple(field.name for field in dataclasses.fields(LibraryProduct))
 _EXTENTS = ("batch", "m", "n", "k")
 _STRIDES = ("a", "b", "out", "added", "sums")
-_MAY_BE_NONE = ("added", "sums", "stored")
+_MAY_BE_NONE = ("added", "sums", "stored", "activation")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -90,6 +90,9 @@ def _product(row: Any) -> Problem:
         if given[name] not in _DTYPES:
             raise ValueError(f"there is no {name} {given[name]!r}: {', '.join(_DTYPES)}")
         given[name] = _DTYPES[given[name]]
+    if given.get("activation", "gelu") not in get_args(Activation):
+        known = ", ".join(get_args(Activation))
+        raise ValueError(f"there is no activation {given['activation']!r}: {known}")
     return Problem(**given)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from iocompiler.ops.library_product import Algorithm
+from iocompiler.ops.library_product import Activation, Algorithm
 
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
@@ -30,9 +30,9 @@ WORKSPACE = 32 * 2**20
 _TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
 _BATCH_COUNT, _BATCH_STRIDE = 5, 6
 _MOST_WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)
-_EPILOGUE_BIAS = 4
+_EPILOGUE_BIAS, _EPILOGUE_SUMS = 4, 128
+_ACTIVATIONS = {None: 0, "relu": 2, "gelu": 32}
 _SUMS_POINTER, _SUMS_LEADING = 11, 12  # the epilogue's "auxiliary" matrix
-_EPILOGUE_GELU_AND_SUMS = 32 | 128
 _REDUCED_IN_FLOAT32 = 2
 """Partial sums are added in float32: half as exact, where the library adds them in the result's
 dtype, is not what a float32 sum promises. (By NVIDIA's word, whatever the algorithm, one version
@@ -70,8 +70,8 @@ class Matrix:
 @dataclass(frozen=True)
 class Description:
     """``d = op(a) op(b)``, plus ``c`` where it is added, plus a bias of ``d.rows`` elements, in
-    column-major matrices; op transposes where it says so. With ``sums``, this goes there, and ``d``
-    is its GELU by tanh. ``d`` is of the operands' dtype, or of ``stored``.
+    column-major matrices; op transposes where it says so. With an ``activation``, ``d`` is that of
+    it; with ``sums`` too, the sums go there. ``d`` is of the operands' dtype, or of ``stored``.
     """
 
     dtype: torch.dtype
@@ -86,6 +86,7 @@ class Description:
     alignment: int = 256
     sums: Matrix | None = None
     stored: torch.dtype | None = None
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ def _described(lib: Any, of: Description, made: list[c_void_p]) -> tuple[c_void_
 
     describe(_TRANSPOSE_A, c_int32(of.transpose_a))
     describe(_TRANSPOSE_B, c_int32(of.transpose_b))
-    epilogue = of.bias * _EPILOGUE_BIAS | (of.sums is not None) * _EPILOGUE_GELU_AND_SUMS
+    epilogue = of.bias * _EPILOGUE_BIAS | _ACTIVATIONS[of.activation]
+    epilogue |= (of.sums is not None) * _EPILOGUE_SUMS
     some = c_void_p(of.alignment)  # an address as aligned as all will be
     if epilogue:
         describe(_EPILOGUE, c_uint32(epilogue))

@@ -86,16 +86,20 @@ def _by_rows(of: Problem, alignment: int) -> Description | None:
     elif of.biased and of.added != (0, 0, 1) and of.n > 1:
         return None
     sums = _by_columns(of.n, of.m, of.sums) if of.sums is not None else None
-    if of.sums is not None and (sums is None or not _takes_sums(of, sums, alignment)):
+    if of.sums is not None and (sums is None or of.activation != "gelu"):
+        return None  # of a ReLU the library stores signs
+    if of.activation and not _takes_activation(of, sums or out, alignment):
         return None
     return Description(
-        of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment, sums, of.stored
-    )
+        of.dtype, of.batch, b, a, out, added, turn_b, turn_a, of.biased, alignment, sums,
+        of.stored, of.activation,
+    )  # fmt: skip
 
 
-def _takes_sums(of: Problem, sums: Matrix, alignment: int) -> bool:
-    """Whether the library stores what an activation reads, as its documentation has it: vectors of
-    16 bytes. Of one product, to which no more than a bias is added, as nothing else was tried.
+def _takes_activation(of: Problem, sums: Matrix, alignment: int) -> bool:
+    """Whether the library computes an activation, and stores what that reads, as its documentation
+    has it: of vectors of 16 bytes. Of one product, to which no more than a bias is added, as
+    nothing else was tried.
     """
     vector = VECTOR_BYTES // of.dtype.itemsize
     alone = of.batch == 1 and of.matrix is None
@@ -266,8 +270,10 @@ def _by_aten(
     else:
         matrix, row = at(added, p.m, p.n, p.added), at(bias, p.m, p.n, (0, 0, 1))
         summed.copy_(biased_addmm(matrix, row, left, right))
-    if p.sums is not None:
+    if p.activation == "gelu":
         torch.ops.aten.gelu.out(summed, approximate="tanh", out=result)
+    elif p.activation == "relu":
+        torch.clamp(summed, min=0, out=result)
 
 
 class _Memory:

@@ -143,7 +143,7 @@ def _seconds(of: Problem, device: Device) -> float:
 
 
 def title(of: Problem) -> str:
-    """As "8192 x 3072 x 768 bfloat16 nt, bias, GELU": rows, columns, inner extent, and which
+    """As "8192 x 3072 x 768 bfloat16 nt, bias, gelu": rows, columns, inner extent, and which
     operands lie by columns ("t").
     """
     batch = f"{of.batch} of " if of.batch > 1 else ""
@@ -154,9 +154,10 @@ def title(of: Problem) -> str:
         "in float32": of.stored is not None,
         "bias": of.biased,
         "added": of.matrix is not None,
-        "GELU": of.sums is not None,
+        "sums kept": of.sums is not None,
     }
-    return ", ".join([extents, *(word for word, has in words.items() if has)])
+    beside = [word for word, has in words.items() if has]
+    return ", ".join([extents, *beside, *([of.activation] if of.activation else [])])
 
 
 # --- measuring

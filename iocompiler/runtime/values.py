@@ -46,7 +46,7 @@ def in_numbers(product: LibraryProduct[Size], sizes: Mapping[str, int]) -> Probl
     added, sums = (s if s is None else numbers(s) for s in (product.added, product.sums))
     return Problem(
         batch, m, n, k, product.dtype, numbers(product.a), numbers(product.b),
-        numbers(product.out), added, product.bias, sums, product.stored,
+        numbers(product.out), added, product.bias, sums, product.stored, product.activation,
     )  # fmt: skip
 
 

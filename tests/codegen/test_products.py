@@ -226,7 +226,7 @@ def test_a_gelu_beside_its_product(bias: bool) -> None:
     assert f" run_addmm_gelu(stream, (), {launch} del " in " ".join(text.split())
     for name in "zy":
         assert f"    {name} = empty((8, 8), (8, 1), torch.bfloat16)\n" in text
-    assert "sums=(0, 8, 1),\n" in text
+    assert 'sums=(0, 8, 1), activation="gelu",\n' in text
     assert "2 launches, 0 aten calls, 2 products of a library on cuda:0." in text
     agree(graph, *(torch.randn(*shape).to(BF16) for shape in ((8, 8), (8, 8), (8,))))
 
@@ -245,6 +245,23 @@ def test_a_gelu_of_any_number_of_rows(rows: int) -> None:
         run_of(settled(graph, {"s0": 5}))([*given]), run_plan(graph, given), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("gelu", [True, False])
+def test_an_activation_alone(gelu: bool) -> None:
+    square = half(8, 8)
+    args, kwargs = (Ref("c"), Ref("x"), Ref("w")), (("use_gelu", gelu),)
+    step = AtenStep("aten._addmm_activation.default", args, kwargs, (("z", square),), False)
+    graph = plan({"x": square, "w": square, "c": half(8)}, [step], (Ref("z"),))
+    text = emit_module(settled(graph), "graph")
+    assert f'activation="{"gelu" if gelu else "relu"}",\n' in text
+    assert "0 aten calls, 1 products of a library" in text
+    x, w, c = (torch.randn(*shape).to(BF16) for shape in ((8, 8), (8, 8), (8,)))
+    (found,) = run_of(settled(graph))([x, w, c])
+    sums = torch.addmm(c, x, w)
+    # on a CPU the operator's GELU is the exact one; on a GPU it is that by tanh, which is asked for
+    expected = torch.nn.functional.gelu(sums, approximate="tanh") if gelu else sums.relu()
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_is_no_gelu_by_address_is_a_call() -> None:

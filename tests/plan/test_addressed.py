@@ -155,7 +155,20 @@ def test_factors_declined(kwargs: dict[str, float]) -> None:
     assert of("addmm", spec(4), spec(6, 8), spec(8, 4), **kwargs) is None
 
 
-@pytest.mark.parametrize("target", ["_addmm_activation", "convolution", "add"])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_an_activation(gelu: bool) -> None:
+    given = spec(32), spec(6, 8), spec(8, 32)
+    plain = of("addmm", *given)
+    assert plain is not None
+    found = of("_addmm_activation", *given, use_gelu=gelu)
+    assert found == replace(plain, activation="gelu" if gelu else "relu")
+    assert of("_addmm_activation", *given) == replace(plain, activation="relu")
+    assert of("_addmm_activation", spec(6, 32), *given[1:], use_gelu=gelu) is None
+    assert of("_addmm_activation", spec(4), spec(6, 8), spec(8, 4), use_gelu=gelu) is None
+    assert of("_addmm_activation", *given, alpha=0.5) is None
+
+
+@pytest.mark.parametrize("target", ["convolution", "add"])
 def test_other_calls_declined(target: str) -> None:
     assert of(target, spec(4), spec(6, 8), spec(8, 4)) is None
 

@@ -28,7 +28,10 @@ from tests.runtime.test_plan_file import compiled
 
 EVERYTHING = (
     (LAYER, FIRST),
-    (replace(LAYER, added=(0, 0, 1), sums=(0, 1024, 1)), replace(SECOND, twin=1)),
+    (
+        replace(LAYER, added=(0, 0, 1), sums=(0, 1024, 1), activation="gelu"),
+        replace(SECOND, twin=1),
+    ),
     (replace(LAYER, batch=3, dtype=torch.float16, added=(7, 1024, 1), bias=True), THIRD),
     (replace(LAYER, stored=torch.float32), THIRD),
 )
@@ -52,6 +55,7 @@ def test_rows_of_json() -> None:
         (lambda row: row["product"].update(a=[1, 2]), "not three strides"),
         (lambda row: row["product"].update(bias=1), "bias is 1, not true or false"),
         (lambda row: row["product"].update(dtype="float64"), "no dtype 'float64'"),
+        (lambda row: row["product"].update(activation="silu"), "no activation 'silu': gelu, relu"),
     ],
 )
 def test_rows_that_are_none(change: Callable[[Any], object], words: str) -> None:

@@ -79,6 +79,7 @@ def test_memory_holds_what_the_product_reads_and_writes(
         added={"bias": row, "gelu": row, "added": matrix, "both": matrix}.get(form),
         bias=form == "both",
         sums=matrix if form == "gelu" else None,
+        activation="gelu" if form == "gelu" else None,
         stored=torch.float32 if form == "wide" else None,
     )
     sets = bench(1 << 24, monkeypatch).argument_sets(of)

@@ -121,7 +121,8 @@ def test_other_forms_are_not_asked_for(other: Problem) -> None:
     assert not supported(other)
 
 
-GELU = replace(PLAIN, n=16, b=(0, 16, 1), out=(0, 16, 1), added=(0, 0, 1), sums=(0, 24, 1))
+WIDE = replace(PLAIN, n=16, b=(0, 16, 1), out=(0, 16, 1), added=(0, 0, 1))
+GELU = replace(WIDE, sums=(0, 24, 1), activation="gelu")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -134,6 +135,27 @@ def test_sums_are_stored_beside_their_gelu(bias: bool) -> None:
     assert of.sums == Matrix(16, 3, 24)
     assert of.d == Matrix(16, 3, 16)
     assert of.bias == bias
+
+
+@pytest.mark.parametrize(("activation", "epilogue"), [("gelu", 36), ("relu", 6)])
+def test_an_activation_alone(activation: Any, epilogue: int) -> None:
+    described = describe(replace(WIDE, activation=activation), 16)
+    assert described is not None
+    of, swapped = described
+    assert (of.activation, of.sums, of.bias, swapped) == (activation, None, True, True)
+    told: dict[int, int] = {}
+
+    def set_attribute(description: object, attribute: int, value: Any, size: int) -> int:
+        told[attribute] = ctypes.cast(value, ctypes.POINTER(ctypes.c_uint32))[0]
+        return 0
+
+    library = types.SimpleNamespace(
+        cublasLtMatmulDescCreate=lambda *_: 0,
+        cublasLtMatmulDescSetAttribute=set_attribute,
+        cublasLtMatrixLayoutCreate=lambda *_: 0,
+    )
+    cublaslt._described(library, of, [])
+    assert told[7] == epilogue  # CUBLASLT_MATMUL_DESC_EPILOGUE
 
 
 def test_sums_by_columns() -> None:
@@ -155,6 +177,10 @@ def test_sums_by_columns() -> None:
         (replace(GELU, sums=(0, 1, 16)), 256),  # across the activation
         (replace(GELU, added=(0, 16, 1)), 256),  # a matrix added
         (replace(GELU, batch=2, a=(12, 4, 1), out=(48, 16, 1), sums=(72, 24, 1)), 256),
+        (replace(GELU, activation="relu"), 256),  # of which signs are stored
+        (replace(GELU, activation=None), 256),
+        (replace(WIDE, n=12, activation="relu"), 256),
+        (replace(WIDE, added=(0, 16, 1), activation="gelu"), 256),
     ],
 )
 def test_other_sums_are_not_asked_for(other: Problem, alignment: int) -> None:
@@ -218,7 +244,8 @@ def test_aten_in_place_of_a_gelu(dtype: torch.dtype, added: tuple[int, int, int]
     a, b, c = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype).t(), torch.randn(5).to(dtype)
     out = torch.full((3, 5), float("nan"), dtype=dtype)
     sums = torch.full((3, 7), float("nan"), dtype=dtype)
-    problem = Problem(1, 3, 5, 4, dtype, (0, 4, 1), (0, 1, 4), (0, 5, 1), added, sums=(0, 7, 1))
+    plain = Problem(1, 3, 5, 4, dtype, (0, 4, 1), (0, 1, 4), (0, 5, 1), added)
+    problem = replace(plain, sums=(0, 7, 1), activation="gelu")
     addresses = a.data_ptr(), b.data_ptr(), out.data_ptr(), c.data_ptr() if added else 0
     Product(lambda: problem, torch.device("cpu")).run(0, (), *addresses, sums=sums.data_ptr())
     expected = torch.mm(a, b) if added is None else torch.addmm(c, a, b)
@@ -226,6 +253,11 @@ def test_aten_in_place_of_a_gelu(dtype: torch.dtype, added: tuple[int, int, int]
     assert sums[:, 5:].isnan().all()
     gelu = torch.nn.functional.gelu(expected, approximate="tanh")
     torch.testing.assert_close(out, gelu, rtol=0, atol=0)
+    for activation, of in (("gelu", gelu), ("relu", expected.relu())):
+        out.fill_(float("nan"))
+        alone = replace(plain, activation=activation)  # type: ignore[arg-type]
+        Product(lambda alone=alone: alone, torch.device("cpu")).run(0, (), *addresses)
+        torch.testing.assert_close(out, of, rtol=0, atol=0)
 
 
 class Library:

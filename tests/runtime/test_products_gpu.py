@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,19 +83,31 @@ def forms() -> dict[str, Problem]:
         "matrix added, its rows apart": replace(plain, added=rows(128, 96, apart=8)),
         "matrix added, odd": problem(257, 129, 65, b=columns(65, 129), added=rows(257, 129)),
         "matrices added": replace(batches, added=rows(33, 24, 5)),
-        "gelu": replace(plain, added=BIAS, sums=rows(128, 96)),
-        "gelu, fp16": replace(plain, dtype=FP16, added=BIAS, sums=rows(128, 96)),
-        "gelu, no bias": replace(plain, sums=rows(128, 96)),
-        "gelu, sums further apart": replace(plain, added=BIAS, sums=rows(128, 96, apart=8)),
+        "gelu": replace(plain, added=BIAS, sums=rows(128, 96), activation="gelu"),
+        "gelu, fp16": replace(plain, dtype=FP16, added=BIAS, sums=rows(128, 96), activation="gelu"),
+        "gelu, no bias": replace(plain, sums=rows(128, 96), activation="gelu"),
+        "gelu, sums further apart": replace(
+            plain, added=BIAS, sums=rows(128, 96, apart=8), activation="gelu"
+        ),
         "gelu, activation further apart": replace(
-            plain, added=BIAS, out=rows(128, 96, apart=24), sums=rows(128, 96)
+            plain, added=BIAS, out=rows(128, 96, apart=24), sums=rows(128, 96), activation="gelu"
         ),
-        "gelu, by columns": replace(plain, b=columns(64, 96), added=BIAS, sums=rows(128, 96)),
-        "gelu, one row": problem(1, 96, 64, added=BIAS, sums=rows(1, 96)),
+        "gelu, by columns": replace(
+            plain, b=columns(64, 96), added=BIAS, sums=rows(128, 96), activation="gelu"
+        ),
+        "gelu, one row": problem(1, 96, 64, added=BIAS, sums=rows(1, 96), activation="gelu"),
         "gelu, large": problem(
-            2048, 768, 512, b=columns(512, 768), added=BIAS, sums=rows(2048, 768)
+            2048, 768, 512, b=columns(512, 768), added=BIAS, sums=rows(2048, 768), activation="gelu"
         ),
-        "gelu, a long sum": problem(64, 64, 8192, added=BIAS, sums=rows(64, 64)),
+        "gelu, a long sum": problem(64, 64, 8192, added=BIAS, sums=rows(64, 64), activation="gelu"),
+        "gelu alone": replace(plain, added=BIAS, activation="gelu"),
+        "gelu alone, fp16, by columns": replace(
+            plain, dtype=FP16, b=columns(64, 96), added=BIAS, activation="gelu"
+        ),
+        "gelu alone, no bias": replace(plain, activation="gelu"),
+        "gelu alone, large": problem(2048, 768, 512, added=BIAS, activation="gelu"),
+        "relu": replace(plain, added=BIAS, activation="relu"),
+        "relu, one row": problem(1, 96, 64, added=BIAS, activation="relu"),
         "stored wide": replace(plain, stored=torch.float32),
         "stored wide, fp16": replace(plain, dtype=FP16, stored=torch.float32),
         "stored wide, odd": problem(257, 129, 65, a=columns(257, 65), stored=torch.float32),
@@ -149,9 +162,12 @@ class Memory:
         return not bool(changed.any())
 
 
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
 class Case:
-    """A problem with operands in memory, and what torch makes of them. With ``sums``, ``out`` is
-    the GELU of what torch makes.
+    """A problem with operands in memory, and what torch makes of them. With an activation, ``out``
+    is that of what torch makes.
     """
 
     def __init__(self, problem: Problem, device: str, offset: int = 0) -> None:
@@ -195,12 +211,13 @@ class Case:
         """The result is as exact as torch's, and nothing else has changed."""
         eager, exact = self.by_torch(self.dtype), self.by_torch(torch.float64)
         found, theirs, wide = [self.out], [eager], [exact]
-        if self.sums is not None:
-            found = [self.out, self.sums]
-            theirs = [F.gelu(eager, approximate="tanh"), eager]
-            wide = [F.gelu(exact, approximate="tanh"), exact]
+        if self.problem.activation:
+            activation = ACTIVATIONS[self.problem.activation]
+            theirs, wide = [activation(eager), eager], [activation(exact), exact]
+            found += [self.sums] if self.sums is not None else []
         assert not any(memory.tensor.isnan().any() for memory in found)
-        assert_near_exact([m.tensor for m in found], theirs, wide, self.dtype)
+        made = [m.tensor for m in found]
+        assert_near_exact(made, theirs[: len(made)], wide[: len(made)], self.dtype)
         assert all(memory.is_as_it_was(but=memory.tensor) for memory in found)
         assert all(memory.is_as_it_was() for memory in (self.a, self.b, *self.summands))
 
@@ -226,7 +243,7 @@ def test_right_and_nothing_beside(name: str, device: str) -> None:
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["256 128 64 torch.bfloat16 rows columns", "slices", "batches",
                                   "bias", "matrix added", "both added", "gelu",
-                                  "stored wide"])  # fmt: skip
+                                  "gelu alone", "relu", "stored wide"])  # fmt: skip
 def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> None:
     case = Case(FORMS[name], device, offset)
     case.launch()
@@ -237,11 +254,13 @@ def test_addresses_that_are_not_aligned(name: str, offset: int, device: str) -> 
 @pytest.mark.parametrize(
     "of",
     [
-        problem(33, 17, 9, added=BIAS, sums=rows(33, 17)),
-        problem(33, 24, 9, sums=rows(33, 24, apart=1)),
-        problem(33, 24, 40, batch=5, added=BIAS, sums=rows(33, 24, 5)),
-        replace(FORMS["matrix added"], sums=rows(128, 96)),
-        problem(33, 24, 0, a=(0, 1, 33), added=BIAS, sums=rows(33, 24)),
+        problem(33, 17, 9, added=BIAS, sums=rows(33, 17), activation="gelu"),
+        problem(33, 24, 9, sums=rows(33, 24, apart=1), activation="gelu"),
+        problem(33, 24, 40, batch=5, added=BIAS, sums=rows(33, 24, 5), activation="gelu"),
+        replace(FORMS["matrix added"], sums=rows(128, 96), activation="gelu"),
+        problem(33, 17, 9, added=BIAS, activation="gelu"),
+        problem(33, 24, 40, batch=5, added=BIAS, activation="relu"),
+        problem(33, 24, 0, a=(0, 1, 33), added=BIAS, sums=rows(33, 24), activation="gelu"),
     ],
 )
 def test_what_the_library_is_not_asked_for(of: Problem, device: str) -> None:
