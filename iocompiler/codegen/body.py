@@ -42,15 +42,22 @@ from iocompiler.tile.index import Size
 from iocompiler.tile.program import Buffer
 
 
-def _callable(target: str, measured: bool) -> str:
-    """An operator as text: of ours the function behind it, of others its overload. ``measured``:
-    whether products inside of it may have algorithms of their own.
+def _callable(target: str, first: bool, measured: bool) -> str:
+    """An operator as text: of ours the function behind it, or of its ``first`` result, of others
+    its overload. ``measured``: whether products inside of it may have algorithms of their own.
     """
     namespace, name, *_ = target.split(".")
     if namespace != "iocompiler":
         return f"torch.ops.{target}"
-    run = f'function("{name}")'
+    run = f'function("{name}"{", first=True" * first})'
     return f"module.multiplying({run})" if measured and library.multiplies(name) else run
+
+
+def _first_alone(step: AtenStep) -> bool:
+    """Whether an operator is called for the first of its results, which it makes alone for less."""
+    namespace, name, *_ = step.target.split(".")
+    paths = [path for path, _, _ in step.results()]
+    return namespace == "iocompiler" and library.has_first(name) and paths == [(0,)]
 
 
 def _needs_stream(step: Step) -> bool:
@@ -261,7 +268,7 @@ class Body:
             lines.append(f"{name} = {WITH_OUT[step.target]}({', '.join(arguments)})")
             self._statements.add(lines, read | given | {name})
             return
-        operator = self._operator(step.target)
+        operator = self._operator(step)
         # functions that operators call may be passed tensors that are none
         if replayed(step) and self._region is None:
             operator, form = self._again(step, operator)
@@ -285,6 +292,7 @@ class Body:
         wanted = step.results()
         names = [self._names.add(name) for _, name, _ in wanted]
         places = ["".join(f"[{argument_text(key, {})}]" for key in path) for path, _, _ in wanted]
+        places = [""] if _first_alone(step) else places
         if not wanted:
             lines.append(call)
         elif len(wanted) == 1:
@@ -305,13 +313,14 @@ class Body:
     def _laid_out(self, name: str, spec: TensorSpec) -> str:
         return f"{name} = laid_out({name}, {tuple_text(spec.shape)}, {tuple_text(spec.stride)})"
 
-    def _operator(self, target: str) -> str:
-        known = self._shared.operators
-        if target not in known:
-            known[target] = self._names.claim(target.removesuffix(".default").replace(".", "_"))
-            run = _callable(target, self._shared.measured)
-            self._shared.globals.append(f"{known[target]} = {run}")
-        return known[target]
+    def _operator(self, step: AtenStep) -> str:
+        known, first = self._shared.operators, _first_alone(step)
+        title = step.target.removesuffix(".default").replace(".", "_") + "_first" * first
+        if title not in known:
+            known[title] = self._names.claim(title)
+            run = _callable(step.target, first, self._shared.measured)
+            self._shared.globals.append(f"{known[title]} = {run}")
+        return known[title]
 
     def _function(self, region: Region) -> None:
         """The function of a region, before the one that passes it on."""

@@ -89,6 +89,24 @@ def _forward(
     return arranged(out, shape, layout[3]), lse.to(lse_dtype(query)).contiguous(), seed, offset
 
 
+def _output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    kernel: str,
+    layout: str,
+) -> Tensor:
+    if kernel not in kernels.OUTPUT or not query.numel() or not key.numel():
+        return _forward(query, key, value, bias, scale, causal, dropout_p, kernel, layout)[0]
+    setting = kernels.Setting(scale, causal, dropout_p)
+    out = kernels.OUTPUT[kernel](query, key, value, bias, setting)
+    return arranged(out, (*query.shape[:3], value.shape[3]), layout[3])
+
+
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -184,8 +202,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return dq, dk, dv, db if bias_grad else None, *unused
 
 
-library.implement("attention_forward", _forward, _forward_fake)
-library.implement("attention_forward_without_dropout", _forward, _forward_fake)
+library.implement("attention_forward", _forward, _forward_fake, first=_output)
+library.implement("attention_forward_without_dropout", _forward, _forward_fake, first=_output)
 library.implement("attention_backward", _backward, _backward_fake)
 library.differentiate("attention_forward", _differentiate, _setup)
 
@@ -226,8 +244,19 @@ def arranged(x: Tensor, shape: Any, order: str) -> Tensor:
     if x.shape != shape:
         x = x.reshape(shape)
     dims = MEMORY[order]
-    moved = x.permute(dims)
-    return x if moved.is_contiguous() else moved.contiguous().permute(_inverse(dims))
+    return x if _lies(x, dims) else x.permute(dims).contiguous().permute(_inverse(dims))
+
+
+def _lies(x: Tensor, dims: tuple[int, ...]) -> bool:
+    """Whether ``x`` is contiguous with its dims in this order: numbers, where a view takes the host
+    longer than a launch.
+    """
+    shape, stride, step = x.shape, x.stride(), 1
+    for dim in reversed(dims):
+        if shape[dim] != 1 and stride[dim] != step:
+            return False
+        step *= shape[dim]
+    return True
 
 
 def _inverse(dims: tuple[int, ...]) -> list[int]:

@@ -45,6 +45,16 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setti
     return out, lse.reshape(q.shape[:3]), *_state(q, s, seed, offset)
 
 
+def cudnn_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Tensor:
+    """`cudnn_forward` without what its backward reads."""
+    q, k, v = (_rows(x) for x in (q, k, v))
+    out: Tensor = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, _spread_bias(q, k, bias), False, _own_rate(s.dropout_p), s.causal, False,
+        scale=s.scale,
+    )[0]  # fmt: skip
+    return out
+
+
 def cudnn_backward(
     grad: Tensor,
     q: Tensor,
@@ -253,6 +263,8 @@ def blockwise_backward(
     )
 
 
+OUTPUT: dict[str, Callable[..., Tensor]] = {"cudnn": cudnn_output}
+"""Of kernels that make their first result for less where nobody reads the others."""
 FORWARD: dict[str, Callable[..., Forward]] = {
     "cudnn": cudnn_forward,
     "flash": flash_forward,

@@ -9,6 +9,7 @@ import torch
 
 _LIBRARY: Any = torch.library.Library("iocompiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _functions: dict[str, Callable[..., Any]] = {}
+_firsts: dict[str, Callable[..., Any]] = {}
 _launching: set[str] = set()
 _replayed: set[str] = set()
 _multiplying: set[str] = set()
@@ -25,6 +26,7 @@ def implement(
     run: Callable[..., Any],
     fake: Callable[..., Any],
     *,
+    first: Callable[..., Any] | None = None,
     launches: bool = False,
     replays: bool = False,
     multiplies: bool = False,
@@ -32,6 +34,7 @@ def implement(
     """What an operator does on any device, and on fake tensors.
 
     Args:
+        first: what makes the first of its results, for less, where nobody reads the others.
         launches: whether ``run`` may launch templates. It must then run on tensors without memory
             too, and keep none of them.
         replays: whether it may do that alone: what it does then follows from its arguments but for
@@ -43,6 +46,8 @@ def implement(
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"iocompiler::{name}", fake, lib=_LIBRARY)
     _functions[name] = run
+    if first is not None:
+        _firsts[name] = first
     if launches or replays:
         _launching.add(name)
     if replays:
@@ -63,11 +68,17 @@ def differentiate(name: str, backward: Callable[..., Any], setup: Callable[..., 
     )
 
 
-def function(name: str) -> Callable[..., Any]:
-    """What an operator does, past torch's dispatcher: below autograd there is nothing left to
-    choose, and its way through Python takes longer than a short kernel runs.
+def function(name: str, first: bool = False) -> Callable[..., Any]:
+    """What an operator does, or what makes its ``first`` result alone, past torch's dispatcher:
+    below autograd there is nothing left to choose, and its way through Python takes longer than a
+    short kernel runs.
     """
-    return _functions[name]
+    return (_firsts if first else _functions)[name]
+
+
+def has_first(name: str) -> bool:
+    """Whether the first of an operator's results may be had alone, for less."""
+    return name in _firsts
 
 
 def launches(name: str) -> bool:

@@ -64,3 +64,25 @@ def test_other_calls_are_the_operators() -> None:
     for target in ("iocompiler.linear_cross_entropy_losses.default", "aten.mm.default"):
         assert not replayed(replace(step, target=target))
     assert not replayed(replace(step, kwargs=(("dropout_p", 0.5),)))
+
+
+def test_an_operator_whose_first_result_is_read_alone() -> None:
+    out, lse = Q, spec(1, 2, 64, dtype=torch.float32)
+    state = spec(0, dtype=torch.int64)
+    args = (Ref("q"), Ref("k"), Ref("v"), None, 0.125, False, 0.0, "cudnn", "ssss")
+    results: tuple[tuple[str | None, Any], ...] = (
+        ("a", out), (None, lse), (None, state), (None, state),
+    )  # fmt: skip
+    step = AtenStep("iocompiler.attention_forward.default", args, (), results, True)
+    inputs = tuple((name, Q) for name in "qkv")
+    text = emit_module(Plan(inputs, (step,), (Ref("a"),), "cuda:0"), "graph")
+    name = "iocompiler_attention_forward_first"
+    assert f'{name} = function("attention_forward", first=True)' in text
+    assert f"    a = {name}(q, k, v, None, 0.125, False, 0.0, 'cudnn', 'ssss')\n" in text.replace(
+        '"', "'"
+    )
+    both = replace(step, outputs=(("a", out), ("lse", lse), *results[2:]))
+    text = emit_module(Plan(inputs, (both, step), (Ref("lse"), Ref("a")), "cuda:0"), "graph")
+    assert 'iocompiler_attention_forward = function("attention_forward")' in text
+    assert "results = iocompiler_attention_forward(q," in text
+    assert f" = {name}(q," in text

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iocompiler.ops import attention_blockwise as blockwise
 from iocompiler.ops import attention_kernels as kernels
-from iocompiler.ops.attention import BACKWARD, FORWARD, attention
-from iocompiler.ops.attention_choice import KERNELS, choose
+from iocompiler.ops import library
+from iocompiler.ops.attention import BACKWARD, FORWARD, arranged, attention
+from iocompiler.ops.attention_choice import KERNELS, MEMORY, choose
 from tests.ops.attention_reference import accuracy, inputs, reference
 
 CASES = list(product((1, 7, 150), (7, 130), (1, 2, 4), (None, (1, 1), (2, 4)), (False, True)))
@@ -56,6 +57,52 @@ def test_promised_strides_are_kept(kernel: str, dropout_p: float, layout: str) -
         )
 
 
+FIRST = library.function("attention_forward", first=True)
+
+
+@pytest.mark.parametrize("layout", ["ssss", "hhhh", "shst", "ttht"])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 9), (1, 9), (0, 9), (7, 0)])
+def test_the_first_result_alone(layout: str, rows: int, columns: int) -> None:
+    q, k, v, _ = (x if x is None else x.float() for x in inputs(rows, columns, 2, None))
+    arguments = (q, k, v, None, 0.3, False, 0.0, "cpu", layout)
+    expected = FORWARD(*arguments)[0]
+    found = FIRST(*arguments)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert found.stride() == expected.stride()
+
+
+def test_cudnn_is_asked_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it lays out otherwise is laid out as promised."""
+    asked: list[bool] = []
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, *_: Any, **__: Any
+    ):  # type: ignore[no-untyped-def]
+        asked.append(lse)
+        return (q.contiguous(),)
+
+    stub = SimpleNamespace(_scaled_dot_product_cudnn_attention=forward)
+    monkeypatch.setattr(kernels, "aten", stub)
+    q = torch.randn(2, 7, 4, 8).transpose(1, 2)
+    for layout, stride in (("ssss", q.stride()), ("hhhh", q.contiguous().stride())):
+        found = FIRST(q, q, q, None, 0.3, False, 0.0, "cudnn", layout)
+        assert torch.equal(found, q)
+        assert found.stride() == stride
+    assert asked == [False, False]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 7, 8), (1, 4, 1, 8), (2, 1, 7, 1), (2, 0, 7, 8)])
+def test_what_lies_as_promised_is_not_copied(shape: tuple[int, ...]) -> None:
+    for order, dims in MEMORY.items():
+        inverse = [dims.index(d) for d in range(4)]
+        x = torch.randn([shape[d] for d in dims]).permute(inverse)
+        assert arranged(x, shape, order).data_ptr() == x.data_ptr()
+        for other, theirs in MEMORY.items():
+            found = arranged(x, shape, other)
+            assert torch.equal(found, x)
+            assert found.permute(theirs).is_contiguous()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_is_promised_has_the_layout_asked_for(kernel: str) -> None:
     """Also of the kernels that cannot run here."""
@@ -87,8 +134,8 @@ def test_cudnn_gets_its_output_back_as_it_lays_it_out(monkeypatch: pytest.Monkey
         seen.extend((out, grad))
         return grad, k, v
 
-    library = SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=backward)
-    monkeypatch.setattr(kernels, "aten", library)
+    stub = SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=backward)
+    monkeypatch.setattr(kernels, "aten", stub)
     packed = torch.randn(2, 5, 3, 4, 8).select(2, 0).transpose(1, 2)
     out = torch.randn(2, 4, 5, 8)
     saved = (out, torch.zeros(2, 4, 5), torch.empty(0), torch.empty(0))
@@ -106,8 +153,8 @@ def test_blocks_skipped_by_the_causal_kernel_are_no_gradient(
         above = torch.ones(5, 5, dtype=torch.bool).triu(1)
         return grad, k, v, torch.ones(2, 4, 5, 5).masked_fill(above, float("nan"))
 
-    library = SimpleNamespace(_scaled_dot_product_efficient_attention_backward=backward)
-    monkeypatch.setattr(kernels, "aten", library)
+    stub = SimpleNamespace(_scaled_dot_product_efficient_attention_backward=backward)
+    monkeypatch.setattr(kernels, "aten", stub)
     q, bias = torch.randn(2, 4, 5, 8), torch.randn(1, 4, 5, 5)
     saved = (q, torch.zeros(2, 4, 32), torch.empty(0), torch.empty(0))
     setting = kernels.Setting(1.0, True, 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from iocompiler.ops import library
 from iocompiler.ops.attention import BACKWARD, FORWARD, attention
 from tests.ops.attention_reference import accuracy, inputs, reference
 
@@ -146,6 +147,18 @@ def test_promised_strides_are_kept(kernel: str, dropout_p: float, packed: bool) 
         assert there.shape == promised.shape
         assert there.stride() == promised.stride()
         assert there.dtype == promised.dtype
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient", "blockwise"])
+@pytest.mark.parametrize(("rows", "columns", "causal"), [(128, 128, True), (7, 130, False)])
+def test_the_first_result_alone(kernel: str, rows: int, columns: int, causal: bool) -> None:
+    """As exact as with the log-sum-exps beside it, and laid out as promised."""
+    given = [x if x is None else x.bfloat16().cuda() for x in inputs(rows, columns, 4, None, 64, 4)]
+    setting = (0.125, causal, 0.0, kernel, "ssss")
+    both = FORWARD(*given, *setting)[0]
+    found = library.function("attention_forward", first=True)(*given, *setting)
+    torch.testing.assert_close(found, both)
+    assert found.stride() == both.stride()
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
