@@ -90,20 +90,13 @@ def _forward(
 
 
 def _output(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    kernel: str,
-    layout: str,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *setting: Any
 ) -> Tensor:
+    """`_forward`'s first result."""
+    *fixed, kernel, layout = setting
     if kernel not in kernels.OUTPUT or not query.numel() or not key.numel():
-        return _forward(query, key, value, bias, scale, causal, dropout_p, kernel, layout)[0]
-    setting = kernels.Setting(scale, causal, dropout_p)
-    out = kernels.OUTPUT[kernel](query, key, value, bias, setting)
+        return _forward(query, key, value, bias, *setting)[0]
+    out = kernels.OUTPUT[kernel](query, key, value, bias, kernels.Setting(*fixed))
     return arranged(out, (*query.shape[:3], value.shape[3]), layout[3])
 
 
