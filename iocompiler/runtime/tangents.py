@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch._dynamo import compiled_autograd
-from torch._dynamo import config as dynamo_config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import BackwardCFunction
@@ -38,7 +37,10 @@ class Backward:
     Args:
         tangents: their positions among the arguments.
         compiled: makes what runs without the arguments at the positions given.
-        known: what was compiled before.
+        known: what another process compiled; nothing is compiled here then.
+
+    Attributes:
+        compiles: whether it is compiled for each set that comes.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Backward:
     ) -> None:
         self._tangents = tuple(tangents)
         self._compiled = compiled
+        self.compiles = known is None
         self._runs = dict(known or {})
 
     def nearest(self, absent: Absent) -> Absent:
@@ -146,12 +149,11 @@ def no_new_guards() -> Iterator[None]:
         raise LateGuard(guards=", ".join(str(guard.expr) for guard in guards[before:]))
 
 
-def may_be_none() -> bool:
-    """Whether the gradients of a graph that runs now may be None. Compiled autograd traces what
-    AOTAutograd made of the backward, which does without none.
+def is_compiled_autograd() -> bool:
+    """Whether compiled autograd takes the gradients of a graph that runs now. None of them may be
+    None then: it traces what AOTAutograd made of the backward, which does without none.
     """
-    entered = getattr(compiled_autograd, "compiled_autograd_enabled", False)
-    return not (dynamo_config.compiled_autograd or entered)
+    return bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
 
 
 def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[..., Any]:
@@ -163,7 +165,7 @@ def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[
 
     def call(*args: Any) -> Any:
         results = run(*args)
-        if optional and may_be_none():
+        if optional and not is_compiled_autograd():
             for at in optional:
                 node = results[at].grad_fn
                 if isinstance(node, BackwardCFunction):
