@@ -88,13 +88,16 @@ class Calling:
         if self._refused is not None:
             return theirs
         ours: Call | None = None
+        has_run = False
 
         def call(*inputs: Any) -> Sequence[Any]:
-            nonlocal ours
+            nonlocal ours, has_run
+            if ours is None and has_run:
+                ours = self._made()
             if ours is not None and not is_compiled_autograd():
                 return ours(*inputs)
             results = theirs(*inputs)
-            ours = ours or self._made()
+            has_run = True
             return results
 
         return call
