@@ -118,6 +118,7 @@ def _differentiable(
 
 
 def _not_traced(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled autograd would trace it, and does not know the modules that are called there."""
     made: Callable[..., Any] = disable(backward, reason="a backward is compiled already")  # type: ignore[no-untyped-call]
     return made
 

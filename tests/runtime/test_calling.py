@@ -306,7 +306,7 @@ def test_from_several_threads(way: str) -> None:
     assert not wrong
 
 
-# compiled autograd, and a backward that Dynamo meets
+# compiled autograd
 
 
 def head(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,31 +341,6 @@ def test_under_compiled_autograd(
             with compiled_autograd():
                 loss.backward()
         torch.testing.assert_close((x.grad, w.grad), expected)
-
-
-def test_dynamo_leaves_the_backward_alone(way: str) -> None:
-    """A step that is compiled breaks where it is differentiated; what runs there is no frame to
-    compile.
-    """
-    f = lambda x, w: product(x, w).sum().reshape(1)
-    inputs = (grad(3), grad(3))
-    run, seen = called(way, f, inputs), []
-
-    def noting(gm: torch.fx.GraphModule, _: Any) -> Program:
-        seen.append([node.target for node in gm.graph.nodes if node.op == "call_function"])
-        return gm.forward
-
-    def step(x: Tensor, w: Tensor) -> Tensor:
-        loss = run(x, w)
-        torch._dynamo.graph_break()
-        loss.backward()
-        return loss * 2
-
-    ours, theirs = [copy(x) for x in inputs], [copy(x) for x in inputs]
-    torch.compile(step, backend=noting)(*ours)
-    f(*theirs).backward()
-    torch.testing.assert_close([x.grad for x in ours], [x.grad for x in theirs])
-    assert sum(map(len, seen)) <= 5  # the program's own
 
 
 # what stays AOTAutograd's
