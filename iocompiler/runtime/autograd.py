@@ -138,8 +138,8 @@ def _function(
 ) -> type[torch.autograd.Function]:
     outputs = convention.outputs
     made = len(outputs)
-    checked = made + training.checked
-    unchecked = checked + training.unchecked
+    kept = made + training.checked + training.unchecked
+    beside = bool(training.unchecked or training.sizes)
     fresh = [output.source is None for output in outputs]
     silent = [position for position, output in enumerate(outputs) if not output.differentiable]
     taken = [tangent.output for tangent in training.tangents]
@@ -152,16 +152,17 @@ def _function(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             results = forward(list(args))
-            ctx.save_for_backward(*map(_plain, results[made:checked]))
-            ctx.unchecked = [_plain(x) for x in results[checked:unchecked]]
-            ctx.sizes = results[unchecked:]
+            # autograd keeps the base of a saved view alive too; what is saved has no history
+            saved = [x.detach() if x._is_view() else x for x in results[made:kept]]
+            ctx.save_for_backward(*saved[: training.checked])
+            if beside:
+                ctx.beside = saved[training.checked :]
+                ctx.sizes = results[kept:]
             if partial is not None:
                 ctx.set_materialize_grads(is_compiled_autograd())
                 if not partial.compiles:
                     ctx.kinds = [_kind(results[at]) for at in taken]
-            found = [
-                _unviewed(x) if own else None for x, own in zip(results, fresh, strict=False)
-            ]
+            found = [_unviewed(results[at]) if fresh[at] else None for at in range(made)]
             if silent:
                 marked = [found[at] for at in silent if isinstance(found[at], torch.Tensor)]
                 ctx.mark_non_differentiable(*marked)
@@ -172,7 +173,9 @@ def _function(
         @_not_traced
         def backward(ctx: Any, *gradients: Any) -> Any:
             _check_backward(training)
-            args = [*ctx.sizes, *ctx.saved_tensors, *ctx.unchecked]
+            args = list(ctx.saved_tensors)
+            if beside:
+                args = [*ctx.sizes, *args, *ctx.beside]
             boxed = len(gradients) == 1 and type(gradients[0]) is list
             given = gradients[0] if boxed else list(gradients)
             del gradients
@@ -182,21 +185,17 @@ def _function(
                 _complete(came, ctx.kinds, partial, len(args))
             args += [None if x is None else lay(x) for x, lay in zip(came, layouts, strict=True)]
             came.clear()
+            if torch.is_grad_enabled():
+                return _once(lambda: run(ctx, args), args)
+            return run(ctx, args)
 
-            def run() -> tuple[Any, ...]:
-                ctx.maybe_clear_saved_tensors()
-                if not torch._C._autograd._get_current_graph_task_keep_graph():
-                    ctx.unchecked = []
-                return tuple(backward(args))
-
-            return _once(run, args) if torch.is_grad_enabled() else run()
+    def run(ctx: Any, args: list[Any]) -> tuple[Any, ...]:
+        ctx.maybe_clear_saved_tensors()
+        if beside and not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.beside = []
+        return tuple(backward(args))
 
     return CompiledGraph
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    """Autograd keeps the base of a saved view alive too; what is saved here has no history."""
-    return x.detach() if x._is_view() else x
 
 
 def _unviewed(x: Any) -> Any:
