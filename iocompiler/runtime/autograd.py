@@ -129,7 +129,7 @@ class _Boxing(FunctionMeta):
     """
 
     @property
-    def boxed_grads_call(cls) -> bool:
+    def boxed_grads_call(self) -> bool:
         return not is_compiled_autograd()
 
 
@@ -243,8 +243,8 @@ def _layout(tangent: Tangent) -> Callable[[torch.Tensor], torch.Tensor]:
     return formatted
 
 
-def _refuse_subclass(x: torch.Tensor) -> None:
-    """A gradient without memory of its own, of a plain result: there is nothing to compute with."""
+def _refuse_subclass(x: Any) -> None:
+    """Raise where a gradient has no memory of its own: there is nothing to compute with."""
     if is_traceable_wrapper_subclass(x):
         raise RuntimeError(
             f"a backward compiled for gradients that are plain tensors was given a "
