@@ -203,6 +203,7 @@ def test_hooks_on_what_is_saved(way: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         result = run(x, w)
+        assert (node_of(result) == OURS) == (way != "theirs")
         assert len(packed) >= 2
         expected = product(x, w)
     found = torch.autograd.grad(result.sum(), (x, w))
