@@ -39,9 +39,8 @@ class Calling:
         self._constants = [tensor for _, tensor in tensors(graph)]
         self._count = len(self._constants) + len(inputs)
         self._autocast = torch._C._is_any_autocast_enabled()
-        self._forward: tuple[GraphModule, Any] | None = None
+        self._forward: tuple[GraphModule, Any, Boxed] | None = None
         self._runs: tuple[Boxed, Boxed | None] | None = None
-        self._first: Boxed | None = None
         self._convention: Convention | None = None
         self._refused: NotCacheable | None = None
         self._attempt(lambda: _refuse(inputs))
@@ -66,17 +65,17 @@ class Calling:
         """Of a forward, which is kept until its backward comes."""
 
         def note() -> None:
-            self._forward, self._first = (flat, _metadata()), run
+            self._forward = flat, _metadata(), run
 
         self._attempt(note)
 
     def backward(self, whole: GraphModule, run: Boxed) -> None:
         """Of its backward for all tangents, and of what runs that."""
-        if self._forward is None or self._first is None:
+        if self._forward is None:
             return
-        (flat, metadata), first = self._forward, self._first
+        flat, metadata, first = self._forward
         self._attempt(lambda: self._settle(read(metadata, flat, whole), first, run))
-        self._forward = self._first = None
+        self._forward = None
 
     def instead_of(self, theirs: Call) -> Call:
         """``theirs`` until the graph has run and all is known, then ours.
@@ -114,8 +113,7 @@ class Calling:
 
     def _refuse(self, error: NotCacheable) -> None:
         self._refused = error
-        self._forward = self._first = None
-        self._constants = []
+        self._forward, self._constants = None, []
 
     def _settle(self, convention: Convention, forward: Boxed, backward: Boxed | None) -> None:
         if convention.inputs != self._count:

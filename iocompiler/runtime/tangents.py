@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from typing import Any, TypeAlias
 
 import torch
@@ -127,14 +128,23 @@ def keep_graphs() -> None:
 
 
 def resumption() -> Callable[..., Any]:
-    """A function that calls another, later and in any thread, as if it were called now."""
+    """A function that calls another, later and in any thread, as if it were called now; settings
+    are those of the thread that asked for the gradients.
+    """
     context = TracingContext.try_get()
 
     def resumed(function: Callable[..., Any], *args: Any) -> Any:
         with tracing(context), torch.no_grad(), torch._C._DisableAutocast():
-            return function(*args)
+            return _variables().run(function, *args)
 
     return resumed
+
+
+def _variables() -> Context:
+    """Autograd leaves those of the thread that called it for the threads of its devices."""
+    stashed = torch._C._is_key_in_tls("context") and torch._C._get_obj_in_tls("context")
+    # one that is entered already is not entered again
+    return stashed.copy() if isinstance(stashed, Context) else copy_context()
 
 
 @contextmanager
