@@ -26,6 +26,7 @@ from iocompiler.patience import Patience
 from iocompiler.pipeline import Pipeline
 from iocompiler.plan.data import Plan
 from iocompiler.runtime import libraries, tangents
+from iocompiler.runtime.calling import Calling
 from iocompiler.runtime.graph_cache import Slot
 from iocompiler.runtime.tangents import Boxed
 
@@ -36,6 +37,7 @@ class FlatGraphs:
 
     Attributes:
         place: where the disk cache will have them.
+        calling: how they are called.
         undisturbed: what a backward that is compiled later is compiled in.
         patience: of what is measured of all of them.
         optional: the tangents that need not come, once the forward is compiled.
@@ -48,6 +50,7 @@ class FlatGraphs:
     attempts: Attempts
     folder: Path | None
     place: Slot
+    calling: Calling
     undisturbed: Callable[[], AbstractContextManager[None]]
     patience: Patience
     optional: list[int] = field(default_factory=list)
@@ -57,12 +60,14 @@ class FlatGraphs:
         self.optional[:] = tangents.optional(flat)
         self.handed_over.update(view.results(flat))  # by the names they have before passes
         run = self._run(flat, inputs, "forward")
-        self.place.add("forward", flat, run)
+        self.calling.forward(flat, run)
+        self.place.add_forward(run, self.calling)
         return run
 
     def inference(self, flat: GraphModule, inputs: Sequence[Any]) -> Boxed:
         run = self._run(flat, inputs, "inference")
-        self.place.add("inference", flat, run)
+        self.calling.inference(flat, run)
+        self.place.add_inference(run, self.calling)
         return run
 
     def backward(self, flat: GraphModule, inputs: Sequence[Any]) -> Boxed:
@@ -77,13 +82,16 @@ class FlatGraphs:
                     tangents.without(flat, inputs, absent) if optional else (flat, inputs)
                 )
                 run = self._run(graph, given, "backward", late=optional, own=own)
-                self.place.add_backward(flat, absent, run)
+                if not optional:
+                    self.calling.backward(flat, run)
+                self.place.add_backward(flat, absent, run, self.calling)
             return run
 
         if not optional:
             return compiled(())
         resumed = tangents.resumption()
         runs = tangents.Backward(tangents.of(flat), lambda absent: resumed(compiled, absent))
+        self.calling.backward(flat, runs)
         return engines.boxed(runs.__call__)
 
     def run_passes(self, flat: GraphModule, name: str) -> None:

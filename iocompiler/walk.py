@@ -33,6 +33,7 @@ from iocompiler.options import Options
 from iocompiler.patience import Patience
 from iocompiler.pipeline import Observer, Pipeline
 from iocompiler.runtime import libraries, tangents
+from iocompiler.runtime.calling import Calling
 from iocompiler.runtime.graph_cache import Slot, slot
 from iocompiler.runtime.kernels import warm_workers
 from iocompiler.versions import require_supported
@@ -149,6 +150,7 @@ class _Walk:
 
     def _differentiate(self, graph: GraphModule, inputs: Sequence[Any], place: Slot) -> Compiled:
         """AOTAutograd, which hands back functional graphs with nothing but tensors in and out."""
+        calling = Calling(graph, inputs)
         flat = FlatGraphs(
             self.options,
             self.pipeline,
@@ -156,6 +158,7 @@ class _Walk:
             self.attempts,
             self.folder,
             place,
+            calling,
             self._undisturbed,
             self.patience,
         )
@@ -170,7 +173,7 @@ class _Walk:
             # overwritten inputs are written by our kernels, not by a copy after each call
             keep_inference_input_mutations=True,
         )
-        return tangents.without_zeros(compiled, flat.optional)
+        return calling.instead_of(tangents.without_zeros(compiled, flat.optional))
 
     def _bounded(
         self, prepare: Callable[[GraphModule, str], None] | None = None

@@ -91,7 +91,7 @@ class _Writer:
         raise NotCacheable(cause=f"an input is a {type(real).__name__}")
 
     def _tensor(self, fake: Any, real: torch.Tensor) -> str:
-        _refuse_unusual(real)
+        refuse_unusual(real)
         if not isinstance(fake, FakeTensor):
             raise NotCacheable(cause="the sizes of an input are not known")
         marks = (real.requires_grad, real.is_leaf, real.is_inference(), type(real).__name__)
@@ -140,7 +140,7 @@ class _Writer:
             found = getattr(found, part)
         if not isinstance(found, torch.Tensor):
             raise NotCacheable(cause=f"it has the submodule {name}")
-        _refuse_unusual(found)
+        refuse_unusual(found)
         digest = hashlib.sha256(tensor_bytes(found)).hexdigest()
         shape = (tuple(found.shape), found.stride(), found.requires_grad)
         return f"{found.dtype} {found.device} {shape} {digest}"
@@ -185,7 +185,8 @@ def _target(target: Any) -> str:
     return name
 
 
-def _refuse_unusual(x: torch.Tensor) -> None:
+def refuse_unusual(x: torch.Tensor) -> None:
+    """Raise `NotCacheable` for what is no plain dense tensor."""
     if isinstance(x, FakeTensor):
         raise NotCacheable(cause="an input is not real")
     if type(x) not in _TENSORS or torch._C._functorch.is_functorch_wrapped_tensor(x):

@@ -27,14 +27,14 @@ def describe(graph: GraphModule, gm: GraphModule) -> list[dict[str, Any]]:
     Raises:
         NotCacheable: tracing made a large one, or one with a gradient.
     """
-    own = {id(tensor): name for name, tensor in _tensors(gm)}
-    return [_describe(tensor, own) for _, tensor in _tensors(graph)]
+    own = {id(tensor): name for name, tensor in tensors(gm)}
+    return [_describe(tensor, own) for _, tensor in tensors(graph)]
 
 
 def rebuild(row: Mapping[str, Any], gm: GraphModule) -> torch.Tensor:
     """The tensor a row of `describe` stands for; KeyError or ValueError where there is none."""
     if "attribute" in row:
-        return dict(_tensors(gm))[row["attribute"]]
+        return dict(tensors(gm))[row["attribute"]]
     dtype = getattr(torch, row["dtype"])
     content = bytearray(base64.b64decode(row["elements"]))
     if content:
@@ -45,7 +45,8 @@ def rebuild(row: Mapping[str, Any], gm: GraphModule) -> torch.Tensor:
     return made.copy_(flat.reshape(row["shape"]))
 
 
-def _tensors(gm: GraphModule) -> list[tuple[str, torch.Tensor]]:
+def tensors(gm: GraphModule) -> list[tuple[str, torch.Tensor]]:
+    """Those of a graph by name, in AOTAutograd's order."""
     return [
         *gm.named_parameters(remove_duplicate=False),
         *gm.named_buffers(remove_duplicate=False),

@@ -190,8 +190,7 @@ def prepared(of: Description, device: int, algorithm: Algorithm | None = None) -
     found = Prepared(
         lib.cublasLtMatmul, handle, description, a, b, c, d, _ONE if of.c is not None else _ZERO,
         ctypes.cast(byref(result.algorithm), c_void_p), result.workspace, (result,),
-        functools.partial(_set_address, lib, description, _BIAS_POINTER),
-        functools.partial(_set_address, lib, description, _SUMS_POINTER),
+        _setting(lib, description, _BIAS_POINTER), _setting(lib, description, _SUMS_POINTER),
         algorithm is None or chosen is not None,
     )  # fmt: skip
     # not when the process ends: the library may be gone by then
@@ -267,8 +266,16 @@ def _destroy(lib: Any, made: Sequence[c_void_p]) -> None:
         (lib.cublasLtMatrixLayoutDestroy if place else lib.cublasLtMatmulDescDestroy)(each)
 
 
-def _set_address(lib: Any, description: c_void_p, attribute: int, address: int) -> None:
-    lib.cublasLtMatmulDescSetAttribute(description, attribute, byref(c_void_p(address)), 8)
+def _setting(lib: Any, description: c_void_p, attribute: int) -> Callable[[int], None]:
+    """What puts an address into a description; for one thread at a time."""
+    place = c_void_p()
+    at, size, put = byref(place), ctypes.sizeof(place), lib.cublasLtMatmulDescSetAttribute
+
+    def set_address(address: int) -> None:
+        place.value = address
+        put(description, attribute, at, size)
+
+    return set_address
 
 
 def _layout(

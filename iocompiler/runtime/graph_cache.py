@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch._guards import TracingContext
 from torch.fx import GraphModule
 
 from iocompiler.compilation import Compilation, Fallback
@@ -29,7 +28,8 @@ from iocompiler.recompute.trade import trade_of
 from iocompiler.runtime import constants
 from iocompiler.runtime.autograd import callable_of
 from iocompiler.runtime.cache import Cache, Entry, default_cache, key_of
-from iocompiler.runtime.convention import Convention, read
+from iocompiler.runtime.calling import Calling
+from iocompiler.runtime.convention import Convention
 from iocompiler.runtime.graph_key import key_text
 from iocompiler.runtime.graph_text import graph_of, graph_text
 from iocompiler.runtime.tangents import Absent, Backward, Boxed
@@ -55,7 +55,6 @@ class Slot:
         inputs: how many Dynamo's graph has. sizes: the symbolic ones among them.
         modules: (text, device) of each flat graph compiled so far.
         backwards: which tangents each backward among them does without.
-        convention: how the modules are called, once the backward is known.
         general: the whole backward as text, for tangents that no process had before.
     """
 
@@ -68,8 +67,6 @@ class Slot:
     constants: list[dict[str, Any]] = field(default_factory=list)
     modules: dict[str, tuple[str, str]] = field(default_factory=dict)
     backwards: dict[str, Absent] = field(default_factory=dict)
-    forward: tuple[GraphModule, Any] | None = None
-    convention: Convention | None = None
     general: str = ""
     key: str = ""
 
@@ -99,20 +96,29 @@ class Slot:
             except Exception as error:
                 self.refuse(error)
 
-    def add(self, name: str, flat: GraphModule, run: Boxed) -> None:
-        """Take a compiled forward or inference graph in; with the latter, write the entry."""
+    def add_forward(self, run: Boxed, calling: Calling) -> None:
+        """Take a compiled forward in."""
         if self.cache is None:
             return
-        self._keep(name, run)
+        self._keep("forward", run)
         try:
-            if name == "forward":
-                self.forward = (flat, _metadata())
-            else:
-                self._write(read(_metadata(), flat))
+            calling.check()
         except Exception as error:
             self.refuse(error)
 
-    def add_backward(self, whole: GraphModule, absent: Absent, run: Boxed) -> None:
+    def add_inference(self, run: Boxed, calling: Calling) -> None:
+        """Take a compiled graph without gradients in, and write the entry."""
+        if self.cache is None:
+            return
+        self._keep("inference", run)
+        try:
+            self._write(calling.convention())
+        except Exception as error:
+            self.refuse(error)
+
+    def add_backward(
+        self, whole: GraphModule, absent: Absent, run: Boxed, calling: Calling
+    ) -> None:
         """Take a compiled backward in, and write the entry with it.
 
         Args:
@@ -125,16 +131,12 @@ class Slot:
         self._keep(name, run)
         self.backwards[name] = absent
         try:
-            if self.forward is not None:
-                graph, metadata = self.forward
-                self.convention = read(metadata, graph, whole)
-                if len(self.convention.training.tangents) > 1:  # type: ignore[union-attr]
-                    self.general = graph_text(whole)
-            if self.convention is not None:
-                self._write(self.convention)
+            convention = calling.convention()
+            if not self.general and len(convention.training.tangents) > 1:  # type: ignore[union-attr]
+                self.general = graph_text(whole)
+            self._write(convention)
         except Exception as error:
             self.refuse(error)
-        self.forward = None
 
     def _keep(self, name: str, run: Boxed) -> None:
         module = getattr(run, "module", None)
@@ -211,8 +213,6 @@ class Slot:
         done = self.compilation
         if done.fallbacks or not all(text for text, _ in self.modules.values()):
             raise NotCacheable(cause="a part of it runs on aten")
-        if convention.inputs != len(self.constants) + self.inputs:
-            raise NotCacheable(cause="its flat graph takes other inputs")
         meta = {
             "convention": convention.as_json(),
             "constants": self.constants,
@@ -267,16 +267,6 @@ def slot(
     except Exception as error:
         place.refuse(error)
     return place
-
-
-def _metadata() -> Any:
-    """What AOTAutograd knows about the graph it is compiling."""
-    context = TracingContext.try_get()
-    if context is None or context.fw_metadata is None:
-        raise NotCacheable(cause="AOTAutograd left no metadata")
-    if list(context.guards_context.aotautograd_guards):
-        raise NotCacheable(cause="its inputs are guarded against overlapping")
-    return context.fw_metadata
 
 
 def _sizes(gm: GraphModule) -> list[torch.SymInt]:

@@ -29,7 +29,7 @@ def key_text(gm: GraphModule, inputs: Sequence[Any], options: Options, pipeline:
         NotCacheable: the graph, or the place it is compiled in, is not one to keep.
     """
     refuse_options(options)
-    _refuse_surroundings()
+    refuse_surroundings()
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     if callable(options.engine):
         given["engine"] = identity(options.engine)
@@ -55,7 +55,8 @@ def refuse_options(options: Options) -> None:
             raise NotCacheable(cause=f"the option {name} wants every pass to run")
 
 
-def _refuse_surroundings() -> None:
+def refuse_surroundings() -> None:
+    """Raise `NotCacheable` where a graph is compiled in a place that changes how it is called."""
     context = TracingContext.try_get()
     if context is None:
         raise NotCacheable(cause="it does not come from Dynamo")

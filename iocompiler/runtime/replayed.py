@@ -16,7 +16,6 @@ A call that does anything else, to a tensor or with one, stays the operator's.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -44,7 +43,6 @@ _ALIGNED = 16
 _MOST_FORMS = 1024
 _TRIES = 3
 """Calls that are watched: the first ones may make what is kept for all (tables of blocks)."""
-_address = Tensor.data_ptr
 
 
 class Replayed:
@@ -58,7 +56,7 @@ class Replayed:
 
     def __init__(self, run: Callable[..., Any], empty: Callable[..., Tensor]):
         self._run, self._empty = run, empty
-        self._places: _Places | None = None
+        self._call: Callable[[int, tuple[int, ...], tuple[Any, ...]], Any] = self._first
         self._again: dict[Any, Again] = {}
         self._seen: dict[Any, int] = {}
 
@@ -69,20 +67,12 @@ class Replayed:
             stream: the current one.
             sizes: all that the arguments depend on, but for addresses.
         """
-        if self._places is None:
-            self._places = _Places.of(args)
-        alone, lists, wide = self._places
-        tensors = [args[place] for place in alone]
-        for place in lists:
-            tensors += args[place]
-        addresses = list(map(_address, tensors))
-        form: Any = (sizes, products_rounded()) if wide else sizes
-        if functools.reduce(operator.or_, addresses, 0) % _ALIGNED:
-            form = form, tuple([address % _ALIGNED for address in addresses])
-        again = self._again.get(form)
-        if again is not None:
-            return again(stream, *addresses)
-        return self._watched(form, args, tensors)
+        return self._call(stream, sizes, args)
+
+    def _first(self, stream: int, sizes: tuple[int, ...], args: tuple[Any, ...]) -> Any:
+        """The first call shows where tensors stand."""
+        self._call = _finding(args, self._again, self._watched)
+        return self._call(stream, sizes, args)
 
     def _watched(self, form: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
         """The call by the operator. What comes once is not watched: a cache may grow by a key each
@@ -103,24 +93,51 @@ class Replayed:
         return results
 
 
-class _Places(NamedTuple):
-    """Where tensors stand among arguments, where lists of them do, and whether the first is of
-    float32, whose products have a switch.
+_FINDING = """\
+def call(stream, sizes, args):
+{loads}    form = {form}
+    if ({union}) % aligned:
+        form = form, ({offsets})
+    again = known(form)
+    if again is not None:
+        return again(stream, {addresses})
+    return watched(form, args, [{tensors}])
+"""
+
+
+def _finding(
+    args: tuple[Any, ...], known: dict[Any, Again], watched: Callable[..., Any]
+) -> Callable[[int, tuple[int, ...], tuple[Any, ...]], Any]:
+    """What looks for a call among those that are known, by sizes, by how the addresses are aligned,
+    and, where the first tensor is of float32, by the switch of its products; ``watched`` has the
+    others. Tensors stand among the arguments, and in lists of these, where they do in ``args``.
     """
-
-    alone: list[int]
-    lists: list[int]
-    wide: bool
-
-    @staticmethod
-    def of(args: tuple[Any, ...]) -> _Places:
-        alone = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
-        lists = [
-            place
-            for place, value in enumerate(args)
-            if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value)
-        ]
-        return _Places(alone, lists, bool(alone) and args[alone[0]].dtype == torch.float32)
+    tensors = [f"args[{place}]" for place, value in enumerate(args) if isinstance(value, Tensor)]
+    wide = bool(tensors) and next(x for x in args if isinstance(x, Tensor)).dtype == torch.float32
+    for place, value in enumerate(args):
+        if isinstance(value, (list, tuple)):
+            tensors += [
+                f"args[{place}][{number}]"
+                for number, each in enumerate(value)
+                if isinstance(each, Tensor)
+            ]
+    addresses = [f"p{number}" for number in range(len(tensors))]
+    text = _FINDING.format(
+        loads="".join(
+            f"    {name} = {tensor}.data_ptr()\n"
+            for name, tensor in zip(addresses, tensors, strict=True)
+        ),
+        form="(sizes, products_rounded())" if wide else "sizes",
+        union=" | ".join(addresses) or "0",
+        offsets=" ".join(f"{name} % aligned," for name in addresses),
+        addresses=", ".join(addresses),
+        tensors=", ".join(tensors),
+    )
+    namespace: dict[str, Any] = {"known": known.get, "watched": watched, "aligned": _ALIGNED}
+    namespace["products_rounded"] = products_rounded
+    exec(text, namespace)
+    call: Callable[[int, tuple[int, ...], tuple[Any, ...]], Any] = namespace["call"]
+    return call
 
 
 class _Place(NamedTuple):

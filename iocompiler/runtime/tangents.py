@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from typing import Any, TypeAlias
 
 import torch
 from torch._dynamo import compiled_autograd
-from torch._dynamo import config as dynamo_config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import BackwardCFunction
@@ -38,7 +38,10 @@ class Backward:
     Args:
         tangents: their positions among the arguments.
         compiled: makes what runs without the arguments at the positions given.
-        known: what was compiled before.
+        known: what another process compiled; nothing is compiled here then.
+
+    Attributes:
+        compiles: whether it is compiled for each set that comes.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Backward:
     ) -> None:
         self._tangents = tuple(tangents)
         self._compiled = compiled
+        self.compiles = known is None
         self._runs = dict(known or {})
 
     def nearest(self, absent: Absent) -> Absent:
@@ -124,14 +128,23 @@ def keep_graphs() -> None:
 
 
 def resumption() -> Callable[..., Any]:
-    """A function that calls another, later and in any thread, as if it were called now."""
+    """A function that calls another, later and in any thread, as if it were called now; settings
+    are those of the thread that asked for the gradients.
+    """
     context = TracingContext.try_get()
 
     def resumed(function: Callable[..., Any], *args: Any) -> Any:
         with tracing(context), torch.no_grad(), torch._C._DisableAutocast():
-            return function(*args)
+            return _variables().run(function, *args)
 
     return resumed
+
+
+def _variables() -> Context:
+    """Autograd leaves those of the thread that called it for the threads of its devices."""
+    stashed = torch._C._is_key_in_tls("context") and torch._C._get_obj_in_tls("context")
+    # one that is entered already is not entered again
+    return stashed.copy() if isinstance(stashed, Context) else copy_context()
 
 
 @contextmanager
@@ -146,12 +159,11 @@ def no_new_guards() -> Iterator[None]:
         raise LateGuard(guards=", ".join(str(guard.expr) for guard in guards[before:]))
 
 
-def may_be_none() -> bool:
-    """Whether the gradients of a graph that runs now may be None. Compiled autograd traces what
-    AOTAutograd made of the backward, which does without none.
+def is_compiled_autograd() -> bool:
+    """Whether compiled autograd takes the gradients of a graph that runs now. None of them may be
+    None then: it traces what AOTAutograd made of the backward, which does without none.
     """
-    entered = getattr(compiled_autograd, "compiled_autograd_enabled", False)
-    return not (dynamo_config.compiled_autograd or entered)
+    return bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
 
 
 def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[..., Any]:
@@ -163,7 +175,7 @@ def without_zeros(run: Callable[..., Any], optional: Sequence[int]) -> Callable[
 
     def call(*args: Any) -> Any:
         results = run(*args)
-        if optional and may_be_none():
+        if optional and not is_compiled_autograd():
             for at in optional:
                 node = results[at].grad_fn
                 if isinstance(node, BackwardCFunction):

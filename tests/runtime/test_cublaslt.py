@@ -140,6 +140,29 @@ def test_where_none_is_left_the_product_is_refused(library: Proposing) -> None:
     assert {n: library.called[n.replace("Create", "Destroy")] for n in made} == made
 
 
+def test_addresses_in_a_description(library: Proposing) -> None:
+    """Each is there when the library is called, however often that was before."""
+    put = list[tuple[int, int]]()
+
+    def note(description: Any, attribute: int, at: Any, size: int) -> int:
+        if attribute in (bias, sums):
+            assert size == 8
+            put.append((attribute, at._obj.value))
+        return 0
+
+    bias, sums = cublaslt._BIAS_POINTER, cublaslt._SUMS_POINTER
+
+    library.cublasLtMatmulDescSetAttribute = note  # type: ignore[attr-defined]
+    found = prepared(OF, 0)
+    put.clear()
+    for address in (4096, 8192, 4096):
+        found.set_bias(address)
+        found.set_sums(address + 16)
+    assert put == [
+        (bias, 4096), (sums, 4112), (bias, 8192), (sums, 8208), (bias, 4096), (sums, 4112)
+    ]  # fmt: skip
+
+
 def test_a_product_uses_the_algorithm_of_its_problem(library: Proposing) -> None:
     seen: list[int] = []
     library.cublasLtMatmul = lambda *given: (  # type: ignore[attr-defined]

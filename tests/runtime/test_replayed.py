@@ -225,9 +225,11 @@ def test_what_is_kept_lives_as_long_as_its_address_is_used() -> None:
 
 
 def test_the_switch_of_float32_is_part_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = [False]
+    monkeypatch.setattr(replayed, "products_rounded", lambda: switch[0])
     operator = Operator(one_result)
     for allowed in (False, True, False, True):
-        monkeypatch.setattr(replayed, "products_rounded", lambda allowed=allowed: allowed)
+        switch[0] = allowed
         operator.run(numbers(), numbers())
     assert operator.ran == 4
     operator.run(numbers(), numbers())

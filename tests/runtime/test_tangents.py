@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import iocompiler as ioc
 from iocompiler.compilation import Compilation
 from iocompiler.errors import FallbackWarning
 from iocompiler.plan.data import AtenStep, KernelStep
+from iocompiler.runtime.tangents import resumption
 from tests.compiling import copy, grad
 from tests.runtime.text_engine import TextEngine
 
@@ -263,6 +266,26 @@ def test_what_cannot_be_guarded_any_more_runs_on_aten() -> None:
     check(run, head, inputs(3), (1,))
     check(run, head, inputs(3), (0,))  # where no tangent has rows, nothing is assumed
     assert [f.region for f in records[0].fallbacks] == ["backward"]
+
+
+def test_settings_of_who_asks_for_gradients_hold_where_a_backward_is_compiled() -> None:
+    """Autograd runs it in a thread of the device's."""
+    setting, seen = ContextVar("setting", default=0), list[int]()
+    setting.set(1)
+    variables = copy_context()
+    resumed = resumption()
+
+    def run() -> None:
+        torch._C._stash_obj_in_tls("context", variables)
+        variables.run(lambda: resumed(lambda: seen.append(setting.get())))  # as AOTAutograd has it
+        resumed(lambda: seen.append(setting.get()))
+        forget = getattr(torch._C, "_remove_obj_from_tls", None)
+        forget("context") if forget else torch._C._stash_obj_in_tls("context", None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [1, 1]
 
 
 # from the cache
