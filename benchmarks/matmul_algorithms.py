@@ -148,7 +148,8 @@ def measure(line: Row, problem: Problem, bench: GpuProductBench) -> None:
 
 def by_aten(of: Problem, sets: Iterable[Given]) -> list[Call]:
     """aten's one call for a product on each set of operands; none where it has no such call."""
-    if of.sums is not None or of.bias:
+    alone = of.batch == 1 and of.biased
+    if of.sums is not None or of.bias or (of.activation is not None and not alone):
         return []
     return [_aten_call(of, given) for given in sets]
 
@@ -171,6 +172,9 @@ def _aten_call(of: Problem, given: Given) -> Call:
         plain: Any = torch.mm if of.batch == 1 else torch.bmm
         return partial(plain, left, right, out=into)
     summand = added[: of.n] if of.biased else seen(added, of.m, of.n, of.added)
+    if of.activation:
+        activated = partial(torch._addmm_activation, use_gelu=of.activation == "gelu")
+        return partial(activated, summand, left, right, out=into)
     adding: Any = torch.addmm if of.batch == 1 else torch.baddbmm
     return partial(adding, summand, left, right, out=into)
 

@@ -197,7 +197,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 library.implement("attention_forward", _forward, _forward_fake, first=_output)
 library.implement("attention_forward_without_dropout", _forward, _forward_fake, first=_output)
-library.implement("attention_backward", _backward, _backward_fake)
+library.implement("attention_backward", _backward, _backward_fake, replays=True)
 library.differentiate("attention_forward", _differentiate, _setup)
 
 

@@ -116,6 +116,6 @@ def _into_fake(base: Tensor, grad: Tensor, indices: Tensor, padding_idx: int) ->
     return None
 
 
-library.implement("embedding_gradient", _gradient, _gradient_fake, launches=True)
-library.implement("embedding_gradient_onto", _onto, _onto_fake, launches=True)
-library.implement("embedding_gradient_", _into, _into_fake, launches=True)
+library.implement("embedding_gradient", _gradient, _gradient_fake, launches=True, replays=True)
+library.implement("embedding_gradient_onto", _onto, _onto_fake, launches=True, replays=True)
+library.implement("embedding_gradient_", _into, _into_fake, launches=True, replays=True)

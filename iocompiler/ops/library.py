@@ -37,9 +37,8 @@ def implement(
         first: what makes the first of its results, for less, where nobody reads the others.
         launches: whether ``run`` may launch templates. It must then run on tensors without memory
             too, and keep none of them.
-        replays: whether it may do that alone: what it does then follows from its arguments but for
-            addresses (`runtime/replayed.py`), and is by torch's operators or
-            `template_launch.Launch`.
+        replays: whether all that it allocates, launches and calls of torch's operators follows from
+            its arguments but for what is in memory, and where (`runtime/replayed.py`).
         multiplies: whether it calls `multiply.multiply`. It must then run on tensors without memory
             too.
     """
@@ -48,7 +47,7 @@ def implement(
     _functions[name] = run
     if first is not None:
         _firsts[name] = first
-    if launches or replays:
+    if launches:
         _launching.add(name)
     if replays:
         _replayed.add(name)

@@ -238,8 +238,18 @@ def _gradients_fake(
 library.compose("linear_cross_entropy", _linear_cross_entropy)
 library.compose("linear_cross_entropy_and_logits", _and_logits)
 library.implement(
-    "linear_cross_entropy_losses", _losses, _losses_fake, launches=True, multiplies=True
+    "linear_cross_entropy_losses",
+    _losses,
+    _losses_fake,
+    launches=True,
+    replays=True,
+    multiplies=True,
 )
 library.implement(
-    "linear_cross_entropy_gradients", _gradients, _gradients_fake, launches=True, multiplies=True
+    "linear_cross_entropy_gradients",
+    _gradients,
+    _gradients_fake,
+    launches=True,
+    replays=True,
+    multiplies=True,
 )

@@ -161,7 +161,14 @@ def _gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 library.compose("linear_divergence", _linear_divergence)
-library.implement("linear_divergence_losses", _losses, _losses_fake, launches=True, multiplies=True)
 library.implement(
-    "linear_divergence_gradients", _gradients, _gradients_fake, launches=True, multiplies=True
+    "linear_divergence_losses", _losses, _losses_fake, launches=True, replays=True, multiplies=True
+)
+library.implement(
+    "linear_divergence_gradients",
+    _gradients,
+    _gradients_fake,
+    launches=True,
+    replays=True,
+    multiplies=True,
 )

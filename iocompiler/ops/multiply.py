@@ -34,7 +34,10 @@ def multiply(
             note(problem)
         found = algorithms.get(problem) if algorithms and problem is not None else None
         if found is not None and problem is not None and out.is_cuda:
-            _by(found, problem, a, b, out, out if add else bias)
+            # not before it runs: it knows of operators
+            from iocompiler.runtime.products import run_with
+
+            run_with(found, problem, a, b, out, out if add else bias)
             return
     if add:
         out.addmm_(a, b)
@@ -81,15 +84,3 @@ def _problem(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool) 
     return Problem(
         1, a.shape[0], b.shape[1], a.shape[1], out.dtype, left, right, lying, added
     )  # fmt: skip
-
-
-def _by(
-    algorithm: Algorithm, problem: Problem, a: Tensor, b: Tensor, out: Tensor, added: Tensor | None
-) -> None:
-    # not before it runs: it knows of operators
-    from iocompiler.runtime.products import run_with
-
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    addresses = a.data_ptr(), b.data_ptr(), out.data_ptr()
-    behind = 0 if added is None else added.data_ptr()
-    run_with(algorithm, problem, out.device, stream, *addresses, behind)

@@ -114,4 +114,6 @@ def _packed_fake(*given: Any) -> Tensor:
     return call.query.new_empty(packing.shape(call.shapes))
 
 
-library.implement("scored_attention_backward_packed", _packed, _packed_fake, replays=True)
+library.implement(
+    "scored_attention_backward_packed", _packed, _packed_fake, launches=True, replays=True
+)

@@ -214,9 +214,10 @@ def _backward_tables(
     ]
 
 
-library.implement("scored_attention", _forward, _forward_fake, replays=True)
-library.implement("scored_attention_backward", _backward, _backward_fake, replays=True)
-# by torch too, which folds its parts
-library.implement("scored_attention_operand", _operand, _operand_fake, launches=True)
+library.implement("scored_attention", _forward, _forward_fake, launches=True, replays=True)
+library.implement(
+    "scored_attention_backward", _backward, _backward_fake, launches=True, replays=True
+)
+library.implement("scored_attention_operand", _operand, _operand_fake, launches=True, replays=True)
 library.differentiate("scored_attention", _differentiate, _setup)
 library.compose("scored_attention_rows", _rows)

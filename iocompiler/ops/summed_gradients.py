@@ -69,7 +69,13 @@ def _packed_summed_fake(*given: Any) -> tuple[Tensor, Tensor]:
     return make(packing.shape(call.shapes)), make(shape, dtype=torch.float32)
 
 
-library.implement("scored_attention_backward_summed", _summed, _summed_fake, replays=True)
 library.implement(
-    "scored_attention_backward_packed_summed", _packed_summed, _packed_summed_fake, replays=True
+    "scored_attention_backward_summed", _summed, _summed_fake, launches=True, replays=True
+)
+library.implement(
+    "scored_attention_backward_packed_summed",
+    _packed_summed,
+    _packed_summed_fake,
+    launches=True,
+    replays=True,
 )

@@ -24,6 +24,7 @@ from iocompiler.ops.library_product import Algorithm, Problem
 from iocompiler.ops.wide_product import wide_product
 from iocompiler.runtime import cublaslt
 from iocompiler.runtime.cublaslt import Description, Matrix, Prepared, Refused
+from iocompiler.runtime.recording import recorder
 from iocompiler.tile.traffic import VECTOR_BYTES
 
 Strides: TypeAlias = tuple[int, int, int]
@@ -161,13 +162,18 @@ class Product:
 
 
 def run_with(
-    algorithm: Algorithm, problem: Problem, device: torch.device, stream: int, a: int, b: int,
-    out: int, added: int = 0,
-) -> None:  # fmt: skip
-    """Queue a product, of addresses as `Product.run` takes them, by this algorithm."""
-    low = (a | b | out | added) & (_ALIGNED - 1)
-    run = _prepare(problem, low & -low or _ALIGNED, device, algorithm)
-    run(stream, a, b, out, added, 0, 0)
+    algorithm: Algorithm, problem: Problem, a: Tensor, b: Tensor, out: Tensor, added: Tensor | None
+) -> None:
+    """Queue a product of tensors by this algorithm, on their device's current stream."""
+    first, second, result = a.data_ptr(), b.data_ptr(), out.data_ptr()
+    summand = 0 if added is None else added.data_ptr()
+    low = (first | second | result | summand) & (_ALIGNED - 1)
+    run = _prepare(problem, low & -low or _ALIGNED, out.device, algorithm)
+    told = recorder()
+    if told is not None:
+        told.note(run, (), (a, b, out, added, None, None))
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    run(stream, first, second, result, summand, 0, 0)
 
 
 _Run: TypeAlias = Callable[[int, int, int, int, int, int, int], None]
@@ -250,6 +256,9 @@ def _by_aten(
     bias: int, sums: int,
 ) -> None:  # fmt: skip
     """The product as torch does it, on the current stream, which is the given one."""
+    told = recorder()
+    if told is not None:
+        told.unseen()  # of tensors that are made of these addresses
     p = problem
     if 0 in (p.batch, p.m, p.n):
         return

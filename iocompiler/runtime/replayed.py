@@ -1,43 +1,24 @@
 """Calls of our operators done again without the operators' Python.
 
 An operator that launches templates looks at its tensors, finds what was made for others like them,
-makes memory, and launches: 100 to 200 us of the host's time for the gradients of an attention. But
-for addresses, all of that follows from the plan and its sizes. So one call is watched (which memory
-it makes, and what it launches on which addresses) and written down as a function:
-
-    def again(stream, p0, p1, p2):
-        m0 = empty((8, 12, 1024, 64), (786432, 64, 768, 1), bfloat16)
-        launch0(stream, 1536, 1, 1, p0, p1, p2, m0.data_ptr(), 140431089497600)
-        return m0
-
-A call that does anything else, to a tensor or with one, stays the operator's.
+makes memory, and launches: 100 to 200 us of the host's time for the gradients of an attention, and
+for a head with its loss a dozen views a chunk. But for addresses, all of that follows from the plan
+and its sizes. So one call is watched and written down (`straight_line.py`): what it allocates,
+launches and calls. A call that does anything else stays the operator's.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from iocompiler.runtime.launch import Launch
-from iocompiler.runtime.template_launch import recorded
+from iocompiler.runtime.recording import recorded
+from iocompiler.runtime.straight_line import Again, Watch
 from iocompiler.tf32 import products_rounded
 
-aten = torch.ops.aten
-Again: TypeAlias = Callable[..., Any]
-"""``again(stream, *addresses)``: of the tensors that a call is given, in their order."""
-
-_MAKING = (
-    aten.empty.memory_format,
-    aten.empty_like.default,
-    aten.empty_strided.default,
-    aten.new_empty.default,
-    aten.new_empty_strided.default,
-)
 _ALIGNED = 16
 """Bytes: what a kernel is compiled for."""
 _MOST_FORMS = 1024
@@ -84,7 +65,7 @@ class Replayed:
         seen = self._seen[form] = self._seen.get(form, 0) + 1
         if not 1 < seen <= 1 + _TRIES:
             return self._run(*args)
-        watch = _Watch(tensors)
+        watch = Watch(tensors)
         with watch, recorded(watch.launched, watch.spoil):
             results = self._run(*args)
         again = watch.again(results, self._empty)
@@ -100,7 +81,7 @@ def call(stream, sizes, args):
         form = form, ({offsets})
     again = known(form)
     if again is not None:
-        return again(stream, {addresses})
+        return again(stream, ({tensors},), {addresses})
     return watched(form, args, [{tensors}])
 """
 
@@ -138,129 +119,3 @@ def _finding(
     exec(text, namespace)
     call: Callable[[int, tuple[int, ...], tuple[Any, ...]], Any] = namespace["call"]
     return call
-
-
-class _Place(NamedTuple):
-    """So many bytes behind the first of a tensor that is given, or that the call has made."""
-
-    made: bool
-    number: int
-    offset: int = 0
-
-    def __str__(self) -> str:
-        """As text, by the name of the variable that has the address."""
-        variable = f"{'a' if self.made else 'p'}{self.number}"
-        return f"{variable} + {self.offset}" if self.offset else variable
-
-
-class _Made(NamedTuple):
-    """Memory that a call makes."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What a call does, whose tensors are ``given``."""
-
-    def __init__(self, given: Sequence[Tensor]):
-        super().__init__()  # type: ignore[no-untyped-call]
-        # one tensor twice may be two another time; nothing has no address
-        self._whole = len(set(map(id, given))) == len(given) > 0 and all(x.numel() for x in given)
-        self._given = len(given)
-        self._place = {id(x): _Place(False, number) for number, x in enumerate(given)}
-        self._made: list[_Made] = []
-        self._launches: list[tuple[Launch, int, list[_Place | int]]] = []
-        self._kept: list[Tensor] = list(given)  # as long as their ids count
-
-    def spoil(self) -> None:
-        """The call does what nobody sees."""
-        self._whole = False
-
-    def launched(self, launch: Launch, programs: int, tensors: Sequence[Tensor]) -> None:
-        """A kernel was launched on these tensors; those of no known place are kept for all."""
-        self._kept += tensors
-        at = [self._place.get(id(x), x.data_ptr()) for x in tensors]
-        self._launches.append((launch, programs, at))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _MAKING:
-            self._makes(result)
-        elif _is_view(func) and isinstance(result, Tensor) and result.numel():
-            self._shows(args[0], result)
-        else:
-            self.spoil()
-        return result
-
-    def _makes(self, x: Tensor) -> None:
-        self._kept.append(x)
-        self._place[id(x)] = _Place(True, len(self._made))
-        self._made.append(_Made(tuple(x.shape), x.stride(), x.dtype))
-        if x.device != self._kept[0].device:
-            self.spoil()
-
-    def _shows(self, base: Tensor, x: Tensor) -> None:
-        self._kept += [base, x]
-        place = self._place.get(id(base))
-        if place is not None:
-            behind = x.data_ptr() - base.data_ptr()
-            self._place[id(x)] = place._replace(offset=place.offset + behind)
-
-    def again(self, results: Any, empty: Callable[..., Tensor]) -> Again | None:
-        """The call as a function of addresses; None where it is more than that."""
-        several = isinstance(results, (tuple, list))
-        listed = results if several else [results]
-        shown = [self._result(x) for x in listed]
-        if not self._whole or None in shown:
-            return None
-        read = {at for _, _, places in self._launches for at in places if isinstance(at, _Place)}
-        addressed = {at.number for at in read if at.made}
-        returns = {self._place[id(x)].number for x in listed if x is not None}
-        lines = []
-        for number, (size, stride, dtype) in enumerate(self._made):
-            if number in addressed | returns:
-                lines.append(f"m{number} = empty({size}, {stride}, {dtype})")
-            if number in addressed:
-                lines.append(f"a{number} = m{number}.data_ptr()")
-        for number, (_, programs, places) in enumerate(self._launches):
-            given = ["stream", f"{programs}, 1, 1", *map(str, places)]
-            lines.append(f"launch{number}({', '.join(given)})")
-        returned = ", ".join(map(str, shown))
-        lines.append(f"return ({returned},)" if several else f"return {returned}")
-        parameters = ["stream", *(f"p{place}" for place in range(self._given))]
-        body = "".join(f"    {line}\n" for line in lines)
-        launches = {f"launch{n}": launch for n, (launch, _, _) in enumerate(self._launches)}
-        reinterpret = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
-        # what stands as a number in the text must not be freed
-        constants = [x for x in self._kept if id(x) not in self._place]
-        namespace = {"torch": torch, "empty": empty, "reinterpret": reinterpret, **launches}
-        namespace |= {"constants": constants}
-        exec(f"def again({', '.join(parameters)}):\n{body}", namespace)
-        again: Again = namespace["again"]
-        return again
-
-    def _result(self, x: Any) -> str | None:
-        """A result as text; None where it is no memory that the call makes."""
-        if x is None:
-            return "None"
-        place = self._place.get(id(x)) if isinstance(x, Tensor) else None
-        if place is None or not place.made:
-            return None
-        made = self._made[place.number]
-        if made == (tuple(x.shape), x.stride(), x.dtype) and not place.offset:
-            return f"m{place.number}"
-        if made.dtype != x.dtype:
-            return None
-        offset = place.offset // x.dtype.itemsize
-        return f"reinterpret(m{place.number}, {tuple(x.shape)}, {x.stride()}, {offset})"
-
-
-@functools.cache
-def _is_view(func: Any) -> bool:
-    """Whether all that an operator returns shows memory it is given, which it does not write."""
-    infos = [each.alias_info for each in func._schema.returns]
-    return bool(infos) and all(info is not None and not info.is_write for info in infos)

@@ -21,6 +21,7 @@ from iocompiler.errors import CompileError, IOCompilerError, LaunchError
 from iocompiler.runtime import launch as launching
 from iocompiler.runtime.driver import driver
 from iocompiler.runtime.launch import Parameter, Signature, loaded
+from iocompiler.runtime.recording import recorder
 from iocompiler.runtime.template_form import ALIGNED, Form, form_of
 from iocompiler.runtime.template_images import image
 from iocompiler.runtime.worker import OPTIONS
@@ -29,10 +30,6 @@ _Given: TypeAlias = Tensor | tuple[Tensor, ...]
 _Place: TypeAlias = "tuple[str | int, ...]"
 Watcher: TypeAlias = "Callable[[Launch, Mapping[str, _Given]], None]"
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
-Recorder: TypeAlias = "Callable[[launching.Launch, int, Sequence[Tensor]], None]"
-_recorder: ContextVar[tuple[Recorder, Callable[[], None]] | None] = ContextVar(
-    "recorder", default=None
-)
 _address = Tensor.data_ptr
 _NONE = -1
 """No device."""
@@ -95,9 +92,9 @@ class Launch:
         """The first run, runs in Triton's interpreter, those on a device that is not current."""
         device = tensors[0].device
         if device.type != "cuda" or not self._compiles:
-            recorder = _recorder.get()
-            if recorder is not None:
-                recorder[1]()
+            told = recorder()
+            if told is not None:
+                told.unseen()
             self.kernel[(programs,)](**self.fixed, **self.named(tensors), **OPTIONS)
             return
         self._device = device.index
@@ -107,9 +104,9 @@ class Launch:
     def _run(self, programs: int, tensors: Sequence[Tensor]) -> None:
         pointers, aligned = _pointers(tensors)
         bound = self._bound.get(aligned) or self._first(aligned, tensors)
-        recorder = _recorder.get()
-        if recorder is not None:
-            recorder[0](bound, programs, tensors)
+        told = recorder()
+        if told is not None:
+            told.note(bound, (programs, 1, 1), tensors)
         bound(torch._C._cuda_getCurrentRawStream(self._device), programs, 1, 1, *pointers)
 
     def ready(self, *tensors: Tensor) -> None:
@@ -179,18 +176,6 @@ def watched(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         _watcher.reset(token)
-
-
-@contextmanager
-def recorded(note: Recorder, unseen: Callable[[], None]) -> Iterator[None]:
-    """In here, and in this thread, ``note(launch, programs, tensors)`` is called before each launch
-    on a GPU, and ``unseen()`` before one in Triton's interpreter.
-    """
-    token = _recorder.set((note, unseen))
-    try:
-        yield
-    finally:
-        _recorder.reset(token)
 
 
 def tile_arguments(tile: Tile) -> dict[str, int]:

@@ -154,10 +154,10 @@ def title(of: Problem) -> str:
         "in float32": of.stored is not None,
         "bias": of.biased,
         "added": of.matrix is not None,
+        of.activation: of.activation is not None,
         "sums kept": of.sums is not None,
     }
-    beside = [word for word, has in words.items() if has]
-    return ", ".join([extents, *beside, *([of.activation] if of.activation else [])])
+    return ", ".join([extents, *(str(word) for word, has in words.items() if has)])
 
 
 # --- measuring

@@ -163,7 +163,11 @@ def test_addresses_in_a_description(library: Proposing) -> None:
     ]  # fmt: skip
 
 
-def test_a_product_uses_the_algorithm_of_its_problem(library: Proposing) -> None:
+def test_a_product_uses_the_algorithm_of_its_problem(
+    library: Proposing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     seen: list[int] = []
     library.cublasLtMatmul = lambda *given: (  # type: ignore[attr-defined]
         seen.append(int(ctypes.cast(given[12], ctypes.POINTER(ctypes.c_uint64))[0])) or 0
@@ -174,7 +178,10 @@ def test_a_product_uses_the_algorithm_of_its_problem(library: Proposing) -> None
     for m in (256, 257, 256):
         sizes.run(0, (m,), 1024, 2048, 4096)
     products.Product(lambda: PLAIN, gpu).run(0, (), 1024, 2048, 4096)
-    products.run_with(algorithm(3), PLAIN, gpu, 0, 1024, 2048, 4096)
+    a, b, out = (
+        types.SimpleNamespace(data_ptr=lambda at=at: at, device=gpu) for at in (1024, 2048, 4096)
+    )
+    products.run_with(algorithm(3), PLAIN, a, b, out, None)  # type: ignore[arg-type]
     assert seen == [2, 0, 2, 0, 3]
 
 
