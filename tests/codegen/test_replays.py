@@ -61,7 +61,7 @@ def test_forms_depend_on_specs_and_numbers() -> None:
 def test_other_calls_are_the_operators() -> None:
     step = attention("q", "k", "v", "a")
     assert replayed(step) == "scored_attention"
-    for target in ("iocompiler.linear_cross_entropy_losses.default", "aten.mm.default"):
+    for target in ("iocompiler.attention_classes.default", "aten.mm.default"):
         assert not replayed(replace(step, target=target))
     assert not replayed(replace(step, kwargs=(("dropout_p", 0.5),)))
 
