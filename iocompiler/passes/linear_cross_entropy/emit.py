@@ -14,12 +14,16 @@ from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
 from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
 from iocompiler.ops.linear_divergence import LINEAR_DIVERGENCE
-from iocompiler.passes.linear_cross_entropy.description import Comparison, Declined, Head, Labels
+from iocompiler.passes.linear_cross_entropy.description import (
+    NEVER,
+    Comparison,
+    Declined,
+    Head,
+    Labels,
+)
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Statistic, Term
 
 aten = torch.ops.aten
-# no target is this: every row has a cross-entropy
-_NEVER = -(1 << 62)
 _MEAN = Term(1.0, (Factor("kept"),))
 
 
@@ -42,6 +46,7 @@ class Emitter:
 
     Args:
         x: [T, D].
+        head: with the parameters that the operator reads (`operands.parameters`).
         keeps: whether the logits are a result too.
         other: what they are compared with; None: nothing.
     """
@@ -62,17 +67,17 @@ class Emitter:
         value = view.tensors(x)[0]
         self._wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         self._given, self._target = head.x, None
-        self._ignore, self._smoothing = _NEVER, 0.0
+        self._ignore, self._smoothing = NEVER, 0.0
         if labels is not None:
             self._given, self._smoothing = labels.target, labels.smoothing
-            self._ignore = _NEVER if labels.ignore_index is None else labels.ignore_index
+            self._ignore = NEVER if labels.ignore_index is None else labels.ignore_index
             self._target = self._call(aten.reshape.default, labels.target, [-1])
             if labels.wrapped:
                 self._target = self._wrapped(self._target)
 
-    def loss(self, form: Form, weight: Node) -> Node:
+    def loss(self, form: Form) -> Node:
         """What a form in normal form is, in the shape and dtype of the node it is made before."""
-        new = self._value(form, weight)
+        new = self._value(form)
         wanted = view.tensors(self._near)[0]
         if tuple(map(str, view.tensors(new)[0].shape)) != tuple(map(str, wanted.shape)):
             sizes = [self._size(size, self._x) for size in wanted.shape]
@@ -83,14 +88,16 @@ class Emitter:
 
     def logits(self) -> Node:
         """The logits of the operator that `loss` has made, in the head's shape."""
-        wanted = view.tensors(self._head.node)[0].shape
-        if len(wanted) == 2:
-            return self._logits
-        sizes = [self._size(size, self._head.x) for size in wanted[:-1]]
-        sizes.append(self._size(wanted[-1], self._head.weight))
-        return self._call(aten.reshape.default, self._logits, sizes)
+        found, wanted = self._logits, view.tensors(self._head.node)[0]
+        if wanted.dim() != 2:
+            sizes = [self._size(size, self._head.x) for size in wanted.shape[:-1]]
+            sizes.append(self._size(wanted.shape[-1], self._head.weight))
+            found = self._call(aten.reshape.default, found, sizes)
+        if view.tensors(found)[0].dtype != wanted.dtype:  # its bias is wider
+            found = self._call(aten.to.dtype, found, wanted.dtype)
+        return found
 
-    def _value(self, form: Form, weight: Node) -> Node:
+    def _value(self, form: Form) -> Node:
         """The sum over rows, or each row's value [T].
 
         What a sum is multiplied by goes into it: its gradients, made in the forward, are then those
@@ -101,25 +108,24 @@ class Emitter:
         if len(cross) == 1 and not (square or divergence):
             (term,) = cross
             if not form.reduced:
-                return self._row_by_row(term, weight)
+                return self._row_by_row(term)
             if term in (Term(), _MEAN):
                 reduction = "mean" if term == _MEAN else "sum"
-                return self._operator(weight, reduction=reduction)
+                return self._operator(reduction=reduction)
         shares = [self._coefficient(terms) for terms in (cross, square, divergence)]
-        result = self._operator(weight, *shares, reduction="sum" if form.reduced else "none")
+        result = self._operator(*shares, reduction="sum" if form.reduced else "none")
         return self._or_nan(result, (*cross, *divergence))
 
-    def _row_by_row(self, term: Term, weight: Node) -> Node:
+    def _row_by_row(self, term: Term) -> Node:
         """Rows have their gradients in the backward, be they multiplied before or behind."""
         inside = tuple(f for f in term.factors if self._is_of_rows(f) or f.kind == "classes")
         outside = [f for f in term.factors if f not in inside]
         coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
-        result = self._operator(weight, coefficient, reduction="none")
+        result = self._operator(coefficient, reduction="none")
         return self._times(result, term.number, outside)
 
     def _operator(
         self,
-        weight: Node,
         coefficient: Node | None = None,
         squared: Node | None = None,
         share: Node | None = None,
@@ -132,9 +138,9 @@ class Emitter:
         if other is not None:
             how = other.comparison
             compared = (how.scale, *other.numbers, how.entropy, how.reversed, how.spread)
-            tensors = (self._x, weight, head.bias, *other.tensors, *shares, share)
+            tensors = (self._x, head.weight, head.bias, *other.tensors, *shares, share)
             return self._call(LINEAR_DIVERGENCE, *tensors, *setting, *compared, reduction)
-        inputs = (self._x, weight, head.bias, *shares)
+        inputs = (self._x, head.weight, head.bias, *shares)
         if not self._keeps:
             return self._call(LINEAR_CROSS_ENTROPY, *inputs, *setting, reduction)
         both = self._call(WITH_LOGITS, *inputs, *setting, reduction)
@@ -250,11 +256,11 @@ class Emitter:
 
     def _classes(self) -> Any:
         """How many there are: a number, or a node where it is symbolic."""
-        weight, dim = self._head.weight, int(self._head.transposed)
-        classes: Any = view.tensors(weight)[0].shape[dim]
+        weight = self._head.weight
+        classes: Any = view.tensors(weight)[0].shape[0]
         if isinstance(classes, int):
             return classes
-        return self._call(aten.sym_size.int, weight, dim)
+        return self._call(aten.sym_size.int, weight, 0)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return edit.call(self._gm, target, args, kwargs, near=self._near)

@@ -16,6 +16,7 @@ from iocompiler.graph import view
 from iocompiler.passes.linear_cross_entropy import arithmetic, divergence, statistics
 from iocompiler.passes.linear_cross_entropy import head as heads
 from iocompiler.passes.linear_cross_entropy import loss as losses
+from iocompiler.passes.linear_cross_entropy import moves, picks
 from iocompiler.passes.linear_cross_entropy.description import (
     Comparison,
     Declined,
@@ -32,8 +33,9 @@ from iocompiler.passes.linear_cross_entropy.statistics import is_picked
 aten = torch.ops.aten
 STATISTICS = (aten.log_softmax.int, aten.logsumexp.default, aten.softmax.int)
 _RULES: dict[Any, tuple[Rule, ...]] = defaultdict(tuple)
-for _rules in (statistics.RULES, arithmetic.RULES):
-    _RULES.update({target: (rule,) for target, rule in _rules.items()})
+for _rules in (statistics.RULES, picks.RULES, arithmetic.RULES):
+    for _target, _rule in _rules.items():
+        _RULES[_target] += (_rule,)
 for _target, _more in divergence.RULES.items():
     _RULES[_target] += _more
 
@@ -100,7 +102,7 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node], compared: set[Node])
     except Declined:
         if statistic.target in losses.TARGETS and not heads.linear_near(logits):
             return
-        if statistic.target in STATISTICS and not (is_picked(statistic) or is_compared(statistic)):
+        if statistic.target in STATISTICS and not _is_read(statistic):
             return
         raise
     if main is not None and dim is not None:
@@ -109,6 +111,11 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node], compared: set[Node])
             yield from search.run()
         finally:
             compared |= search.others()
+
+
+def _is_read(statistic: Node) -> bool:
+    """Whether a loss may be made of it."""
+    return is_picked(statistic) or is_compared(statistic)
 
 
 def _class_dim(statistic: Node) -> int | None:
@@ -169,6 +176,8 @@ class _Search:
             labels = None
             if "cross" in form.terms:
                 labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
+                if form.smoothing:
+                    labels = replace(labels, smoothing=form.smoothing)
             main = self._main if form.outer is None else replace(self._main, outer=form.outer)
             given = (main, self._logits, self._dim, path, labels, form, end, tuple(region))
             yield Found(*given, bool(kept), *self._compared(region, reader))
@@ -297,4 +306,4 @@ class _Search:
 
 def _signature(head: Head) -> tuple[Any, ...]:
     """What two logits must have in common to have the same rows, but for what multiplies them."""
-    return (head.inner, head.capped, heads.rows(head.views))
+    return (head.inner, head.capped, head.shifted, moves.rows(head.views))

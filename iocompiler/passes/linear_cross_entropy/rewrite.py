@@ -18,9 +18,11 @@ from iocompiler.passes.linear_cross_entropy.description import Declined
 from iocompiler.passes.linear_cross_entropy.divergence import is_compared
 from iocompiler.passes.linear_cross_entropy.emit import Emitter, Other
 from iocompiler.passes.linear_cross_entropy.found import STATISTICS, Found, find
-from iocompiler.passes.linear_cross_entropy.head import MOVES, RESHAPES, TRANSPOSES
-from iocompiler.passes.linear_cross_entropy.operands import operands
+from iocompiler.passes.linear_cross_entropy.moves import MOVES, RESHAPES, TRANSPOSES
+from iocompiler.passes.linear_cross_entropy.operands import operands, parameters
 from iocompiler.passes.linear_cross_entropy.reader import fixed
+from iocompiler.passes.linear_cross_entropy.rows_first import choose_rows_first
+from iocompiler.passes.linear_cross_entropy.statistics import has_logarithm
 from iocompiler.passes.linear_cross_entropy.twins import Twins
 
 aten = torch.ops.aten
@@ -57,6 +59,7 @@ def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = (
     Args:
         devices: where it pays although the program returns the logits too.
     """
+    choose_rows_first(gm)
     changed = 0
     seen: set[Node] = set()
     compared: set[Node] = set()
@@ -84,7 +87,7 @@ def _statistics(gm: GraphModule) -> list[Node]:
     found = [
         node
         for node in view.calls(gm, *losses.TARGETS, *STATISTICS)
-        if node.target is not aten.softmax.int or is_compared(node)
+        if node.target is not aten.softmax.int or is_compared(node) or has_logarithm(node)
     ]
     without = fixed(gm) if len(found) > 1 else ()
     return sorted(found, key=lambda node: node in without)
@@ -104,6 +107,7 @@ def _replaced(
             _check_devices(found)
             _check_kept(found, devices)
             _check_dtypes(found)
+            _check_shift(found)
             _check_price(found, least_bytes)
             _check_order(gm, found)
             _replace(gm, found)
@@ -148,6 +152,8 @@ def _check_kept(found: Found, devices: Sequence[str]) -> None:
     here = target.device_type(view.tensors(found.head.node)[0])
     if here not in devices:
         raise Declined(f"the logits are returned too, which saves nothing on {here!r}")
+    if found.head.cuts:
+        raise Declined("the logits are returned, and the loss is of some of their classes only")
     moves = {n.target for n in found.path if n in found.region}
     if moves & {*MOVES} - {*RESHAPES}:
         raise Declined("the logits are returned, and the loss is of some of their rows only")
@@ -163,6 +169,11 @@ def _check_dtypes(found: Found) -> None:
         raise Declined("one of the distributions is in float64, and the other is not")
 
 
+def _check_shift(found: Found) -> None:
+    if found.head.shifted and "square" in found.form.terms:
+        raise Declined("a squared logsumexp of logits that a sigmoid bounds")
+
+
 def _check_price(found: Found, least_bytes: int) -> None:
     value = view.tensors(found.head.node)[0]
     if not all(isinstance(size, int) for size in value.shape):
@@ -176,14 +187,12 @@ def _replace(gm: GraphModule, found: Found) -> None:
     end, head = found.end, found.head
     try:
         x = Twins(gm, head, found.path).rows(found.logits, found.dim, end)
-        weight = head.weight
-        if head.transposed:
-            weight = edit.call(gm, aten.transpose.int, (weight, 0, 1), {}, near=end)
+        head = parameters(gm, head, end)
         other = None
         if found.other is not None and found.comparison is not None:
             other = Other(found.comparison, *operands(gm, found.other, end))
         emitter = Emitter(gm, end, x, found.labels, head, keeps=found.kept, other=other)
-        new = emitter.loss(found.form, weight)
+        new = emitter.loss(found.form)
     except Declined:
         edit.erase_dead(gm)
         raise
