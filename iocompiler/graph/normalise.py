@@ -232,9 +232,9 @@ def _does_nothing(gm: GraphModule, node: Node, same: Node) -> bool:
     if node.target in (aten.reshape.default, aten.expand.default):
         return same_sizes(old.shape, new.shape)
     if node.target is aten.slice.Tensor:
-        _, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
+        _, start, end, step = view.spelled_out(node)[1:]
         whole = end is None or (isinstance(end, int) and end >= sys.maxsize)
-        return whole and start in (None, 0) and step == 1
+        return whole and start in (None, 0) and bool(step == 1)
     if node.target is aten.dropout.default:
         return bool(rest[0] == 0 or rest[1] is False)
     if node.target in (aten.add.Tensor, aten.cat.default):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-
 # no target is this: every row has a cross-entropy
 NEVER = -(1 << 62)
 

@@ -75,9 +75,14 @@ class Emitter:
             if labels.wrapped:
                 self._target = self._wrapped(self._target)
 
-    def loss(self, form: Form) -> Node:
-        """What a form in normal form is, in the shape and dtype of the node it is made before."""
-        new = self._value(form)
+    def loss(self, form: Form, *, by_rows: bool = False) -> Node:
+        """What a form in normal form is, in the shape and dtype of the node it is made before.
+
+        Args:
+            by_rows: summed outside of the operator, which makes its gradients only when they are
+                asked for.
+        """
+        new = self._value(form, by_rows=by_rows)
         wanted = view.tensors(self._near)[0]
         if tuple(map(str, view.tensors(new)[0].shape)) != tuple(map(str, wanted.shape)):
             sizes = [self._size(size, self._x) for size in wanted.shape]
@@ -97,7 +102,7 @@ class Emitter:
             found = self._call(aten.to.dtype, found, wanted.dtype)
         return found
 
-    def _value(self, form: Form) -> Node:
+    def _value(self, form: Form, *, by_rows: bool) -> Node:
         """The sum over rows, or each row's value [T].
 
         What a sum is multiplied by goes into it: its gradients, made in the forward, are then those
@@ -109,11 +114,16 @@ class Emitter:
             (term,) = cross
             if not form.reduced:
                 return self._row_by_row(term)
-            if term in (Term(), _MEAN):
+            if term in (Term(), _MEAN) and not by_rows:
                 reduction = "mean" if term == _MEAN else "sum"
                 return self._operator(reduction=reduction)
         shares = [self._coefficient(terms) for terms in (cross, square, divergence)]
-        result = self._operator(*shares, reduction="sum" if form.reduced else "none")
+        if self._target is not None and not cross:
+            shares[0] = self._call(aten.zeros_like.default, self._ones())
+        at_once = form.reduced and not by_rows
+        result = self._operator(*shares, reduction="sum" if at_once else "none")
+        if form.reduced and by_rows:
+            result = self._call(aten.sum.default, result)
         return self._or_nan(result, (*cross, *divergence))
 
     def _row_by_row(self, term: Term) -> Node:

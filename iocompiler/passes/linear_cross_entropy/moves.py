@@ -49,21 +49,28 @@ def check_move(node: Node, dim: int) -> None:
     """Whether the classes, along ``dim`` of the result, are the last dim before and behind.
 
     Raises:
-        Declined: they are not.
+        Declined: they are not, or how many rows are chosen is known only at run time.
     """
     old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
     kept = old.dim() and dim == new.dim() - 1 and equal(old.shape[-1], new.shape[-1])
     if not kept or _is_of_classes(node, old.dim()):
         raise Declined(f"{node.target} splits or cuts the classes")
+    if any(index.dtype in (torch.bool, torch.uint8) for index in _indices(node)):
+        raise Declined("a mask chooses among the rows of the logits")
+
+
+def _indices(node: Node) -> list[torch.Tensor]:
+    if node.target is not aten.index.Tensor:
+        return []
+    given: Any = node.args[1]
+    return [view.tensors(each)[0] for each in given if each is not None]
 
 
 def _is_of_classes(node: Node, rank: int) -> bool:
     """Whether what a call names of an operand of ``rank`` dims is the last of them."""
     arguments: Any = node.args
     if node.target is aten.index.Tensor:
-        chosen = [view.tensors(each)[0] for each in arguments[1] if each is not None]
-        several = sum(each.dim() - 1 for each in chosen if each.dtype == torch.bool)
-        return len(arguments[1]) + several >= rank and arguments[1][-1] is not None
+        return len(arguments[1]) == rank and arguments[1][-1] is not None
     if node.target is aten.unsqueeze.default:
         return bool(arguments[1] % (rank + 1) == rank)
     if node.target in RESHAPES and node.target is not aten.squeeze.dim:

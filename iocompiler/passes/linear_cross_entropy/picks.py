@@ -50,11 +50,12 @@ def _gather(reader: Reader, node: Node) -> Form | None:
 
 def _index(reader: Reader, node: Node) -> Form | None:
     """``logits[arange(rows), target]``, and of several dims of rows."""
-    form, indices = _matrix(reader, node.args[0]), node.args[1]
-    whole = view.tensors(node.args[0])[0]  # type: ignore[arg-type]
-    if form is None or form.dim != whole.dim() - 1 or len(indices) != whole.dim():  # type: ignore[arg-type]
+    indices: Any
+    source, indices, *_ = node.args
+    form, whole = _matrix(reader, source), view.tensors(source)[0]  # type: ignore[arg-type]
+    if form is None or form.dim != whole.dim() - 1 or len(indices) != whole.dim():
         return None
-    *counted, target = indices  # type: ignore[misc]
+    *counted, target = indices
     rows_ = whole.shape[:-1]
     value = None if target is None else view.tensors(target)[0]
     if value is None or value.dtype != torch.int64 or not same_sizes(value.shape, rows_):
@@ -86,15 +87,14 @@ def _is_arange(node: Node, size: Any) -> bool:
         return False
     if node.target is aten.arange.default:
         return True
-    if node.target is aten.arange.start:
-        return node.args[0] == 0
-    if node.target is aten.arange.start_step:
-        return node.args[0] == 0 and (len(node.args) < 3 or node.args[2] == 1)
+    if node.target in (aten.arange.start, aten.arange.start_step):
+        start, _, step = (*node.args, 1)[:3]
+        return isinstance(start, int) and start == 0 and isinstance(step, int) and step == 1
     if node.target is aten.lift_fresh_copy.default:  # of numbers in the program
         held = getattr(node.graph.owning_module, str(node.args[0].target), None)  # type: ignore[union-attr]
         counted = torch.arange(value.shape[0]) if isinstance(value.shape[0], int) else None
         plain = type(held) is torch.Tensor and counted is not None
-        return plain and torch.equal(held.cpu(), counted)  # type: ignore[union-attr, arg-type]
+        return plain and torch.equal(held.cpu(), counted)  # type: ignore[union-attr]
     return False
 
 

@@ -184,26 +184,35 @@ def _check_price(found: Found, least_bytes: int) -> None:
 
 
 def _replace(gm: GraphModule, found: Found) -> None:
-    end, head = found.end, found.head
+    made: list[tuple[Node, Node]] = []
     try:
-        x = Twins(gm, head, found.path).rows(found.logits, found.dim, end)
-        head = parameters(gm, head, end)
-        other = None
-        if found.other is not None and found.comparison is not None:
-            other = Other(found.comparison, *operands(gm, found.other, end))
-        emitter = Emitter(gm, end, x, found.labels, head, keeps=found.kept, other=other)
-        new = emitter.loss(found.form)
+        for part in found.shown:
+            made.append((part.end, _emitter(gm, part).loss(part.form, by_rows=True)))
+        emitter = _emitter(gm, found)
+        made.append((found.end, emitter.loss(found.form)))
     except Declined:
         edit.erase_dead(gm)
         raise
-    record(gm, Rewrite(_PATTERN, view.where(end), _variant(found)))
+    record(gm, Rewrite(_PATTERN, view.where(found.end), _variant(found)))
     kept = _kept(gm, found, emitter) if found.kept else []
-    edit.redirect(gm, end, new)
+    for old, new in made:
+        edit.redirect(gm, old, new)
     for node in reversed((*found.beside, *found.region)):
         if not node._erased and not node.users:
             edit.erase(gm, node)
     for old, again in reversed(kept):
         edit.redirect(gm, old, again)
+
+
+def _emitter(gm: GraphModule, found: Found) -> Emitter:
+    """What makes the operator's call, its operands made before ``found.end``."""
+    end = found.end
+    x = Twins(gm, found.head, found.path).rows(found.logits, found.dim, end)
+    other = None
+    if found.other is not None and found.comparison is not None:
+        other = Other(found.comparison, *operands(gm, found.other, end))
+    head = parameters(gm, found.head, end)
+    return Emitter(gm, end, x, found.labels, head, keeps=found.kept, other=other)
 
 
 def _kept(gm: GraphModule, found: Found, emitter: Emitter) -> list[tuple[Node, Node]]:
@@ -237,6 +246,7 @@ def _variant(found: Found) -> str:
     parts += ["class weights"] if "class" in kinds else []
     parts += ["squared logsumexp"] if "square" in form.terms else []
     parts += ["logits kept"] if found.kept else []
+    parts += [f"parts read: {len(found.shown)}"] if found.shown else []
     parts += _compared(found)
     return ", ".join(parts)
 

@@ -63,8 +63,8 @@ def _logarithm(reader: Reader, node: Node) -> Form | None:
     form = reader.form(node.args[0])
     if form is None or form.reduced or form.terms != {"q": (Term(),)} or not is_wide(node):
         return None
-    logit = "z" if form.dim is not None else "chosen"
-    return replace(form, terms={logit: (Term(),), "lse": (Term(-1.0),)})
+    logit = rows(None, z=1.0) if form.dim is not None else rows(None, chosen=1.0)
+    return replace(form, terms={**logit.terms, "lse": (Term(-1.0),)})
 
 
 def _loss(reader: Reader, node: Node) -> Form | None:
