@@ -29,6 +29,9 @@ aten = torch.ops.aten
 _PATTERN = "linear_cross_entropy"
 # logits that stay in a large L2 cost no traffic, and little memory
 LEAST_BYTES = 32 << 20
+# A part of a loss that is read by itself costs one more product, half as long again as all passes
+# over whole logits take: memory is what is gained, where it is much (1 GiB of logits on a GPU).
+_MORE_FOR_PARTS = 32
 
 
 @graph_pass
@@ -181,6 +184,10 @@ def _check_price(found: Found, least_bytes: int) -> None:
     size = value.numel() * value.element_size()
     if size < least_bytes:
         raise Declined(f"the logits take {size} bytes < {least_bytes}: chunks gain nothing")
+    least = least_bytes * _MORE_FOR_PARTS
+    if found.shown and size < least:
+        parts = f"{len(found.shown)} of its parts, for each of which they would be made again"
+        raise Declined(f"the logits take {size} bytes < {least}: beside the loss are read {parts}")
 
 
 def _replace(gm: GraphModule, found: Found) -> None:
