@@ -22,6 +22,7 @@ from iocompiler.passes.linear_cross_entropy.moves import MOVES, RESHAPES, TRANSP
 from iocompiler.passes.linear_cross_entropy.operands import operands, parameters
 from iocompiler.passes.linear_cross_entropy.reader import fixed
 from iocompiler.passes.linear_cross_entropy.rows_first import choose_rows_first
+from iocompiler.passes.linear_cross_entropy.stacked import take_together
 from iocompiler.passes.linear_cross_entropy.statistics import has_logarithm
 from iocompiler.passes.linear_cross_entropy.twins import Twins
 
@@ -62,6 +63,7 @@ def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = (
     Args:
         devices: where it pays although the program returns the logits too.
     """
+    take_together(gm)
     choose_rows_first(gm)
     changed = 0
     seen: set[Node] = set()
