@@ -511,3 +511,15 @@ def test_a_cut_head_is_as_wide_as_what_is_left() -> None:
         if "linear_cross_entropy_gradients" in str(n.target)
     ]
     assert heads == [torch.Size([K, D])]
+
+
+@pytest.mark.parametrize("f", [smoothed_by_hand, one_hot, one_hot_targets, parts_for_a_log])
+def test_a_mean_over_no_rows_is_nan(f: Model) -> None:
+    torch._dynamo.reset()
+    x, w, b, y = inputs()
+    given = (x[:0].detach().requires_grad_(), w, b, y[:0])
+    run, records = compiled(f, PIPELINE)
+    mine, theirs = everything(run, given), everything(f, given)
+    assert theirs[0].isnan()  # type: ignore[union-attr]
+    torch.testing.assert_close(mine, theirs, equal_nan=True)
+    assert "linear_cross_entropy" in [r.pattern for r in records[0].rewrites]

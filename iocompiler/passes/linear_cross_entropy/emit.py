@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
+from iocompiler.graph.sizes import known
 from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
 from iocompiler.ops.linear_divergence import LINEAR_DIVERGENCE
 from iocompiler.passes.linear_cross_entropy.description import (
@@ -124,7 +125,7 @@ class Emitter:
         result = self._operator(*shares, reduction="sum" if at_once else "none")
         if form.reduced and by_rows:
             result = self._call(aten.sum.default, result)
-        return self._or_nan(result, (*cross, *divergence))
+        return self._or_nan(result, (*cross, *square, *divergence))
 
     def _row_by_row(self, term: Term) -> Node:
         """Rows have their gradients in the backward, be they multiplied before or behind."""
@@ -169,8 +170,9 @@ class Emitter:
             result = self._call(aten.add.Tensor, result, self._by(nothing, factor))
         return result
 
-    @staticmethod
-    def _may_divide_by_zero(factor: Factor) -> bool:
+    def _may_divide_by_zero(self, factor: Factor) -> bool:
+        if factor.kind == "rows":
+            return not known(view.tensors(self._x)[0].shape[0] > 0)
         return factor.kind in ("kept", "classes") or (factor.kind == "over" and not factor.shape)
 
     # --- coefficients
