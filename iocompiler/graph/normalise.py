@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,6 +110,7 @@ def _respell(gm: GraphModule, node: Node) -> int:
         rewrite.respell(node, _SYNONYMS[node.target], node.args, node.kwargs)
     _shape(node)
     _transposition(node)
+    _narrowed(node)
     _conversion(node)
     _concatenation(node)
     _defaults(node)
@@ -143,6 +145,15 @@ def _transposition(node: Node) -> None:
     rank = view.tensors(node)[0].dim()
     if rank == 2 or (rank > 2 and node.target is aten.mT.default):
         rewrite.respell(node, aten.transpose.int, (node.args[0], rank - 2, rank - 1))
+
+
+def _narrowed(node: Node) -> None:
+    """narrow: a slice, where its ends are numbers."""
+    if node.target is not aten.narrow.default:
+        return
+    read, dim, start, length = node.args
+    if isinstance(start, int) and isinstance(length, int) and start >= 0:
+        rewrite.respell(node, aten.slice.Tensor, (read, dim, start, start + length))
 
 
 def _conversion(node: Node) -> None:
@@ -220,6 +231,10 @@ def _does_nothing(gm: GraphModule, node: Node, same: Node) -> bool:
         return old.dtype == new.dtype and len(rest) == 1 and not node.kwargs
     if node.target in (aten.reshape.default, aten.expand.default):
         return same_sizes(old.shape, new.shape)
+    if node.target is aten.slice.Tensor:
+        _, start, end, step = view.spelled_out(node)[1:]
+        whole = end is None or (isinstance(end, int) and end >= sys.maxsize)
+        return whole and start in (None, 0) and bool(step == 1)
     if node.target is aten.dropout.default:
         return bool(rest[0] == 0 or rest[1] is False)
     if node.target in (aten.add.Tensor, aten.cat.default):

@@ -18,12 +18,13 @@ from iocompiler.passes.attention.dims import views
 from iocompiler.passes.attention.dims.arrange import Arranger
 from iocompiler.passes.attention.dims.axes import Axis, Dims, Group, flat, fresh, resolve
 from iocompiler.passes.attention.dims.views import Operand, shape
+from iocompiler.passes.copied_operands import COPIES as _COPIES
+from iocompiler.passes.copied_operands import read_originals
 
 aten = torch.ops.aten
 
 _LAYERS = (aten.linear.default, aten.matmul.default)
 _ATTENTION = aten.scaled_dot_product_attention.default
-_COPIES = (aten.contiguous.default, aten.clone.default)
 _PIECES = (
     *(aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
     *(aten.unbind.int, operator.getitem),
@@ -55,7 +56,8 @@ def late_copies(gm: GraphModule) -> int:
         y = aten.permute.default(aten.reshape.default(y, ...), ...)
         q = aten.contiguous.default(aten.select.int(y, 0, 0))
 
-    As `nn.MultiheadAttention` is written. The copies that are left are for whom they were made: an
+    As `nn.MultiheadAttention` is written. Nor for products that read it where it lies
+    (`copied_operands.py`). The copies that are left are for whom they were made: an
     attention or a kernel of ours reads what is behind them. Left as they are: layers of whose
     result something reads rows that lie dense, where it has more columns than the input; results of
     the graph; what is written in place; a copy that is read as a whole.
@@ -72,7 +74,7 @@ def late_copies(gm: GraphModule) -> int:
     for node in list(view.calls(gm, *_COPIES)):
         if not node._erased and _is_dense(node) and still(node) and still(node.args[0]):  # type: ignore[arg-type]
             sites += _dropped(gm, node) or _parted(gm, node)
-    return sites
+    return sites + read_originals(gm, still)
 
 
 def _is_on_gpu(x: torch.Tensor) -> bool:

@@ -35,7 +35,8 @@ def repeated(gm: GraphModule) -> int:
     The forward would be the same without (AOTAutograd sees equal calls of one graph); in the
     backward each call would have a gradient of its own, and each gradient the kernels of its
     operator: attention's tables of distances, one a layer. Left alone: what is random, written or
-    returned (two tensors stay two), operators of the user's, and calls under different modes.
+    returned (two tensors stay two), operators of the user's, calls under different modes, and masks
+    that something is chosen by (torch names how many each keeps, and would find one name twice).
     """
     roots, regions = view.roots(gm), view.regions(gm)
     (output,) = gm.graph.find_nodes(op="output")
@@ -46,6 +47,8 @@ def repeated(gm: GraphModule) -> int:
     for node in list(view.calls(gm)):
         touched = _storages((node, *node.all_input_nodes), roots)
         if not _is_function(node) or touched & written or roots[node] & returned:
+            continue
+        if any(user.meta.get("unbacked_bindings") for user in node.users):
             continue
         key = (regions[node], node.target, frozen(node.args), frozen(node.kwargs))
         same = found.setdefault(key, node)

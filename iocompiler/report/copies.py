@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -29,29 +29,44 @@ def copied(
         asked: the copies of the program as it was written.
         plans: all of its plans, each with the values of its sizes.
     """
-    times: Counter[tuple[str, str]] = Counter()
-    moved: Counter[tuple[str, str]] = Counter()
+    sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
     for copy in asked:
-        times[copy.operator, copy.where] += 1
-        moved[copy.operator, copy.where] += copy.bytes
-    left, bytes_left = Counter[str](), Counter[str]()
+        sizes[copy.operator, copy.where].append(copy.bytes)
+    left: dict[str, list[int]] = defaultdict(list)
     for plan, hints in plans:
         for line, size in _kept(plan, hints):
-            left[line] += 1
-            bytes_left[line] += size
-    rows = []
-    for (operator, line), count in times.items():
-        kept = min(count, left[line])
-        size = bytes_left[line] * kept // max(left[line], 1)
-        rows.append(Copied(operator, line, count, moved[operator, line], kept, size))
-        left[line] -= kept
-        bytes_left[line] -= size
+            left[line].append(size)
+    kept = _matched(sizes, left)
+    rows = [
+        Copied(operator, line, len(each), sum(each), len(made), sum(made))
+        for ((operator, line), each), made in zip(sizes.items(), kept, strict=True)
+    ]
     rows += [
-        Copied(NOT_ASKED, line, 0, 0, count, bytes_left[line])
-        for line, count in left.items()
-        if count
+        Copied(NOT_ASKED, line, 0, 0, len(each), sum(each)) for line, each in left.items() if each
     ]
     return tuple(sorted(rows, key=lambda row: -max(row.bytes, row.bytes_kept)))
+
+
+def _matched(
+    sizes: Mapping[tuple[str, str], Sequence[int]], left: Mapping[str, list[int]]
+) -> list[list[int]]:
+    """For each row of ``sizes``, the bytes of those of ``left`` that are its own, which are taken
+    from there: those of its line and its sizes, then others of its line.
+    """
+    kept: list[list[int]] = []
+    for (_, line), each in sizes.items():
+        kept.append([size for size in each if _taken(left[line], size)])
+    for made, ((_, line), each) in zip(kept, sizes.items(), strict=True):
+        while left[line] and len(made) < len(each):
+            made.append(left[line].pop())
+    return kept
+
+
+def _taken(left: list[int], size: int) -> bool:
+    if size not in left:
+        return False
+    left.remove(size)
+    return True
 
 
 def _kept(plan: Plan, hints: Mapping[str, int]) -> Iterator[tuple[str, int]]:

@@ -24,11 +24,14 @@ from iocompiler.graph.held import stand_for
 from iocompiler.graph.match import Stage
 
 Memo = dict[int, Any]
+# what chooses as many as a mask keeps
+_CHOOSING = (torch.ops.aten.nonzero.default, torch.ops.aten.index.Tensor)
 
 
 class Doubles(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Of a running program, a single number drawn from [0, 1) is 0.5 to what branches on it: a
-    layer that may be left out is, if that is the likelier; all else has no value.
+    layer that may be left out is, if that is the likelier; a mask keeps all that it could. All else
+    has no value.
     """
 
     supports_higher_order_operators = True
@@ -36,11 +39,27 @@ class Doubles(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, HigherOrderOperator):  # they ask for the very class
             return func.python_key_table[FakeTensorMode](self, *args, **(kwargs or {}))
-        made: Any = super().__torch_dispatch__(func, types, args, kwargs)
         traced = torch._guards.TracingContext.try_get() is not None
+        if func in _CHOOSING and not traced:
+            func, args = _keeping_all(func, args)
+        made: Any = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.rand.default and not traced and made.numel() == 1:
             made.constant = torch.full(made.shape, 0.5, dtype=made.dtype)
         return made
+
+
+def _keeping_all(func: Any, args: Any) -> tuple[Any, Any]:
+    """A call of ``_CHOOSING`` as one whose result has a size: that of all there could be."""
+    x, *rest = args
+    if func is torch.ops.aten.nonzero.default:
+        sizes = (x.numel(), x.dim())
+        return torch.ops.aten.new_empty.default, (x.new_empty((), dtype=torch.int64), sizes)
+    indices: list[Any] = []
+    for each in rest[0]:
+        masks = each is not None and each.dtype in (torch.bool, torch.uint8)
+        places = each.new_empty((each.numel(),), dtype=torch.int64) if masks else each
+        indices += [places] * each.dim() if masks else [places]
+    return func, (x, indices)
 
 
 def double(model: Callable[..., Any], mode: FakeTensorMode) -> Callable[..., Any]:

@@ -255,3 +255,35 @@ def test_in_place_that_would_change_the_dtype_stays(captured: Captured) -> None:
         return y * 1
 
     assert aten.add_.Tensor in _normal(captured, f, X)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.narrow(1, 0, 2) * 2,
+        lambda x: x.narrow(1, 1, 2) * 2,
+        lambda x: x.narrow(-1, 0, 3) * 2,
+    ],
+)
+def test_narrow_is_a_slice(f: Any, captured: Captured) -> None:
+    assert _normal(captured, f, X) == [aten.slice.Tensor, aten.mul.Tensor]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.narrow(1, -2, 2) * 2,
+        lambda x: x[:, ::2] * 2,
+        lambda x: x[:, 1:] * 2,
+        lambda x: x[:, :-1] * 2,
+    ],
+)
+def test_a_part_stays_a_part(f: Any, captured: Captured) -> None:
+    assert len(_normal(captured, f, X)) == 2
+
+
+def test_a_slice_of_everything_is_nothing(captured: Captured) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return aten.slice.Tensor(aten.slice.Tensor(x, 1, 0, 2**63 - 1), 2) * 2
+
+    assert _normal(captured, f, X) == [aten.mul.Tensor]

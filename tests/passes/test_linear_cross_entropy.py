@@ -300,8 +300,8 @@ def dropped(x, w, b, y):
     return F.cross_entropy(F.relu(F.linear(x, w)).view(-1, V), y.view(-1))
 
 
-def cut_classes(x, w, b, y):
-    return F.cross_entropy(F.linear(x, w)[..., :-1].reshape(-1, V - 1), y.view(-1) % (V - 1))
+def every_other_class(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w)[..., ::2].reshape(-1, V // 2), y.view(-1) % (V // 2))
 
 
 def over_rows(x, w, b, y):
@@ -399,7 +399,7 @@ DECLINED = [
     (returned_whole, "some of their rows"), (returned_other_way, "another order"),
     (returned_and_used, "used elsewhere"), (returned_before, "returned elsewhere"),
     (used_twice, "used elsewhere"),
-    (dropped, "relu"), (cut_classes, "splits or cuts"),
+    (dropped, "relu"), (every_other_class, "splits or cuts"),
     (over_rows, "columns"), (split_classes, "splits or cuts"), (softmax_of_rows, "another dim"),
     (rounded, "rounded"), (under_no_grad, "grad mode"),
 ]  # fmt: skip

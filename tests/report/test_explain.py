@@ -297,3 +297,14 @@ def test_masks_that_modules_hold_are_seen(mask: torch.Tensor, writes: bool, vari
     report = explain(model, torch.randn(2, 4, 64, 16), compile_kernels=False)
     assert [found.variant for found in report.rewrites] == [variant]
     assert torch.equal(model.mask, before)
+
+
+def test_a_program_that_keeps_the_rows_of_a_mask() -> None:
+    def masked(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        kept = y != -100
+        return torch.nn.functional.cross_entropy(x[kept] @ w, y[kept]) + x[(y > 0).nonzero()].sum()
+
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(8, 50, requires_grad=True)
+    report = explain(masked, x, w, torch.arange(6), device="h200", training=True)
+    products = [k.graph for k in report.kernels if k.name == "aten.mm.default"]
+    assert products == ["forward", "backward", "backward"]

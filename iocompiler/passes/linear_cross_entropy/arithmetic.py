@@ -15,7 +15,7 @@ from torch.fx import Node
 from iocompiler.graph import view
 from iocompiler.graph.sizes import equal, same_sizes
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form
-from iocompiler.passes.linear_cross_entropy.head import TRANSPOSES, order_of
+from iocompiler.passes.linear_cross_entropy.moves import TRANSPOSES, order_of
 from iocompiler.passes.linear_cross_entropy.reader import (
     ORDERED,
     Reader,
@@ -29,8 +29,12 @@ aten = torch.ops.aten
 # of a matrix, those that may keep the classes last
 _REGROUPED = (
     aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default, aten.clone.default,
-    aten.alias.default, aten.to.dtype,
+    aten.alias.default, aten.to.dtype, aten.unsqueeze.default, aten.squeeze.dim,
 )  # fmt: skip
+
+
+# matrices that `divergence.RULES` knows
+_OTHERS = {"q", "logp", "each"}
 
 
 def _added(sign: float) -> Rule:
@@ -42,7 +46,7 @@ def _added(sign: float) -> Rule:
             return None
         if first.dim is None and second.dim is None:
             return first.plus(second, sign) if are_alike(node, *node.args[:2]) else None
-        if first.dim is None or second.dim is not None or not is_wide(node):
+        if first.dim is None or second.dim is not None or not is_wide(node) or first.is_picked:
             return None
         # a number each row, beside the row's logits
         whole, row = (view.tensors(each)[0].shape for each in node.args[:2])  # type: ignore[arg-type]
@@ -78,8 +82,8 @@ def _scaled(
 
 
 def _negated(reader: Reader, node: Node) -> Form | None:
-    form = reader.row_form(node.args[0])
-    return form.times(-1.0) if form is not None else None
+    form = reader.form(node.args[0])
+    return form.times(-1.0) if form is not None and not set(form.terms) & _OTHERS else None
 
 
 def _squared(reader: Reader, node: Node) -> Form | None:
@@ -139,14 +143,21 @@ def _turned(reader: Reader, node: Node) -> Form | None:
 
 
 def _summed(reader: Reader, node: Node) -> Form | None:
-    form = reader.row_form(node.args[0])
+    form = reader.form(node.args[0])
     if form is None or form.reduced or not view.tensors(node)[0].is_floating_point():
         return None
-    if node.target in (aten.sum.dim_IntList, aten.mean.dim):
-        rank, dims = view.tensors(node.args[0])[0].dim(), node.args[1]  # type: ignore[arg-type]
-        if len({d % rank for d in dims or range(rank)}) != rank:  # type: ignore[operator, union-attr]
+    read = view.tensors(node.args[0])[0]  # type: ignore[arg-type]
+    rank, means = read.dim(), node.target in (aten.mean.default, aten.mean.dim)
+    given: Any = node.args[1] if node.target in (aten.sum.dim_IntList, aten.mean.dim) else None
+    dims = {d % rank for d in given or range(rank)}
+    if form.dim is not None:
+        if form.dim not in dims or equal(read.shape[form.dim], 0) or not is_wide(node):
             return None
-    means = node.target in (aten.mean.default, aten.mean.dim)
+        form = form.over_classes(read.shape[form.dim], means=means)
+        if form is None or len(dims) == 1 < rank:
+            return form
+    if len(dims) != rank:
+        return None
     total = form.times(1.0, Factor("rows")) if means else form
     return replace(total, reduced=True)
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+# no target is this: every row has a cross-entropy
+NEVER = -(1 << 62)
+
 
 class Declined(Exception):
     """It is nearly a linear + cross-entropy; the message is the broken condition."""
@@ -17,9 +20,12 @@ class Head:
 
     Attributes:
         weight: [V, D], or [D, V] where ``transposed``.
-        outer, inner, capped: the logits' function, as `ops.linear_cross_entropy_chunks.Setting`
+        bias: [V], in any number of dims, of a dtype as wide as the weight's or wider.
+        outer, inner, capped: the logits' function, as `ops.linear_cross_entropy_rows.Setting`
             has it.
-        views: those calls of the path that move rows and keep the classes.
+        shifted: whether a number is added to all logits, which changes no softmax.
+        views: those calls of the path that move rows, or cut the classes.
+        cuts: of these, the slices of the classes.
     """
 
     node: Node
@@ -32,6 +38,8 @@ class Head:
     outer: float = 1.0
     inner: float = 1.0
     capped: bool = False
+    shifted: bool = False
+    cuts: tuple[Node, ...] = ()
     also: tuple[Node, ...] = field(default=())
 
 

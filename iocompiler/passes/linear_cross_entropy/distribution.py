@@ -9,11 +9,12 @@ from torch.fx import Node
 
 from iocompiler.graph import view
 from iocompiler.passes.linear_cross_entropy import head as heads
+from iocompiler.passes.linear_cross_entropy import moves
 from iocompiler.passes.linear_cross_entropy.description import Declined, Distribution, Head
 
 aten = torch.ops.aten
 _SAME = (*heads.COPIES, aten.detach.default)
-_MOVING = (*heads.TRANSPOSES, *(each for each in heads.MOVES if each not in heads.RESHAPES))
+_MOVING = (*moves.TRANSPOSES, *(each for each in moves.MOVES if each not in moves.RESHAPES))
 _PROBABILITIES, _LOGS, _LOGITS = "probabilities", "log-probabilities", "logits"
 # what a call makes, of what
 _STEPS: dict[tuple[str, Any], str] = {
@@ -57,7 +58,7 @@ def read(node: Node, dim: int, *, logs: bool, fixed: bool) -> Distribution | Non
     if head is None and not fixed:
         return None
     calls = () if head is None else (*head.path, *reversed(path))
-    return Distribution(node, dim, sign, fixed, *given, head, calls, heads.rows(calls))
+    return Distribution(node, dim, sign, fixed, *given, head, calls, moves.rows(calls))
 
 
 def _before(node: Node, dim: int, kind: str) -> tuple[Node, int, str] | None:
@@ -76,12 +77,12 @@ def _before(node: Node, dim: int, kind: str) -> tuple[Node, int, str] | None:
         if node.target is aten.to.dtype:
             heads.check_cast(node)
             return read, dim, kind
-        if node.target in heads.MOVES:
-            heads.check_move(node, dim)
+        if node.target in moves.MOVES:
+            moves.check_move(node, dim)
             return read, view.tensors(read)[0].dim() - 1, kind
     except Declined:
         return None
-    return (read, heads.order_of(node)[dim], kind) if node.target in heads.TRANSPOSES else None
+    return (read, moves.order_of(node)[dim], kind) if node.target in moves.TRANSPOSES else None
 
 
 def _is_cast_wider(node: Node) -> bool:

@@ -11,8 +11,14 @@ from torch.fx import Node
 from iocompiler.graph import view
 from iocompiler.graph.sizes import equal
 from iocompiler.passes.linear_cross_entropy import loss as losses
-from iocompiler.passes.linear_cross_entropy.description import Comparison, Declined
+from iocompiler.passes.linear_cross_entropy.description import (
+    NEVER,
+    Comparison,
+    Declined,
+    Labels,
+)
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term
+from iocompiler.passes.linear_cross_entropy.picks import one_hot
 from iocompiler.passes.linear_cross_entropy.reader import Reader, Rule, are_alike, is_wide
 
 aten = torch.ops.aten
@@ -92,16 +98,23 @@ def _soft_targets(reader: Reader, node: Node) -> Form | None:
     if given["weight"] is not None:
         raise Declined("class weights with soft targets")
     logits, target, smoothing = given["self"], given["target"], float(given["label_smoothing"])
+    picked = one_hot(target, form.dim) if are_alike(logits, target) else None
+    if picked is not None:
+        reader.labels[node] = Labels(picked, ignore_index=NEVER, smoothing=smoothing)
+        return _over_rows(Form({"cross": (Term(),)}, outer=form.outer), given["reduction"])
     if reader.other(logits, target, form.dim, logs=False, at=node) != 1.0:
         raise Declined(_LEARNED)
     other = reader.others[node]
     if smoothing and (other.head is not None or other.kind != "probabilities"):
         raise Declined("label smoothing of soft targets that are computed from logits")
     _compared(reader, node, form, 1.0, entropy=False, spread=smoothing)
-    found = Form({"divergence": (Term(),)})
-    if given["reduction"] == losses.MEAN:
+    return _over_rows(Form({"divergence": (Term(),)}), given["reduction"])
+
+
+def _over_rows(found: Form, reduction: int) -> Form:
+    if reduction == losses.MEAN:
         found = found.times(1.0, Factor("rows"))
-    return replace(found, reduced=given["reduction"] != losses.NONE)
+    return replace(found, reduced=reduction != losses.NONE)
 
 
 def _met(reader: Reader, node: Node) -> Form | None:
@@ -147,7 +160,7 @@ def _shared(kind: Any) -> Rule:
 
     def rule(reader: Reader, node: Node) -> Form | None:
         for mine, theirs in (node.args[:2], reversed(node.args[:2])):
-            form = _summands(reader, mine)
+            form = _one_by_one(reader, mine)
             if form is not None and not node.kwargs and are_alike(node, mine):
                 return _times(reader, form, theirs, mine, kind)
             if kind == "over":
@@ -159,7 +172,7 @@ def _shared(kind: Any) -> Rule:
 
 def _masked(reader: Reader, node: Node) -> Form | None:
     inside, mask, outside = node.args
-    form = _summands(reader, inside)
+    form = _one_by_one(reader, inside)
     if form is None or not isinstance(outside, (int, float)) or outside:
         return None
     return _times(reader, form, mask, inside, "unless") if are_alike(node, inside) else None
@@ -168,6 +181,12 @@ def _masked(reader: Reader, node: Node) -> Form | None:
 def _summands(reader: Reader, x: Any) -> Form | None:
     form = reader.form(x)
     return form if form is not None and set(form.terms) == {"each"} else None
+
+
+def _one_by_one(reader: Reader, x: Any) -> Form | None:
+    """Summands, or a matrix with zeros at all classes but one: of which the sum is taken too."""
+    form = reader.form(x)
+    return form if form is not None and form.is_picked else _summands(reader, x)
 
 
 def _times(reader: Reader, form: Form, other: Any, of: Any, kind: Any) -> Form | None:

@@ -12,14 +12,19 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
+from iocompiler.graph.sizes import known
 from iocompiler.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, WITH_LOGITS
 from iocompiler.ops.linear_divergence import LINEAR_DIVERGENCE
-from iocompiler.passes.linear_cross_entropy.description import Comparison, Declined, Head, Labels
+from iocompiler.passes.linear_cross_entropy.description import (
+    NEVER,
+    Comparison,
+    Declined,
+    Head,
+    Labels,
+)
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Statistic, Term
 
 aten = torch.ops.aten
-# no target is this: every row has a cross-entropy
-_NEVER = -(1 << 62)
 _MEAN = Term(1.0, (Factor("kept"),))
 
 
@@ -42,6 +47,7 @@ class Emitter:
 
     Args:
         x: [T, D].
+        head: with the parameters that the operator reads (`operands.parameters`).
         keeps: whether the logits are a result too.
         other: what they are compared with; None: nothing.
     """
@@ -62,17 +68,22 @@ class Emitter:
         value = view.tensors(x)[0]
         self._wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         self._given, self._target = head.x, None
-        self._ignore, self._smoothing = _NEVER, 0.0
+        self._ignore, self._smoothing = NEVER, 0.0
         if labels is not None:
             self._given, self._smoothing = labels.target, labels.smoothing
-            self._ignore = _NEVER if labels.ignore_index is None else labels.ignore_index
+            self._ignore = NEVER if labels.ignore_index is None else labels.ignore_index
             self._target = self._call(aten.reshape.default, labels.target, [-1])
             if labels.wrapped:
                 self._target = self._wrapped(self._target)
 
-    def loss(self, form: Form, weight: Node) -> Node:
-        """What a form in normal form is, in the shape and dtype of the node it is made before."""
-        new = self._value(form, weight)
+    def loss(self, form: Form, *, by_rows: bool = False) -> Node:
+        """What a form in normal form is, in the shape and dtype of the node it is made before.
+
+        Args:
+            by_rows: summed outside of the operator, which makes its gradients only when they are
+                asked for.
+        """
+        new = self._value(form, by_rows=by_rows)
         wanted = view.tensors(self._near)[0]
         if tuple(map(str, view.tensors(new)[0].shape)) != tuple(map(str, wanted.shape)):
             sizes = [self._size(size, self._x) for size in wanted.shape]
@@ -83,14 +94,16 @@ class Emitter:
 
     def logits(self) -> Node:
         """The logits of the operator that `loss` has made, in the head's shape."""
-        wanted = view.tensors(self._head.node)[0].shape
-        if len(wanted) == 2:
-            return self._logits
-        sizes = [self._size(size, self._head.x) for size in wanted[:-1]]
-        sizes.append(self._size(wanted[-1], self._head.weight))
-        return self._call(aten.reshape.default, self._logits, sizes)
+        found, wanted = self._logits, view.tensors(self._head.node)[0]
+        if wanted.dim() != 2:
+            sizes = [self._size(size, self._head.x) for size in wanted.shape[:-1]]
+            sizes.append(self._size(wanted.shape[-1], self._head.weight))
+            found = self._call(aten.reshape.default, found, sizes)
+        if view.tensors(found)[0].dtype != wanted.dtype:  # its bias is wider
+            found = self._call(aten.to.dtype, found, wanted.dtype)
+        return found
 
-    def _value(self, form: Form, weight: Node) -> Node:
+    def _value(self, form: Form, *, by_rows: bool) -> Node:
         """The sum over rows, or each row's value [T].
 
         What a sum is multiplied by goes into it: its gradients, made in the forward, are then those
@@ -101,25 +114,29 @@ class Emitter:
         if len(cross) == 1 and not (square or divergence):
             (term,) = cross
             if not form.reduced:
-                return self._row_by_row(term, weight)
-            if term in (Term(), _MEAN):
+                return self._row_by_row(term)
+            if term in (Term(), _MEAN) and not by_rows:
                 reduction = "mean" if term == _MEAN else "sum"
-                return self._operator(weight, reduction=reduction)
+                return self._operator(reduction=reduction)
         shares = [self._coefficient(terms) for terms in (cross, square, divergence)]
-        result = self._operator(weight, *shares, reduction="sum" if form.reduced else "none")
-        return self._or_nan(result, (*cross, *divergence))
+        if self._target is not None and not cross:
+            shares[0] = self._call(aten.zeros_like.default, self._ones())
+        at_once = form.reduced and not by_rows
+        result = self._operator(*shares, reduction="sum" if at_once else "none")
+        if form.reduced and by_rows:
+            result = self._call(aten.sum.default, result)
+        return self._or_nan(result, (*cross, *square, *divergence))
 
-    def _row_by_row(self, term: Term, weight: Node) -> Node:
+    def _row_by_row(self, term: Term) -> Node:
         """Rows have their gradients in the backward, be they multiplied before or behind."""
         inside = tuple(f for f in term.factors if self._is_of_rows(f) or f.kind == "classes")
         outside = [f for f in term.factors if f not in inside]
         coefficient = self._coefficient((Term(1.0, inside),)) if inside else None
-        result = self._operator(weight, coefficient, reduction="none")
+        result = self._operator(coefficient, reduction="none")
         return self._times(result, term.number, outside)
 
     def _operator(
         self,
-        weight: Node,
         coefficient: Node | None = None,
         squared: Node | None = None,
         share: Node | None = None,
@@ -132,9 +149,9 @@ class Emitter:
         if other is not None:
             how = other.comparison
             compared = (how.scale, *other.numbers, how.entropy, how.reversed, how.spread)
-            tensors = (self._x, weight, head.bias, *other.tensors, *shares, share)
+            tensors = (self._x, head.weight, head.bias, *other.tensors, *shares, share)
             return self._call(LINEAR_DIVERGENCE, *tensors, *setting, *compared, reduction)
-        inputs = (self._x, weight, head.bias, *shares)
+        inputs = (self._x, head.weight, head.bias, *shares)
         if not self._keeps:
             return self._call(LINEAR_CROSS_ENTROPY, *inputs, *setting, reduction)
         both = self._call(WITH_LOGITS, *inputs, *setting, reduction)
@@ -153,8 +170,9 @@ class Emitter:
             result = self._call(aten.add.Tensor, result, self._by(nothing, factor))
         return result
 
-    @staticmethod
-    def _may_divide_by_zero(factor: Factor) -> bool:
+    def _may_divide_by_zero(self, factor: Factor) -> bool:
+        if factor.kind == "rows":
+            return not known(view.tensors(self._x)[0].shape[0] > 0)
         return factor.kind in ("kept", "classes") or (factor.kind == "over" and not factor.shape)
 
     # --- coefficients
@@ -250,11 +268,11 @@ class Emitter:
 
     def _classes(self) -> Any:
         """How many there are: a number, or a node where it is symbolic."""
-        weight, dim = self._head.weight, int(self._head.transposed)
-        classes: Any = view.tensors(weight)[0].shape[dim]
+        weight = self._head.weight
+        classes: Any = view.tensors(weight)[0].shape[0]
         if isinstance(classes, int):
             return classes
-        return self._call(aten.sym_size.int, weight, dim)
+        return self._call(aten.sym_size.int, weight, 0)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return edit.call(self._gm, target, args, kwargs, near=self._near)

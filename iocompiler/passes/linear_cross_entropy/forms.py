@@ -1,7 +1,8 @@
 """What is computed from logits, row by row, as sums of a few statistics of each row.
 
     z          a logit of the row                        (a matrix, before its target is picked)
-    chosen     the target's logit
+    chosen     the target's logit; in a matrix, at the target's class, with zeros at all others
+    average    the mean of the row's logits
     lse        log sum exp of the row
     square     lse^2
     cross      the cross-entropy, with its ignored rows and label smoothing
@@ -16,6 +17,7 @@ the logits and the loss is then a matter of adding and multiplying such sums, in
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -23,11 +25,14 @@ from typing import Any, Literal, TypeAlias
 from torch.fx import Node
 
 Statistic: TypeAlias = Literal[
-    "z", "chosen", "lse", "square", "cross", "q", "logp", "each", "divergence"
+    "z", "chosen", "average", "lse", "square", "cross", "q", "logp", "each", "divergence"
 ]
 Kind: TypeAlias = Literal[
     "times", "over", "where", "unless", "rows", "columns", "kept", "class", "classes"
 ]
+
+
+_ROUNDING = 1e-12  # of Python numbers, which add up to 1 or to 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class Term:
     number: float = 1.0
     factors: tuple[Factor, ...] = ()
 
+    @property
+    def key(self) -> frozenset[tuple[Factor, int]]:
+        """What it is multiplied by beside its number, in any order: equal for those that add up."""
+        return frozenset(Counter(self.factors).items())
+
     def times(self, number: float, *factors: Factor) -> Term:
         return Term(self.number * number, (*self.factors, *factors))
 
@@ -65,12 +75,14 @@ class Form:
         dim: along which the classes of a matrix lie; None for rows.
         outer: what the logits are multiplied by, whose statistics these are; None where there are
             none of them, or divergences alone.
+        smoothing: in normal form, the label smoothing that was written as a sum.
     """
 
     terms: Mapping[Statistic, tuple[Term, ...]]
     reduced: bool = False
     dim: int | None = None
     outer: float | None = None
+    smoothing: float = 0.0
 
     def times(self, number: float, *factors: Factor) -> Form:
         scaled = {s: tuple(t.times(number, *factors) for t in ts) for s, ts in self.terms.items()}
@@ -88,14 +100,37 @@ class Form:
         outer = other.outer if self.outer is None else self.outer
         return replace(self, terms={s: ts for s, ts in found.items() if ts}, outer=outer)
 
-    def picked(self) -> Form:
-        """The target's element of each row of a matrix."""
+    def picked(self, dim: int | None = None) -> Form:
+        """The target's element of each row of a matrix; or, along ``dim``, the matrix of these and
+        zeros.
+        """
         terms: dict[Statistic, tuple[Term, ...]] = {
             s: ts for s, ts in self.terms.items() if s != "z"
         }
         if "z" in self.terms:
             terms["chosen"] = _collected((*terms.get("chosen", ()), *self.terms["z"]))
-        return Form(terms, outer=self.outer)
+        return Form(terms, dim=dim, outer=self.outer)
+
+    @property
+    def is_picked(self) -> bool:
+        """Whether it is a matrix with zeros at all classes but the target's."""
+        return self.dim is not None and "chosen" in self.terms
+
+    def over_classes(self, classes: Any, *, means: bool) -> Form | None:
+        """The sum over the ``classes``, or their mean, of a matrix of logits, and of numbers beside
+        them, or of a picked one; None of another, and where a number of classes is needed that
+        varies.
+        """
+        if self.is_picked:
+            found, number = replace(self, dim=None), 1 / classes if means else 1.0
+        elif "z" in self.terms and not set(self.terms) - {"z", "lse"}:
+            terms: dict[Statistic, tuple[Term, ...]] = {
+                "average" if s == "z" else s: ts for s, ts in self.terms.items()
+            }
+            found, number = replace(self, terms=terms, dim=None), 1 if means else classes
+        else:
+            return None
+        return found.times(float(number)) if isinstance(number, (int, float)) else None
 
     def is_only(self, statistic: Statistic) -> bool:
         """Whether it is that statistic times a number."""
@@ -123,18 +158,40 @@ class Form:
 
     def normal(self) -> Form | None:
         """In cross-entropies, squares and divergences alone; None where it is no such sum."""
-        lse, chosen = (self.terms.get(s, ()) for s in ("lse", "chosen"))
+        lse, chosen, average = (self.terms.get(s, ()) for s in ("lse", "chosen", "average"))
+        known = ("cross", "square", "divergence")
         rest: dict[Statistic, tuple[Term, ...]] = {
-            s: ts for s, ts in self.terms.items() if s in ("cross", "square", "divergence")
+            s: ts for s, ts in self.terms.items() if s in known
         }
-        if set(self.terms) - {"lse", "chosen", "cross", "square", "divergence"}:
+        if set(self.terms) - {"lse", "chosen", "average", *known}:
             return None
-        if lse or chosen:
-            if "cross" in rest or _sorted(t.times(-1.0) for t in chosen) != _sorted(lse):
+        smoothing = 0.0
+        if lse or chosen or average:
+            share = None if "cross" in rest else _smoothing(lse, chosen, average)
+            if share is None:
                 return None
-            rest["cross"] = lse
+            rest["cross"], smoothing = lse, share
         whole = "cross" in rest or ("divergence" in rest and "square" not in rest)
-        return replace(self, terms=rest) if whole else None
+        return replace(self, terms=rest, smoothing=smoothing) if whole else None
+
+
+def _smoothing(
+    lse: Iterable[Term], chosen: Iterable[Term], average: Iterable[Term]
+) -> float | None:
+    """What of a label goes to all classes alike, where ``lse`` less its share of the target's logit
+    and of the average is a sum of cross-entropies; None where it is none.
+    """
+    wholes, targets, averages = ({t.key: t.number for t in each} for each in (lse, chosen, average))
+    if not targets or not wholes.keys() >= targets.keys() | averages.keys():
+        return None
+    shares = [-averages.get(key, 0.0) / number for key, number in wholes.items()]
+    if not 0.0 <= shares[0] <= 1.0:
+        return None
+    for share, (key, number) in zip(shares, wholes.items(), strict=True):
+        rest = number * (1.0 - share) + targets.get(key, 0.0)
+        if abs(rest) > _ROUNDING * abs(number) or abs(share - shares[0]) > _ROUNDING:
+            return None
+    return shares[0]
 
 
 def matrix(dim: int, outer: float) -> Form:
@@ -148,11 +205,8 @@ def rows(outer: float | None, **numbers: float) -> Form:
 
 def _collected(terms: Iterable[Term]) -> tuple[Term, ...]:
     """Equal terms as one; those that cancel are gone."""
-    numbers: dict[tuple[Factor, ...], float] = {}
+    found: dict[frozenset[tuple[Factor, int]], Term] = {}
     for term in terms:
-        numbers[term.factors] = numbers.get(term.factors, 0.0) + term.number
-    return tuple(Term(number, factors) for factors, number in numbers.items() if number)
-
-
-def _sorted(terms: Iterable[Term]) -> list[tuple[float, str]]:
-    return sorted((term.number, repr(term.factors)) for term in terms)
+        before = found.get(term.key, replace(term, number=0.0))
+        found[term.key] = replace(before, number=before.number + term.number)
+    return tuple(term for term in found.values() if term.number)

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from iocompiler.graph import view
-from iocompiler.passes.linear_cross_entropy import arithmetic, divergence, statistics
+from iocompiler.passes.linear_cross_entropy import arithmetic, divergence, moves, picks, statistics
 from iocompiler.passes.linear_cross_entropy import head as heads
 from iocompiler.passes.linear_cross_entropy import loss as losses
 from iocompiler.passes.linear_cross_entropy.description import (
@@ -31,9 +31,12 @@ from iocompiler.passes.linear_cross_entropy.statistics import is_picked
 
 aten = torch.ops.aten
 STATISTICS = (aten.log_softmax.int, aten.logsumexp.default, aten.softmax.int)
+# parts of a loss that are read too: each has its logits made again
+_MOST_SHOWN = 2
 _RULES: dict[Any, tuple[Rule, ...]] = defaultdict(tuple)
-for _rules in (statistics.RULES, arithmetic.RULES):
-    _RULES.update({target: (rule,) for target, rule in _rules.items()})
+for _rules in (statistics.RULES, picks.RULES, arithmetic.RULES):
+    for _target, _rule in _rules.items():
+        _RULES[_target] += (_rule,)
 for _target, _more in divergence.RULES.items():
     _RULES[_target] += _more
 
@@ -50,6 +53,8 @@ class Found:
         kept: whether the program returns the logits too: calls that lead there stay.
         other, comparison: what they are compared with, and how.
         beside: the calls of the other's head, which fall away too, in the graph's order.
+        shown: parts of it that the program reads too (to write them in a log), in the graph's
+            order.
     """
 
     head: Head
@@ -64,6 +69,7 @@ class Found:
     other: Distribution | None = None
     comparison: Comparison | None = None
     beside: tuple[Node, ...] = ()
+    shown: tuple[Found, ...] = ()
 
     def read(self) -> Iterator[Node]:
         """What the operator is to read."""
@@ -100,7 +106,7 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node], compared: set[Node])
     except Declined:
         if statistic.target in losses.TARGETS and not heads.linear_near(logits):
             return
-        if statistic.target in STATISTICS and not (is_picked(statistic) or is_compared(statistic)):
+        if statistic.target in STATISTICS and not _is_read(statistic):
             return
         raise
     if main is not None and dim is not None:
@@ -109,6 +115,11 @@ def find(gm: GraphModule, statistic: Node, seen: set[Node], compared: set[Node])
             yield from search.run()
         finally:
             compared |= search.others()
+
+
+def _is_read(statistic: Node) -> bool:
+    """Whether a loss may be made of it."""
+    return is_picked(statistic) or is_compared(statistic)
 
 
 def _class_dim(statistic: Node) -> int | None:
@@ -159,19 +170,22 @@ class _Search:
             if node.op == "call_function":
                 reader.read(node)
         ends = [n for n, form in reader.forms.items() if form.dim is None]
-        path, none = tuple(self._path), True
-        for end in sorted(ends, key=lambda n: self._order[n], reverse=True):
-            form, region = reader.forms[end].normal(), self._region(end)
-            kept = self._is_returned(region, end)
-            if form is None or not self._is_closed(region, end, reader, kept):
-                continue
-            none = False
-            labels = None
-            if "cross" in form.terms:
-                labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
-            main = self._main if form.outer is None else replace(self._main, outer=form.outer)
-            given = (main, self._logits, self._dim, path, labels, form, end, tuple(region))
-            yield Found(*given, bool(kept), *self._compared(region, reader))
+        none = True
+        for most in (0, _MOST_SHOWN):
+            for end in sorted(ends, key=lambda n: self._order[n], reverse=True):
+                form, region = reader.forms[end].normal(), self._region(end)
+                kept = self._is_returned(region, end)
+                shown = self._shown(region, end, reader, kept) if form is not None else None
+                if shown is None or len(shown) > most:
+                    continue
+                none = False
+                if kept and shown:
+                    raise Declined("the logits are returned, and parts of the loss beside them")
+                found = self._found(reader, end, region)
+                parts = [self._found(reader, n, self._region(n), found.labels) for n in shown]
+                yield replace(found, kept=bool(kept), shown=tuple(parts))
+            if not none:
+                break
         compared = [n for n in self._dependent if n.target is aten.kl_div.default]
         if none and any(n not in reader.forms for n in compared):
             raise Declined("a divergence between distributions: the logits stay whole")
@@ -181,6 +195,26 @@ class _Search:
             raise Declined(
                 "what is computed of the logits is no sum of cross-entropies and divergences"
             )
+
+    def _found(
+        self, reader: Reader, end: Node, region: list[Node], labels: Labels | None = None
+    ) -> Found:
+        """What ``end``, with its normal form, comes to.
+
+        Args:
+            labels: those of the whole that it is part of.
+        """
+        form = _part(reader.forms[end])
+        assert form is not None
+        if "cross" in form.terms:
+            labels = united([reader.labels[n] for n in region if n in reader.labels], base_of)
+            if form.smoothing:
+                labels = replace(labels, smoothing=form.smoothing)
+        elif "square" not in form.terms:
+            labels = None
+        main = self._main if form.outer is None else replace(self._main, outer=form.outer)
+        given = (main, self._logits, self._dim, tuple(self._path), labels, form, end, tuple(region))
+        return Found(*given, False, *self._compared(region, reader))
 
     def _new_reader(self) -> Reader:
         """For everything that hangs on the logits; it knows these."""
@@ -248,21 +282,32 @@ class _Search:
                     waiting.append(read)
         return sorted(found, key=lambda n: self._order[n])
 
-    def _is_closed(
+    def _shown(
         self, region: Collection[Node], end: Node, reader: Reader, kept: Collection[Node]
-    ) -> bool:
+    ) -> list[Node] | None:
+        """What is read of the region elsewhere, beside ``end``, where each is a loss by itself;
+        None where something else is.
+        """
         known = {*self._path, *reader.forms, *self._main.also, self._main.node}
         inside = set(region)
         if not inside <= known:
-            return False
-        return all(self._is_inside(user, inside, node) or user in kept
-                   for node in region if node is not end for user in node.users)  # fmt: skip
+            return None
+        found = [
+            node for node in region
+            if node is not end
+            and not all(self._is_inside(u, inside, node, kept) for u in node.users)
+        ]  # fmt: skip
+        forms = [reader.forms.get(node) for node in found]
+        alone = all(f is not None and f.dim is None and _part(f) is not None for f in forms)
+        return found if alone else None
 
-    def _is_inside(self, user: Node, inside: Collection[Node], node: Node) -> bool:
+    def _is_inside(
+        self, user: Node, inside: Collection[Node], node: Node, kept: Collection[Node] = ()
+    ) -> bool:
         if user in inside:
             return True
         logits = node in self._path or node is self._main.node or node in self._main.also
-        return logits and user.target is aten.sym_size.int
+        return logits and (user.target is aten.sym_size.int or user in kept)
 
     def _is_returned(self, region: Collection[Node], end: Node) -> Collection[Node]:
         """The readers of the logits by which the program returns them, and does nothing else with
@@ -295,6 +340,13 @@ class _Search:
                     raise Declined(f"the logits are {kind} elsewhere: {place}")
 
 
+def _part(form: Form) -> Form | None:
+    """The normal form of a loss, or of a part of one."""
+    if set(form.terms) == {"square"}:
+        return form
+    return form.normal()
+
+
 def _signature(head: Head) -> tuple[Any, ...]:
     """What two logits must have in common to have the same rows, but for what multiplies them."""
-    return (head.inner, head.capped, heads.rows(head.views))
+    return (head.inner, head.capped, head.shifted, moves.rows(head.views))

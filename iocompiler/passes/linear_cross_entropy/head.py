@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +11,21 @@ from torch.fx import Node
 from iocompiler.graph import view
 from iocompiler.graph.sizes import equal
 from iocompiler.passes.linear_cross_entropy.description import Declined, Head
+from iocompiler.passes.linear_cross_entropy.moves import (
+    MOVES,
+    TRANSPOSES,
+    check_move,
+    is_cut,
+    order_of,
+)
 
 aten = torch.ops.aten
 COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default)
-RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
-MOVES = (*RESHAPES, aten.slice.Tensor, aten.select.int)
-TRANSPOSES = (aten.transpose.int, aten.permute.default)
 _FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 # what logits may go through
-PATH = (*COPIES, *MOVES, *TRANSPOSES, *_FACTORS, aten.to.dtype, aten.tanh.default)
+_CAPS = (aten.tanh.default, aten.sigmoid.default)
+PATH = (*COPIES, *MOVES, *TRANSPOSES, *_FACTORS, aten.to.dtype, *_CAPS)
+_ROWS = "ª"  # a letter that no equation has
 _NEAR = 4  # this far behind an operator that is not understood, a linear makes it a near miss
 
 
@@ -35,7 +40,8 @@ def read(node: Node, dim: int, *through: Any) -> Head | None:
     """
     path: list[Node] = []
     moves: list[Node] = []
-    outer, inner, capped = 1.0, 1.0, False
+    cuts: list[Node] = []
+    outer, inner, capped, shifted = 1.0, 1.0, False, False
     while True:
         head = _linear(node)
         if head is not None:
@@ -46,6 +52,9 @@ def read(node: Node, dim: int, *through: Any) -> Head | None:
         if node.target in TRANSPOSES:
             dim = order_of(node)[dim]
             moves.append(node)
+        elif is_cut(node, dim):
+            moves.append(node)
+            cuts.append(node)
         elif node.target in MOVES:
             check_move(node, dim)
             dim = view.tensors(node.args[0])[0].dim() - 1
@@ -54,8 +63,10 @@ def read(node: Node, dim: int, *through: Any) -> Head | None:
             check_cast(node)
         elif number is not None:
             outer, inner = (outer, inner * number) if capped else (outer * number, inner)
-        elif node.target is aten.tanh.default and not capped:
-            capped = True
+        elif node.target in _CAPS and not capped:
+            capped, shifted = True, node.target is aten.sigmoid.default
+            if shifted:  # sigmoid(z) = 1/2 + 1/2 tanh(z / 2)
+                outer, inner = 0.5 * outer, 0.5
         elif node.target not in (*COPIES, *through):
             if linear_near(node):
                 raise Declined(f"{node.target} between the head and the loss")
@@ -71,17 +82,8 @@ def read(node: Node, dim: int, *through: Any) -> Head | None:
         outer=outer,
         inner=inner,
         capped=capped,
-    )
-
-
-def rows(calls: Iterable[Node]) -> tuple[Any, ...]:
-    """Which rows of a head's logits ``calls`` choose, one after the other, and in what order: equal
-    for those that choose the same.
-    """
-    return tuple(
-        (node.target, node.args[1:], tuple(map(str, view.tensors(node.args[0])[0].shape)))  # type: ignore[arg-type]
-        for node in calls
-        if node.target in (*MOVES, *TRANSPOSES) and node.target not in RESHAPES
+        shifted=shifted,
+        cuts=tuple(reversed(cuts)),
     )
 
 
@@ -98,30 +100,39 @@ def _linear(node: Node) -> Head | None:
     if node.target is aten.einsum.default:
         return _contracted(node)
     if node.target is aten.add.Tensor and not node.kwargs:
-        first, bias = node.args
-        inner = _linear(first) if isinstance(first, Node) else None
-        if inner is not None and inner.bias is None and isinstance(bias, Node):
-            found = _head(node, inner.x, inner.weight, bias, inner.transposed)
-            return found and replace(found, also=(inner.node,))
+        for first, bias in (node.args, reversed(node.args)):
+            inner = _linear(first) if isinstance(first, Node) else None
+            if inner is not None and inner.bias is None and isinstance(bias, Node):
+                found = _head(node, inner.x, inner.weight, bias, inner.transposed)
+                return found and replace(found, also=(inner.node,))
     return None
 
 
 def _head(node: Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Head | None:
-    values = [view.tensors(each)[0] for each in (x, weight, bias) if each is not None]
-    if values[1].dim() != 2 or values[0].dim() < 2 or not values[1].is_floating_point():
+    rows, matrix = (view.tensors(each)[0] for each in (x, weight))
+    if matrix.dim() != 2 or rows.dim() < 2 or not matrix.is_floating_point():
         return None
-    if len({value.dtype for value in values}) > 1:
+    if rows.dtype != matrix.dtype:
         return None
-    columns = values[1].shape[1 if transposed else 0]
-    if bias is not None and (values[2].dim() != 1 or not equal(values[2].shape[0], columns)):
+    if bias is not None and not _is_bias(bias, rows, matrix.shape[1 if transposed else 0]):
         return None
     return Head(node, x, weight, bias, transposed)
+
+
+def _is_bias(bias: Any, rows: torch.Tensor, columns: Any) -> bool:
+    """Whether it is one number for each of the ``columns``, added to all rows alike."""
+    value = view.tensors(bias)[0]
+    if not 1 <= value.dim() <= rows.dim() or not value.is_floating_point():
+        return False
+    alike = equal(value.shape[-1], columns) and all(equal(n, 1) for n in value.shape[:-1])
+    return alike and value.dtype.itemsize >= rows.dtype.itemsize
 
 
 def _contracted(node: Node) -> Head | None:
     """``einsum("bsd,vd->bsv", x, weight)``, its operands in either order."""
     equation, operands = node.args[:2]
-    inputs, arrow, result = str(equation).replace(" ", "").partition("->")
+    # an ellipsis is of rows, or in the weight no letter
+    inputs, arrow, result = str(equation).replace(" ", "").replace("...", _ROWS).partition("->")
     letters = inputs.split(",")
     if not arrow or len(letters) != 2 or len(operands) != 2 or not equation.replace(" ", ""):  # type: ignore[arg-type, union-attr]
         return None
@@ -155,29 +166,6 @@ def factor(node: Node) -> float | None:
         return None
     multiplies = node.target in (aten.mul.Tensor, aten.mul.Scalar)
     return float(number) if multiplies else 1.0 / float(number)
-
-
-def order_of(node: Node) -> list[int]:
-    """For each dim of a transposition's result, the dim it was."""
-    rank = view.tensors(node)[0].dim()
-    order = list(range(rank))
-    arguments: Any = node.args
-    if node.target is aten.permute.default:
-        return [d % rank for d in arguments[1]]
-    one, other = (d % rank for d in arguments[1:3])
-    order[one], order[other] = order[other], order[one]
-    return order
-
-
-def check_move(node: Node, dim: int) -> None:
-    old, new = view.tensors(node.args[0])[0], view.tensors(node)[0]  # type: ignore[arg-type]
-    if not old.dim() or dim != new.dim() - 1 or not equal(old.shape[-1], new.shape[-1]):
-        raise Declined(f"{node.target} splits or cuts the classes")
-    arguments: Any = node.args
-    if node.target not in RESHAPES:
-        which = arguments[1] if len(arguments) > 1 else 0
-        if which % old.dim() == old.dim() - 1:
-            raise Declined(f"{node.target} splits or cuts the classes")
 
 
 def check_cast(node: Node) -> None:

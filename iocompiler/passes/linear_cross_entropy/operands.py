@@ -1,7 +1,8 @@
-"""What the operator reads of the distribution that logits are compared with."""
+"""What the operator reads of a head, and of the distribution that logits are compared with."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +10,32 @@ from torch.fx import GraphModule, Node
 
 from iocompiler.graph import rewrite as edit
 from iocompiler.graph import view
-from iocompiler.passes.linear_cross_entropy.description import Distribution
+from iocompiler.passes.linear_cross_entropy.description import Distribution, Head
 from iocompiler.passes.linear_cross_entropy.twins import Twins
 
 aten = torch.ops.aten
 _Tensors = tuple[Node, Node | None, Node | None]
+
+
+def parameters(gm: GraphModule, head: Head, near: Node) -> Head:
+    """The head with the weight [V, D] and the bias [V] as the operator reads them, made before
+    ``near``: those of the classes that are left where the logits are cut.
+    """
+
+    def call(target: Any, *args: Any) -> Node:
+        return edit.call(gm, target, args, {}, near=near)
+
+    weight, bias = head.weight, head.bias
+    if head.transposed:
+        weight = call(aten.transpose.int, weight, 0, 1)
+    if bias is not None:
+        value, wanted = view.tensors(bias)[0], view.tensors(weight)[0].dtype
+        bias = bias if value.dim() == 1 else call(aten.reshape.default, bias, [-1])
+        bias = bias if value.dtype == wanted else call(aten.to.dtype, bias, wanted)
+    for cut in head.cuts:
+        weight = call(aten.slice.Tensor, weight, 0, *cut.args[2:])
+        bias = bias and call(aten.slice.Tensor, bias, 0, *cut.args[2:])
+    return replace(head, weight=weight, bias=bias, transposed=False, cuts=())
 
 
 def operands(
@@ -34,11 +56,9 @@ def operands(
                 classes = call(aten.sym_size.int, given, -1)
             given = call(aten.reshape.default, given, [-1, classes])
         return (given, None, None), (other.kind, other.outer, 1.0, False)
-    head = other.head
-    x: Node = Twins(gm, head, other.path).rows(other.read, other.dim, near)
+    x: Node = Twins(gm, other.head, other.path).rows(other.read, other.dim, near)
+    head = parameters(gm, other.head, near)
     weight, bias = head.weight, head.bias
-    if head.transposed:
-        weight = call(aten.transpose.int, weight, 0, 1)
     if other.fixed:
         x, weight = (call(aten.detach.default, each) for each in (x, weight))
         bias = None if bias is None else call(aten.detach.default, bias)

@@ -100,6 +100,11 @@ class Reader:
             return float(x), ()
         if not isinstance(x, Node) or x in self._dependent or x not in self._fixed:
             return None
+        number, x = _without_number(x)
+        if number != 1.0:
+            beside = self.factor(x, like, kind)
+            share = 1.0 / number if kind == "over" else number
+            return beside and (beside[0] * share, beside[1])
         value, rows_ = view.value(x), view.tensors(like)[0]
         if not isinstance(value, torch.Tensor):
             return (1.0, (Factor(kind, x),)) if isinstance(value, torch.SymInt) else None
@@ -111,6 +116,16 @@ class Reader:
             if not (equal(size, 1) or equal(size, of_rows)):
                 return None
         return 1.0, (Factor(kind, x, tuple(rows_.shape)),)
+
+
+def _without_number(x: Node) -> tuple[float, Node]:
+    """``x`` as a product of a Python number and a tensor."""
+    if x.target is aten.mul.Tensor and not x.kwargs:
+        read, number = x.args
+        plain = isinstance(number, (int, float)) and not isinstance(number, bool) and number
+        if plain and isinstance(read, Node):
+            return float(number), read  # type: ignore[arg-type]
+    return 1.0, x
 
 
 def fixed(gm: GraphModule) -> set[Node]:

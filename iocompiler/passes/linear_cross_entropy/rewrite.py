@@ -18,15 +18,21 @@ from iocompiler.passes.linear_cross_entropy.description import Declined
 from iocompiler.passes.linear_cross_entropy.divergence import is_compared
 from iocompiler.passes.linear_cross_entropy.emit import Emitter, Other
 from iocompiler.passes.linear_cross_entropy.found import STATISTICS, Found, find
-from iocompiler.passes.linear_cross_entropy.head import MOVES, RESHAPES, TRANSPOSES
-from iocompiler.passes.linear_cross_entropy.operands import operands
+from iocompiler.passes.linear_cross_entropy.moves import MOVES, RESHAPES, TRANSPOSES
+from iocompiler.passes.linear_cross_entropy.operands import operands, parameters
 from iocompiler.passes.linear_cross_entropy.reader import fixed
+from iocompiler.passes.linear_cross_entropy.rows_first import choose_rows_first
+from iocompiler.passes.linear_cross_entropy.stacked import take_together
+from iocompiler.passes.linear_cross_entropy.statistics import has_logarithm
 from iocompiler.passes.linear_cross_entropy.twins import Twins
 
 aten = torch.ops.aten
 _PATTERN = "linear_cross_entropy"
 # logits that stay in a large L2 cost no traffic, and little memory
 LEAST_BYTES = 32 << 20
+# A part of a loss that is read by itself costs one more product, half as long again as all passes
+# over whole logits take: memory is what is gained, where it is much (1 GiB of logits on a GPU).
+_MORE_FOR_PARTS = 32
 
 
 @graph_pass
@@ -57,6 +63,8 @@ def replace_losses(gm: GraphModule, least_bytes: int, devices: Sequence[str] = (
     Args:
         devices: where it pays although the program returns the logits too.
     """
+    take_together(gm)
+    choose_rows_first(gm)
     changed = 0
     seen: set[Node] = set()
     compared: set[Node] = set()
@@ -84,7 +92,7 @@ def _statistics(gm: GraphModule) -> list[Node]:
     found = [
         node
         for node in view.calls(gm, *losses.TARGETS, *STATISTICS)
-        if node.target is not aten.softmax.int or is_compared(node)
+        if node.target is not aten.softmax.int or is_compared(node) or has_logarithm(node)
     ]
     without = fixed(gm) if len(found) > 1 else ()
     return sorted(found, key=lambda node: node in without)
@@ -104,6 +112,7 @@ def _replaced(
             _check_devices(found)
             _check_kept(found, devices)
             _check_dtypes(found)
+            _check_shift(found)
             _check_price(found, least_bytes)
             _check_order(gm, found)
             _replace(gm, found)
@@ -148,6 +157,8 @@ def _check_kept(found: Found, devices: Sequence[str]) -> None:
     here = target.device_type(view.tensors(found.head.node)[0])
     if here not in devices:
         raise Declined(f"the logits are returned too, which saves nothing on {here!r}")
+    if found.head.cuts:
+        raise Declined("the logits are returned, and the loss is of some of their classes only")
     moves = {n.target for n in found.path if n in found.region}
     if moves & {*MOVES} - {*RESHAPES}:
         raise Declined("the logits are returned, and the loss is of some of their rows only")
@@ -163,6 +174,11 @@ def _check_dtypes(found: Found) -> None:
         raise Declined("one of the distributions is in float64, and the other is not")
 
 
+def _check_shift(found: Found) -> None:
+    if found.head.shifted and "square" in found.form.terms:
+        raise Declined("a squared logsumexp of logits that a sigmoid bounds")
+
+
 def _check_price(found: Found, least_bytes: int) -> None:
     value = view.tensors(found.head.node)[0]
     if not all(isinstance(size, int) for size in value.shape):
@@ -170,31 +186,42 @@ def _check_price(found: Found, least_bytes: int) -> None:
     size = value.numel() * value.element_size()
     if size < least_bytes:
         raise Declined(f"the logits take {size} bytes < {least_bytes}: chunks gain nothing")
+    least = least_bytes * _MORE_FOR_PARTS
+    if found.shown and size < least:
+        parts = f"{len(found.shown)} of its parts, for each of which they would be made again"
+        raise Declined(f"the logits take {size} bytes < {least}: beside the loss are read {parts}")
 
 
 def _replace(gm: GraphModule, found: Found) -> None:
-    end, head = found.end, found.head
+    made: list[tuple[Node, Node]] = []
     try:
-        x = Twins(gm, head, found.path).rows(found.logits, found.dim, end)
-        weight = head.weight
-        if head.transposed:
-            weight = edit.call(gm, aten.transpose.int, (weight, 0, 1), {}, near=end)
-        other = None
-        if found.other is not None and found.comparison is not None:
-            other = Other(found.comparison, *operands(gm, found.other, end))
-        emitter = Emitter(gm, end, x, found.labels, head, keeps=found.kept, other=other)
-        new = emitter.loss(found.form, weight)
+        for part in found.shown:
+            made.append((part.end, _emitter(gm, part).loss(part.form, by_rows=True)))
+        emitter = _emitter(gm, found)
+        made.append((found.end, emitter.loss(found.form)))
     except Declined:
         edit.erase_dead(gm)
         raise
-    record(gm, Rewrite(_PATTERN, view.where(end), _variant(found)))
+    record(gm, Rewrite(_PATTERN, view.where(found.end), _variant(found)))
     kept = _kept(gm, found, emitter) if found.kept else []
-    edit.redirect(gm, end, new)
+    for old, new in made:
+        edit.redirect(gm, old, new)
     for node in reversed((*found.beside, *found.region)):
         if not node._erased and not node.users:
             edit.erase(gm, node)
     for old, again in reversed(kept):
         edit.redirect(gm, old, again)
+
+
+def _emitter(gm: GraphModule, found: Found) -> Emitter:
+    """What makes the operator's call, its operands made before ``found.end``."""
+    end = found.end
+    x = Twins(gm, found.head, found.path).rows(found.logits, found.dim, end)
+    other = None
+    if found.other is not None and found.comparison is not None:
+        other = Other(found.comparison, *operands(gm, found.other, end))
+    head = parameters(gm, found.head, end)
+    return Emitter(gm, end, x, found.labels, head, keeps=found.kept, other=other)
 
 
 def _kept(gm: GraphModule, found: Found, emitter: Emitter) -> list[tuple[Node, Node]]:
@@ -228,6 +255,7 @@ def _variant(found: Found) -> str:
     parts += ["class weights"] if "class" in kinds else []
     parts += ["squared logsumexp"] if "square" in form.terms else []
     parts += ["logits kept"] if found.kept else []
+    parts += [f"parts read: {len(found.shown)}"] if found.shown else []
     parts += _compared(found)
     return ", ".join(parts)
 

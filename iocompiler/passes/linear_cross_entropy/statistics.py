@@ -9,23 +9,32 @@ import torch
 from torch.fx import Node
 
 from iocompiler.graph import view
-from iocompiler.graph.sizes import equal, same_sizes
 from iocompiler.passes.linear_cross_entropy import loss as losses
-from iocompiler.passes.linear_cross_entropy.description import Labels
 from iocompiler.passes.linear_cross_entropy.forms import Factor, Form, Term, rows
-from iocompiler.passes.linear_cross_entropy.reader import ORDERED, Reader, Rule, base_of, is_wide
+from iocompiler.passes.linear_cross_entropy.picks import PICKING
+from iocompiler.passes.linear_cross_entropy.reader import ORDERED, Reader, Rule, is_wide
 
 aten = torch.ops.aten
-_PICKING = (aten.gather.default, aten.take_along_dim.default, aten.index.Tensor)
+_BETWEEN = (*ORDERED, aten.to.dtype)
 _LOGITS = {"z": (Term(),)}
 
 
 def is_picked(matrix: Node) -> bool:
     """Whether something chooses an element of each row of a matrix."""
     for user in matrix.users:
-        if user.target in (*losses.TARGETS, *_PICKING):
+        if user.target in (*losses.TARGETS, *PICKING):
             return True
-        if user.target in (*ORDERED, aten.to.dtype) and is_picked(user):
+        if user.target in _BETWEEN and is_picked(user):
+            return True
+    return False
+
+
+def has_logarithm(probabilities: Node) -> bool:
+    """Whether logarithms are taken of probabilities, or of those that are picked."""
+    for user in probabilities.users:
+        if user.target is aten.log.default:
+            return True
+        if user.target in (*_BETWEEN, *PICKING) and has_logarithm(user):
             return True
     return False
 
@@ -49,40 +58,13 @@ def _logsumexp(reader: Reader, node: Node) -> Form | None:
     return rows(form.outer, lse=1.0) if [d % rank for d in dims] == [form.dim] else None
 
 
-def _gather(reader: Reader, node: Node) -> Form | None:
-    source, dim, index = node.args[:3]
-    if node.target is aten.take_along_dim.default:
-        dim, index = index, dim
-    form = reader.form(source)
-    if form is None or form.dim is None or not isinstance(index, Node) or dim is None:
-        return None
-    whole, picked = (view.tensors(each)[0] for each in (source, index))  # type: ignore[arg-type]
-    if int(dim) % whole.dim() != form.dim or picked.dim() != whole.dim():  # type: ignore[arg-type]
-        return None
-    expected = [1 if d == form.dim else size for d, size in enumerate(whole.shape)]
-    if not same_sizes(picked.shape, expected) or picked.dtype != torch.int64:
-        return None
-    reader.labels[node] = Labels(base_of(index))
-    return form.picked()
-
-
-def _index(reader: Reader, node: Node) -> Form | None:
-    """``logits[arange(rows), target]``."""
+def _logarithm(reader: Reader, node: Node) -> Form | None:
+    """Of a softmax, whole or at the targets."""
     form = reader.form(node.args[0])
-    indices: Any = node.args[1]
-    if form is None or form.dim != 1 or len(indices) != 2 or None in indices:
+    if form is None or form.reduced or form.terms != {"q": (Term(),)} or not is_wide(node):
         return None
-    counted, target = indices
-    whole = view.tensors(node.args[0])[0]  # type: ignore[arg-type]
-    values = [view.tensors(each)[0] for each in indices]
-    if whole.dim() != 2 or any(v.dim() != 1 or v.dtype != torch.int64 for v in values):
-        return None
-    if counted.target is not aten.arange.default or not equal(values[0].shape[0], whole.shape[0]):
-        return None
-    if not equal(values[1].shape[0], whole.shape[0]):
-        return None
-    reader.labels[node] = Labels(base_of(target), wrapped=True)
-    return form.picked()
+    logit = rows(None, z=1.0) if form.dim is not None else rows(None, chosen=1.0)
+    return replace(form, terms={**logit.terms, "lse": (Term(-1.0),)})
 
 
 def _loss(reader: Reader, node: Node) -> Form | None:
@@ -107,8 +89,7 @@ def _loss(reader: Reader, node: Node) -> Form | None:
 
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(losses.TARGETS, _loss),
-    **dict.fromkeys((aten.gather.default, aten.take_along_dim.default), _gather),
     aten.log_softmax.int: _log_softmax,
     aten.logsumexp.default: _logsumexp,
-    aten.index.Tensor: _index,
+    aten.log.default: _logarithm,
 }
