@@ -281,11 +281,11 @@ class Body:
         form depends on, as text.
         """
         form, numbers = form_of(step, self._values.specs, self._names.of)
-        known = self._shared.replayed
-        if form not in known:
-            known[form] = self._names.claim(f"run_{replayed(step)}")
-            self._shared.globals.append(f"{known[form]} = module.replayed({operator})")
-        return known[form], numbers
+        known, key = self._shared.replayed, (operator, form)
+        if key not in known:
+            known[key] = self._names.claim(f"run_{replayed(step)}")
+            self._shared.globals.append(f"{known[key]} = module.replayed({operator})")
+        return known[key], numbers
 
     def _results(self, step: AtenStep, call: str, lines: list[str]) -> set[str]:
         """Lines that call and name the results; returns the variables made."""

@@ -32,14 +32,14 @@ class Launchers(Protocol):
 @dataclass
 class Shared:
     """What the functions of a module have in common: its ``globals``, operators by their names
-    there, what does their calls again by the form of these, the functions that others pass to
-    operators, whether algorithms of products were measured, and how often all of them call aten,
-    and a library for a product.
+    there, what does their calls again by these names and the form of the calls, the functions that
+    others pass to operators, whether algorithms of products were measured, and how often all of
+    them call aten, and a library for a product.
     """
 
     globals: list[str] = field(default_factory=list)
     operators: dict[str, str] = field(default_factory=dict)
-    replayed: dict[str, str] = field(default_factory=dict)
+    replayed: dict[tuple[str, str], str] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)
     measured: bool = False
     aten_calls: int = 0

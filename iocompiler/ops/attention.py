@@ -195,8 +195,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return dq, dk, dv, db if bias_grad else None, *unused
 
 
-library.implement("attention_forward", _forward, _forward_fake, first=_output)
-library.implement("attention_forward_without_dropout", _forward, _forward_fake, first=_output)
+for _name in ("attention_forward", "attention_forward_without_dropout"):
+    library.implement(_name, _forward, _forward_fake, first=_output, replays=True)
 library.implement("attention_backward", _backward, _backward_fake, replays=True)
 library.differentiate("attention_forward", _differentiate, _setup)
 

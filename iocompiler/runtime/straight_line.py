@@ -152,7 +152,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             root = self._root(result)
             text = f"{root.name} = empty({', '.join(map(str, root.form))})"
             self._lines.append(_Line(text, frozenset(), root.name, allocates=True))
-        elif _is_view(func) and isinstance(result, Tensor) and result.numel():
+        elif _is_view(func) and _is_tensor(result) and result.numel():
             self._shows(args[0], result)
         else:
             self._called(func, args, kwargs, result)
@@ -174,30 +174,31 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
         """A call of aten."""
-        listed = list(result) if isinstance(result, (list, tuple)) else [result]
-        if not all(isinstance(x, Tensor) for x in listed):
-            # such numbers may decide what is done next, where they tell of tensors
-            if any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs))):
-                self.spoil()
+        alone = not isinstance(result, (list, tuple))
+        # numbers beside tensors tell of shapes
+        listed = {n: x for n, x in enumerate([result] if alone else result) if _is_tensor(x)}
+        if alone and not listed:
+            if any(map(_is_tensor, tree_leaves((args, kwargs)))):
+                self.spoil()  # what it tells of a tensor may decide what is done next
             return
         read: set[str] = set()
         arguments = [self._text(x, read) for x in args]
         arguments += [f"{name}={self._text(x, read)}" for name, x in kwargs.items()]
         call, reads = f"{self._constant(func)}({', '.join(arguments)})", frozenset(read)
         allocates = func in _MAKING
-        written = [self._places.get(x) for x in listed]
+        written = [self._places.get(x) for x in listed.values()]
         if None not in written:
             self._lines.append(_Line(call, reads))
-            if [place.form for place in written] != [_Form.of(x) for x in listed]:
+            if [place.form for place in written] != [_Form.of(x) for x in listed.values()]:
                 self.spoil()  # they were not as large as what is written
-        elif isinstance(result, Tensor):
+        elif alone:
             name = self._root(result).name
             self._lines.append(_Line(f"{name} = {call}", reads, name, allocates))
         else:
             whole = f"m{self._made}"
             self._made += 1
             self._lines.append(_Line(f"{whole} = {call}", reads, whole))
-            for number, x in enumerate(listed):
+            for number, x in listed.items():
                 name = self._root(x).name
                 text = f"{name} = {whole}[{number}]"
                 self._lines.append(_Line(text, frozenset([whole]), name, allocates=True))
@@ -208,7 +209,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return repr(argument)
         if isinstance(argument, (list, tuple)):
             return f"[{', '.join(self._text(x, read) for x in argument)}]"
-        place = self._places.get(argument) if isinstance(argument, Tensor) else None
+        place = self._places.get(argument) if _is_tensor(argument) else None
         if place is None:
             return self._constant(argument)
         text: str | None = place.tensor()
@@ -226,7 +227,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The call as a function; None where it is more than its lines."""
         several = isinstance(results, (tuple, list))
         listed = results if several else [results]
-        places = [self._places.get(x) if isinstance(x, Tensor) else None for x in listed]
+        places = [self._places.get(x) if _is_tensor(x) else None for x in listed]
         shown = [
             "None" if x is None else place and place.root.is_made and place.tensor()
             for x, place in zip(listed, places, strict=True)
@@ -265,6 +266,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             backwards.append(line.text)
             read |= line.reads
         return reversed(backwards)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
 
 
 @functools.cache

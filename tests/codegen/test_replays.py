@@ -76,13 +76,15 @@ def test_an_operator_whose_first_result_is_read_alone() -> None:
     step = AtenStep("iocompiler.attention_forward.default", args, (), results, True)
     inputs = tuple((name, Q) for name in "qkv")
     text = emit_module(Plan(inputs, (step,), (Ref("a"),), "cuda:0"), "graph")
-    name = "iocompiler_attention_forward_first"
-    assert f'{name} = function("attention_forward", first=True)' in text
-    assert f"    a = {name}(q, k, v, None, 0.125, False, 0.0, 'cudnn', 'ssss')\n" in text.replace(
-        '"', "'"
-    )
-    both = replace(step, outputs=(("a", out), ("lse", lse), *results[2:]))
-    text = emit_module(Plan(inputs, (both, step), (Ref("lse"), Ref("a")), "cuda:0"), "graph")
+    first = "iocompiler_attention_forward_first"
+    assert f'{first} = function("attention_forward", first=True)' in text
+    assert f"run_attention_forward = module.replayed({first})" in text
+    assert "    a = run_attention_forward(stream, (), q, k, v, None, 0.125," in text
+    both = replace(step, outputs=(("b", out), ("lse", lse), *results[2:]))
+    outputs = Ref("lse"), Ref("b"), Ref("a")
+    text = emit_module(Plan(inputs, (both, step), outputs, "cuda:0"), "graph")
     assert 'iocompiler_attention_forward = function("attention_forward")' in text
-    assert "results = iocompiler_attention_forward(q," in text
-    assert f" = {name}(q," in text
+    assert "run_attention_forward = module.replayed(iocompiler_attention_forward)" in text
+    assert f"run_attention_forward_2 = module.replayed({first})" in text
+    assert "results = run_attention_forward(stream, (), q," in text
+    assert "a = run_attention_forward_2(stream, (), q," in text

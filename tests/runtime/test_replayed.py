@@ -103,6 +103,12 @@ def several_of_a_call(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return values + TABLE[:2], places[0].clone()
 
 
+def beside_numbers(a: Tensor, b: Tensor) -> Tensor:
+    rows = a.view(1, 1, 2, 2)
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, rows, rows)
+    return found[0] + found[1].unsqueeze(-1)
+
+
 def parts_of_a_call(a: Tensor, b: Tensor) -> Tensor:
     first, second = torch.cat([a, b]).split(4)
     out = a.new_zeros(4)
@@ -133,7 +139,7 @@ def doubled(stream: int, a: int, out: int, added: int) -> None:
 
 REPLAYED = [
     one_result, through_memory_of_its_own, parts_of_one, what_is_kept_for_all, computes, writes,
-    several_of_a_call, parts_of_a_call, constants, by_address,
+    several_of_a_call, beside_numbers, parts_of_a_call, constants, by_address,
 ]  # fmt: skip
 KEPT: list[Tensor] = []
 
@@ -347,10 +353,15 @@ def heads() -> tuple[Any, ...]:
     return torch.randn(12, 8), torch.randn(33, 8), torch.randn(33), torch.randint(0, 33, (12,))
 
 
-def saved(kernel: str) -> tuple[Any, ...]:
+def queries(kernel: str) -> tuple[Any, ...]:
     q, k, v = (torch.randn(2, 5, 4, 8).transpose(1, 2) for _ in "qkv")
-    setting = (0.3, True, 0.0, kernel, "ssss")
-    return torch.randn_like(q), q, k, v, None, *FORWARD(q, k, v, None, *setting), *setting, False
+    return q, k, v, None, 0.3, True, 0.0, kernel, "ssss"
+
+
+def saved(kernel: str) -> tuple[Any, ...]:
+    given = queries(kernel)
+    grad = torch.randn_like(given[0])
+    return grad, *given[:4], *FORWARD(*given), *given[4:], False
 
 
 OPERATORS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
@@ -375,6 +386,7 @@ OPERATORS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
             True,
         ),
     ),
+    "forward by blocks": ("attention_forward", lambda: queries("blockwise")),
     "attention": ("attention_backward", lambda: saved("cpu")),
     "blocks": ("attention_backward", lambda: saved("blockwise")),
     "embeddings": (

@@ -1,7 +1,8 @@
-"""Attention's operators done again by what they launch: the same bits, and fresh ones as exact."""
+"""Operators' calls done again: the same bits, and fresh ones as exact."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -151,3 +152,75 @@ def test_decoding(watched: list[Any]) -> None:
                 assert_near_exact([run(*inputs)], [eager], [wide], BF16)
             assert turn or len(watched) == 3
             assert turn < 3 or len(watched) == calls
+
+
+class Small(torch.nn.Module):
+    """An embedding, an attention without dropout, which is the library's, and a head with its loss;
+    the logits are kept, or not.
+    """
+
+    def __init__(self, vocabulary: int, keep: bool) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(vocabulary, 256)
+        self.packed = torch.nn.Linear(256, 3 * 256)
+        self.head = torch.nn.Linear(256, vocabulary, bias=False)
+        self.keep = keep
+
+    def forward(self, ids: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        rows = self.packed(self.table(ids)).unflatten(-1, (3, 4, 64))
+        q, k, v = (x.transpose(1, 2) for x in rows.unbind(2))
+        hidden = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        logits = self.head(hidden)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        return (loss, logits) if self.keep else (loss,)
+
+
+def trained(model: torch.nn.Module, run: Callable[..., Any], seed: int) -> list[Tensor]:
+    """Loss, logits if they are kept, and gradients."""
+    make = torch.Generator("cuda").manual_seed(seed)
+    vocabulary = model.head.out_features
+    ids, target = (
+        torch.randint(0, vocabulary, (4, 512), device="cuda", generator=make) for _ in range(2)
+    )
+    model.zero_grad()
+    loss, *logits = run(ids, target)
+    loss.backward()
+    return [
+        loss.detach(),
+        *(x.detach() for x in logits),
+        *(p.grad.clone() for p in model.parameters()),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("vocabulary", [32768, 32771])
+def test_heads_embeddings_and_a_librarys_attention(
+    vocabulary: int, keep: bool, mode: str, watched: list[Any]
+) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Small(vocabulary, keep).cuda().to(BF16)
+    wide = copy.deepcopy(model).double()
+    run = torch.compile(model, backend=Compiler(mode=mode, strict=True, cache=False))
+    peaks, first = [], trained(model, run, 3)
+    for _ in range(5):
+        calls = len(watched)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        again = trained(model, run, 3)
+        peaks.append(torch.cuda.max_memory_allocated())
+        assert all(map(torch.equal, first, again))
+    assert 3 <= len(watched) == calls
+    assert max(peaks) <= peaks[-1] + 2**20
+    assert_near_exact(
+        trained(model, run, 4), trained(model, model, 4), trained(wide, wide, 4), BF16
+    )
+    assert len(watched) == calls
+    with torch.no_grad():
+        for seed in range(6):
+            calls = len(watched)
+            ids = torch.randint(0, vocabulary, (4, 512), device="cuda")
+            found, eager, exact = (list(f(ids, ids)) for f in (run, model, wide))
+            assert_near_exact(found, eager, exact, BF16)
+            assert seed < 4 or len(watched) == calls
