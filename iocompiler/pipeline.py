@@ -32,6 +32,7 @@ from iocompiler.passes.known_indices import known_indices
 from iocompiler.passes.late_copies import late_copies
 from iocompiler.passes.layouts import layouts
 from iocompiler.passes.linear_cross_entropy import linear_cross_entropy
+from iocompiler.passes.norms import norms_together
 from iocompiler.passes.overlapping import overlapping_results
 from iocompiler.passes.packed_gradients import packed_gradients
 from iocompiler.passes.patches import patches
@@ -218,6 +219,7 @@ DEFAULT = Pipeline(
     patches,  # touches nothing the others look for
     layouts,  # of the convolutions that are left, and of what stands between them
     known_indices,  # what attention reads as tables of distances stands no more
+    norms_together,  # of inputs alone: no other pass looks for them
     overlapping_results,  # when all that may change what a result is a view of has run
     repeated,  # what passes above have made for each of their sites is often the same
     foreach,  # on the flat graph: one plain operator a tensor, which the planner batches

@@ -71,6 +71,21 @@ def test_a_rate_that_is_a_number_changes_with_one_more_graph(name: str, foreach:
     assert len(records) == 2  # Dynamo takes a number for a constant until it changes
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="Dynamo compiles a graph for each value")
+@pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "each"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad", "nadam"])
+def test_betas_that_change_with_one_more_graph(name: str, foreach: bool) -> None:
+    """As under OneCycleLR, which moves them against the rate."""
+
+    def move(optimizer: Optimizer) -> None:
+        group = optimizer.param_groups[0]
+        group["lr"] *= 0.7
+        group["betas"] = (group["betas"][0] - 0.02, group["betas"][1] - 0.001)
+
+    records = _check(lambda p: OPTIMIZERS[name](p, foreach), between=move)
+    assert len(records) == 2
+
+
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "each"])
 def test_clipped_gradients(foreach: bool) -> None:
     _check(lambda p: AdamW(p, lr=1e-2, foreach=foreach), clip=1.0)

@@ -43,7 +43,8 @@ def _functional(node: Node) -> torch._ops.OpOverload | None:
     functional = getattr(packet, target._overloadname, None)
     if functional is None or view.changes_metadata(node):
         return None
-    ours, theirs = ([a.name for a in op._schema.arguments] for op in (target, functional))
+    # the first is what is written, whatever it is called there (`dropout` says input)
+    ours, theirs = ([a.name for a in op._schema.arguments[1:]] for op in (target, functional))
     return functional if ours == theirs else None
 
 

@@ -127,7 +127,7 @@ def _addcdiv(a: Any, b: Any, c: Any, value: Any = 1) -> Any:
     return aten.add.Tensor(a, aten.div.Tensor(dividend, c))
 
 
-def _lerp(a: Any, b: Any, weight: Any) -> Any:
+def lerp(a: Any, b: Any, weight: Any) -> Any:
     """From the end that is nearer, as aten does: exact at both ends."""
     way = aten.sub.Tensor(b, a)
     if isinstance(weight, (int, float)):
@@ -160,7 +160,7 @@ def _elements() -> dict[Any, Element]:
         all_of(name, _clamp(target, bound))
     all_of("addcmul", _addcmul)
     all_of("addcdiv", _addcdiv)
-    all_of("lerp", _lerp)
+    all_of("lerp", lerp)
     found[aten._foreach_pow.List] = aten.pow.Tensor_Tensor
     found[aten._foreach_pow.Scalar] = aten.pow.Tensor_Scalar
     found[aten._foreach_pow.ScalarList] = aten.pow.Tensor_Scalar

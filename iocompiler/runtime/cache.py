@@ -118,7 +118,7 @@ class Cache:
             shutil.rmtree(aside, ignore_errors=True)
         self._puts += 1
         if self._puts % _EVICTION_PERIOD == 1:
-            self.evict()
+            self.evict(keep=target)
         return target
 
     def store(
@@ -155,9 +155,9 @@ class Cache:
             _remove(folder)
         return len(entries)
 
-    def evict(self) -> int:
+    def evict(self, keep: Path | None = None) -> int:
         """Remove the least recently used entries until the cache is within its limit; returns how
-        many went.
+        many went. The folder ``keep``, which is about to be read, stays however small the limit.
         """
         entries = sorted(self._entries(), key=lambda entry: entry[1])
         total = sum(size for _, _, size in entries)
@@ -165,6 +165,8 @@ class Cache:
         for folder, _, size in entries:
             if total <= self.limit:
                 break
+            if folder == keep:
+                continue
             _remove(folder)
             total -= size
             removed += 1
@@ -238,10 +240,23 @@ def default_cache() -> Cache | None:
     """The cache of this process: IOCOMPILER_CACHE_DIR, or ~/.cache/iocompiler; None, warned once,
     if unusable.
 
-    IOCOMPILER_CACHE_BYTES bounds its size (2 GiB if unset).
+    IOCOMPILER_CACHE_BYTES bounds its size (2 GiB if unset; what is no number is warned of once).
     """
     root = os.environ.get("IOCOMPILER_CACHE_DIR") or os.path.expanduser("~/.cache/iocompiler")
-    return _open(root, int(os.environ.get("IOCOMPILER_CACHE_BYTES", DEFAULT_LIMIT)))
+    return _open(root, _limit(os.environ.get("IOCOMPILER_CACHE_BYTES", "")))
+
+
+@functools.lru_cache(maxsize=8)
+def _limit(text: str) -> int:
+    """Bytes from the text of the variable."""
+    if not text.strip():
+        return DEFAULT_LIMIT
+    try:
+        return max(0, int(text))
+    except ValueError:
+        told = f"IOCOMPILER_CACHE_BYTES is {text!r}, no whole number of bytes"
+        warnings.warn(f"{told}: {DEFAULT_LIMIT} are taken", CacheWarning, stacklevel=3)
+        return DEFAULT_LIMIT
 
 
 def info() -> Info | None:

@@ -9,28 +9,42 @@ than the one it proposes first, each with its product in numbers; there are none
 algorithm that the library does not propose any more is the one choice that is not replayed: its
 first one runs, with a warning (`AlgorithmWarning`).
 
-A graph is known by its plan but for the schedules. One that the file does not have is added to it
-once it is compiled; one that it has is neither measured nor chosen for anew. What cannot be
-replayed is an error: a file that is wrong is never passed over.
+A graph is known by its plan but for the schedules, and the GPU by its row: the ranks of a node
+replay one entry. A graph that the file does not have is added to it once it is compiled; one that
+it has is neither measured nor chosen for anew, and of two processes that add one at a time the
+first one's stays. What cannot be replayed is an error: a file that is wrong is never passed over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
-import tempfile
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from iocompiler.codegen.module import kernel_names
 from iocompiler.cost_model.candidates import walks_rows
 from iocompiler.cost_model.tiles import REGISTERS
 from iocompiler.errors import BadPlanFile
 from iocompiler.ops.library_product import Algorithm, Problem
-from iocompiler.plan.data import AtenStep, BatchStep, KernelStep, MatmulStep, Plan, Schedule
+from iocompiler.plan.data import (
+    AtenStep,
+    BatchStep,
+    KernelStep,
+    MatmulStep,
+    Plan,
+    Schedule,
+    TensorSpec,
+)
 from iocompiler.plan.fold import folded
 from iocompiler.plan.product import MatmulTile, Product
 from iocompiler.plan.sites import SiteKey, sites
@@ -70,10 +84,10 @@ class PlanFile:
         Raises:
             BadPlanFile: the file or the graph in it cannot be replayed.
         """
-        found = self._graphs().get(fingerprint(plan, name))
-        if found is None:
+        graphs, key = self._graphs(), fingerprint(plan, name)
+        if key not in graphs:
             return None
-        entry = f"graph {name!r} ({fingerprint(plan, name)})"
+        found, entry = graphs[key], f"graph {name!r} ({key})"
         if not isinstance(found, dict) or not isinstance(found.get("kernels"), dict):
             raise self._bad(f"{entry} has no kernels", entry)
         if found.get("device") != device:
@@ -86,14 +100,14 @@ class PlanFile:
             raise self._bad(cause, entry)
         chosen: dict[_Key, Schedule] = {}
         for kernel, row in found["kernels"].items():
-            key = kernels[kernel]
+            work = kernels[kernel]
             try:
-                chosen[key] = _schedule(row, *key)
+                chosen[work] = _schedule(row, *work)
             except ValueError as error:
                 place = f"kernel {kernel!r} of {entry}"
                 raise self._bad(f"{place}: {error}", place) from None
         plan = self._folded(rescheduled(plan, chosen), found.get("matmuls", {}), entry)
-        return dataclasses.replace(plan, algorithms=self._algorithms(found.get("products"), entry))
+        return replace(plan, algorithms=self._algorithms(found.get("products"), entry))
 
     def _algorithms(self, rows: Any, entry: str) -> tuple[tuple[Problem, Algorithm], ...]:
         try:
@@ -134,26 +148,36 @@ class PlanFile:
                 kernels[kernel] = _row(chosen[_work(step)].schedule)
         there = sites(model) if tiles else ()
         matmuls = {s.name: _row(tiles[s.key]) for s in there if s.key in tiles}
-        graphs = self._graphs()  # read again: another process may have added its own
-        entry = {"graph": name, "device": device, "kernels": kernels}
+        entry: dict[str, Any] = {"graph": name, "device": device, "kernels": kernels}
         products = algorithm_rows(plan.algorithms)
         further = {"matmuls": matmuls, "products": products}
-        graphs[fingerprint(model, name)] = entry | {key: of for key, of in further.items() if of}
-        text = json.dumps({"format": FORMAT, "graphs": graphs}, indent=1) + "\n"
+        entry |= {key: of for key, of in further.items() if of}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(aside, self.path)
+            with _alone(self.path.parent):
+                graphs = self._graphs()  # read again: another process may have added its own
+                graphs.setdefault(fingerprint(model, name), entry)
+                self._write(json.dumps({"format": FORMAT, "graphs": graphs}, indent=1) + "\n")
         except OSError as error:
             raise self._bad(f"it cannot be written: {error}") from None
+
+    def _write(self, text: str) -> None:
+        """Put in place whole, with the rights of the file that was there, or of any new file."""
+        target = self.path.resolve()  # what a link points to
+        aside = target.with_name(f"{target.name}.{os.getpid()}")
+        try:
+            aside.write_text(text, encoding="utf-8")
+            if target.exists():
+                shutil.copymode(target, aside)
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _graphs(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
+            data = json.loads(self.path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise self._bad(f"it cannot be read: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -172,9 +196,24 @@ class PlanFile:
         return self._bad(f"its schedules for graph {name!r} do not load: {error}")
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system can lock a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def fingerprint(plan: Plan, name: str) -> str:
-    """The same in every process, whatever the schedules: inputs, programs and calls in order."""
-    lines = [name, plan.device, repr(plan.inputs)]
+    """The same in every process and on every card, whatever the schedules: inputs, programs and
+    calls in order.
+    """
+    given = [(name, spec and _anywhere(spec)) for name, spec in plan.inputs]
+    lines = [name, _kind(plan.device), repr(given)]
     for step in plan.steps:
         if isinstance(step, (KernelStep, BatchStep)):
             lines.append(f"{step.name} {step.program}")
@@ -182,6 +221,14 @@ def fingerprint(plan: Plan, name: str) -> str:
         elif isinstance(step, AtenStep):
             lines.append(f"{step.target} {[name for name, _ in step.outputs]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
+
+
+def _anywhere(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, device=_kind(spec.device))
+
+
+def _kind(device: str) -> str:
+    return torch.device(device).type
 
 
 def _kernels(plan: Plan) -> dict[str, _Key]:

@@ -82,6 +82,58 @@ def test_values_are_those_of_the_formula(captured: Captured) -> None:
     torch.testing.assert_close(out, x * keep / 0.7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_are_those_of_the_formula_for_selu(captured: Captured, dtype: torch.dtype) -> None:
+    p, alpha = 0.3, -F.selu(torch.tensor(-100.0, dtype=torch.float64)).item()
+    x = torch.randn(33, 7, dtype=dtype)
+    gm, sites = rewritten(captured(lambda x: F.alpha_dropout(x, p, training=True), x))
+    assert sites == 1
+    torch.manual_seed(4)
+    (out,) = gm(x)
+    torch.manual_seed(4)
+    (seed,) = torch.ops.iocompiler.seeds(1, torch.device("cpu"))
+    keep = philox.uniform(seed, torch.arange(33 * 7)).reshape(33, 7) >= p
+    scale = ((1 - p) * (1 + p * alpha**2)) ** -0.5
+    expected = scale * torch.where(keep, x.double(), -alpha) + scale * p * alpha
+    torch.testing.assert_close(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_mean_and_variance_for_selu_stay(p: float) -> None:
+    f = torch.compile(lambda x: F.alpha_dropout(x, p, training=True), backend=Parts())
+    out = f(torch.randn(400, 500))
+    assert abs(out.mean().item()) < 0.02
+    assert abs(out.std().item() - 1) < 0.02
+
+
+def _of_a_temporary(x):
+    return F.dropout(x.sin(), 0.5, inplace=True)
+
+
+def _of_part_of_one(x):
+    h = x.sin()
+    F.dropout(h[:, 1:], 0.5, inplace=True)
+    return h
+
+
+@pytest.mark.parametrize("f", [_of_a_temporary, _of_part_of_one])
+def test_in_place(f: Callable[..., Any]) -> None:
+    parts = Parts()
+    x = torch.randn(40, 31, requires_grad=True)
+    out = torch.compile(f, backend=parts, dynamic=False)(x)
+    (found,) = torch.autograd.grad(out.sum(), x)
+    kept = out.detach() != 0
+    assert 0.3 < kept[:, 1:].double().mean() < 0.7
+    factor = torch.where(kept, 2.0, 0.0)
+    if f is _of_part_of_one:
+        factor[:, 0] = 1.0
+    torch.testing.assert_close(out, x.sin() * factor)
+    torch.testing.assert_close(found, x.cos() * factor)
+    assert parts.forward is not None
+    assert parts.backward is not None
+    assert [each.bytes for each in saved(parts.forward, parts.backward)] == [8]  # the seed
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_and_layout_are_kept(captured: Captured, dtype: torch.dtype) -> None:
     x = torch.randn(6, 4, dtype=dtype).t()
@@ -97,7 +149,8 @@ def test_dtype_and_layout_are_kept(captured: Captured, dtype: torch.dtype) -> No
         lambda x: F.dropout(x, 0.0),
         lambda x: F.dropout(x, 1.0),
         lambda x: F.dropout(x, 0.5, training=False),
-        lambda x: F.alpha_dropout(x, 0.5, training=True),
+        lambda x: F.alpha_dropout(x, 0.5, training=False),
+        lambda x: F.dropout(x * 1, 1.0, inplace=True),
         lambda x: F.dropout2d(x, 0.5),
         lambda x: F.feature_alpha_dropout(x, 0.5, training=True),
         lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),

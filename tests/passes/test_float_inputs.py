@@ -17,6 +17,12 @@ CASES: dict[str, Callable[..., Any]] = {
     "divided": lambda x, y, s: torch._foreach_div([x, y], 1 + s),
     "alpha": lambda x, y, s: torch.add(x, y, alpha=s) - torch.sub(y, x, alpha=2 * s),
     "value": lambda x, y, s: torch._foreach_addcmul([x, y], [y, x], [x, x], s),
+    "between": lambda x, y, s: torch.lerp(x, y, s) + torch.lerp(x, y, 1 - s),
+    "between, of each": lambda x, y, s: torch._foreach_lerp([x, y], [y, x], s),
+    "a power of it": lambda x, y, s: (2 + s) ** x,
+    "powers of it": lambda x, y, s: torch._foreach_pow(2 + s, [x, y]),
+    "filled": lambda x, y, s: x + torch.full_like(y, s) + torch.full((7,), 2 * s),
+    "filled, of its dtype": lambda x, y, s: x.new_full((5, 7), s) * torch.scalar_tensor(s),
     "a quotient": lambda x, y, s: torch.addcdiv(x, y, x.exp(), value=s),
 }
 
@@ -24,6 +30,8 @@ CASES: dict[str, Callable[..., Any]] = {
 def _written(x, y, s):
     torch._foreach_add_([x, y], [y.sin(), x.sin()], alpha=-s)
     x.addcmul_(y, y, value=s)
+    x.lerp_(y, s)
+    torch._foreach_lerp_([y], [x], 0.1 + s / 10)  # Dynamo asks on which side of a half it is
     torch._foreach_addcdiv_([y], [x], [x.abs() + 1], s)
 
 

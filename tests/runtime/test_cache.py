@@ -15,7 +15,7 @@ import pytest
 
 from iocompiler.errors import CacheWarning
 from iocompiler.runtime import cache as module
-from iocompiler.runtime.cache import Cache, default_cache, key_of
+from iocompiler.runtime.cache import DEFAULT_LIMIT, Cache, default_cache, key_of
 
 FILES = {"kernel.py": b"text", "kernel.cubin": b"\x00\x01"}
 
@@ -99,6 +99,40 @@ def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert cache.get("kernels", "b") is None
     assert all(cache.get("kernels", key) for key in "acd")
     assert cache.info().bytes <= 5000
+
+
+def test_what_is_just_stored_stays_however_small_the_limit(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "root", limit=1)
+    for key in ("one", "two"):
+        cache._puts = 0  # as in a process of its own, which evicts first
+        folder = cache.put("modules", key, {"graph.py": b"x = 1"}, {})
+        assert (folder / "graph.py").exists()
+    assert cache.info().entries == {"modules": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("", DEFAULT_LIMIT), (" ", DEFAULT_LIMIT), ("1000", 1000), ("-3", 0)]
+)
+def test_the_limit_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, limit: int
+) -> None:
+    monkeypatch.setenv("IOCOMPILER_CACHE_DIR", str(tmp_path / "root"))
+    monkeypatch.setenv("IOCOMPILER_CACHE_BYTES", text)
+    cache = default_cache()
+    assert cache is not None
+    assert cache.limit == limit
+
+
+def test_a_limit_that_is_no_number_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOCOMPILER_CACHE_DIR", str(tmp_path / "root"))
+    monkeypatch.setenv("IOCOMPILER_CACHE_BYTES", "2 GB")
+    with pytest.warns(CacheWarning, match="IOCOMPILER_CACHE_BYTES is '2 GB'"):
+        cache = default_cache()
+    assert cache is not None
+    assert cache.limit == DEFAULT_LIMIT
+    assert default_cache() is cache  # and not again: a warning is an error here
 
 
 def test_clear(cache: Cache) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from iocompiler.backend import Compiler
 from iocompiler.codegen.module import emit_module
 from iocompiler.compilation import Compilation
 from iocompiler.plan.data import BatchStep, KernelStep, Plan
-from iocompiler.runtime.plan_file import fingerprint
+from iocompiler.runtime.plan_file import PlanFile, fingerprint
 
 
 def program(x: Tensor, w: Tensor) -> Tensor:
@@ -159,6 +162,76 @@ def test_the_fingerprint_leaves_schedules_out(path: Path) -> None:
     assert fingerprint(plans[0], "forward") == fingerprint(plans[1], "forward")
     assert fingerprint(plans[0], "forward") in read(path)["graphs"]
     assert fingerprint(plans[0], "forward") != fingerprint(plans[0], "backward")
+
+
+def test_every_card_of_a_node_replays_one_entry(path: Path) -> None:
+    plan = compiled(path).plans["forward"]
+
+    def on(card: str) -> Plan:
+        given = [(name, spec and replace(spec, device=card)) for name, spec in plan.inputs]
+        return replace(plan, device=card, inputs=tuple(given))
+
+    prints = [fingerprint(on(card), "forward") for card in ("cuda:0", "cuda:1", "cpu")]
+    assert prints[0] == prints[1] != prints[2] == fingerprint(plan, "forward")
+
+
+def test_processes_that_add_at_one_time_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    plan = compiled(path).plans["forward"]
+    path.unlink()
+    read_before = PlanFile._graphs
+
+    def slowly(file: PlanFile) -> dict[str, Any]:
+        found = read_before(file)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(PlanFile, "_graphs", slowly)
+    names = [f"graph {number}" for number in range(4)]
+    add = lambda name: PlanFile(path).add(plan, plan, name, "h200")
+    threads = [threading.Thread(target=add, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(entry["graph"] for entry in read(path)["graphs"].values()) == names
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_what_another_process_added_first_stays(path: Path) -> None:
+    plan = compiled(path).plans["forward"]
+    edited(path, lambda data: some_kernel(data).update(num_warps=16))
+    before = read(path)
+    PlanFile(path).add(plan, plan, "forward", "h200")
+    assert read(path) == before
+
+
+def test_the_rights_of_the_file_and_a_link_to_it_stay(path: Path, tmp_path: Path) -> None:
+    path.chmod(0o664)
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    compiled(link, lambda x, w: torch.tanh(x @ w))
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o664
+    assert len(read(path)["graphs"]) == 4
+    (tmp_path / "plain").write_text("")
+    compiled(tmp_path / "new.json")
+    modes = [(tmp_path / name).stat().st_mode for name in ("plain", "new.json")]
+    assert modes[0] == modes[1]
+
+
+def test_a_file_that_an_editor_marked_as_unicode_is_read(path: Path) -> None:
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    before = path.read_bytes()
+    compiled(path)
+    assert path.read_bytes() == before
+
+
+def test_an_entry_of_nothing_is_an_error(path: Path) -> None:
+    edited(path, lambda data: data["graphs"].update(dict.fromkeys(data["graphs"])))
+    refused(path, "graph 'forward'", "no kernels")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 0}'])
