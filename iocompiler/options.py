@@ -13,7 +13,7 @@ from typing import Any
 from iocompiler.cost_model.device import DEVICES
 from iocompiler.errors import InvalidOption, UnknownOption, close_match
 
-MODES = ("default", "reduce-overhead", "max-autotune")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 ENGINES = ("auto", "reference", "aten")
 
 
@@ -23,7 +23,8 @@ class Options:
     options={...})``.
 
     Attributes:
-        mode: "default"; "reduce-overhead" replays CUDA graphs; "max-autotune" measures tiles too.
+        mode: "default"; "reduce-overhead" replays CUDA graphs; "max-autotune" measures tiles
+            too, and so, as neither records CUDA graphs, does "max-autotune-no-cudagraphs".
         dump: a folder to write the graph, the kernels and a summary into; "" writes nothing.
         strict: what would fall back to aten, or run unrewritten, is an error instead of a warning.
         verify: run the graph before and after every pass on the example inputs and compare.
@@ -70,6 +71,11 @@ class Options:
         _one_of("device", self.device, ("", *DEVICES))
         if not callable(self.engine):
             _one_of("engine", self.engine, ENGINES)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the mode is one under which kernels are measured."""
+        return self.mode.startswith("max-autotune")
 
     @staticmethod
     def build(given: Mapping[str, Any]) -> Options:

@@ -115,7 +115,7 @@ def tuned(
 def _measures(plan: Plan, options: Options) -> bool:
     """Whether ways to run the plan are timed."""
     on_gpu = torch.device(plan.device).type == "cuda"
-    if options.mode != "max-autotune" or options.engine != "auto" or not on_gpu:
+    if not options.measures or options.engine != "auto" or not on_gpu:
         return False
     return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
 

@@ -91,7 +91,7 @@ class _Walk:
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """What is measured makes tensors on the device: none may wait there for the collector."""
-        return nullcontext() if self.options.mode == "max-autotune" else uncollected()
+        return nullcontext() if self.options.measures else uncollected()
 
     def _place(self, gm: GraphModule, inputs: Sequence[Any]) -> Slot:
         """Where the disk cache has this graph, or would have it."""

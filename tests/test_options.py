@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torch._inductor
 
 from iocompiler.errors import InvalidOption, IOCompilerError, UnknownOption
 from iocompiler.options import Options
@@ -12,9 +14,12 @@ def test_defaults_are_valid() -> None:
     assert Options.build({}) == Options()
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-def test_modes_of_torch_compile(mode: str) -> None:
-    assert Options.build({"mode": mode}).mode == mode
+def test_modes_of_torch_compile() -> None:
+    for mode in torch._inductor.list_mode_options():
+        built = Options.build({"mode": mode})
+        assert built.mode == mode
+        assert built.measures == mode.startswith("max-autotune")
+        assert not built.updated({"mode": "default"}).measures
 
 
 def test_a_path_may_be_a_path(tmp_path: Path) -> None:
