@@ -15,7 +15,8 @@ def test_defaults_are_valid() -> None:
 
 
 def test_modes_of_torch_compile() -> None:
-    for mode in torch._inductor.list_mode_options():
+    # "lite" leaves out what Inductor does unasked
+    for mode in set(torch._inductor.list_mode_options()) - {"lite"}:
         built = Options.build({"mode": mode})
         assert built.mode == mode
         assert built.measures == mode.startswith("max-autotune")
