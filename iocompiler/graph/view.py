@@ -217,6 +217,13 @@ def is_random(node: Node) -> bool:
     )
 
 
+def finds_sizes(node: Node) -> bool:
+    """Whether a call returns sizes or numbers that are not known before it runs (of what a mask
+    keeps), for which torch has made symbols.
+    """
+    return bool(node.meta.get("unbacked_bindings"))
+
+
 class Region(NamedTuple):
     """What a node runs under: grad mode, and the dtype of each device type autocast is on for."""
 

@@ -21,7 +21,8 @@ def merge_equal_calls(joint: GraphModule) -> None:
     """The same call of the same values is one.
 
     Left alone: what is random, and memory that nothing is written to yet; what lies where a result
-    lies (two results stay two); and calls that one that writes stands between.
+    lies (two results stay two); calls that one that writes stands between; what finds sizes, each
+    by a name of its own, and the masks that it finds them in.
     """
     (output,) = joint.graph.find_nodes(op="output")
     returned = {_storage(node) for node in output.all_input_nodes} - {None}
@@ -30,6 +31,8 @@ def merge_equal_calls(joint: GraphModule) -> None:
     for node in view.calls(joint):
         writes += bool(view.mutates(node))
         if view.is_random(node) or _is_empty(node) or _storage(node) in returned:
+            continue
+        if any(map(view.finds_sizes, (node, *node.users))):
             continue
         key = writes, node.target, frozen(node.args), frozen(node.kwargs)
         same = found.setdefault(key, node)

@@ -48,7 +48,7 @@ def repeated(gm: GraphModule) -> int:
         touched = _storages((node, *node.all_input_nodes), roots)
         if not _is_function(node) or touched & written or roots[node] & returned:
             continue
-        if any(user.meta.get("unbacked_bindings") for user in node.users):
+        if any(map(view.finds_sizes, (node, *node.users))):
             continue
         key = (regions[node], node.target, frozen(node.args), frozen(node.kwargs))
         same = found.setdefault(key, node)

@@ -51,7 +51,7 @@ def _is_plain(node: Node) -> bool:
         node.op == "call_function"
         and not view.is_switch(node)
         and not view.mutates(node)
-        and not node.meta.get("unbacked_bindings")
+        and not view.finds_sizes(node)
     )
 
 
