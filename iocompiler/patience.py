@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 TIMES = 4.0
 """Measuring may take so many times as long as all else that a compilation does: a first call then
 takes at most five times the default's."""
+LEAST_S = 5.0
+"""And so long in any case: what the default's first call still has to do when measuring begins,
+compiling kernels, takes a second and more of however small a graph."""
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Patience:
     def left(self) -> float:
         """Seconds that measuring may still take; 0 where it took them already."""
         others = self.clock() - self.started - self.spent
-        return max(0.0, TIMES * others - self.spent)
+        return max(0.0, max(LEAST_S, TIMES * others) - self.spent)
 
     @contextmanager
     def measuring(self) -> Iterator[float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from iocompiler.patience import TIMES, Patience
+from iocompiler.patience import LEAST_S, TIMES, Patience
 
 
 class Clock:
@@ -23,17 +23,26 @@ class Clock:
 def test_what_is_left_grows_with_all_else_and_shrinks_by_measuring() -> None:
     clock = Clock()
     patience = Patience(clock)
-    assert patience.left == 0
-    clock.passes(2)
+    clock.passes(20)
     with patience.measuring() as left:
-        assert left == 2 * TIMES
+        assert left == 20 * TIMES
         clock.passes(5)
-    assert patience.left == 2 * TIMES - 5
-    clock.passes(1)
-    assert patience.left == 3 * TIMES - 5
+    assert patience.left == 20 * TIMES - 5
+    clock.passes(10)
+    assert patience.left == 30 * TIMES - 5
     with patience.measuring():
-        clock.passes(20)
+        clock.passes(200)
     assert patience.left == 0
+
+
+def test_a_small_graph_is_measured_too() -> None:
+    clock = Clock()
+    patience = Patience(clock)
+    clock.passes(0.1)
+    with patience.measuring() as left:
+        assert left == LEAST_S
+        clock.passes(2)
+    assert patience.left == LEAST_S - 2
 
 
 def test_what_fails_was_measuring_too() -> None:
@@ -59,4 +68,5 @@ def test_a_compilation_takes_five_times_the_rest_at_most(wanted: Sequence[float]
         clock.passes(1.5)
         with patience.measuring() as left:
             clock.passes(min(left, seconds))
-    assert clock.now - 100 <= (1 + TIMES) * 1.5 * len(wanted)
+    others = 1.5 * len(wanted)
+    assert clock.now - 100 <= others + max(LEAST_S, TIMES * others)

@@ -388,9 +388,10 @@ def test_schedules_first_then_products(plan: Plan, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engines, "device_row", lambda gm, options: H200)
     on_gpu = dataclasses.replace(plan, device="cuda:0")
     options = Options(mode="max-autotune")
+    spent = Patience(spent=1e6)
+    nothing = scheduling.tuned(on_gpu, GraphModule({}, Graph()), options, spent)
+    assert not nothing[1], "a compilation that has measured for long may not"
     patience = Patience()
-    nothing = scheduling.tuned(on_gpu, GraphModule({}, Graph()), options, patience)
-    assert not nothing[1], "a compilation that did nothing else yet may not measure"
     assert nothing[0] == scheduling.by_price(on_gpu, GraphModule({}, Graph()), options)
     released.clear()
     patience.started -= 100.0
@@ -413,6 +414,7 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(*shape, device="cuda").mul(0.1).bfloat16().requires_grad_() for shape in SHAPES
     ]
     expected = torch.autograd.grad(block(*given).float().square().sum(), given)
+    monkeypatch.setattr("iocompiler.patience.LEAST_S", 60.0)  # other tests have the cores
     records: list[Any] = []
 
     def forbidden(*_: Any) -> None:
