@@ -96,7 +96,9 @@ DECLINED: dict[str, Callable[..., Any]] = {
     "written in between": _written_in_between,
     "read before the next is made": _read_before_the_next_is_made,
     "few": lambda *x: torch.stack([each.norm() for each in x[:3]]),
-    "of rows": lambda *x: torch.cat([each.reshape(1, -1).norm(dim=-1) for each in x]),
+    "of rows": lambda *x: torch.stack(
+        [torch.linalg.vector_norm(each.reshape(1, -1), dim=-1).sum() for each in x]
+    ),
     "another order": lambda *x: torch.stack([torch.linalg.vector_norm(each, 3) for each in x]),
     "another dtype": lambda *x: torch.stack(
         [torch.linalg.vector_norm(each, dtype=torch.float64) for each in x]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import iocompiler as ioc
 from iocompiler.compilation import Compilation
 from iocompiler.runtime.last_reader import is_last_reader
-from tests.compiling import copy, grad
+from tests.compiling import OLD_TORCH, copy, grad
 from tests.runtime.test_graph_cache import mlp, outcome
 from tests.runtime.text_engine import TextEngine
 
@@ -316,6 +316,8 @@ def test_what_was_saved_alone_may_be_written_over(way: str) -> None:
 
 
 def test_from_several_threads(way: str) -> None:
+    if OLD_TORCH and way == "theirs":
+        pytest.skip("an old torch may crash where several threads compile, with aot_eager too")
     inputs = (grad(4, 8), grad(8, 6), grad(6))
     run, expected, wrong = called(way, mlp, inputs), mlp(*inputs), list[BaseException]()
     wanted = torch.autograd.grad(expected.sum(), inputs)

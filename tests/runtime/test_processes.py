@@ -16,6 +16,7 @@ from iocompiler.runtime import load
 from iocompiler.runtime.cache import Cache
 from iocompiler.runtime.compile import compile_kernels
 from iocompiler.runtime.module import Module
+from tests.compiling import OLD_TORCH
 from tests.runtime.compilations import Processes, compile_and_check
 from tests.runtime.test_compile import job
 
@@ -57,6 +58,7 @@ def test_two_threads_run_one_file(tmp_path: Path) -> None:
     assert [n["module"] for n in namespaces] == modules
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="may crash where several threads compile, with aot_eager too")
 def test_compiling_in_threads() -> None:
     """Each has code of its own to compile, and all have one Dynamo, one cache and one pool."""
     found = in_threads(lambda _: compile_and_check(), 3)
