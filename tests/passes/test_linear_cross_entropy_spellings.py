@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.accuracy import assert_near_exact
-from tests.compiling import compiled
+from tests.compiling import OLD_TORCH, compiled
 from tests.passes.test_linear_cross_entropy import PIPELINE, B, D, Model, S, V, inputs
 
 K = 40  # classes that are left of V
@@ -481,7 +481,8 @@ def test_rows_that_a_mask_chooses() -> None:
         run, records = compiled(masked, PIPELINE)
         torch.testing.assert_close(everything(run, given), everything(masked, given))
     (record,) = records
-    assert "a mask chooses" in record.misses[0].reason
+    if not OLD_TORCH:  # which breaks the graph before the loss
+        assert "a mask chooses" in record.misses[0].reason
 
 
 def test_a_head_in_bfloat16_with_a_wider_bias_returns_wide_logits() -> None:
