@@ -21,6 +21,7 @@ from rich.text import Text
 from iocompiler.errors import BadArgument, IOCompilerError
 
 USAGE_ERROR = 2
+_UNUSABLE = "the cache folder cannot be used"
 _NAMES_OF_INPUTS = ("example_inputs", "inputs")
 
 
@@ -260,7 +261,7 @@ def _cache_info(options: argparse.Namespace) -> int:
 
     found = cache.info()
     if found is None:
-        raise BadArgument(argument="cache", cause="the cache folder cannot be used")
+        raise BadArgument(argument="cache", cause=_UNUSABLE)
     counts = (
         ", ".join(f"{count} {kind}" for kind, count in sorted(found.entries.items())) or "empty"
     )
@@ -271,7 +272,10 @@ def _cache_info(options: argparse.Namespace) -> int:
 def _cache_clear(options: argparse.Namespace) -> int:
     from iocompiler.runtime import cache
 
-    print(f"{cache.clear()} entries removed")
+    removed = cache.clear()
+    if removed is None:
+        raise BadArgument(argument="cache", cause=_UNUSABLE)
+    print(f"{removed} entries removed")
     return 0
 
 

@@ -5,6 +5,7 @@ that exist.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,8 @@ class Options:
     Attributes:
         mode: "default"; "reduce-overhead" replays CUDA graphs; "max-autotune" measures tiles
             too, and so, as neither records CUDA graphs, does "max-autotune-no-cudagraphs".
-        dump: a folder to write the graph, the kernels and a summary into; "" writes nothing.
+        dump: a folder to write the graph, the kernels and a summary into, from "~" on if it begins
+            with that; "" writes nothing.
         strict: what would fall back to aten, or run unrewritten, is an error instead of a warning.
         verify: run the graph before and after every pass on the example inputs and compare.
         device: price for this row of the device table instead of the device the graph runs on.
@@ -97,8 +99,10 @@ class Options:
                 )
         values = dict(given)
         for name in ("dump", "plan"):
-            if isinstance(values.get(name), Path):
-                values[name] = str(values[name])
+            if values.get(name, "") is None:
+                values[name] = ""
+            elif isinstance(values.get(name), (str, Path)):
+                values[name] = os.path.expanduser(values[name])
         return dataclasses.replace(self, **values)
 
 

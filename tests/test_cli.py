@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iocompiler.cli import main, parse_input
-from iocompiler.errors import BadArgument
+from iocompiler.errors import BadArgument, CacheWarning
 from iocompiler.report.doctor import Check, exit_code
 from iocompiler.versions import version_tuple
 
@@ -61,6 +61,16 @@ def test_cache_info_and_clear(capsys, cache):
     assert f"{cache}: empty" in capsys.readouterr().out
     assert main(["cache", "clear"]) == 0
     assert "0 entries removed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("action", ["info", "clear"])
+def test_a_cache_that_cannot_be_used(action, capsys, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("IOCOMPILER_CACHE_DIR", str(file / "cache"))
+    with pytest.warns(CacheWarning):
+        assert main(["cache", action]) == 2
+    assert "the cache folder cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

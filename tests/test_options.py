@@ -28,6 +28,17 @@ def test_a_path_may_be_a_path(tmp_path: Path) -> None:
     assert (built.dump, built.plan) == (str(tmp_path), str(tmp_path / "plan.json"))
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    built = Options.build({"dump": "~/out", "plan": Path("~/plan.json")})
+    assert (built.dump, built.plan) == (str(tmp_path / "out"), str(tmp_path / "plan.json"))
+
+
+def test_none_is_no_path() -> None:
+    built = Options.build({"dump": "out", "plan": "plan.json"})
+    assert built.updated({"dump": None, "plan": None}) == Options()
+
+
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UnknownOption, match=r"unknown option 'dmp' \(did you mean 'dump'\?\)") as e:
         Options.build({"dmp": "out"})

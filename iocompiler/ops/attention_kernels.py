@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +37,25 @@ class Setting:
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
-    q, k, v = (_rows(x) for x in (q, k, v))
-    dropout_p = _own_rate(s.dropout_p)
-    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, _spread_bias(q, k, bias), True, dropout_p, s.causal, False, scale=s.scale
-    )
+    out, lse, _, _, _, _, seed, offset, _ = _cudnn(q, k, v, bias, s, lse=True)
     return out, lse.reshape(q.shape[:3]), *_state(q, s, seed, offset)
 
 
 def cudnn_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Tensor:
     """`cudnn_forward` without what its backward reads."""
-    q, k, v = (_rows(x) for x in (q, k, v))
-    out: Tensor = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, _spread_bias(q, k, bias), False, _own_rate(s.dropout_p), s.causal, False,
-        scale=s.scale,
-    )[0]  # fmt: skip
+    out: Tensor = _cudnn(q, k, v, bias, s, lse=False)[0]
     return out
+
+
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting, lse: bool
+) -> tuple[Any, ...]:
+    q, k, v = (_rows(x) for x in (q, k, v))
+    mask, dropout_p = _spread_bias(q, k, bias), _own_rate(s.dropout_p)
+    found: tuple[Any, ...] = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, mask, lse, dropout_p, s.causal, False, scale=s.scale
+    )
+    return found
 
 
 def cudnn_backward(

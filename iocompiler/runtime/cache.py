@@ -265,10 +265,10 @@ def info() -> Info | None:
     return cache.info() if cache else None
 
 
-def clear() -> int:
-    """Empty the default cache; returns the number of entries removed."""
+def clear() -> int | None:
+    """Empty the default cache; returns the number of entries removed, None if it cannot be used."""
     cache = default_cache()
-    return cache.clear() if cache else 0
+    return cache.clear() if cache else None
 
 
 def _move(aside: Path, target: Path) -> None:
