@@ -14,16 +14,22 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from iocompiler.ops import attention_blockwise as blockwise
+from iocompiler.ops.attention_given import (
+    in_rows,
+    laid_out_like,
+    padded_head,
+    repeated_heads,
+    spread_bias,
+    summed_bias,
+)
 
 aten = torch.ops.aten
 Forward: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 Backward: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
 LSE_ALIGNMENT = 32  # of the memory-efficient kernel
-_BIAS_ALIGNMENT = 16
 _DROWNS = -1e8  # a logarithm added to this is lost in rounding
 
 
@@ -50,8 +56,8 @@ def cudnn_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Settin
 def _cudnn(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting, lse: bool
 ) -> tuple[Any, ...]:
-    q, k, v = (_rows(x) for x in (q, k, v))
-    mask, dropout_p = _spread_bias(q, k, bias), _own_rate(s.dropout_p)
+    q, k, v = (in_rows(x) for x in (q, k, v))
+    mask, dropout_p = spread_bias(q, k, bias), _own_rate(s.dropout_p)
     found: tuple[Any, ...] = aten._scaled_dot_product_cudnn_attention(
         q, k, v, mask, lse, dropout_p, s.causal, False, scale=s.scale
     )
@@ -69,12 +75,12 @@ def cudnn_backward(
     _: bool,
 ) -> Backward:
     out, lse, seed, offset = _saved(saved)
-    grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
+    grad, q, k, v = (in_rows(x) for x in (grad, q, k, v))
     # torch finds the graph cuDNN built for an earlier call by the strides of q, k and v alone (2.11
     # to 2.15): an output laid out otherwise than by its own forward, or its gradient, would be read
     # with the strides of that call
-    out, grad = _laid_out_like(out, q), _laid_out_like(grad, q)
-    state = (seed, offset, _spread_bias(q, k, bias), None, None, q.shape[2], k.shape[2])
+    out, grad = laid_out_like(out, q), laid_out_like(grad, q)
+    state = (seed, offset, spread_bias(q, k, bias), None, None, q.shape[2], k.shape[2])
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         grad,
         q,
@@ -101,7 +107,7 @@ def _own_rate(dropout_p: float) -> float:
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, s: Setting) -> Forward:
     width = q.shape[3]
-    q, k, v = (_pad_head(x) for x in (q, k, v))
+    q, k, v = (padded_head(x) for x in (q, k, v))
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
         q, k, v, s.dropout_p, s.causal, False, scale=s.scale
     )
@@ -120,7 +126,7 @@ def flash_backward(
 ) -> Backward:
     width = q.shape[3]
     out, lse, seed, offset = _saved(saved)
-    grad, q, k, v, out = (_pad_head(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (padded_head(x) for x in (grad, q, k, v, out))
     lengths = (None, None, q.shape[2], k.shape[2])
     setting = (s.dropout_p, s.causal, seed, offset)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
@@ -131,10 +137,10 @@ def flash_backward(
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
     width = v.shape[3]
-    q, k, v = _grouped(q, k, v)
+    q, k, v = repeated_heads(q, k, v)
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-        *(_pad_head(x) for x in (q, k, v)),
-        _spread_bias(q, k, bias),
+        *(padded_head(x) for x in (q, k, v)),
+        spread_bias(q, k, bias),
         True,
         s.dropout_p,
         s.causal,
@@ -157,12 +163,12 @@ def efficient_backward(
     out, lse, seed, offset = _saved(saved)
     if bias is not None:
         grad = _shared_out(grad, lse[:, :, : q.shape[2]], bias, k.shape[2], s)
-    q, k, v = _grouped(q, k, v)
+    q, k, v = repeated_heads(q, k, v)
     wants = [True, True, True, bias_grad and bias is not None]
     dq, dk, dv, db = aten._scaled_dot_product_efficient_attention_backward(
-        *(_pad_head(x) for x in (grad, q, k, v)),
-        _spread_bias(q, k, bias),
-        _pad_head(out),
+        *(padded_head(x) for x in (grad, q, k, v)),
+        spread_bias(q, k, bias),
+        padded_head(out),
         lse,
         seed,
         offset,
@@ -177,7 +183,7 @@ def efficient_backward(
     if not wants[3]:
         return dq, dk, dv, None
     # blocks above the diagonal are skipped, their part of the gradient is never written
-    return dq, dk, dv, _sum_bias(db.tril() if s.causal else db, bias)
+    return dq, dk, dv, summed_bias(db.tril() if s.causal else db, bias)
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting) -> Forward:
@@ -191,7 +197,7 @@ def cpu_library(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s: Setting
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the library's kernel makes of it, and the rows that it takes for masked altogether."""
-    q, k, v = (_rows(x) for x in _grouped(q, k, v))
+    q, k, v = (in_rows(x) for x in repeated_heads(q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, s.causal, attn_mask=bias, scale=s.scale
     )
@@ -217,10 +223,10 @@ def cpu_backward(
     if bias_grad and bias is not None:  # the library's backward has none for its mask
         return blockwise_backward(grad, q, k, v, bias, saved, s, bias_grad)
     groups = k.shape[1]
-    q, k, v = (_rows(x) for x in _grouped(q, k, v))
+    q, k, v = (in_rows(x) for x in repeated_heads(q, k, v))
     if bias is not None:
         grad = _shared_out(grad, saved[1], bias, k.shape[2], s)
-    grad = _rows(grad)
+    grad = in_rows(grad)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, saved[0], saved[1], 0.0, s.causal, attn_mask=bias, scale=s.scale
     )
@@ -296,53 +302,6 @@ def _shared_out(grad: Tensor, lse: Tensor, bias: Tensor, columns: int, s: Settin
         bias = bias.masked_fill(~seen, -math.inf)
     keys = (bias == bias.amax(-1, keepdim=True)).sum(-1, keepdim=True)
     return torch.where((lse < _DROWNS).unsqueeze(-1), grad / keys, grad)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With the head dim contiguous, as every kernel wants it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _laid_out_like(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in the memory order in which a kernel allocates a result of ``like``'s shape."""
-    wanted = torch.empty_like(like, device="meta").stride()
-    if all(n <= 1 or a == b for n, a, b in zip(x.shape, x.stride(), wanted, strict=True)):
-        return x
-    return torch.empty_strided(x.shape, wanted, dtype=x.dtype, device=x.device).copy_(x)
-
-
-def _pad_head(x: Tensor) -> Tensor:
-    """Head dim up to a multiple of 8, as the kernels load it; zeros change no dot product."""
-    x = _rows(x)
-    return x if x.shape[-1] % 8 == 0 else F.pad(x, (0, 8 - x.shape[-1] % 8))
-
-
-def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Key and value heads repeated to those of the query, for the kernels that know no groups."""
-    repeat = q.shape[1] // k.shape[1]
-    if repeat == 1:
-        return q, k, v
-    return q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-
-
-def _spread_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The bias seen as [B, H, S, K], rows aligned as the kernels load them."""
-    if bias is None:
-        return None
-    length = k.shape[2]
-    bias = bias.expand(*bias.shape[:-1], length)
-    if (
-        length % _BIAS_ALIGNMENT
-        or bias.stride(-1) != 1
-        or any(x % _BIAS_ALIGNMENT for x in bias.stride()[:-1])
-    ):
-        bias = F.pad(bias, (0, -length % _BIAS_ALIGNMENT))[..., :length]
-    return bias.expand(q.shape[0], q.shape[1], q.shape[2], length)
-
-
-def _sum_bias(gradient: Tensor, bias: Tensor | None) -> Tensor:
-    assert bias is not None
-    return gradient.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).reshape(bias.shape)
 
 
 def _no_state(q: Tensor) -> tuple[Tensor, Tensor]:
