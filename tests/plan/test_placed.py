@@ -91,7 +91,17 @@ def by_two(x: Tensor, at: Tensor, new: Tensor) -> Tensor:
     return torch.ops.aten.index_put(x, [at % 3, at], new[0]) * 2
 
 
-@pytest.mark.parametrize("f", [many, by_mask, accumulated, repeated, by_two])
+def of_a_number(x: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    return x.sum().index_copy(0, at[:1] * 0, new.sum()) * 2
+
+
+def into_a_number(x: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    return x.sum().exp().index_copy_(0, at[:1] * 0, new.sum()) * 2
+
+
+@pytest.mark.parametrize(
+    "f", [many, by_mask, accumulated, repeated, by_two, of_a_number, into_a_number]
+)
 def test_declined(f: Callable[..., Tensor]) -> None:
     planned = Planned()
     torch.testing.assert_close(planned(f)(X, AT, NEW), f(X, AT, NEW))

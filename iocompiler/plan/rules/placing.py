@@ -23,6 +23,8 @@ _FEW_PLACES = 2
 
 def _index_copy(low: Lowering, node: Node, index: Index, mask: int | None) -> int:
     """``base`` with a few places along one dimension replaced, the last of equal ones kept."""
+    if not index:
+        raise Unsupported("index_copy of a number")
     dim, ids = dim_argument(node, 1, len(index)), tensor_of(node.args[2])
     return _replaced(low, node, (dim, ids, tensor_of(node.args[3])), index, mask, wrap=False)
 
@@ -71,9 +73,10 @@ def place_written(low: Lowering, node: Node, index: Index) -> tuple[Index, int |
     """
     base = tensor_of(node.args[0])
     if node.target is aten.index_copy_.default:
-        dim, ids = dim_argument(node, 1, len(index)), tensor_of(node.args[2])
-        if ids.meta["val"].dim() != 1 or len(index) != len(shape_of(base)):
+        ids = tensor_of(node.args[2])
+        if not index or ids.meta["val"].dim() != 1 or len(index) != len(shape_of(base)):
             raise Unsupported("index_copy_ of numbers")
+        dim = dim_argument(node, 1, len(index))
         at = indirect(low, ids, (index[dim],), None, shape_of(base)[dim], wrap=False)
         place = index[:dim] + (at,) + index[dim + 1 :]
     elif node.target is aten.index_put_.default:
