@@ -18,7 +18,7 @@ import iocompiler as ioc
 from iocompiler.compilation import Compilation
 from iocompiler.runtime.last_reader import is_last_reader
 from tests.compiling import OLD_TORCH, copy, grad
-from tests.runtime.test_graph_cache import mlp, outcome
+from tests.runtime.test_graph_cache import assert_alike, mlp, outcome
 from tests.runtime.text_engine import TextEngine
 
 Program = Callable[..., Any]
@@ -95,14 +95,7 @@ PROGRAMS: dict[str, tuple[Program, tuple[Tensor, ...]]] = {
 def test_each_way_is_eager(way: str, name: str, dynamic: bool) -> None:
     f, inputs = PROGRAMS[name]
     run = called(way, f, inputs, dynamic=dynamic)
-    for ours, theirs in zip(outcome(run, inputs), outcome(f, inputs), strict=True):
-        assert type(ours) is type(theirs)
-        if isinstance(ours, Tensor):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-            assert ours.requires_grad == theirs.requires_grad
-            assert ours.stride() == theirs.stride()
-        else:
-            assert ours == theirs
+    assert_alike(outcome(run, inputs), outcome(f, inputs))
 
 
 def test_which_way() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,20 @@ def found_again(f: Callable[..., Any], *inputs: Any, **settings: Any) -> list[Co
         result = outcome(run, inputs)
         assert [r.cache for r in records] == [what]
         seen += records
-        for ours, theirs in zip(result, expected, strict=True):
-            assert type(ours) is type(theirs)
-            if isinstance(ours, Tensor):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-                assert ours.requires_grad == theirs.requires_grad
-                assert ours.stride() == theirs.stride()
-            else:
-                assert ours == theirs
+        assert_alike(result, expected)
     return seen
+
+
+def assert_alike(result: Iterable[Any], expected: Iterable[Any]) -> None:
+    """Outcomes have the same types, values, strides and needs of a gradient."""
+    for ours, theirs in zip(result, expected, strict=True):
+        assert type(ours) is type(theirs)
+        if isinstance(ours, Tensor):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            assert ours.requires_grad == theirs.requires_grad
+            assert ours.stride() == theirs.stride()
+        else:
+            assert ours == theirs
 
 
 def reason(f: Callable[..., Any], *inputs: Any, **settings: Any) -> str:
